@@ -1,0 +1,52 @@
+"""Argument checks shared by the ops. They look at shapes, dtypes and devices; at values only of CPU tensors: never a sync."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def floating_tensor(name: str, value: object, shape: str) -> Tensor:
+    """`value` as a floating tensor, or a TypeError that says what was expected."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a floating-point tensor {shape}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point tensor {shape}")
+    return value
+
+
+def index_vector(name: str, value: object, length: int, device: torch.device) -> Tensor:
+    """`value` as an int64 vector of `length` on `device`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int64 tensor [{length}]")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected int64")
+    same_device(name, value, device)
+    if value.shape != (length,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({length},)")
+    return value.to(torch.int64).contiguous()
+
+
+def row_values(name: str, value: object, length: int, device: torch.device) -> Tensor:
+    """`value`, one number a row, as a float32 vector of `length` on `device` (float64 stays)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor [{length}]")
+    same_device(name, value, device)
+    if value.shape != (length,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({length},)")
+    return value.to(torch.float64 if value.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def same_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, expected one on {device}")
+
+
+def ids_in_range(name: str, ids: Tensor, bound: int, what: str) -> None:
+    """The value check that the C++ kernels make themselves, for plain PyTorch on CPU tensors outside a trace."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = ((ids < 0) | (ids >= bound)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(f"{name}: row {row} has {what} {int(ids[row])}, expected 0 to {bound - 1}")

@@ -1,0 +1,215 @@
+"""The losses of an intervention, from logits: hinge on the two answers, KL over the other tokens, ℓ1 of the scalars.
+
+The gradient of the logits is computed in the forward pass, where both rows are at hand. With q = softmax(z) and
+p = softmax(r) over V∖{c, w}: dKL(p‖q)/dz = q − p, dKL(q‖p)/dz = q·(log q − log p − KL), and the hinge adds ∓s at
+the two answers. Each row is then scaled by its upstream gradient, which is exact for every reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends, checks, reference
+from .registry import LIBRARY
+
+_loss_op = torch.ops.actscale.intervention_loss.default
+_scale_op_ = torch.ops.actscale.intervention_loss_scale_.default
+
+KLDirection = Literal["forward", "reverse"]
+
+
+def intervention_loss(
+    logits: Tensor,
+    reference_logits: Tensor,
+    correct: Tensor,
+    wrong: Tensor,
+    *,
+    direction: Tensor,
+    margin: float = 1.0,
+    exclude_answers: bool = True,
+    kl: KLDirection = "forward",
+    scalars: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Effectiveness and faithfulness of each row, and on request the ℓ1 norm of the scalars, with all gradients.
+
+    effectiveness = max(0, margin − s·(z[c] − z[w])) and faithfulness = KL(p₀ ‖ p_s) over V∖{c, w}, both renormalised.
+    The three terms are those of arXiv 2410.04962; hinge, KL direction and exclusion are this package's reading of it.
+
+    Args:
+        logits: [N, V], next-token logits z under the intervention; any row stride.
+        reference_logits: [N, V], the frozen model's logits; constant (no gradient).
+        correct, wrong: int64 [N], the token ids c and w; different in each row.
+        direction: [N] of ±1, the sign s of the strength each row was run with.
+        margin: m, in logits.
+        exclude_answers: leave c and w out of the KL and renormalise; False: all of V.
+        kl: "forward" KL(p₀ ‖ p_s) or "reverse" KL(p_s ‖ p₀), in nats.
+        scalars: the learned scalars, any shape; adds a third result.
+
+    Returns:
+        (effectiveness [N], faithfulness [N]) or (effectiveness [N], faithfulness [N], ‖scalars‖₁ []), float32. The
+        gradient of the ℓ1 norm is sign(scalars), 0 at 0.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also a token id out of range, equal answers
+            and a direction other than ±1 (on a GPU, where nothing synchronises, an id out of range makes its row NaN).
+    """
+    _check_logits(logits, reference_logits)
+    n_rows = logits.shape[0]
+    correct = checks.index_vector("correct", correct, n_rows, logits.device)
+    wrong = checks.index_vector("wrong", wrong, n_rows, logits.device)
+    direction = checks.row_values("direction", direction, n_rows, logits.device)
+    if scalars is not None:
+        checks.same_device("scalars", checks.floating_tensor("scalars", scalars, "of any shape"), logits.device)
+    reverse = _is_reverse(kl)
+    if backends.resolve(logits.device, logits.dtype) == "reference":
+        _check_answers(correct, wrong, direction, logits.shape[1])
+        losses = reference.intervention_loss(
+            logits, reference_logits, correct, wrong, direction,
+            margin=margin, exclude_answers=exclude_answers, reverse=reverse,
+        )  # fmt: skip
+        return losses if scalars is None else (*losses, reference.l1_norm(scalars))
+    if scalars is not None:
+        scalars = scalars.to(torch.float32).contiguous()
+    direction = direction.to(torch.float32)
+    results = _run(
+        logits, reference_logits, correct, wrong, direction, scalars, float(margin), 1.0, exclude_answers, reverse
+    )
+    return results if scalars is not None else results[:2]
+
+
+def kl_div_from_logits(
+    logits: Tensor,
+    reference_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: Literal["none", "sum", "mean", "batchmean"] = "none",
+    kl: KLDirection = "forward",
+) -> Tensor:
+    """KL divergence between the softmaxes of two logit tensors, row by row, with the gradient of `logits` in one pass.
+
+    Args:
+        logits: [..., V], the student's or steered logits.
+        reference_logits: [..., V], the teacher's or frozen logits; constant (no gradient).
+        temperature: T > 0; both sides are softmax(logits / T). The result is *not* multiplied by T².
+        reduction: "none": [...]; "sum" over rows; "mean" and "batchmean" both divide that sum by the number of rows
+            (never by V, as `F.kl_div`'s "mean" does).
+        kl: "forward" KL(reference ‖ logits), as `F.kl_div` computes it, or "reverse" KL(logits ‖ reference), in nats.
+
+    Returns:
+        float32 (float64 for float64 inputs), of shape [...] or [].
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device, temperature or reduction.
+    """
+    if not isinstance(logits, Tensor) or logits.dim() < 1:
+        raise TypeError(f"logits: got {getattr(logits, 'shape', type(logits).__name__)}, expected a tensor [..., V]")
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, expected a positive number")
+    if reduction not in ("none", "sum", "mean", "batchmean"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'none', 'sum', 'mean' or 'batchmean'")
+    leading, width = logits.shape[:-1], logits.shape[-1]
+    if checks.floating_tensor("reference_logits", reference_logits, "[..., V]").shape != logits.shape:
+        raise ValueError(f"reference_logits: got shape {tuple(reference_logits.shape)}, expected {tuple(logits.shape)}")
+    z = logits if logits.dim() == 2 else logits.reshape(leading.numel(), width)
+    r = reference_logits if logits.dim() == 2 else reference_logits.reshape(leading.numel(), width)
+    _check_logits(z, r)
+    reverse, inverse_temperature = _is_reverse(kl), 1.0 / temperature
+    if backends.resolve(z.device, z.dtype) == "reference":
+        options = {"inverse_temperature": inverse_temperature, "reverse": reverse}
+        divergence = reference.intervention_loss(z, r, None, None, None, **options)[1]  # type: ignore[arg-type]
+    else:
+        divergence = _run(z, r, None, None, None, None, 0.0, inverse_temperature, False, reverse)[1]
+    if reduction == "none":
+        return divergence.reshape(leading)
+    return divergence.sum() if reduction == "sum" else divergence.mean()
+
+
+def _check_logits(logits: Tensor, reference_logits: Tensor) -> None:
+    checks.floating_tensor("logits", logits, "[N, V]")
+    checks.floating_tensor("reference_logits", reference_logits, "[N, V]")
+    if logits.dim() != 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [N, V]")
+    if reference_logits.shape != logits.shape:
+        raise ValueError(f"reference_logits: got shape {tuple(reference_logits.shape)}, expected {tuple(logits.shape)}")
+    if reference_logits.dtype != logits.dtype:
+        raise TypeError(f"reference_logits: got dtype {reference_logits.dtype}, expected {logits.dtype} as logits have")
+    checks.same_device("reference_logits", reference_logits, logits.device)
+    if reference_logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError("reference_logits: requires a gradient, but the reference is a constant; detach it")
+
+
+def _is_reverse(kl: str) -> bool:
+    if kl not in ("forward", "reverse"):
+        raise ValueError(f"kl: got {kl!r}, expected 'forward' or 'reverse'")
+    return kl == "reverse"
+
+
+def _check_answers(correct: Tensor, wrong: Tensor, direction: Tensor, width: int) -> None:
+    """The value checks that the CPU kernels make themselves, for the reference backend on CPU tensors."""
+    if correct.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    checks.ids_in_range("correct", correct, width, "token id")
+    checks.ids_in_range("wrong", wrong, width, "token id")
+    for row in (correct == wrong).nonzero().flatten().tolist():
+        raise ValueError(f"wrong: row {row} has token id {int(wrong[row])}, the same as correct")
+    for row in (direction.abs() != 1).nonzero().flatten().tolist():
+        raise ValueError(f"direction: row {row} is {float(direction[row])}, expected 1 or -1")
+
+
+def _run(
+    logits: Tensor, reference_logits: Tensor, correct: Tensor | None, wrong: Tensor | None, direction: Tensor | None,
+    scalars: Tensor | None, *options: float | bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fused op: (effectiveness, faithfulness, l1)."""
+    if logits.shape[1] > 1:
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        reference_logits = reference_logits if reference_logits.stride(1) == 1 else reference_logits.contiguous()
+    learned = logits.requires_grad or (scalars is not None and scalars.requires_grad)
+    need_grad = learned and torch.is_grad_enabled()
+    results = _loss_op(logits, reference_logits, correct, wrong, direction, scalars, *options, need_grad)
+    return results[0], results[1], results[4]
+
+
+class _InterventionLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits, reference_logits, correct, wrong, *rest):  # type: ignore[no-untyped-def]
+        with torch._C._AutoDispatchBelowAutograd():
+            results = _loss_op(logits, reference_logits, correct, wrong, *rest)
+        _, _, grad, answer_grad, _, sign = results
+        ctx.mark_non_differentiable(grad, answer_grad, sign)
+        ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
+        # Neither the logits nor the reference outlive the forward pass: the gradient is all that the backward needs.
+        ctx.grad, ctx.answer_grad, ctx.sign, ctx.answers = grad, answer_grad, sign, (correct, wrong)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_effectiveness, d_faithfulness, _grad, _answer_grad, d_l1, _sign):  # type: ignore[no-untyped-def]
+        d_logits = d_scalars = None
+        upstream = [d for d in (d_effectiveness, d_faithfulness) if d is not None]
+        if ctx.needs_input_grad[0] and upstream:
+            if ctx.grad is None:
+                raise RuntimeError("intervention_loss: a second backward needs retain_graph=True in the first one")
+            if _graph_is_kept(upstream[0]):
+                d_logits = ctx.grad.clone()
+            else:
+                d_logits, ctx.grad = ctx.grad, None
+            zero = upstream[0].new_zeros(()).expand(d_logits.shape[0])
+            d_effectiveness = zero if d_effectiveness is None else d_effectiveness
+            d_faithfulness = zero if d_faithfulness is None else d_faithfulness
+            _scale_op_(d_logits, d_effectiveness, d_faithfulness, *ctx.answers, ctx.answer_grad)
+        if ctx.needs_input_grad[5] and d_l1 is not None:
+            d_scalars = d_l1 * ctx.sign
+        return d_logits, None, None, None, None, d_scalars, None, None, None, None, None
+
+
+def _graph_is_kept(upstream: Tensor) -> bool:
+    """Whether the saved gradient must survive this backward: retain_graph=True, or a trace that is not run yet."""
+    return type(upstream) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+LIBRARY.impl("intervention_loss", _InterventionLoss.apply, "Autograd")

@@ -1,0 +1,124 @@
+"""Every formula of the package in plain PyTorch: the specification that the kernels are tested against.
+
+Sums are carried in float32 (float64 for float64 inputs) and the result is rounded once to the input's dtype.
+Everything here is differentiable by autograd any number of times, so `gradcheck` in float64 applies.
+Inputs are taken as valid: the public functions check them first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything narrower is summed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scale_heads(
+    x: Tensor,  # [B, T, H, D]
+    alpha: Tensor | None,  # [G, P, H]
+    shift: Tensor | None,  # [G, P, H, D]
+    strength: float,
+    row_strength: Tensor | None,  # [B]
+    group: Tensor | None,  # [B]
+) -> Tensor:
+    """y = x·(1 + β·α) + β·v with β = strength · row_strength[b] (arXiv 2410.04962, eq. 4 and 5)."""
+    acc = accumulation_dtype(x.dtype)
+    beta: Tensor | float = strength
+    if row_strength is not None:
+        beta = strength * row_strength.to(acc)[:, None, None]
+    y = x.to(acc)
+    if alpha is not None:
+        rows = alpha.to(acc) if group is None else alpha.to(acc)[group]
+        y = y * (1 + beta * rows)[..., None]
+    if shift is not None:
+        rows = shift.to(acc) if group is None else shift.to(acc)[group]
+        y = y + (beta[..., None] if isinstance(beta, Tensor) else beta) * rows
+    return y.to(x.dtype)
+
+
+def without_columns(logits: Tensor, columns: Tensor) -> Tensor:
+    """logits [N, V] with the columns [N, K] of each row set to −inf, so that a softmax renormalises without them."""
+    return logits.scatter(-1, columns, float("-inf"))
+
+
+def kl_divergence(logits: Tensor, reference_logits: Tensor, *, reverse: bool = False) -> Tensor:
+    """KL(p ‖ q) per row, p = softmax(reference), q = softmax(logits); KL(q ‖ p) where `reverse`.
+
+    Where the weighting distribution is 0 the term is 0, also when both are 0 (−inf on both sides); +inf only where it
+    is positive and the other one is 0. Rows of width 0 give 0.
+    """
+    if logits.shape[-1] == 0:
+        return logits.sum(-1)
+    log_q, log_p = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+    log_weight, log_other = (log_q, log_p) if reverse else (log_p, log_q)
+    weight = log_weight.exp()
+    difference = (log_weight - log_other).masked_fill(weight == 0, 0.0)
+    return (weight * difference).sum(-1)
+
+
+def intervention_loss(
+    logits: Tensor,  # [N, V]
+    reference_logits: Tensor,  # [N, V]
+    correct: Tensor | None,  # [N] int64; None: no answers, the effectiveness is 0
+    wrong: Tensor | None,  # [N] int64
+    direction: Tensor | None,  # [N] of ±1
+    *,
+    margin: float = 1.0,
+    inverse_temperature: float = 1.0,
+    exclude_answers: bool = True,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(effectiveness [N], faithfulness [N]).
+
+    effectiveness = max(0, m − s·(z[c] − z[w])), faithfulness = KL(p₀ ‖ p_s) over V∖{c, w}, both sides renormalised.
+    The hinge, the direction of the KL and the exclusion are this package's reading of the paper (see README).
+    """
+    acc = accumulation_dtype(logits.dtype)
+    z, r = logits.to(acc), reference_logits.to(acc)
+    effectiveness = z.new_zeros(z.shape[0])
+    if correct is not None and wrong is not None and direction is not None:
+        answers = torch.stack([correct, wrong], -1)  # [N, 2]
+        z_answers = z.gather(-1, answers)
+        difference = z_answers[:, 0] - z_answers[:, 1]
+        effectiveness = torch.relu(margin - direction.to(acc) * difference)
+        if exclude_answers:
+            if z.shape[-1] <= 2:  # nothing is left of V: the KL of two empty distributions is 0
+                return effectiveness, 0.0 * difference
+            z, r = without_columns(z, answers), without_columns(r, answers)
+    return effectiveness, kl_divergence(z * inverse_temperature, r * inverse_temperature, reverse=reverse)
+
+
+def l1_norm(scalars: Tensor) -> Tensor:
+    """‖α‖₁; its subgradient at 0 is 0."""
+    return scalars.to(accumulation_dtype(scalars.dtype)).abs().sum()
+
+
+def proximal_adam_(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,  # float32 scalar: steps taken so far; incremented
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    l1: float,
+) -> None:
+    """One Adam step (arXiv 1412.6980, alg. 1), then the proximal step of λ‖·‖₁ in Adam's own metric.
+
+    Adam moves by lr·m̂/(√v̂ + ε): gradient descent in the metric diag((√v̂ + ε)/lr). The proximal operator of λ‖·‖₁ in
+    that metric is the soft threshold at lr·λ/(√v̂ + ε), which sets entries to exactly 0.
+    """
+    step += 1
+    steps = step.double()  # 1 − βᵗ in float32 loses the digits that 1 has over it: 6e-5 of it at β = 0.999, t = 1
+    exp_avg.mul_(beta1).add_(gradient, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    first = exp_avg / (1 - beta1**steps)
+    rate = lr / ((exp_avg_sq / (1 - beta2**steps)).sqrt() + eps)
+    moved = parameter - rate * first
+    parameter.copy_(moved.sign() * (moved.abs() - rate * l1).clamp_(min=0))

@@ -1,0 +1,112 @@
+"""Scaling and shifting the vectors of an activation, head by head: y = h·(1 + β·α) + β·v.
+
+One op a direction. The backward pass computes the sums of dα and dv while it writes dx:
+dx = dy·(1 + β·α),  dα = Σ β·⟨h, dy⟩,  dv = Σ β·dy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import backends, checks, reference
+from .registry import LIBRARY
+
+_forward_op = torch.ops.actscale.scale_heads.default
+_backward_op = torch.ops.actscale.scale_heads_backward.default
+
+
+def scale_heads(
+    x: Tensor,
+    alpha: Tensor | None,
+    *,
+    strength: float | Tensor = 1.0,
+    shift: Tensor | None = None,
+    group: Tensor | None = None,
+) -> Tensor:
+    """Multiply each head's vector by 1 + β·α and add β·v (arXiv 2410.04962, eq. 4 and 5).
+
+    Args:
+        x: activations [B, T, H, D]; float32, bfloat16 or float16 (float64 through the reference backend).
+        alpha: scalars [G, P, H], P = 1 (one for all positions) or T; None for a shift alone.
+        strength: β, a float or one value per row [B]; 0 is the identity, −1 inverts. Not differentiated.
+        shift: vectors v [G, P, H, D], or None.
+        group: int64 [B], the row group of each row of x. None: G is 1, or G is B and row b uses its own scalars.
+
+    Returns:
+        [B, T, H, D] in x's dtype; computed in float32 and rounded once. Gradients reach x, alpha and shift.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on CPU also a group out of range
+            (on a GPU, where nothing is synchronised, such a row becomes NaN).
+
+    Example:
+        >>> alpha = torch.zeros(1, 1, 9, requires_grad=True)
+        >>> y = scale_heads(torch.randn(2, 5, 9, 64), alpha, strength=torch.tensor([1.0, -1.0]))
+    """
+    checks.floating_tensor("x", x, "[B, T, H, D]")
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, T, H, D]")
+    if alpha is None and shift is None:
+        raise ValueError("alpha, shift: both are None, expected at least one")
+    n_rows, n_positions, n_heads, head_dim = x.shape
+    n_groups = None
+    for name, values, trailing in (("alpha", alpha, (n_heads,)), ("shift", shift, (n_heads, head_dim))):
+        if values is None:
+            continue
+        checks.floating_tensor(name, values, "[G, P, H]" if name == "alpha" else "[G, P, H, D]")
+        checks.same_device(name, values, x.device)
+        wide = values.dim() == 2 + len(trailing) and values.shape[2:] == trailing
+        if not wide or values.shape[1] not in (1, n_positions):
+            tail = ", ".join(map(str, trailing))
+            raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected [G, 1 or {n_positions}, {tail}]")
+        if n_groups is not None and values.shape[0] != n_groups:
+            raise ValueError(f"shift: got {values.shape[0]} groups, expected {n_groups} as alpha has")
+        n_groups = values.shape[0]
+    if group is not None:
+        group = checks.index_vector("group", group, n_rows, x.device)
+    elif n_groups != 1:
+        if n_groups != n_rows:
+            raise ValueError(f"group: got None for {n_groups} groups and {n_rows} rows, expected an int64 tensor [B]")
+        group = torch.arange(n_rows, device=x.device)
+    row_strength = None
+    if isinstance(strength, Tensor) and strength.dim() > 0:
+        if strength.requires_grad:
+            raise ValueError("strength: requires a gradient, but it is not differentiated; learn alpha instead")
+        row_strength, strength = checks.row_values("strength", strength, n_rows, x.device), 1.0
+    strength = float(strength)
+    if backends.resolve(x.device, x.dtype) == "reference":
+        if group is not None and n_groups is not None:
+            checks.ids_in_range("group", group, n_groups, "group")
+        return reference.scale_heads(x, alpha, shift, strength, row_strength, group)
+    alpha = None if alpha is None else alpha.to(torch.float32).contiguous()
+    shift = None if shift is None else shift.to(torch.float32).contiguous()
+    if row_strength is not None:
+        row_strength = row_strength.to(torch.float32)
+    if x.stride(-1) != 1 and head_dim > 1:
+        x = x.contiguous()
+    return _forward_op(x, alpha, shift, strength, row_strength, group)
+
+
+class _ScaleHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, alpha, shift, row_strength, group)
+        ctx.strength = strength
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward_op(x, alpha, shift, strength, row_strength, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
+        x, alpha, shift, row_strength, group = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients = _backward_op(dy, x, alpha, shift, ctx.strength, row_strength, group, *needs)
+        dx, dalpha, dshift = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        return dx, dalpha, dshift, None, None, None
+
+
+LIBRARY.impl("scale_heads", _ScaleHeads.apply, "Autograd")

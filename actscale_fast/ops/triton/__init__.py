@@ -1,0 +1,16 @@
+"""The ops as Triton kernels, for every GPU that Triton serves: a `registry.BackendModule`."""
+
+from __future__ import annotations
+
+from .loss import intervention_loss
+from .proximal import proximal_adam_
+from .rescale import intervention_loss_scale_
+from .scale_heads import scale_heads, scale_heads_backward
+
+__all__ = [
+    "intervention_loss",
+    "intervention_loss_scale_",
+    "proximal_adam_",
+    "scale_heads",
+    "scale_heads_backward",
+]

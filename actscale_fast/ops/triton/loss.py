@@ -1,0 +1,386 @@
+"""Effectiveness and faithfulness of an intervention, and the gradient of both, from two rows of logits.
+
+z the logits, r the reference logits, i = inverse temperature, q = softmax(i·z), p = softmax(i·r) over the columns that are
+kept (all, or all but the answers c and w), s = ±1 the direction:
+    effectiveness E = max(0, m − s·(z[c] − z[w]))              dE/dz[c] = −s where E > 0, dE/dz[w] = s where E > 0
+    faithfulness  F = Σ p (log p − log q)                      dF/dz = i·(q − p)
+                  F = Σ q (log q − log p)   (reverse)          dF/dz = i·q·(log q − log p − F)
+Call w the logits of the weighting distribution (r; z in reverse) and o the other ones. With M the maxima of a row:
+    F = i·A/L_w + log(L_o/L_w),   A = Σ e^{i(w−M_w)}·((w−M_w) − (o−M_o)),   L = Σ e^{i(·−M)}
+A, L and M are found in one pass (running maxima, as arXiv 1805.02867 does for one softmax); moving the maxima by
+δ = (m_w−M_w) − (m_o−M_o) turns a partial sum a into e^{i(m_w−M_w)}·(a + l_w·δ). Only differences from the maxima are ever
+multiplied or added up, so a common offset costs no digits, and equal rows give δ = 0, A = 0, L_o = L_w: F is exactly 0.
+The gradient takes q and p from e^{i(·−M) − log L} with the sum inside the exponent, so equal rows subtract equal numbers;
+a product with 1/L would be contracted into the subtraction and leave a rounding error.
+
+Nothing is saved for backward but the gradient itself and three numbers a row. Bytes per logit of b bytes: 2·b for the losses;
+with the gradient 5·b, of which up to 2·b come from L2, because the second pass walks over rows and columns backwards.
+
+Rows are split over programs (`Tiling`); each stores (M_w, L_w, M_o, L_o, A), and every program of the second launch combines
+the row's few partials again, in order, rather than wait for a third launch. Where the rows alone fill the chip, one launch
+does both passes. The scalars' ‖α‖₁ and sign(α) are one more program of the last launch.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .columns import MAX_SPLITS, Tiling, in_tile, row_shift, row_start, tile_positions
+from .device import on_device_of, processors
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SCALARS_BLOCK = tl.constexpr(1024)
+
+
+@triton.jit
+def _finite(m):
+    """A maximum that may be subtracted: 0 stands for that of nothing but −inf."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _moved(m_w, l_w, m_o, a, top_w, top_o, scale):
+    """(factor of l_w, a) of a partial sum whose maxima m become `top`. A weight that underflows takes an infinite a along."""
+    factor = tl.exp2((m_w - _finite(top_w)) * scale)
+    delta = (_finite(m_w) - _finite(top_w)) - (_finite(m_o) - _finite(top_o))
+    return factor, tl.where(factor == 0.0, 0.0, factor * (a + l_w * delta))
+
+
+@triton.jit
+def _merge(m_w, l_w, m_o, l_o, a, scale):
+    """Partial sums [K] -> the sums over all K, as scalars."""
+    top_w, top_o = tl.max(m_w, 0), tl.max(m_o, 0)
+    factor, a = _moved(m_w, l_w, m_o, a, top_w, top_o, scale)
+    sum_o = tl.sum(l_o * tl.exp2((m_o - _finite(top_o)) * scale), 0)
+    return top_w, tl.sum(l_w * factor, 0), top_o, sum_o, tl.sum(a, 0)
+
+
+@triton.jit
+def _answers(p_correct, p_wrong, row, V):
+    """(c, w, whether both are columns); −1 for both where one is not, or where there are no answers."""
+    if p_correct is not None:
+        c = tl.load(p_correct + row)
+        w = tl.load(p_wrong + row)
+        valid = (c >= 0) & (c < V) & (w >= 0) & (w < V)
+        return tl.where(valid, c, -1).to(tl.int32), tl.where(valid, w, -1).to(tl.int32), valid
+    else:  # noqa: RET505  (Triton wants both branches of a constexpr)
+        nowhere = tl.full([], -1, tl.int32)
+        return nowhere, nowhere, nowhere == -1
+
+
+@triton.jit
+def _scan(
+    p_w,  # where the row's first tile begins
+    p_o,
+    c,
+    w,
+    V,
+    shift,  # columns before the row at which its first tile begins
+    first_tile,
+    tiles,
+    scale,
+    EXCLUDE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """(M_w, L_w, M_o, L_o, A) of some tiles; a running set per thread, so the loop reduces in registers only."""
+    TILE: tl.constexpr = UNROLL * LANES * VECTOR
+    positions = tile_positions(UNROLL, LANES, VECTOR)
+    m_w = tl.full([LANES], float("-inf"), tl.float32)
+    m_o = tl.full([LANES], float("-inf"), tl.float32)
+    l_w = tl.zeros([LANES], tl.float32)
+    l_o = tl.zeros([LANES], tl.float32)
+    a = tl.zeros([LANES], tl.float32)
+    for tile in range(first_tile, first_tile + tiles):
+        first = tile * TILE - shift
+        whole = (first >= 0) & (first + TILE <= V)
+        if EXCLUDE:
+            whole = whole & ((in_tile(c, first, TILE) | in_tile(w, first, TILE)) == 0)
+        offsets = tile * TILE + positions
+        if whole:
+            b_w = tl.load(p_w + offsets).to(tl.float32)
+            b_o = tl.load(p_o + offsets).to(tl.float32)
+        else:
+            columns = first + positions
+            kept = (columns >= 0) & (columns < V)
+            if EXCLUDE:
+                kept = kept & (columns != c) & (columns != w)
+            b_w = tl.load(p_w + offsets, mask=kept, other=float("-inf")).to(tl.float32)
+            b_o = tl.load(p_o + offsets, mask=kept, other=float("-inf")).to(tl.float32)
+        top_w = tl.maximum(m_w, tl.max(tl.max(b_w, 2), 0))
+        top_o = tl.maximum(m_o, tl.max(tl.max(b_o, 2), 0))
+        b_w -= _finite(top_w)[None, :, None]
+        b_o -= _finite(top_o)[None, :, None]
+        b_e = tl.exp2(b_w * scale)
+        factor, a = _moved(m_w, l_w, m_o, a, top_w, top_o, scale)
+        a += tl.sum(tl.sum(tl.where(b_e == 0.0, 0.0, b_e * (b_w - b_o)), 2), 0)
+        l_w = tl.fma(l_w, factor, tl.sum(tl.sum(b_e, 2), 0))
+        factor = tl.exp2((m_o - _finite(top_o)) * scale)
+        l_o = tl.fma(l_o, factor, tl.sum(tl.sum(tl.exp2(b_o * scale), 2), 0))
+        m_w, m_o = top_w, top_o
+    return _merge(m_w, l_w, m_o, l_o, a, scale)
+
+
+@triton.jit
+def _kl_gradient(b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE: tl.constexpr):
+    """dF/dz of columns whose logits are b_w and b_o; log_w, log_o are the logarithms to base 2 of L_w, L_o."""
+    b_w = (b_w - _finite(top_w)) * scale - log_w
+    b_o = (b_o - _finite(top_o)) * scale - log_o
+    if REVERSE:
+        b_q = tl.exp2(b_w)
+        return tl.where(b_q == 0.0, 0.0, inverse_temperature * b_q * ((b_w - b_o) * LN2 - faithfulness))
+    else:  # noqa: RET505  (Triton wants both branches of a constexpr)
+        return inverse_temperature * (tl.exp2(b_o) - tl.exp2(b_w))
+
+
+@triton.jit
+def _l1_and_sign(p_scalars, p_l1, p_sign, n_scalars):
+    total = tl.zeros([SCALARS_BLOCK], tl.float32)
+    for start in range(0, n_scalars, SCALARS_BLOCK):
+        i = start + tl.arange(0, SCALARS_BLOCK)
+        b_alpha = tl.load(p_scalars + i, mask=i < n_scalars, other=0.0)
+        total += tl.abs(b_alpha)
+        if p_sign is not None:
+            tl.store(p_sign + i, (b_alpha > 0).to(tl.float32) - (b_alpha < 0).to(tl.float32), mask=i < n_scalars)
+    tl.store(p_l1, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["splits", "tiles"])
+def intervention_loss_scan_kernel(
+    p_partials,  # [N, 5, splits]: M_w, L_w, M_o, L_o, A
+    p_w,  # [N, V] the weighting distribution's logits
+    p_o,  # [N, V] the other ones
+    p_correct,  # [N] or None
+    p_wrong,
+    V,
+    stride_w,
+    stride_o,
+    splits,
+    tiles,
+    inverse_temperature,
+    EXCLUDE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
+    c, w, _ = _answers(p_correct, p_wrong, row, V)
+    top_w, sum_w, top_o, sum_o, a = _scan(
+        p_w + row_start(row, stride_w, VECTOR, SHIFTED), p_o + row_start(row, stride_o, VECTOR, SHIFTED), c, w, V,
+        row_shift(row, stride_w, VECTOR, SHIFTED), split * tiles, tiles, inverse_temperature * LOG2E,
+        EXCLUDE, UNROLL, LANES, VECTOR,
+    )  # fmt: skip
+    p_partials += row * 5 * splits + split
+    tl.store(p_partials, top_w)
+    tl.store(p_partials + splits, sum_w)
+    tl.store(p_partials + 2 * splits, top_o)
+    tl.store(p_partials + 3 * splits, sum_o)
+    tl.store(p_partials + 4 * splits, a)
+
+
+@triton.jit
+def _partials(p_partials, row, splits, scale):
+    """The row's sums from those of its splits, combined in the same order by whoever asks."""
+    i = tl.arange(0, MAX_SPLITS)
+    here = i < splits
+    p_partials += row * 5 * splits + i
+    m_w = tl.load(p_partials, mask=here, other=float("-inf"))
+    l_w = tl.load(p_partials + splits, mask=here, other=0.0)
+    m_o = tl.load(p_partials + 2 * splits, mask=here, other=float("-inf"))
+    l_o = tl.load(p_partials + 3 * splits, mask=here, other=0.0)
+    a = tl.load(p_partials + 4 * splits, mask=here, other=0.0)
+    return _merge(m_w, l_w, m_o, l_o, a, scale)
+
+
+@triton.jit(do_not_specialize=["n_scalars", "splits", "programs", "tiles"])
+def intervention_loss_finish_kernel(
+    p_partials,  # of the scan kernel, or None: the program scans its row itself (programs == 1)
+    p_w,  # [N, V]
+    p_o,  # [N, V]
+    p_correct,  # [N] or None
+    p_wrong,
+    p_direction,  # [N] or None
+    p_effectiveness,  # [N]
+    p_faithfulness,  # [N]
+    p_grad,  # [N, V] or None
+    p_answer_grad,  # [N, 3] or None
+    p_scalars,  # or None
+    p_l1,
+    p_sign,
+    n_scalars,
+    V,
+    stride_w,
+    stride_o,
+    splits,
+    programs,  # a row
+    tiles,  # a program
+    margin,
+    inverse_temperature,
+    EXCLUDE: tl.constexpr,
+    NOTHING_LEFT: tl.constexpr,  # V = 0, or V ≤ 2 without the answers: F = 0
+    REVERSE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # what the scan read last lies in L2
+    if p_scalars is not None:
+        if program == 0:
+            _l1_and_sign(p_scalars, p_l1, p_sign, n_scalars)
+            return
+        program -= 1
+    TILE: tl.constexpr = UNROLL * LANES * VECTOR
+    row = (program // programs).to(tl.int64)
+    split = program % programs
+    scale = inverse_temperature * LOG2E
+    c, w, valid = _answers(p_correct, p_wrong, row, V)
+    p_first = p_w + row * stride_w
+    p_second = p_o + row * stride_o
+    p_w += row_start(row, stride_w, VECTOR, SHIFTED)
+    p_o += row_start(row, stride_o, VECTOR, SHIFTED)
+    shift = row_shift(row, stride_w, VECTOR, SHIFTED)
+
+    if p_partials is not None:
+        top_w, sum_w, top_o, sum_o, a = _partials(p_partials, row, splits, scale)
+    else:
+        top_w, sum_w, top_o, sum_o, a = _scan(
+            p_w, p_o, c, w, V, shift, 0, tiles, scale, EXCLUDE, UNROLL, LANES, VECTOR
+        )  # fmt: skip
+    log_w, log_o = tl.log2(sum_w), tl.log2(sum_o)
+    faithfulness = inverse_temperature * (a / sum_w) + LN2 * tl.log2(sum_o / sum_w)
+    if NOTHING_LEFT:
+        faithfulness = 0.0 * inverse_temperature
+        log_w, log_o = float("inf") + faithfulness, float("inf") + faithfulness
+    if p_correct is not None:  # an id out of range: the row is NaN
+        poison = tl.where(valid, 0.0, float("nan"))
+        faithfulness += poison
+        log_w += poison
+        log_o += poison
+
+    if p_correct is not None:
+        w_c = tl.load(p_first + c, mask=valid, other=float("nan")).to(tl.float32)
+        w_w = tl.load(p_first + w, mask=valid, other=float("nan")).to(tl.float32)
+        o_c = tl.load(p_second + c, mask=valid, other=float("nan")).to(tl.float32)
+        o_w = tl.load(p_second + w, mask=valid, other=float("nan")).to(tl.float32)
+        direction = tl.load(p_direction + row)
+        if REVERSE:
+            difference = w_c - w_w
+        else:
+            difference = o_c - o_w
+        missing = margin - direction * difference
+        effectiveness = tl.where(missing <= 0.0, 0.0, missing)
+        hinge = tl.where((missing > 0.0) & (c != w), -direction, 0.0) + poison
+    else:
+        effectiveness = tl.zeros([], tl.float32)
+
+    if split == 0:
+        tl.store(p_effectiveness + row, effectiveness)
+        tl.store(p_faithfulness + row, faithfulness)
+        if p_answer_grad is not None:
+            p_answer_grad += row * 3
+            if p_correct is None:
+                tl.store(p_answer_grad + tl.arange(0, 4), tl.zeros([4], tl.float32), mask=tl.arange(0, 4) < 3)
+            else:
+                if EXCLUDE:
+                    at_c, at_w = poison, poison
+                else:
+                    at_c = _kl_gradient(
+                        w_c, o_c, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
+                    )
+                    at_w = _kl_gradient(
+                        w_w, o_w, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
+                    )
+                tl.store(p_answer_grad, at_c)
+                tl.store(p_answer_grad + 1, at_w)
+                tl.store(p_answer_grad + 2, hinge)
+
+    if p_grad is not None:
+        positions = tile_positions(UNROLL, LANES, VECTOR)
+        p_grad += row_start(row, V, VECTOR, SHIFTED)
+        for i in range(tiles):
+            tile = split * tiles + tiles - 1 - i
+            first = tile * TILE - shift
+            whole = (first >= 0) & (first + TILE <= V)
+            if p_correct is not None:
+                whole = whole & ((in_tile(c, first, TILE) | in_tile(w, first, TILE)) == 0)
+            offsets = tile * TILE + positions
+            if whole:
+                b_w = tl.load(p_w + offsets).to(tl.float32)
+                b_o = tl.load(p_o + offsets).to(tl.float32)
+                b_g = _kl_gradient(
+                    b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
+                )
+                tl.store(p_grad + offsets, b_g.to(p_grad.dtype.element_ty))
+            else:
+                columns = first + positions
+                here = (columns >= 0) & (columns < V)
+                b_w = tl.load(p_w + offsets, mask=here, other=float("-inf")).to(tl.float32)
+                b_o = tl.load(p_o + offsets, mask=here, other=float("-inf")).to(tl.float32)
+                b_g = _kl_gradient(
+                    b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
+                )
+                if p_correct is not None:
+                    if EXCLUDE:
+                        b_g = tl.where((columns == c) | (columns == w), 0.0, b_g)
+                    b_g += tl.where(columns == c, hinge, 0.0) - tl.where(columns == w, hinge, 0.0)
+                tl.store(p_grad + offsets, b_g.to(p_grad.dtype.element_ty), mask=here)
+
+
+def intervention_loss(
+    logits: Tensor,
+    reference_logits: Tensor,
+    correct: Tensor | None,
+    wrong: Tensor | None,
+    direction: Tensor | None,
+    scalars: Tensor | None,
+    margin: float,
+    inverse_temperature: float,
+    exclude_answers: bool,
+    reverse: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(effectiveness, faithfulness, grad, answer_grad, l1, sign); see `registry.BackendModule`."""
+    N, V = logits.shape
+    device = logits.device
+    effectiveness = torch.empty(N, dtype=torch.float32, device=device)
+    faithfulness = torch.empty(N, dtype=torch.float32, device=device)
+    grad = torch.empty((N, V) if need_grad else (0,), dtype=logits.dtype, device=device)
+    answer_grad = torch.empty((N, 3) if need_grad else (0,), dtype=torch.float32, device=device)
+    l1 = torch.empty((0,) if scalars is None else (), dtype=torch.float32, device=device)
+    need_sign = scalars is not None and need_grad
+    sign = torch.empty(scalars.shape if scalars is not None and need_grad else (0,), dtype=torch.float32, device=device)
+
+    exclude = exclude_answers and correct is not None
+    p_w, p_o = (logits, reference_logits) if reverse else (reference_logits, logits)
+    strides = (p_w.stride(0), p_o.stride(0), *((V,) if need_grad else ()))
+    tiling = Tiling.of(N, V, logits.dtype, strides, processors(device))
+    partials = None
+    with on_device_of(logits):
+        if tiling.splits > 1 and N > 0:
+            partials = torch.empty((N, 5, tiling.splits), dtype=torch.float32, device=device)
+            intervention_loss_scan_kernel[(N * tiling.splits,)](
+                partials, p_w, p_o, correct, wrong, V, *strides[:2], tiling.splits, tiling.tiles, inverse_temperature,
+                EXCLUDE=exclude, **tiling.constants,
+            )  # fmt: skip
+        programs = tiling.splits if need_grad else 1  # without a gradient only the combination is left to do
+        grid = N * programs + (scalars is not None)
+        if grid > 0:
+            intervention_loss_finish_kernel[(grid,)](
+                partials, p_w, p_o, correct, wrong, direction, effectiveness, faithfulness,
+                grad if need_grad else None, answer_grad if need_grad else None,
+                scalars, l1 if scalars is not None else None, sign if need_sign else None,
+                0 if scalars is None else scalars.numel(), V, *strides[:2], tiling.splits, programs, tiling.tiles,
+                margin, inverse_temperature,
+                EXCLUDE=exclude, NOTHING_LEFT=V == 0 or (exclude and V <= 2), REVERSE=reverse, **tiling.constants,
+            )  # fmt: skip
+    return effectiveness, faithfulness, grad, answer_grad, l1, sign

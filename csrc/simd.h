@@ -1,0 +1,204 @@
+// One vector of floats, W lanes, for the level this file is compiled for, and exp.
+//
+// Included by one translation unit a level, each with its own instruction set. All is static in a namespace of its own and
+// uses no std template: an inline function shared between the units could be linked in the version of the wrong level.
+#pragma once
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(ACTSCALE_AVX2) || defined(ACTSCALE_AVX512)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace actscale {
+namespace ACTSCALE_LEVEL {
+
+#define INLINE static inline __attribute__((always_inline))
+
+struct bf16 { uint16_t bits; };
+struct half { uint16_t bits; };
+
+INLINE float bits_to_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
+INLINE uint32_t float_to_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
+
+// One value at a time; both roundings are to nearest even.
+INLINE float widen(float value) { return value; }
+INLINE float widen(bf16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
+INLINE float widen(half value) {
+    const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, magnitude = value.bits & 0x7fff;
+    if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude << 13));  // inf, NaN
+    // A subnormal is an integer multiple of 2^-24; a normal one needs its exponent moved from bias 15 to 127.
+    const float absolute = magnitude < 0x400 ? float(magnitude) * 0x1p-24f : bits_to_float((magnitude << 13) + (112u << 23));
+    return bits_to_float(sign | float_to_bits(absolute));
+}
+INLINE void narrow(float value, float* out) { *out = value; }
+INLINE void narrow(float value, bf16* out) {
+    const uint32_t bits = float_to_bits(value);
+    out->bits = uint16_t(value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE void narrow(float value, half* out) {
+    const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000, absolute = bits & 0x7fffffff;
+    uint32_t result;
+    if (absolute > 0x7f800000) result = 0x7e00;                                            // NaN
+    else if (absolute >= 0x477ff000) result = 0x7c00;                                      // rounds to inf
+    else if (absolute < 0x38800000)                                                        // subnormal: the adder rounds
+        result = float_to_bits(bits_to_float(absolute) + 0.5f) - float_to_bits(0.5f);
+    else result = (absolute + 0xfff + ((absolute >> 13) & 1) - (112u << 23)) >> 13;
+    out->bits = uint16_t(sign | result);
+}
+
+#if defined(ACTSCALE_AVX512)
+typedef __m512 F;
+typedef __mmask16 Mask;
+constexpr int W = 16;
+INLINE F set1(float v) { return _mm512_set1_ps(v); }
+INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE F load(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+INLINE F load(const half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+INLINE __m256i pack(F v, bf16*) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+INLINE __m256i pack(F v, half*) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+template <class T> INLINE void store(T* p, F v) { _mm256_storeu_si256((__m256i*)p, pack(v, p)); }
+INLINE void stream(float* p, F v) { _mm512_stream_ps(p, v); }
+template <class T> INLINE void stream(T* p, F v) { _mm256_stream_si256((__m256i*)p, pack(v, p)); }
+INLINE void fence() { _mm_sfence(); }
+INLINE F fmadd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE F fnmadd(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE F nearest(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE F times_power_of_two(F v, F n) { return _mm512_scalef_ps(v, n); }
+INLINE Mask not_below(F v, F bound) { return _mm512_cmp_ps_mask(v, bound, _CMP_NLT_UQ); }
+INLINE F keep(Mask mask, F v) { return _mm512_maskz_mov_ps(mask, v); }
+INLINE F absolute(F v) { return _mm512_abs_ps(v); }
+INLINE F square_root(F v) { return _mm512_sqrt_ps(v); }
+
+#elif defined(ACTSCALE_AVX2)
+typedef __m256 F;
+typedef __m256 Mask;
+constexpr int W = 8;
+INLINE F set1(float v) { return _mm256_set1_ps(v); }
+INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE F load(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+INLINE F load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+INLINE __m128i pack(F v, bf16*) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+INLINE __m128i pack(F v, half*) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+template <class T> INLINE void store(T* p, F v) { _mm_storeu_si128((__m128i*)p, pack(v, p)); }
+INLINE void stream(float* p, F v) { _mm256_stream_ps(p, v); }
+template <class T> INLINE void stream(T* p, F v) { _mm_stream_si128((__m128i*)p, pack(v, p)); }
+INLINE void fence() { _mm_sfence(); }
+INLINE F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE F fnmadd(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
+INLINE F nearest(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE F times_power_of_two(F v, F n) {  // n in -126..127; what it gives for other n is masked away by exp
+    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return v * _mm256_castsi256_ps(exponent);
+}
+INLINE Mask not_below(F v, F bound) { return _mm256_cmp_ps(v, bound, _CMP_NLT_UQ); }
+INLINE F keep(Mask mask, F v) { return _mm256_and_ps(mask, v); }
+INLINE F absolute(F v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+INLINE F square_root(F v) { return _mm256_sqrt_ps(v); }
+
+#else  // SSE2, NEON or whatever the compiler makes of 16-byte vectors
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t Mask __attribute__((vector_size(16)));
+constexpr int W = 4;
+INLINE F set1(float v) { return F{v, v, v, v}; }
+INLINE F load(const float* p) { F v; memcpy(&v, p, sizeof v); return v; }
+template <class T> INLINE F load(const T* p) { return F{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+INLINE void store(float* p, F v) { memcpy(p, &v, sizeof v); }
+template <class T> INLINE void store(T* p, F v) { for (int i = 0; i < W; i++) narrow(v[i], p + i); }
+template <class T> INLINE void stream(T* p, F v) { store(p, v); }
+INLINE void fence() {}
+INLINE F fmadd(F a, F b, F c) { return a * b + c; }
+INLINE F fnmadd(F a, F b, F c) { return c - a * b; }
+INLINE F choose(Mask mask, F a, F b) { return F((mask & Mask(a)) | (~mask & Mask(b))); }
+INLINE F larger(F a, F b) { return choose(a > b, a, b); }
+INLINE F nearest(F v) { return (v + set1(0x1.8p23f)) - set1(0x1.8p23f); }  // |v| < 2^22
+INLINE F times_power_of_two(F v, F n) {
+    const F shifted = n + set1(0x1.8p23f);  // the low bits of the mantissa are n
+    return v * F((Mask(shifted) + (127 - 0x4b400000)) << 23);
+}
+INLINE Mask not_below(F v, F bound) { return ~(v < bound); }
+INLINE F keep(Mask mask, F v) { return F(mask & Mask(v)); }
+INLINE F absolute(F v) { return F(Mask(v) & 0x7fffffff); }
+INLINE F square_root(F v) { return F{sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
+#endif
+
+// The first `count` lanes from memory, the others `fill`; the first `count` lanes to memory.
+template <class T> INLINE F load_part(const T* p, int count, float fill) {
+    float lanes[W];
+    for (int i = 0; i < W; i++) lanes[i] = fill;
+    for (int i = 0; i < count; i++) lanes[i] = widen(p[i]);
+    return load(lanes);
+}
+template <class T> INLINE void store_part(T* p, F v, int count) {
+    float lanes[W];
+    store(lanes, v);
+    for (int i = 0; i < count; i++) narrow(lanes[i], p + i);
+}
+
+// Pairwise over the lanes: the same order every time.
+INLINE float sum_of(F v) {
+    float lanes[W];
+    store(lanes, v);
+    for (int half_of = W / 2; half_of; half_of /= 2)
+        for (int i = 0; i < half_of; i++) lanes[i] += lanes[i + half_of];
+    return lanes[0];
+}
+INLINE float largest_of(F v) {
+    float lanes[W], result = -FLT_MAX;  // never -inf: the difference to it must be -inf, not NaN
+    store(lanes, v);
+    for (int i = 0; i < W; i++) result = lanes[i] > result ? lanes[i] : result;
+    return result;
+}
+
+// exp(x) for x <= 0, at most 2 ulp off; below ln(2^-126), where it is no normal number, 0. `normal` tells which lanes are.
+// x = n·ln2 + r with |r| <= ln2/2 (ln2 in two parts, the first exact for every n), exp(r) = 1 + r + r²·Q(r) with Q the
+// minimax polynomial of degree 4 (relative error 4e-9), exp(x) = 2^n·exp(r). NaN stays NaN.
+INLINE F exponential(F x, Mask* normal) {
+    *normal = not_below(x, set1(-0x1.5d589ep6f));
+    const F n = nearest(x * set1(0x1.715476p0f));
+    const F r = fnmadd(n, set1(-0x1.bd0106p-13f), fnmadd(n, set1(0x1.63p-1f), x));
+    F q = fmadd(set1(0x1.6a23d0p-10f), r, set1(0x1.123a20p-7f));
+    q = fmadd(q, r, set1(0x1.5558f2p-5f));
+    q = fmadd(q, r, set1(0x1.555492p-3f));
+    q = fmadd(q, r, set1(0x1.fffffcp-2f));
+    const F one = set1(1.0f);
+    return keep(*normal, times_power_of_two(fmadd(r * r, q, r) + one, n));
+}
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+}  // namespace ACTSCALE_LEVEL
+}  // namespace actscale

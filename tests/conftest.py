@@ -1,0 +1,63 @@
+"""Shared fixtures: seeds, backends, poisoned memory.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which is chosen by an environment variable read when Triton
+is imported; torch.compile imports it too (and compiles for the CPU as usual with the variable set).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import random
+import zlib
+from collections.abc import Iterator
+
+import pytest
+from op_cases import Backend, Inputs
+
+from actscale_fast.ops import backends
+
+#: Fresh every run; ACTSCALE_TEST_SEED=<the printed number> repeats one.
+SEED = int(os.environ.get("ACTSCALE_TEST_SEED", random.SystemRandom().randrange(2**31)))
+
+
+def pytest_report_header() -> str:
+    return f"inputs: ACTSCALE_TEST_SEED={SEED}; ACTSCALE_BACKEND={os.environ.get('ACTSCALE_BACKEND', 'auto')}"
+
+
+@pytest.fixture
+def inputs(request: pytest.FixtureRequest) -> Inputs:
+    """Random inputs of this test's own: seeded by the run's seed and the test's name, printed when the test fails."""
+    seed = zlib.crc32(f"{SEED} {request.node.name}".encode())
+    print(f"ACTSCALE_TEST_SEED={SEED} ({request.node.name}: {seed})")
+    return Inputs(torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The backend named by the parameter, chosen for the test; skipped with the reason where it cannot run."""
+    name = request.param
+    reason = backends.unavailable(name)
+    if reason:
+        pytest.skip(f"backend {name!r}: {reason}")
+    on_gpu = name == "triton" and torch.cuda.is_available()
+    with backends.use_backend(name):
+        yield Backend(name, torch.device("cuda" if on_gpu else "cpu"))
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fills what torch.empty, empty_like and new_empty return with NaN, so that nothing unwritten passes for a result."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(3).bfloat16()).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

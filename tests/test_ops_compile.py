@@ -1,0 +1,179 @@
+"""The ops as PyTorch sees them: schemas, fakes, autograd registration, and one graph under torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from op_cases import Backend, Inputs, over
+from torch import Tensor
+
+from actscale_fast import ops
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """A graph compiled for one backend is not reused for the next."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def loss_arguments(inputs: Inputs, device: torch.device, **changes: Any) -> tuple[Any, ...]:
+    """Positional arguments of the op actscale::intervention_loss."""
+    rows = inputs.rows(5, 37).to(device)
+    values = {
+        "logits": rows.logits.requires_grad_(), "reference_logits": rows.reference, "correct": rows.correct,
+        "wrong": rows.wrong, "direction": rows.direction, "scalars": None, "margin": 1.5, "inverse_temperature": 1.0,
+        "exclude_answers": True, "reverse": False, "need_grad": True,
+    }  # fmt: skip
+    return tuple({**values, **changes}.values())
+
+
+def scaling_arguments(inputs: Inputs, device: torch.device) -> tuple[Any, ...]:
+    x, alpha, shift = inputs.normal(3, 4, 2, 8), inputs.normal(2, 1, 2), inputs.normal(2, 4, 2, 8)
+    leaves = (value.to(device).requires_grad_() for value in (x, alpha, shift))
+    return (*leaves, 1.0, inputs.normal(3).to(device), torch.tensor([1, 0, 1], device=device))
+
+
+# The two ops of the backward pass and the optimizer step have no gradient of their own; their other checks all apply.
+@over(backends=["cpu"] + ["triton"] * torch.cuda.is_available())
+def test_opcheck_passes_for_every_op(backend: Backend, inputs: Inputs) -> None:
+    device = backend.device
+    library = torch.ops.actscale
+    scaling = scaling_arguments(inputs, device)
+    torch.library.opcheck(library.scale_heads.default, scaling)
+    torch.library.opcheck(library.scale_heads.default, (scaling[0], scaling[1], None, -1.0, None, scaling[5]))
+    detached = [value.detach() if isinstance(value, Tensor) else value for value in scaling]
+    dy = inputs.normal(3, 4, 2, 8).to(device)
+    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        torch.library.opcheck(library.scale_heads_backward.default, (dy, *detached, *needs))
+    scalars = inputs.normal(1, 3, 2).to(device).requires_grad_()
+    for changes in ({"scalars": scalars}, {"reverse": True}, {"exclude_answers": False}):
+        torch.library.opcheck(library.intervention_loss.default, loss_arguments(inputs, device, **changes))
+    plain = loss_arguments(inputs, device, correct=None, wrong=None, direction=None, exclude_answers=False)
+    torch.library.opcheck(library.intervention_loss.default, plain)
+    inference = [v.detach() if isinstance(v, Tensor) else v for v in loss_arguments(inputs, device, need_grad=False)]
+    torch.library.opcheck(library.intervention_loss.default, tuple(inference))
+    rows = inputs.rows(5, 37).to(device)
+    upstream, answer_grad = (inputs.normal(5).to(device) for _ in range(2)), inputs.normal(5, 3).to(device)
+    scale = (rows.logits, *upstream, rows.correct, rows.wrong, answer_grad)
+    torch.library.opcheck(library.intervention_loss_scale_.default, scale)
+    adam = [inputs.normal(6).to(device) for _ in range(3)] + [inputs.normal(6).abs().to(device)]
+    step = torch.zeros((), device=device)
+    torch.library.opcheck(library.proximal_adam_.default, (*adam, step, 0.1, 0.9, 0.999, 1e-8, 0.01))
+
+
+def assert_compiles_to_the_same(
+    call: Callable[..., Tensor], make: Callable[[int], tuple[list[Tensor], list[Any]]], *, compiler: str
+) -> None:
+    """`call(*leaves, *rest)`, compiled into one graph, gives eager's value and gradients at several batch sizes."""
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=compiler)
+    for rows in (3, 5, 8):
+        leaves, rest = make(rows)
+        results = []
+        for function in (call, compiled):
+            value = function(*leaves, *rest)
+            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+        for got, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6)
+
+
+@over()
+def test_scale_heads_compiles_into_one_graph_for_every_batch_size(backend: Backend, inputs: Inputs) -> None:
+    def call(x: Tensor, alpha: Tensor, shift: Tensor, strength: Tensor, group: Tensor, weight: Tensor) -> Tensor:
+        y = ops.scale_heads(x * 2.0, alpha, strength=strength, shift=shift, group=group)
+        return (y * weight).sum()
+
+    def make(rows: int) -> tuple[list[Tensor], list[Any]]:
+        leaves = [inputs.normal(rows, 4, 3, 8), inputs.normal(2, 1, 3), inputs.normal(2, 1, 3, 8)]
+        rest = [inputs.normal(rows), inputs.integers(2, rows), inputs.normal(rows, 4, 3, 8)]
+        return [t.to(backend.device).requires_grad_() for t in leaves], [t.to(backend.device) for t in rest]
+
+    assert_compiles_to_the_same(call, make, compiler="aot_eager")
+
+
+@over()
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_the_intervention_loss_compiles_into_one_graph_for_every_batch_size(
+    backend: Backend, kl: Any, inputs: Inputs
+) -> None:
+    def call(logits: Tensor, scalars: Tensor, reference: Tensor, c: Tensor, w: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        options: dict[str, Any] = {"direction": s, "margin": 2.0, "kl": kl, "scalars": scalars}
+        e, f, l1 = ops.intervention_loss(logits.sin() * 4, reference, c, w, **options)
+        return (e * u).sum() + (f * u).mean() + 0.1 * l1
+
+    def make(rows: int) -> tuple[list[Tensor], list[Any]]:
+        made = inputs.rows(rows, 37).to(backend.device)
+        scalars = inputs.normal(2, 3).to(backend.device)
+        leaves = [made.logits.requires_grad_(), scalars.requires_grad_()]
+        return leaves, [*made[1:], inputs.normal(rows).to(backend.device)]
+
+    assert_compiles_to_the_same(call, make, compiler="aot_eager")
+
+
+@over()
+def test_kl_div_compiles_into_one_graph_for_every_batch_size(backend: Backend, inputs: Inputs) -> None:
+    def call(logits: Tensor, reference: Tensor) -> Tensor:
+        return ops.kl_div_from_logits(logits * 0.5, reference, temperature=2.0, reduction="batchmean")
+
+    def make(rows: int) -> tuple[list[Tensor], list[Any]]:
+        made = inputs.rows(rows, 41).to(backend.device)
+        return [made.logits.requires_grad_()], [made.reference]
+
+    assert_compiles_to_the_same(call, make, compiler="aot_eager")
+
+
+@pytest.mark.slow
+@over(backends=["reference", "cpu"])
+def test_scaling_and_loss_together_pass_the_default_compiler(backend: Backend, inputs: Inputs) -> None:
+    def call(x: Tensor, alpha: Tensor, weight: Tensor, reference: Tensor, c: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        hidden = ops.scale_heads(x, alpha, strength=s)[:, -1].flatten(1)
+        e, f, l1 = ops.intervention_loss(hidden @ weight, reference, c, w, direction=s, margin=2.0, scalars=alpha)
+        return e.mean() + f.mean() + 0.1 * l1
+
+    weight = inputs.normal(24, 37, scale=0.3)
+
+    def make(rows: int) -> tuple[list[Tensor], list[Any]]:
+        made = inputs.rows(rows, 37)
+        leaves = [inputs.normal(rows, 4, 3, 8).requires_grad_(), inputs.normal(1, 1, 3).requires_grad_()]
+        return leaves, [weight, *made[1:]]
+
+    assert_compiles_to_the_same(call, make, compiler="inductor")
+
+
+@over(backends=["reference", "cpu"])
+def test_the_proximal_step_compiles_into_one_graph(backend: Backend, inputs: Inputs) -> None:
+    def update(*state: Tensor) -> None:
+        ops.proximal_adam_(*state, lr=0.1, l1=0.02)
+
+    start = [inputs.normal(9), inputs.normal(9), torch.zeros(9), torch.zeros(9), torch.zeros(())]
+    states = [[t.clone() for t in start] for _ in range(2)]
+    compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        update(*states[0])
+        compiled(*states[1])
+    for got, expected in zip(states[1], states[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    assert float(states[1][4]) == 2.0
+
+
+@over()
+def test_a_compiled_graph_gives_the_same_gradient_twice(backend: Backend, inputs: Inputs) -> None:
+    """Eager autograd may write over the stored gradient, a compiled graph that is run again must not see that."""
+    rows = inputs.rows(4, 29).to(backend.device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def losses(logits: Tensor) -> tuple[Tensor, ...]:
+        return ops.intervention_loss(logits, rows.reference, rows.correct, rows.wrong, direction=rows.direction)
+
+    logits, upstream = rows.logits.detach().requires_grad_(), inputs.normal(4).to(backend.device)
+    results = [torch.autograd.grad(losses(logits), logits, (upstream, upstream * 3))[0] for _ in range(2)]
+    with torch._functorch.config.patch(donated_buffer=False):  # what PyTorch asks for before a graph may be kept
+        torch.compiler.reset()
+        kept = losses(logits)
+        for _ in range(2):
+            results.append(torch.autograd.grad(kept, logits, (upstream, upstream * 3), retain_graph=True)[0])
+    assert all(torch.equal(results[0], other) for other in results[1:])
