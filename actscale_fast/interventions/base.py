@@ -1,0 +1,223 @@
+"""What every intervention is: a small module of fp32 parameters, a location, and one method that edits an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import saving
+from .location import Location, check_positions, check_site
+from .positions import Placement
+
+#: Reads the location out of a model. `models.adapter` hands it in, because imports run from models to interventions.
+_locate: Callable[..., tuple[Location, torch.device]] | None = None
+
+
+def set_locator(locate: Callable[..., tuple[Location, torch.device]]) -> None:
+    """Register the function (model, site, layers, **paths) -> (location, device) that `for_model` uses."""
+    global _locate
+    _locate = locate
+
+
+class Intervention(nn.Module):
+    """Parameters at a location of one model.
+
+    A subclass names its parameters and their shapes after [L, P] in `parameter_tails` and implements `edit`; creation,
+    stacking, checks, saving and patching come with it. Parameters start at 0, the identity.
+
+    Args:
+        location: site, layers, positions and the model's fingerprint.
+        n_groups: G, the number of interventions stacked into one for row groups; None: a single one, without that axis.
+    """
+
+    classes: ClassVar[dict[str, type[Intervention]]] = {}
+    _wanted: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Intervention.classes[cls.__name__] = cls
+
+    def __init__(self, location: Location, *, n_groups: int | None = None, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.location = location
+        self.n_groups = n_groups
+        for name, shape in self.parameter_shapes(location, n_groups).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
+        wanted = torch.tensor(location.positions or (), dtype=torch.int64, device=device)
+        self.register_buffer("_wanted", wanted, persistent=False)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        site: str = "head",
+        layers: Iterable[int] | None = None,
+        positions: Iterable[int] | None = None,
+        generated: bool = False,
+        *,
+        projection: str | None = None,
+        layers_path: str | None = None,
+        mlp: str | None = None,
+    ) -> Self:
+        """An intervention that does nothing yet, on the model's device.
+
+        Args:
+            model: a Hugging Face causal language model (or its base model).
+            site: "head" (input of the attention's output projection, by query heads), "attn_out" (that projection's
+                output), "mlp_out" (the MLP's output) or "residual" (the decoder layer's output); the two outputs are
+                taken before any norm, dropout, multiplier or addition that follows.
+            layers: numbers of the layers, negative from the end; None: all.
+            positions: None: every token, prompt and generated. A list: tokens of the prompt only, counted from its first
+                real token, negative from its last; padding never counts.
+            generated: with a list, steer the generated tokens too; they share one further slot.
+            projection, layers_path, mlp: module paths for a family that is not in the table, e.g.
+                projection="self_attn.o_proj", layers_path="model.layers", mlp="mlp".
+
+        Raises:
+            TypeError, ValueError: an unknown site or layer, duplicates, or a family whose parts cannot be told apart.
+
+        Example:
+            >>> intervention = ActivScalar.for_model(model, site="head", layers=range(4, 20))
+            >>> with patch(model, intervention, strength=-1.0):
+            ...     model.generate(**inputs)
+        """
+        assert _locate is not None
+        check_site(site)
+        paths = {"projection": projection, "layers_path": layers_path, "mlp": mlp}
+        location, device = _locate(
+            model,
+            site,
+            layers,
+            check_positions(positions, generated),
+            generated,
+            {key: value for key, value in paths.items() if value is not None},
+        )
+        return cls(location, device=device)
+
+    @classmethod
+    def parameter_tails(cls, location: Location) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter after its layer and position axes, [L, P, ...]."""
+        raise NotImplementedError
+
+    @classmethod
+    def parameter_shapes(cls, location: Location, n_groups: int | None = None) -> dict[str, tuple[int, ...]]:
+        """The full shape of each parameter: [L, P, ...], or [G, L, P, ...] where interventions are stacked."""
+        lead = (() if n_groups is None else (n_groups,)) + (len(location.layers), location.n_slots)
+        return {name: lead + tail for name, tail in cls.parameter_tails(location).items()}
+
+    def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
+        """The edited activation.
+
+        Args:
+            x: [B, T, H, D] in the model's dtype (H = 1 at a whole site).
+            layer: index among the chosen layers.
+            strength: β, a float or one per row [B].
+            placement: which slot each token uses and which group each row.
+        """
+        raise NotImplementedError
+
+    def of_layer(self, parameter: Tensor, layer: int, device: torch.device) -> Tensor:
+        """One layer's values [G, P, ...] as a view; copied only where that layer lives on another device."""
+        values = parameter.narrow(0, layer, 1) if self.n_groups is None else parameter.select(1, layer)
+        return values if values.device == device else values.to(device, non_blocking=True)
+
+    @classmethod
+    def stack(cls, interventions: Iterable[Intervention]) -> Self:
+        """Several interventions at one location as one, [G, L, P, ...]; `patch(..., group=)` chooses among them by row.
+
+        Raises:
+            ValueError: none given, different locations, or one that is a stack already.
+        """
+        parts = list(interventions)
+        if not parts or any(type(part) is not cls or part.n_groups is not None for part in parts):
+            raise ValueError(f"interventions: expected at least one unstacked {cls.__name__}, got {len(parts)} modules")
+        if any(part.location != parts[0].location for part in parts):
+            raise ValueError("interventions: their sites, layers, positions or models differ, expected one location")
+        stacked = cls(parts[0].location, n_groups=len(parts), device=parts[0].device)
+        with torch.no_grad():
+            for name, parameter in stacked.named_parameters():
+                parameter.copy_(torch.stack([part.get_parameter(name).to(parameter.device) for part in parts]))
+        return stacked
+
+    @property
+    def wanted_positions(self) -> Tensor:
+        """int64 [P], the listed positions, on the parameters' device."""
+        return self._wanted
+
+    @property
+    def device(self) -> torch.device:
+        """The parameters' device."""
+        return self._wanted.device
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers are learned."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def n_active(self) -> int:
+        """How many of them are not exactly zero."""
+        return sum(int(torch.count_nonzero(parameter.detach())) for parameter in self.parameters())
+
+    @property
+    def l1(self) -> float:
+        """The sum of their absolute values."""
+        return sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in self.parameters())
+
+    def check_finite(self) -> None:
+        """Raise a ValueError that names a parameter which holds NaN or infinity, and how many."""
+        for name, parameter in self.named_parameters():
+            bad = int((~torch.isfinite(parameter.detach())).sum())
+            if bad:
+                raise ValueError(f"{name}: {bad} of {parameter.numel()} values are not finite")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `intervention.safetensors` and `intervention.json` into `folder`, each whole or not at all.
+
+        Raises:
+            ValueError: a parameter is not finite. Nothing is written then.
+        """
+        saving.save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read what `save_pretrained` wrote; see `load_intervention` for the errors."""
+        loaded = load_intervention(folder)
+        if not isinstance(loaded, cls):
+            raise ValueError(f"{folder}: holds {type(loaded).__name__}, expected {cls.__name__}")
+        return cast(Self, loaded)
+
+    def extra_repr(self) -> str:
+        where = self.location
+        positions = "all" if where.positions is None else [*where.positions, *(["generated"] if where.generated else [])]
+        return f"site={where.site!r}, layers={list(where.layers)}, positions={positions}, model={where.model.model_type!r}"
+
+
+def load_intervention(folder: str | Path) -> Intervention:
+    """Read an intervention of any class from the folder that `save_pretrained` wrote, onto the CPU.
+
+    Raises:
+        FileNotFoundError: the folder or one of its two files is missing.
+        ValueError: a file is damaged, of an unknown class or format, of a wrong shape, or holds non-finite values.
+    """
+    name, location, n_groups, tensors = saving.load(Path(folder))
+    if name not in Intervention.classes:
+        raise ValueError(f"{folder}: unknown class {name!r}, expected one of {', '.join(sorted(Intervention.classes))}")
+    cls = Intervention.classes[name]
+    shapes = cls.parameter_shapes(location, n_groups)
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if found != shapes:
+        raise ValueError(f"{folder}: holds tensors {found}, expected {shapes}")
+    intervention = cls(location, n_groups=n_groups)
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            intervention.get_parameter(key).copy_(tensor)
+    try:
+        intervention.check_finite()
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return intervention

@@ -1,0 +1,138 @@
+"""Where an intervention acts, in words: site, layers, positions, and the fingerprint of the model it belongs to."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, cast, get_args
+
+Site = Literal["head", "attn_out", "mlp_out", "residual"]
+SITES: tuple[str, ...] = get_args(Site)
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """What two models must share for one's intervention to make sense in the other."""
+
+    model_type: str
+    n_layers: int
+    n_heads: int
+    head_dim: int
+    hidden_size: int
+
+    def require(self, found: ModelFingerprint) -> None:
+        """Raise a ValueError that names every difference between this (the intervention's) and `found` (a model's)."""
+        differences = [
+            f"{item.name} {getattr(self, item.name)!r} (the model has {getattr(found, item.name)!r})"
+            for item in fields(self)
+            if getattr(self, item.name) != getattr(found, item.name)
+        ]
+        if differences:
+            raise ValueError(f"intervention: made for another model: {', '.join(differences)}")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Site, layers and positions of an intervention, already checked; `paths` name modules of an unlisted family."""
+
+    site: str
+    layers: tuple[int, ...]
+    positions: tuple[int, ...] | None
+    generated: bool
+    model: ModelFingerprint
+    paths: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def n_heads(self) -> int:
+        """H: the heads at the head site, 1 at a whole site."""
+        return self.model.n_heads if self.site == "head" else 1
+
+    @property
+    def width(self) -> int:
+        """D: the length of the vectors that are edited."""
+        return self.model.head_dim if self.site == "head" else self.model.hidden_size
+
+    @property
+    def n_slots(self) -> int:
+        """P: one for every token alike, or one a listed position, and one more for the generated tokens."""
+        return 1 if self.positions is None else len(self.positions) + self.generated
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Location:
+        """The inverse of `to_dict`. Raises ValueError where a field is missing or makes no sense."""
+        try:
+            model = ModelFingerprint(**data["model"])
+            if not isinstance(model.model_type, str) or any(
+                type(getattr(model, item.name)) is not int or getattr(model, item.name) < 1 for item in fields(model)[1:]
+            ):
+                raise ValueError(f"model: got {data['model']!r}")
+            return cls(
+                site=check_site(data["site"]),
+                layers=check_layers(data["layers"], model.n_layers),
+                positions=check_positions(data["positions"], bool(data["generated"])),
+                generated=bool(data["generated"]),
+                model=model,
+                paths={str(key): str(value) for key, value in data["paths"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the description of an intervention: {type(error).__name__} {error}") from None
+
+
+def check_site(site: object) -> str:
+    """`site` where it is one of the four."""
+    if site not in SITES:
+        raise ValueError(f"site: got {site!r}, expected one of {', '.join(SITES)}")
+    return cast(str, site)
+
+
+def check_layers(layers: object, n_layers: int) -> tuple[int, ...]:
+    """The chosen layers as sorted-by-choice non-negative numbers; None is all of them."""
+    if layers is None:
+        return tuple(range(n_layers))
+    chosen = []
+    for layer in _integers("layers", layers):
+        if not -n_layers <= layer < n_layers:
+            raise ValueError(f"layers: got {layer}, expected {-n_layers} to {n_layers - 1}: the model has {n_layers}")
+        chosen.append(layer % n_layers)
+    if not chosen:
+        raise ValueError("layers: got none, expected at least one (or None for all)")
+    _refuse_duplicates("layers", chosen)
+    return tuple(chosen)
+
+
+def check_positions(positions: object, generated: bool) -> tuple[int, ...] | None:
+    """The positions as a tuple; None is every token, which leaves nothing for `generated` to add."""
+    if positions is None:
+        if generated:
+            raise ValueError("generated: got True with positions=None, which steers the generated tokens already")
+        return None
+    chosen = _integers("positions", positions)
+    if not chosen and not generated:
+        raise ValueError("positions: got none, expected at least one (or None for every token)")
+    _refuse_duplicates("positions", chosen)
+    return tuple(chosen)
+
+
+def _integers(name: str, values: object) -> list[int]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: got {values!r}, expected None or an iterable of ints")
+    numbers = []
+    for value in values:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            numbers.append(operator.index(value))
+        except TypeError:
+            raise TypeError(f"{name}: got {value!r} among them, expected ints") from None
+    return numbers
+
+
+def _refuse_duplicates(name: str, values: list[int]) -> None:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"{name}: got {', '.join(map(str, twice))} more than once")

@@ -1,0 +1,95 @@
+"""Which parameter slot each token of a forward pass uses, and the parameters laid out token by token.
+
+Positions count the real tokens of the prompt: 0 is its first, −1 its last, padding never counts, on whichever side it is.
+Slot j belongs to the j-th listed position; one more slot, where it was asked for, to all generated tokens; the slot
+after the last is the empty one, whose parameters are zero: nothing is done to the token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How much of the sequence is prompt: its columns, padding included, and which of them hold real tokens."""
+
+    length: int
+    mask: Tensor | None = None  # [B, length] bool; None: all real
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one forward pass reads the parameters [G, P, ...] of a layer: once for all layers, on one device."""
+
+    index: Tensor | None = None  # int64 [R, T]: row of the table [G·(P+1)] that each token uses; R = B, or 1 for all rows
+    slot: int | None = None  # every token uses this slot
+    group: Tensor | None = None  # int64 [B]: the row group of each row, as `ops.scale_heads` takes it
+
+    def of(self, values: Tensor) -> Tensor:
+        """values [G, P, ...] -> [G or R, 1 or T, ...], ready for `ops.scale_heads` with `self.group`."""
+        if self.index is not None:
+            trailing = values.shape[2:]
+            table = F.pad(values, (0, 0) * len(trailing) + (0, 1)).flatten(0, 1)  # [G·(P+1), ...], an empty slot a group
+            # Indexing would sum the gradient with float atomics, a one-hot product would round under autocast.
+            return F.embedding(self.index, table.flatten(1)).unflatten(-1, trailing)
+        if self.slot is not None:
+            return values[:, self.slot : self.slot + 1]
+        return values
+
+    def to(self, device: torch.device) -> Placement:
+        """The same placement on another device."""
+        move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
+        return Placement(move(self.index), self.slot, move(self.group))
+
+
+EVERYWHERE = Placement()
+
+
+def slot_index(
+    wanted: Tensor,
+    n_tokens: int,
+    *,
+    past: int | Tensor,
+    length: int | Tensor,
+    mask: Tensor | None = None,
+    generated: bool = False,
+) -> Tensor:
+    """The slot of each token of one forward pass, without a synchronisation.
+
+    Args:
+        wanted: int64 [P], the listed positions, negative from the prompt's last token.
+        n_tokens: T, the tokens of this pass; they stand in columns past … past + T − 1.
+        past: columns before them (the KV cache's length), an int or an int64 scalar tensor.
+        length: columns of the prompt, padding included.
+        mask: bool [B, ≥ length], real tokens of the prompt; None where all are.
+        generated: whether the tokens after the prompt have a slot of their own, number P.
+
+    Returns:
+        int64 [B, T] (B = 1 without a mask). P (P + 1 with `generated`) is the empty slot. A position outside a row's
+        prompt marks nothing; where two fall on one token the first listed counts.
+    """
+    n_wanted = wanted.shape[0]
+    columns = torch.arange(n_tokens, device=wanted.device) + past  # [T]
+    in_prompt = (columns < length)[None]  # [1, T]
+    count: int | Tensor = length
+    rank = columns[None]  # [1, T]: the number of real tokens before this one
+    if mask is not None:
+        seen = mask.to(torch.int64).cumsum(-1)  # [B, S]
+        within = columns.clamp(max=mask.shape[1] - 1)
+        rank = seen[:, within] - 1  # [B, T]
+        in_prompt = in_prompt & mask[:, within]
+        count = seen[:, -1:]  # [B, 1]
+    targets = torch.where(wanted < 0, wanted + count, wanted)  # [P] or [B, P]
+    hit = (rank[:, :, None] == targets.reshape(-1, 1, n_wanted)) & in_prompt[:, :, None]  # [B, T, P]
+    order = torch.arange(n_wanted, device=wanted.device)
+    empty = n_wanted + generated
+    rows, tokens = torch.broadcast_tensors(rank, in_prompt)[0].shape
+    slots = torch.where(hit, order, empty).amin(-1) if n_wanted else columns.new_full((rows, tokens), empty)
+    if generated:
+        slots = torch.where((columns >= length)[None], n_wanted, slots)
+    return slots

@@ -1,0 +1,28 @@
+"""Activation scalars: h·(1 + β·α) (arXiv 2410.04962, eq. 5)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops import scale_heads
+from .base import Intervention
+from .location import Location
+from .positions import Placement
+
+
+class ActivScalar(Intervention):
+    """One signed scalar per layer, position slot and head (or whole site): h·(1 + β·α) (arXiv 2410.04962, eq. 5).
+
+    `alpha` is fp32 [L, P, H] at the head site, [L, P, 1] at a whole one, [G, L, P, ·] where stacked. α = 0 is the identity,
+    α = −1 under β = 1 removes the head, β = −1 inverts the intervention.
+    """
+
+    alpha: nn.Parameter
+
+    @classmethod
+    def parameter_tails(cls, location: Location) -> dict[str, tuple[int, ...]]:
+        return {"alpha": (location.n_heads,)}
+
+    def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
+        alpha = placement.of(self.of_layer(self.alpha, layer, x.device))
+        return scale_heads(x, alpha, strength=strength, group=placement.group)

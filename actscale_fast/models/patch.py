@@ -1,0 +1,264 @@
+"""Applying interventions to a model while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from ..interventions import Intervention, Placement, Prompt, slot_index
+from ..interventions.positions import EVERYWHERE
+from . import context as contexts
+from . import surgery
+from .adapter import execution_device, layout
+from .recompute import Carrier
+
+
+def patch(
+    model: nn.Module,
+    intervention: Intervention,
+    strength: float | Tensor = 1.0,
+    group: Tensor | None = None,
+) -> Patch:
+    """Apply an intervention to this model: until the `with` block ends, or until `.remove()`.
+
+    The model's weights, module names and state_dict stay as they are. Patches nest, in the order in which they were
+    applied. Compiled models see the patch, its removal, and every change of the parameters' values. Parameters are moved to the
+    model's device if they are elsewhere, and stay fp32 whatever the model's dtype. One forward pass at a time.
+
+    Args:
+        model: the model that the intervention was made for (or another of the same shape).
+        intervention: its parameters get gradients; the model's weights may be frozen.
+        strength: β, a float, or one value per row of the batch [B]; 0 is the identity, −1 inverts. In generate() a row's
+            value serves all its beams or returned sequences. `Patch.strength` can be set anew at any time.
+        group: int64 [B], for a stacked intervention: which of its G parts each row uses.
+
+    Returns:
+        The handle: a context manager with `.remove()`, `.strength` and `.prompt()`.
+
+    Raises:
+        TypeError, ValueError: an intervention of another model, non-finite parameters, or a bad strength or group. The
+            model is then as it was.
+
+    Example:
+        >>> with patch(model, intervention, strength=-1.0):
+        ...     model.generate(**inputs)
+    """
+    return Patch(model, intervention, strength, group)
+
+
+class _Edit:
+    """One layer's edit: reads the context of the running forward pass and hands the activation to the intervention."""
+
+    def __init__(self, patch: Patch, layer: int) -> None:
+        location = patch.intervention.location
+        self.patch = patch
+        self.intervention = patch.intervention
+        self.layer = layer
+        self.n_heads, self.width = location.n_heads, location.width
+
+    def __call__(self, x: Tensor) -> Tensor:
+        context = self.patch.context or self.patch.outside(x)
+        if context.device is not None:
+            context = context.on(x.device)
+        if context.placement is None:
+            return x
+        rows = x if x.dim() == 3 else x.unflatten(0, (context.n_rows or 1, -1))  # OPT flattens rows and tokens
+        y = self.intervention.edit(
+            rows.unflatten(-1, (self.n_heads, self.width)), self.layer, context.strength, context.placement
+        )
+        return y.flatten(-2).view_as(x)
+
+
+class Patch:
+    """An applied intervention; see `patch`."""
+
+    def __init__(self, model: nn.Module, intervention: Intervention, strength: float | Tensor, group: Tensor | None) -> None:
+        if not isinstance(intervention, Intervention):
+            raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
+        location = intervention.location
+        found = layout(model, location.paths)
+        location.model.require(found.fingerprint)
+        intervention.check_finite()
+        modules = [found.site_module(location.site, layer) for layer in location.layers]
+        device = execution_device(modules[0])
+        self.intervention = intervention
+        self.context: contexts.Context | None = None
+        self._home = device or intervention.device
+        self._group = _checked_group(group, intervention.n_groups, self._home)
+        self._rowwise = False
+        self._plain = contexts.Context(EVERYWHERE, 1.0)
+        self.strength = strength
+        if isinstance(self._strength, Tensor) and not bool(torch.isfinite(self._strength).all()):
+            raise ValueError("strength: some of its values are not finite")
+        if device is not None and intervention.device != device:
+            intervention.to(device)
+        inside = () if location.site == "residual" else location.layers
+        self._layers = [weakref.ref(found.layers[layer]) for layer in inside]
+        self._model, self._decoder = weakref.ref(found.model), weakref.ref(found.decoder)
+        self._edits: list[tuple[weakref.ref[nn.Module], _Edit]] = []
+        try:
+            self._calls = contexts.join(found.decoder, found.model, self)
+            for index, module in enumerate(modules):
+                edit = _Edit(self, index)
+                self._edits.append((weakref.ref(module), edit))
+                surgery.attach(module, edit, before=location.site == "head")
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def strength(self) -> float | Tensor:
+        """β: a float, or one value per row [B]. Setting it takes effect with the next forward pass."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            if value.dim() != 1 or value.requires_grad or value.is_complex():
+                raise ValueError(f"strength: got shape {tuple(value.shape)}, expected a float or a tensor [B] without gradient")
+            dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+            self._strength: float | Tensor = value.to(self._home, dtype)
+        else:
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise TypeError(f"strength: got {type(value).__name__}, expected a float or a tensor [B]") from None
+            if not math.isfinite(number):
+                raise ValueError(f"strength: got {number}, expected a finite number")
+            self._strength = number
+        self._rowwise = isinstance(self._strength, Tensor) or self._group is not None
+        self._plain = contexts.Context(EVERYWHERE, self._strength)
+
+    @contextlib.contextmanager
+    def prompt(self, length: int, mask: Tensor | None = None) -> Iterator[None]:
+        """Say how much of the sequence is prompt, for a decoding loop of your own; generate() says it by itself.
+
+        Without it a forward pass with an empty cache is all prompt, and one with a filled cache all generated.
+
+        Args:
+            length: columns of the prompt, padding included.
+            mask: [B, length], not 0 at its real tokens; None: the attention mask decides, or all are real.
+        """
+        if mask is not None and (mask.dim() != 2 or mask.shape[1] != length):
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (B, {length})")
+        with self._calls.announced(Prompt(length, None if mask is None else mask != 0)):
+            yield
+
+    def remove(self) -> None:
+        """Take the intervention out of the model; nothing happens where it is out already, or the model is gone."""
+        for reference, edit in self._edits:
+            module = reference()
+            if module is not None:
+                surgery.detach(module, edit)
+        self._edits.clear()
+        for layer in self.carriers():
+            Carrier.remove(layer)  # the next training pass puts it back where another patch needs it
+        self._layers.clear()
+        decoder, model = self._decoder(), self._model()
+        if decoder is not None and contexts.part(decoder, self) and model is not None and surgery.record_of(model):
+            surgery.unmark(model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+    def carriers(self) -> list[nn.Module]:
+        """The layers whose recomputation under gradient checkpointing needs this patch's context."""
+        return [layer for layer in (reference() for reference in self._layers) if layer is not None]
+
+    def enter(self, call: contexts.Call) -> contexts.Context:
+        """The context of one forward pass."""
+        location = self.intervention.location
+        if location.positions is None and not location.generated and not self._rowwise:
+            return contexts.Context(EVERYWHERE, self._strength, call.n_rows)
+        if call.packed:
+            raise ValueError("positions, strength, group: packed sequences have no rows to place them by; pad the batch")
+        strength, group = self._strength, self._group
+        if isinstance(strength, Tensor):
+            strength = _per_row("strength", strength, call).to(self._home)
+        if group is not None:
+            group = _per_row("group", group, call).to(self._home)
+        placement: Placement | None = Placement(group=group)
+        if location.positions is not None:
+            placement = self._place(call, group)
+        return contexts.Context(placement, strength, call.n_rows, self._home)
+
+    def outside(self, x: Tensor) -> contexts.Context:
+        """The context of a layer that was called by itself, or of a repetition that no carrier could reach."""
+        if self.intervention.location.positions is not None:
+            raise RuntimeError("positions: a steered layer ran outside its model's forward pass, so its tokens are unknown")
+        if not self._rowwise:
+            return self._plain
+        return contexts.Context(Placement(group=self._group), self._strength, None, self._home)
+
+    def _place(self, call: contexts.Call, group: Tensor | None) -> Placement | None:
+        location, wanted = self.intervention.location, self.intervention.wanted_positions
+        past, mask = call.past, None
+        if isinstance(past, Tensor):
+            past = past.to(self._home)
+        length: int | Tensor
+        if call.prompt is not None:
+            length, mask = call.prompt.length, call.prompt.mask
+            if mask is None and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.mask.shape[1] >= length:
+                mask = call.mask[:, :length] != 0
+        else:
+            # An empty cache begins a prompt, a filled one is past it; a static cache knows its length on the device only.
+            length = (past == 0) * call.n_tokens
+            if call.mask is not None and not (isinstance(past, int) and past > 0):
+                if not isinstance(call.mask, Tensor) or call.mask.dim() != 2:
+                    raise ValueError("attention_mask: positions need the 2-D mask [B, T]; announce it: `with handle.prompt(n, mask)`")
+                mask = call.mask[:, : call.n_tokens] != 0
+        if isinstance(past, int) and isinstance(length, int) and past >= length:  # generated tokens only
+            return Placement(slot=location.n_slots - 1, group=group) if location.generated else None
+        if mask is not None:
+            mask = mask.to(self._home)
+            if mask.shape[0] != call.n_rows:
+                mask = _expand("attention_mask", mask, call.n_rows)
+        slots = slot_index(
+            wanted.to(self._home), call.n_tokens, past=past, length=length, mask=mask, generated=location.generated
+        )
+        rows = None
+        if group is not None:
+            slots = slots + group[:, None] * (location.n_slots + 1)
+        if slots.shape[0] > 1:
+            rows = torch.arange(call.n_rows, device=self._home)
+        return Placement(index=slots, group=rows)
+
+
+def _per_row(name: str, values: Tensor, call: contexts.Call) -> Tensor:
+    if values.shape[0] == call.n_rows:
+        return values
+    if call.prompt is None:
+        raise ValueError(f"{name}: got {values.shape[0]} values for a batch of {call.n_rows} rows, expected one per row")
+    return _expand(name, values, call.n_rows)
+
+
+def _expand(name: str, values: Tensor, n_rows: int) -> Tensor:
+    """Repeat each row for its beams or returned sequences, as generate() repeats the prompt."""
+    times, rest = divmod(n_rows, values.shape[0])
+    if rest:
+        raise ValueError(f"{name}: got {values.shape[0]} rows, expected {n_rows} or a divisor of it")
+    return values.repeat_interleave(times, 0)
+
+
+def _checked_group(group: object, n_groups: int | None, device: torch.device) -> Tensor | None:
+    if group is None:
+        if n_groups is not None and n_groups > 1:
+            raise ValueError(f"group: got None for {n_groups} stacked interventions, expected an int64 tensor [B]")
+        return None
+    if not isinstance(group, Tensor) or group.dtype not in (torch.int64, torch.int32) or group.dim() != 1:
+        raise TypeError(f"group: got {type(group).__name__}, expected an int64 tensor [B]")
+    if n_groups is None:
+        raise ValueError("group: the intervention is not a stack of several; see Intervention.stack")
+    if group.numel() and not (0 <= int(group.min()) and int(group.max()) < n_groups):
+        raise ValueError(f"group: got values {int(group.min())} to {int(group.max())}, expected 0 to {n_groups - 1}")
+    return group.to(device, torch.int64)
