@@ -1,39 +1,49 @@
 """Learn and apply activation scaling on frozen language models: one signed scalar per attention head, fast.
 
-    >>> import actscale_fast as af
-    >>> model, tokenizer = af.load_demo_model()
-    >>> train, test = af.tasks.country_capital_conflicts(tokenizer)
-    >>> scalars = af.ActivScalar.for_model(model)
-    >>> af.fit(model, tokenizer, train, scalars)
-    >>> print(af.evaluate(model, tokenizer, test, scalars))
-    >>> with af.patch(model, scalars, strength=-1.0):
-    ...     model.generate(...)
+>>> import actscale_fast as af
+>>> model, tokenizer = af.load_demo_model()
+>>> train, test = af.tasks.country_capital_conflicts(tokenizer)
+>>> scalars = af.ActivScalar.for_model(model)
+>>> af.fit(model, tokenizer, train, scalars)
+>>> print(af.evaluate(model, tokenizer, test, scalars))
+>>> with af.patch(model, scalars, strength=-1.0):
+...     model.generate(...)
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import ops
-from .demo_model import load_demo_model
-from .interventions import ActivScalar, Intervention, SteerVec, load_intervention
-from .learning import (
-    Evaluation,
-    Example,
-    FitResult,
-    Objective,
-    evaluate,
-    fit,
-    load_examples,
-    save_examples,
-    tasks,
-)
-from .models import merge, patch, unmerge
-from .ops import get_backend, set_backend, use_backend
-
 if TYPE_CHECKING:
-    from . import plots
+    from . import ops, plots
+    from .demo_model import load_demo_model
+    from .interventions import ActivScalar, Intervention, SteerVec, load_intervention
+    from .learning import (
+        Evaluation,
+        Example,
+        FitResult,
+        Objective,
+        evaluate,
+        fit,
+        load_examples,
+        save_examples,
+        tasks,
+    )
+    from .models import merge, patch, unmerge
+    from .ops import get_backend, set_backend, use_backend
 
 __version__ = "0.1.0"
+
+# A name is imported when it is first used: the command line answers --help without torch (3 s).
+_HOMES = {
+    "ops": ("get_backend", "set_backend", "use_backend"),
+    "demo_model": ("load_demo_model",),
+    "interventions": ("ActivScalar", "Intervention", "SteerVec", "load_intervention"),
+    "learning": (
+        "Evaluation", "Example", "FitResult", "Objective", "evaluate", "fit", "load_examples", "save_examples", "tasks",
+    ),
+    "models": ("merge", "patch", "unmerge"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ActivScalar",
@@ -62,6 +72,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plots":  # brings matplotlib, which most processes that import this package never need
-        return importlib.import_module(".plots", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOME_OF:
+        importlib.import_module(".models", __name__)  # tells the interventions how to find their place in a model
+        value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    elif name in ("ops", "plots"):
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -124,7 +124,7 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    with _transformers_quiet(bars=progress):
+    with quiet_transformers(bars=progress):
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **source)
     tokenizer.save_pretrained(folder)
@@ -135,7 +135,9 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "model.safetensors"
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -143,7 +145,7 @@ def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _transformers_quiet(bars=False):
+        with quiet_transformers(bars=False):
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
     except Exception as error:
@@ -152,7 +154,7 @@ def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 @contextlib.contextmanager
-def _transformers_quiet(*, bars: bool) -> Iterator[None]:
+def quiet_transformers(*, bars: bool) -> Iterator[None]:
     """Keep transformers' warnings (and its bars, unless `bars`) off the terminal, and give the settings back."""
     from transformers.utils import logging
 

@@ -37,15 +37,15 @@ def heatmap(
     limit: float | None = None,
     dpi: int = 160,
 ) -> Figure:
-    """Draw the scalars of an ActivScalar, layers from left to right: red amplifies, blue suppresses, blank is exactly 0.
+    """Draw the scalars of an ActivScalar, layers from left to right: red amplifies, blue suppresses, blank is 0.
 
-    Rows are heads (one panel a position, where there are several) or, at a whole site, positions. Every scalar that is not
-    exactly 0 has an outline, so that a small one is told from none.
+    Rows are heads (one panel a position, where there are several) or, at a whole site, positions. Every scalar that is
+    not exactly 0 has an outline, so that a small one is told from none.
 
     Args:
         intervention: an ActivScalar that is not a stack.
-        path: where to write the picture, in the format of its suffix (.png, .pdf, .svg); None: nowhere. The file appears
-            whole or not at all.
+        path: where to write the picture, in the format of its suffix (.png, .pdf, .svg); None: nowhere. The file
+            appears whole or not at all.
         title: the first line of the title; default "Activation scalars".
         limit: the |α| of full colour; default the largest one.
         dpi: dots an inch of a .png.
@@ -78,7 +78,8 @@ def heatmap(
     alpha = intervention.alpha.detach().float().cpu().numpy()  # [L, P, H]
     slots = _slot_names(location.positions, location.generated)
     if location.site == "head":
-        panels = [(name if len(slots) > 1 else None, alpha[:, slot].T) for slot, name in enumerate(slots)]  # [H, L] each
+        names = slots if len(slots) > 1 else [None]
+        panels = [(name, alpha[:, slot].T) for slot, name in enumerate(names)]  # [H, L] each
         rows, row_label = [str(head) for head in range(alpha.shape[2])], "head"
     else:
         panels, rows, row_label = [(None, alpha[:, :, 0].T)], slots, "position"
@@ -143,7 +144,7 @@ def history(
     steps = [record["step"] for record in records]
     for axis, (key, label, colour) in zip(axes, _TERMS, strict=True):
         values = [record[key] for record in records]
-        axis.plot(steps, values, color=colour, linewidth=1.8, solid_capstyle="round", marker="." if len(steps) < 3 else "")
+        axis.plot(steps, values, color=colour, linewidth=1.8, solid_capstyle="round")
         axis.fill_between(steps, values, color=colour, alpha=0.12, linewidth=0)
         axis.plot(steps[-1:], values[-1:], "o", color=colour, markersize=4.5, clip_on=False)
         last = f"{values[-1]:.0f}" if key == "n_active" else f"{values[-1]:.3g}"
@@ -169,9 +170,10 @@ def _cells(axis: Axes, values: Any, colours: Any, norm: Any) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     def square(row: int, column: int, inset: float) -> FancyBboxPatch:
-        side, corner = 1 - 2 * inset, 0.12
-        at = (column - 0.5 + inset + corner, row - 0.5 + inset + corner)
-        return FancyBboxPatch(at, side - 2 * corner, side - 2 * corner, boxstyle=f"round,pad={corner},rounding_size={corner}")
+        corner = 0.12
+        side, edge = 1 - 2 * (inset + corner), inset + corner - 0.5
+        shape = f"round,pad={corner},rounding_size={corner}"
+        return FancyBboxPatch((column + edge, row + edge), side, side, boxstyle=shape)
 
     n_rows, n_columns = values.shape
     every = [(row, column) for row in range(n_rows) for column in range(n_columns)]

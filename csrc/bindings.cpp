@@ -2,6 +2,10 @@
 // here, before anything is written; the kernels run without the interpreter's lock.
 #include <pybind11/pybind11.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -105,6 +109,23 @@ ScaleHeads scale_heads_call(int type, const py::tuple& sizes, Address x, const p
     return c;
 }
 
+// A large output is often fresh from the system, and then its first touch costs a page fault every 4 KiB, more than the
+// kernel itself (x of 34 MB: 11 ms for the faults, 2 ms for the work). Where the system leaves huge pages to the program's
+// advice, this asks for them; it is a hint, and nothing else about the memory changes.
+void advise_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 2 << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
+    if (memory && bytes >= int64_t(4 * PAGE) && begin < end)
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
 // `run` without the interpreter's lock.
 template <class Call> void unlocked(void (*run)(const Call&), const Call& call) {
     py::gil_scoped_release release;
@@ -131,6 +152,7 @@ PYBIND11_MODULE(_C, module) {
                                  Address row_strength, Address group, int threads) {
         const ScaleHeads c = scale_heads_call(type, sizes, x, x_stride, out, out_stride, alpha, shift, groups, strength,
                                               row_strength, group, threads);
+        advise_huge_pages(c.out, c.rows * c.positions * c.heads * c.width * size_of(c.type));
         unlocked(kernels->scale_heads, c);
     });
 
@@ -143,6 +165,7 @@ PYBIND11_MODULE(_C, module) {
         c.dy = pointer<void>(dy);
         copy(dy_stride, c.dy_stride);
         c.dalpha = pointer<float>(dalpha), c.dshift = pointer<float>(dshift);
+        advise_huge_pages(c.out, c.rows * c.positions * c.heads * c.width * size_of(c.type));
         unlocked(kernels->scale_heads_backward, c);
     });
 
@@ -161,6 +184,7 @@ PYBIND11_MODULE(_C, module) {
         c.effectiveness = pointer<float>(effectiveness), c.faithfulness = pointer<float>(faithfulness);
         c.grad = pointer<void>(grad), c.answer_grad = pointer<float>(answer_grad), c.threads = threads;
         if (c.correct) check_answers(c);
+        advise_huge_pages(c.grad, rows * vocab * size_of(c.type));
         unlocked(kernels->intervention_loss, c);
     });
 

@@ -40,6 +40,7 @@ template <class T, bool REVERSE, bool STORE>
 INLINE void first_pass(const T* z, const T* r, int64_t count, float t, float* first, float* second, Block* block) {
     const int64_t whole = count / W * W;
     const int rest = int(count - whole);
+    const F scale = set1(t);
     F z_max = set1(-FLT_MAX), r_max = z_max, z_max2 = z_max, r_max2 = z_max;
     int64_t i = 0;
     for (; i + 2 * W <= whole; i += 2 * W) {
@@ -51,16 +52,16 @@ INLINE void first_pass(const T* z, const T* r, int64_t count, float t, float* fi
         z_max2 = larger(load_part(z + whole, rest, -INFINITY), z_max2);
         r_max2 = larger(load_part(r + whole, rest, -INFINITY), r_max2);
     }
-    block->z_max = largest_of(larger(z_max, z_max2)), block->r_max = largest_of(larger(r_max, r_max2));
-    const F z_shift = set1(block->z_max), r_shift = set1(block->r_max), scale = set1(t);
+    block->z_max = largest_of(larger(z_max, z_max2) * scale), block->r_max = largest_of(larger(r_max, r_max2) * scale);
+    const F z_shift = set1(-block->z_max), r_shift = set1(-block->r_max);
     F z_sum = set1(0), r_sum = set1(0), weighted = set1(0);
     auto step = [&](F zv, F rv, int64_t at) __attribute__((always_inline)) {
         Mask z_normal, r_normal;
-        const F y = (zv - z_shift) * scale, x = (rv - r_shift) * scale;
+        const F y = fmadd(zv, scale, z_shift), x = fmadd(rv, scale, r_shift);
         const F ez = exponential(y, &z_normal), er = exponential(x, &r_normal);
         const F difference = REVERSE ? y - x : x - y;
         z_sum = z_sum + ez, r_sum = r_sum + er;
-        weighted = weighted + keep(REVERSE ? z_normal : r_normal, (REVERSE ? ez : er) * difference);  // 0·inf is 0 here
+        weighted = fmadd(REVERSE ? ez : er, keep(REVERSE ? z_normal : r_normal, difference), weighted);  // 0·inf is 0 here
         if (STORE) store(first + at, ez), store(second + at, REVERSE ? difference : er);
     };
     for (i = 0; i < whole; i += W) {
@@ -102,11 +103,10 @@ static Row join(const InterventionLoss& c, const Block* blocks, int64_t count) {
         row.z_max = blocks[j].z_max > row.z_max ? blocks[j].z_max : row.z_max;
         row.r_max = blocks[j].r_max > row.r_max ? blocks[j].r_max : row.r_max;
     }
-    const double t = c.inverse_temperature;
     double weighted = 0;
     for (int64_t j = 0; j < count; j++) {
         const Block& b = blocks[j];
-        const double dz = (b.z_max - row.z_max) * t, dr = (b.r_max - row.r_max) * t;
+        const double dz = b.z_max - row.z_max, dr = b.r_max - row.r_max;
         const double z_scale = exp(dz), r_scale = exp(dr);
         row.z_sum += z_scale * b.z_sum, row.r_sum += r_scale * b.r_sum;
         const double scale = c.reverse ? z_scale : r_scale, sum = c.reverse ? b.z_sum : b.r_sum;
@@ -124,7 +124,7 @@ static Row join(const InterventionLoss& c, const Block* blocks, int64_t count) {
 struct Scales { float a, b; };
 static Scales scales_of(const InterventionLoss& c, const Row& row, const Block& block) {
     if (nothing_left(c)) return {0, 0};
-    const double t = c.inverse_temperature, dz = (block.z_max - row.z_max) * t, dr = (block.r_max - row.r_max) * t;
+    const double t = c.inverse_temperature, dz = block.z_max - row.z_max, dr = block.r_max - row.r_max;
     const float a = float(exp(dz) * t / row.z_sum);
     return {a, c.reverse ? float(dz - dr - row.log_ratio - row.divergence) : float(exp(dr) * t / row.r_sum)};
 }

@@ -77,8 +77,7 @@ INLINE void fence() { _mm_sfence(); }
 INLINE F fmadd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F fnmadd(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
-INLINE F nearest(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE F times_power_of_two(F v, F n) { return _mm512_scalef_ps(v, n); }
+INLINE F times_power_of_two(F v, F n, F) { return _mm512_scalef_ps(v, n); }
 INLINE Mask not_below(F v, F bound) { return _mm512_cmp_ps_mask(v, bound, _CMP_NLT_UQ); }
 INLINE F keep(Mask mask, F v) { return _mm512_maskz_mov_ps(mask, v); }
 INLINE F absolute(F v) { return _mm512_abs_ps(v); }
@@ -111,10 +110,9 @@ INLINE void fence() { _mm_sfence(); }
 INLINE F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE F fnmadd(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
-INLINE F nearest(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE F times_power_of_two(F v, F n) {  // n in -126..127; what it gives for other n is masked away by exp
-    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return v * _mm256_castsi256_ps(exponent);
+INLINE F times_power_of_two(F v, F, F shifted) {
+    const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
+    return v * _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
 INLINE Mask not_below(F v, F bound) { return _mm256_cmp_ps(v, bound, _CMP_NLT_UQ); }
 INLINE F keep(Mask mask, F v) { return _mm256_and_ps(mask, v); }
@@ -136,11 +134,7 @@ INLINE F fmadd(F a, F b, F c) { return a * b + c; }
 INLINE F fnmadd(F a, F b, F c) { return c - a * b; }
 INLINE F choose(Mask mask, F a, F b) { return F((mask & Mask(a)) | (~mask & Mask(b))); }
 INLINE F larger(F a, F b) { return choose(a > b, a, b); }
-INLINE F nearest(F v) { return (v + set1(0x1.8p23f)) - set1(0x1.8p23f); }  // |v| < 2^22
-INLINE F times_power_of_two(F v, F n) {
-    const F shifted = n + set1(0x1.8p23f);  // the low bits of the mantissa are n
-    return v * F((Mask(shifted) + (127 - 0x4b400000)) << 23);
-}
+INLINE F times_power_of_two(F v, F, F shifted) { return v * F((Mask(shifted) + 127) << 23); }
 INLINE Mask not_below(F v, F bound) { return ~(v < bound); }
 INLINE F keep(Mask mask, F v) { return F(mask & Mask(v)); }
 INLINE F absolute(F v) { return F(Mask(v) & 0x7fffffff); }
@@ -160,13 +154,17 @@ template <class T> INLINE void store_part(T* p, F v, int count) {
     for (int i = 0; i < count; i++) narrow(lanes[i], p + i);
 }
 
-// Pairwise over the lanes: the same order every time.
+// Halves added to halves: the same order every time.
 INLINE float sum_of(F v) {
-    float lanes[W];
-    store(lanes, v);
-    for (int half_of = W / 2; half_of; half_of /= 2)
-        for (int i = 0; i < half_of; i++) lanes[i] += lanes[i + half_of];
-    return lanes[0];
+#if defined(ACTSCALE_AVX512)
+    return _mm512_reduce_add_ps(v);
+#elif defined(ACTSCALE_AVX2)
+    const __m128 four = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1);
+    const __m128 two = four + _mm_movehl_ps(four, four);
+    return _mm_cvtss_f32(two + _mm_shuffle_ps(two, two, 1));
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 INLINE float largest_of(F v) {
     float lanes[W], result = -FLT_MAX;  // never -inf: the difference to it must be -inf, not NaN
@@ -180,14 +178,15 @@ INLINE float largest_of(F v) {
 // minimax polynomial of degree 4 (relative error 4e-9), exp(x) = 2^n·exp(r). NaN stays NaN.
 INLINE F exponential(F x, Mask* normal) {
     *normal = not_below(x, set1(-0x1.5d589ep6f));
-    const F n = nearest(x * set1(0x1.715476p0f));
+    const F magic = set1(0x1.8p23f), shifted = fmadd(x, set1(0x1.715476p0f), magic);  // its lowest bits are n, rounded
+    const F n = shifted - magic;
     const F r = fnmadd(n, set1(-0x1.bd0106p-13f), fnmadd(n, set1(0x1.63p-1f), x));
     F q = fmadd(set1(0x1.6a23d0p-10f), r, set1(0x1.123a20p-7f));
     q = fmadd(q, r, set1(0x1.5558f2p-5f));
     q = fmadd(q, r, set1(0x1.555492p-3f));
     q = fmadd(q, r, set1(0x1.fffffcp-2f));
-    const F one = set1(1.0f);
-    return keep(*normal, times_power_of_two(fmadd(r * r, q, r) + one, n));
+    q = fmadd(q, r, set1(1.0f));
+    return keep(*normal, times_power_of_two(fmadd(q, r, set1(1.0f)), n, shifted));
 }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,17 +1,22 @@
 """Shared fixtures: seeds, backends, poisoned memory.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which is chosen by an environment variable read when Triton
-is imported; torch.compile imports it too (and compiles for the CPU as usual with the variable set).
+Without a GPU the Triton kernels run in Triton's interpreter, which is chosen by an environment variable read when
+Triton is imported; torch.compile imports it too (and compiles for the CPU as usual with the variable set).
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+#: `benchmarks` stands beside the tests; last in the path, so that an installed actscale_fast comes before this one.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import random
 import zlib
@@ -52,12 +57,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fills what torch.empty, empty_like and new_empty return with NaN, so that nothing unwritten passes for a result."""
+    """Fills what torch.empty, empty_like and new_empty return with NaN: nothing unwritten passes for a result."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(3).bfloat16()).isnan().all()
+        assert torch.empty(3).isnan().all()
+        assert torch.empty_like(torch.ones(3).bfloat16()).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(before)

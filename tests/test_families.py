@@ -13,7 +13,7 @@ from actscale_fast.interventions import ActivScalar
 from actscale_fast.models import FAMILIES, layout, merge, patch, unmerge
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 2], [8, 8, 41, 3, 19, 60]])
-#: The last projection of each family's MLP, relative to the layer; experts keep theirs in one tensor [E, hidden, inner].
+#: The last projection of each family's MLP in a layer; experts keep theirs in one tensor [E, hidden, inner].
 DOWN = {
     "mixtral": "mlp.experts",
     "qwen3_moe": "mlp.experts",
@@ -55,6 +55,8 @@ def random_scalars(model: nn.Module, site: str, **kwargs: object) -> ActivScalar
     intervention = ActivScalar.for_model(model, site=site, **kwargs)
     with torch.no_grad():
         intervention.alpha.copy_(torch.randn(intervention.alpha.shape, generator=torch.Generator().manual_seed(3)))
+        if site in ("attn_out", "mlp_out"):  # Gemma 2, Gemma 3 and OLMo 2 norm what follows: only a sign gets through
+            intervention.alpha.copy_(-1.5 - intervention.alpha.abs())
     return intervention
 
 
@@ -207,7 +209,9 @@ def test_an_uncertain_family_is_refused_and_the_error_says_how_to_name_the_proje
     for layer in model.model.layers:
         layer.extra = nn.Module()
         layer.extra.dense = nn.Linear(32, 32)
-    with pytest.raises(ValueError, match=r"'newcomer' is not known.*extra.dense, self_attn.o_proj.*projection='self_attn.o_proj'"):
+    with pytest.raises(
+        ValueError, match=r"'newcomer' is not known.*extra.dense, self_attn.o_proj.*projection='self_attn.o_proj'"
+    ):
         ActivScalar.for_model(model)
     named = random_scalars(model, "head", projection="self_attn.o_proj")
     before = logits(model)

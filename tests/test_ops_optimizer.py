@@ -38,13 +38,17 @@ def textbook(
         rate = lr / ((v / (1 - betas[1] ** t)).sqrt() + eps)
         value = value - rate * m / (1 - betas[0] ** t)
         threshold = rate * l1
-        value = torch.where(value > threshold, value - threshold, torch.where(value < -threshold, value + threshold, 0.0))
+        value = torch.where(
+            value > threshold, value - threshold, torch.where(value < -threshold, value + threshold, 0.0)
+        )
     return value
 
 
 @over(shapes=[(1,), (7,), (1, 30, 9)], native_shapes=[(3, 5, 4099)])
 @pytest.mark.parametrize("l1", [0.0, 0.05])
-def test_several_steps_are_as_exact_as_eager(backend: Backend, shape: tuple[int, ...], l1: float, inputs: Inputs) -> None:
+def test_several_steps_are_as_exact_as_eager(
+    backend: Backend, shape: tuple[int, ...], l1: float, inputs: Inputs
+) -> None:
     start = inputs.normal(*shape, scale=0.1)
     gradients = [inputs.normal(*shape, scale=0.3) for _ in range(4)]
     state = State(start.to(backend.device))
@@ -78,7 +82,8 @@ def test_small_scalars_become_exactly_zero_and_stay_there_under_a_weak_gradient(
     state = State(torch.tensor([0.001, -0.001, 5.0, 0.0]).to(backend.device))
     for _ in range(3):
         state.update(gradient, lr=0.01, l1=0.2)  # λ exceeds the gradient: |m̂| < λ
-    assert torch.equal(state.parameter[[0, 1, 3]].cpu(), torch.zeros(3)) and state.parameter[2] > 4
+    assert torch.equal(state.parameter[[0, 1, 3]].cpu(), torch.zeros(3))
+    assert state.parameter[2] > 4
 
 
 @over()
@@ -102,7 +107,8 @@ def test_the_step_counter_lives_on_the_device_and_drives_the_bias_correction(bac
     other.moments, other.step = tuple(m.clone() for m in resumed.moments), resumed.step.clone()  # type: ignore[assignment]
     for _ in range(2):
         other.update(gradient, lr=0.1, l1=0.01)
-    assert torch.equal(other.parameter, straight.parameter) and float(other.step) == 4.0
+    assert torch.equal(other.parameter, straight.parameter)
+    assert float(other.step) == 4.0
 
 
 @over()
@@ -119,7 +125,8 @@ def test_a_strided_gradient_is_taken_and_no_graph_is_recorded(backend: Backend, 
     strided.parameter.requires_grad_()
     dense.update(gradient.T.contiguous(), lr=0.1, l1=0.01)
     strided.update(gradient.T, lr=0.1, l1=0.01)
-    assert torch.equal(dense.parameter, strided.parameter.detach()) and strided.parameter.grad_fn is None
+    assert torch.equal(dense.parameter, strided.parameter.detach())
+    assert strided.parameter.grad_fn is None
 
 
 @over()
@@ -141,7 +148,9 @@ def test_float64_scalars_go_through_the_reference(inputs: Inputs) -> None:
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_errors_name_the_argument_what_came_and_what_was_expected(backend: Backend) -> None:
     def update(**changes: Any) -> None:
-        tensors = {name: torch.zeros(3, device=backend.device) for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")}
+        tensors = {
+            name: torch.zeros(3, device=backend.device) for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")
+        }
         step = torch.zeros((), device=backend.device)
         options = {"lr": 0.1, **{k: v for k, v in changes.items() if k not in tensors}}
         options.setdefault("step", step)

@@ -13,14 +13,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+Reports = dict[int, list[dict[str, Any]]]  # by architecture: one entry a compiled kernel
 PROCESSORS = {80: 108, 90: 132, 100: 148}
-#: The launch constants count on four blocks of 128 threads a multiprocessor (two of 256): 65536 registers over 512 threads.
+#: The launch constants count on four blocks of 128 threads a multiprocessor: 65536 registers over 512 threads.
 MOST_REGISTERS = 128
 KERNELS = {
     "scale_heads_fwd_kernel",
@@ -34,7 +34,7 @@ KERNELS = {
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Iterator[dict[int, list[dict[str, Any]]]]:
+def compiled() -> Reports:
     """What each architecture's process reports; they run beside one another."""
     pytest.importorskip("triton.backends.nvidia", reason="Triton is not installed, or not for NVIDIA GPUs")
     root = Path(__file__).resolve().parent.parent
@@ -42,7 +42,11 @@ def compiled() -> Iterator[dict[int, list[dict[str, Any]]]]:
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     processes = {
         arch: subprocess.Popen(
-            [sys.executable, __file__, str(arch)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(arch)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for arch in PROCESSORS
     }
@@ -51,12 +55,12 @@ def compiled() -> Iterator[dict[int, list[dict[str, Any]]]]:
         out, errors = process.communicate(timeout=900)
         assert process.returncode == 0, f"sm_{arch}: {errors}"
         reports[arch] = json.loads(out.splitlines()[-1])
-    yield reports
+    return reports
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", PROCESSORS)
-def test_every_kernel_compiles_to_a_cubin_without_spills(compiled: dict[int, list[dict[str, Any]]], arch: int) -> None:
+def test_every_kernel_compiles_to_a_cubin_without_spills(compiled: Reports, arch: int) -> None:
     assert {report["kernel"] for report in compiled[arch]} == KERNELS
     for report in compiled[arch]:
         assert report["cubin"], report
@@ -65,10 +69,21 @@ def test_every_kernel_compiles_to_a_cubin_without_spills(compiled: dict[int, lis
 
 
 @pytest.mark.slow
-def test_rows_of_any_width_are_read_16_bytes_at_a_time(compiled: dict[int, list[dict[str, Any]]]) -> None:
+def test_rows_of_any_width_are_read_16_bytes_at_a_time(compiled: Reports) -> None:
     for report in compiled[90]:
-        if report["kernel"].startswith("intervention_loss"):
+        only_combines = "p_grad" in report["absent"] and "p_partials" not in report["absent"]
+        if report["kernel"].startswith("intervention_loss") and not only_combines:
             assert report["vector_loads"] > 0, report
+            assert report["vector_stores"] > 0 or report["kernel"] == "intervention_loss_scan_kernel", report
+
+
+@pytest.mark.slow
+def test_the_scan_reduces_in_registers_and_takes_two_exponentials_a_pair(compiled: Reports) -> None:
+    for report in compiled[90]:
+        if report["kernel"] == "intervention_loss_scan_kernel":
+            # 16 pairs a thread and tile, one rescaling of both sums a tile, one in the merge behind the loop
+            assert report["exponentials"] <= 2 * 16 + 4, report
+            assert report["shuffles"] <= 7 * 5, report  # seven reductions over a warp in that merge
 
 
 def launches(multiprocessors: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -116,7 +131,13 @@ def source_of(kernel: Any, arguments: tuple[Any, ...], rest: dict[str, Any]) -> 
     import torch
     from triton.compiler import ASTSource
 
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
+    names = {
+        torch.float32: "fp32",
+        torch.bfloat16: "bf16",
+        torch.float16: "fp16",
+        torch.int64: "i64",
+        torch.int32: "i32",
+    }
     values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **rest}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -156,6 +177,9 @@ def report_of(kernel: Any, cubin: bytes, ptx: str) -> dict[str, Any]:
         "stack": usage["STACK"],
         "local": usage["LOCAL"],
         "vector_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+        "exponentials": ptx.count("ex2.approx"),
+        "shuffles": ptx.count("shfl.sync"),
+        "vector_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
     }
 
 
@@ -170,7 +194,8 @@ def main(arch: int) -> None:
         if key not in reports:
             result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             report = report_of(kernel, result.asm["cubin"], result.asm["ptx"])
-            reports[key] = {**report, "signature": list(source.signature.values()), "constants": str(source.constants)}
+            absent = [kernel.arg_names[index] for (index,), value in source.constants.items() if value is None]
+            reports[key] = {**report, "absent": absent, "signature": list(source.signature.values())}
     print(json.dumps(list(reports.values())))
 
 

@@ -26,14 +26,15 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of −inf − −inf in the interpreter
 ]
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=on_gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "interpreter" and not backends.triton_interpreted():
-        pytest.skip("Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)")
-    return torch.device("cuda" if request.param == "cuda" else "cpu")
+@pytest.fixture
+def device() -> torch.device:
+    if torch.cuda.is_available() and not backends.triton_interpreted():
+        return torch.device("cuda")
+    if not backends.triton_interpreted():
+        pytest.skip("no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)")
+    return torch.device("cpu")
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def assert_losses_match(got: tuple[Tensor, ...], rows: Rows, **options: Any) -> 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("n_rows", [2, 4], ids=["rows_split", "rows_whole"])
-@pytest.mark.parametrize("width", [1, 2, 3, 31, 64, 267])
+@pytest.mark.parametrize("width", [1, 2, 3, 31, 267])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_losses_and_gradient_match_the_formulas(
     inputs: Inputs, device: torch.device, dtype: torch.dtype, width: int, n_rows: int
@@ -144,7 +145,8 @@ def test_identity_gives_exactly_zero_loss_and_gradient(
 @pytest.mark.usefixtures("small_tiles")
 def test_a_common_offset_of_a_row_changes_not_one_bit(inputs: Inputs, device: torch.device) -> None:
     rows = inputs.rows(3, 300)
-    rows = rows._replace(logits=(rows.logits * 64).round() / 64, reference=(rows.reference * 64).round() / 64).to(device)
+    z, r = ((logits * 64).round() / 64 for logits in rows[:2])  # so that no digit is lost beside the offset
+    rows = Rows(z, r, *rows[2:]).to(device)
     offset = torch.tensor([4096.0, -8192.0, 0.0], device=device)[:, None]
     moved = rows._replace(logits=rows.logits + offset, reference=rows.reference - 2 * offset)
     for here, there in zip(loss_of(rows), loss_of(moved), strict=True):
@@ -165,7 +167,8 @@ def test_minus_infinity_counts_nothing_on_both_sides_and_is_infinite_on_one(
     other[2, 170] = float("-inf")  # weight on what is impossible
     got = loss_of(rows.to(device), reverse=reverse)
     exact = exact_loss(rows, torch.float64, reverse=reverse)
-    assert torch.allclose(got[1].cpu().double(), exact[1], rtol=1e-5) and got[1][2] == float("inf")
+    assert torch.allclose(got[1].cpu().double(), exact[1], rtol=1e-5)
+    assert got[1][2] == float("inf")
     assert (got[2][[0, 1, 3]][:, 2:150] == 0).all()
     assert got[2][[0, 1, 3]].isfinite().all()
 
@@ -189,13 +192,15 @@ def test_a_token_id_out_of_range_makes_its_row_nan_and_no_other(
         kernels.intervention_loss_scale_(
             broken[2], rows.direction, torch.ones_like(rows.direction), *rows._replace(**{name: ids})[2:4], broken[3]
         )
-        assert broken[2][1].isnan().all() and broken[2][others].isfinite().all()
+        assert broken[2][1].isnan().all()
+        assert broken[2][others].isfinite().all()
 
 
 def test_nothing_is_left_of_two_tokens_without_the_answers(inputs: Inputs, device: torch.device) -> None:
     rows = inputs.rows(3, 2).to(device)
     effectiveness, faithfulness, gradient, answer_grad, *_ = loss_of(rows, margin=100.0)
-    assert (faithfulness == 0).all() and (effectiveness > 0).all()
+    assert (faithfulness == 0).all()
+    assert (effectiveness > 0).all()
     assert torch.equal(gradient.gather(1, rows.correct[:, None])[:, 0], -rows.direction)
     assert torch.equal(gradient.gather(1, rows.wrong[:, None])[:, 0], rows.direction)
     assert torch.equal(answer_grad.cpu(), torch.stack([torch.zeros(3), torch.zeros(3), -rows.direction.cpu()], 1))
@@ -209,9 +214,11 @@ def test_no_rows_still_sum_the_scalars(inputs: Inputs, device: torch.device) -> 
         *results, l1, sign = loss_of(some, scalars=scalars)
         assert l1.item() == pytest.approx(scalars.double().abs().sum().item(), rel=1e-6)
         assert torch.equal(sign, scalars.sign())
-        assert results[2].shape == some.logits.shape and results[3].shape == (len(some.logits), 3)
+        assert results[2].shape == some.logits.shape
+        assert results[3].shape == (len(some.logits), 3)
     l1, sign = loss_of(rows, scalars=scalars[:0])[4:]
-    assert l1 == 0 and sign.shape == (0, 3, 700)
+    assert l1 == 0
+    assert sign.shape == (0, 3, 700)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -248,7 +255,7 @@ def test_the_saved_gradient_takes_any_upstream(
     eager = exact_loss(rows, torch.float32, (d_e, d_f), **options)[2]
     ones = torch.ones(n_rows)
     condition = textbook_losses(rows, (d_e, d_f), torch.float64, **options).gradient_condition
-    # The columns that are not answers are rounded twice, the saved gradient and then its multiple, each time by up to an
+    # Columns that are not answers are rounded twice, the saved gradient and then its multiple, each time by up to an
     # ulp (the interpreter cuts bfloat16 off), and the first ulp may be worth two of the second.
     once = exact_loss(rows, torch.float64, (ones, ones), **options)[2]
     twice = 2 * (once.abs() * torch.finfo(dtype).eps * d_f.abs()[:, None]).double() / torch.finfo(torch.float32).eps
@@ -264,7 +271,8 @@ def test_an_expanded_upstream_is_read_as_it_lies(inputs: Inputs, device: torch.d
     expanded, full = saved.clone(), saved.clone()
     for grad, d in ((expanded, upstream.expand(5)), (full, upstream.expand(5).contiguous())):
         kernels.intervention_loss_scale_(grad, d, d, rows.correct, rows.wrong, answer_grad)
-    assert torch.equal(expanded, full) and not torch.equal(expanded, saved)
+    assert torch.equal(expanded, full)
+    assert not torch.equal(expanded, saved)
     kernels.intervention_loss_scale_(saved, upstream.expand(5), upstream.expand(5), None, None, answer_grad)
     assert saved.isfinite().all()
 
@@ -325,9 +333,12 @@ def test_scaling_and_its_gradients_match_the_formulas(
         {k: v.abs() if k in ("x", "alpha", "shift", "row_strength") and v is not None else v for k, v in case.items()}
         | {"strength": abs(case["strength"])}, dy.abs(), torch.float64,
     )  # fmt: skip
-    for label, value, right, plain, condition in zip(("y", "dx", "dalpha", "dshift"), got, exact, eager, size, strict=True):
+    for label, value, right, plain, condition in zip(
+        ("y", "dx", "dalpha", "dshift"), got, exact, eager, size, strict=True
+    ):
         if right is not None:
-            assert plain is not None and condition is not None
+            assert plain is not None
+            assert condition is not None
             # 4: a sum of a few hundred terms in another order than eager's, which may have been lucky
             assert_as_exact_as_eager(label, value, right, plain, condition=4 * condition)
     for need in [(True, False, False), (False, *needs[1:]), (False, needs[1], False)]:
@@ -380,8 +391,10 @@ def test_a_group_out_of_range_makes_its_row_nan_and_no_other(
     case["group"] = case["group"].clone()
     case["group"][1] = bad
     bad_y, (bad_dx, *sums) = kernels.scale_heads(**case), kernels.scale_heads_backward(dy, **case, **needs)
-    assert bad_y[1].isnan().all() and bad_dx[1].isnan().all()
-    assert torch.equal(bad_y[[0, 2]], y[[0, 2]]) and torch.equal(bad_dx[[0, 2]], dx[[0, 2]])
+    assert bad_y[1].isnan().all()
+    assert bad_dx[1].isnan().all()
+    assert torch.equal(bad_y[[0, 2]], y[[0, 2]])
+    assert torch.equal(bad_dx[[0, 2]], dx[[0, 2]])
     assert all(total.isfinite().all() for total in sums)
 
 
@@ -391,7 +404,10 @@ def test_an_empty_batch_has_zero_sums(inputs: Inputs, device: torch.device) -> N
     group = torch.empty(0, dtype=torch.int64, device=device)
     assert kernels.scale_heads(x, alpha, shift, 1.0, None, group).shape == x.shape
     _, dalpha, dshift = kernels.scale_heads_backward(x, x, alpha, shift, 1.0, None, group, True, True, True)
-    assert (dalpha == 0).all() and dalpha.shape == alpha.shape and (dshift == 0).all() and dshift.shape == shift.shape
+    assert (dalpha == 0).all()
+    assert dalpha.shape == alpha.shape
+    assert (dshift == 0).all()
+    assert dshift.shape == shift.shape
 
 
 @pytest.mark.parametrize("size", [1, 5, 1500, 2500], ids=["one", "few", "blocks", "programs"])
@@ -418,7 +434,8 @@ def test_the_optimiser_steps_like_the_formulas(
         assert_as_exact_as_eager(name, value, exact, eager, condition=4 * (exact.abs() + 0.2))
     if size > 5:
         zeros = runs[torch.float64][0] == 0
-        assert 0 < zeros.sum() < size and torch.equal(got[0].cpu() == 0, zeros)
+        assert 0 < zeros.sum() < size
+        assert torch.equal(got[0].cpu() == 0, zeros)
 
 
 @pytest.mark.parametrize(("beta1", "beta2"), [(0.0, 0.0), (0.9, 0.999), (0.5, 0.99999)])
@@ -467,12 +484,15 @@ def test_the_tiles_of_a_row_cover_it_and_no_program_is_idle(rows: int, width: in
         assert 1 <= tiling.splits <= columns.MAX_SPLITS.value
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (32, 512, 32, 128), (3, 1000, 12, 64), (2, 4096, 1, 16384), (1, 1, 7, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (32, 512, 32, 128), (3, 1000, 12, 64), (2, 4096, 1, 16384), (1, 1, 7, 3)]
+)
 def test_the_tiles_of_an_activation_cover_it(shape: tuple[int, int, int, int]) -> None:
     _, T, H, D = shape
     geometry = Geometry.of(*shape, 132)
     assert geometry.heads * geometry.channels <= TILE
-    assert geometry.head_tiles * geometry.heads >= H and geometry.channel_tiles * geometry.channels >= D
+    assert geometry.head_tiles * geometry.heads >= H
+    assert geometry.channel_tiles * geometry.channels >= D
     assert (geometry.chunks - 1) * geometry.steps < T <= geometry.chunks * geometry.steps
 
 
@@ -505,7 +525,8 @@ class TestOnAGpu:
         z = rows.logits.double().requires_grad_()
         e, f = reference.intervention_loss(z, rows.reference.double(), *rows[2:4], rows.direction.double())
         (gradient,) = torch.autograd.grad((e + f).sum(), z)
-        assert torch.allclose(got[0].double(), e, atol=1e-5) and torch.allclose(got[1].double(), f, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(got[0].double(), e, atol=1e-5)
+        assert torch.allclose(got[1].double(), f, rtol=1e-5, atol=1e-6)
         assert torch.allclose(got[2].double(), gradient, rtol=2**-8, atol=1e-9)
         same = loss_of(rows._replace(reference=rows.logits.clone()), margin=-1e6)
         assert all((result == 0).all() for result in same[:4])
@@ -523,7 +544,8 @@ class TestOnAGpu:
         e, f = reference.intervention_loss(
             tail.logits.double(), tail.reference.double(), tail.correct, tail.wrong, tail.direction.double()
         )
-        assert torch.allclose(got[0][last].double(), e, atol=1e-5) and torch.allclose(got[1][last].double(), f, rtol=1e-5)
+        assert torch.allclose(got[0][last].double(), e, atol=1e-5)
+        assert torch.allclose(got[1][last].double(), f, rtol=1e-5)
         assert torch.allclose(got[2][last].float(), loss_of(tail)[2].float(), rtol=2**-7, atol=1e-9)
 
     @pytest.mark.large

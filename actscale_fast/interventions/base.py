@@ -1,10 +1,10 @@
-"""What every intervention is: a small module of fp32 parameters, a location, and one method that edits an activation."""
+"""What every intervention is: a module of fp32 parameters, a location, and one method that edits an activation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +68,12 @@ class Intervention(nn.Module):
         Args:
             model: a Hugging Face causal language model (or its base model).
             site: "head" (input of the attention's output projection, by query heads), "attn_out" (that projection's
-                output), "mlp_out" (the MLP's output) or "residual" (the decoder layer's output); the two outputs are
-                taken before any norm, dropout, multiplier or addition that follows.
+                output), "mlp_out" (the MLP's output) or "residual" (the decoder layer's output). attn_out and mlp_out
+                are taken before any norm or multiplier that follows: in Gemma 2, Gemma 3 and OLMo 2 such a norm undoes
+                a positive factor, and only its sign gets through.
             layers: numbers of the layers, negative from the end; None: all.
-            positions: None: every token, prompt and generated. A list: tokens of the prompt only, counted from its first
-                real token, negative from its last; padding never counts.
+            positions: None: every token, prompt and generated. A list: tokens of the prompt only, counted from its
+                first real token, negative from its last; padding never counts. One outside a prompt does nothing.
             generated: with a list, steer the generated tokens too; they share one further slot.
             projection, layers_path, mlp: module paths for a family that is not in the table, e.g.
                 projection="self_attn.o_proj", layers_path="model.layers", mlp="mlp".
@@ -189,12 +190,16 @@ class Intervention(nn.Module):
         loaded = load_intervention(folder)
         if not isinstance(loaded, cls):
             raise ValueError(f"{folder}: holds {type(loaded).__name__}, expected {cls.__name__}")
-        return cast(Self, loaded)
+        return loaded
 
     def extra_repr(self) -> str:
         where = self.location
-        positions = "all" if where.positions is None else [*where.positions, *(["generated"] if where.generated else [])]
-        return f"site={where.site!r}, layers={list(where.layers)}, positions={positions}, model={where.model.model_type!r}"
+        positions = (
+            "all" if where.positions is None else [*where.positions, *(["generated"] if where.generated else [])]
+        )
+        return (
+            f"site={where.site!r}, layers={list(where.layers)}, positions={positions}, model={where.model.model_type!r}"
+        )
 
 
 def load_intervention(folder: str | Path) -> Intervention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 Site = Literal["head", "attn_out", "mlp_out", "residual"]
 SITES: tuple[str, ...] = get_args(Site)
@@ -68,7 +68,8 @@ class Location:
         try:
             model = ModelFingerprint(**data["model"])
             if not isinstance(model.model_type, str) or any(
-                type(getattr(model, item.name)) is not int or getattr(model, item.name) < 1 for item in fields(model)[1:]
+                type(getattr(model, item.name)) is not int or getattr(model, item.name) < 1
+                for item in fields(model)[1:]
             ):
                 raise ValueError(f"model: got {data['model']!r}")
             return cls(
@@ -85,13 +86,13 @@ class Location:
 
 def check_site(site: object) -> str:
     """`site` where it is one of the four."""
-    if site not in SITES:
+    if not isinstance(site, str) or site not in SITES:
         raise ValueError(f"site: got {site!r}, expected one of {', '.join(SITES)}")
-    return cast(str, site)
+    return site
 
 
 def check_layers(layers: object, n_layers: int) -> tuple[int, ...]:
-    """The chosen layers as sorted-by-choice non-negative numbers; None is all of them."""
+    """The chosen layers, in the caller's order, as numbers from 0; None is all of them."""
     if layers is None:
         return tuple(range(n_layers))
     chosen = []

@@ -1,6 +1,6 @@
 """Which parameter slot each token of a forward pass uses, and the parameters laid out token by token.
 
-Positions count the real tokens of the prompt: 0 is its first, −1 its last, padding never counts, on whichever side it is.
+Positions count the real tokens of the prompt: 0 is its first, −1 its last; padding never counts, on either side.
 Slot j belongs to the j-th listed position; one more slot, where it was asked for, to all generated tokens; the slot
 after the last is the empty one, whose parameters are zero: nothing is done to the token.
 """
@@ -26,7 +26,9 @@ class Prompt:
 class Placement:
     """How one forward pass reads the parameters [G, P, ...] of a layer: once for all layers, on one device."""
 
-    index: Tensor | None = None  # int64 [R, T]: row of the table [G·(P+1)] that each token uses; R = B, or 1 for all rows
+    index: Tensor | None = (
+        None  # int64 [R, T]: row of the table [G·(P+1)] that each token uses; R = B, or 1 for all rows
+    )
     slot: int | None = None  # every token uses this slot
     group: Tensor | None = None  # int64 [B]: the row group of each row, as `ops.scale_heads` takes it
 
@@ -34,9 +36,11 @@ class Placement:
         """values [G, P, ...] -> [G or R, 1 or T, ...], ready for `ops.scale_heads` with `self.group`."""
         if self.index is not None:
             trailing = values.shape[2:]
-            table = F.pad(values, (0, 0) * len(trailing) + (0, 1)).flatten(0, 1)  # [G·(P+1), ...], an empty slot a group
+            table = F.pad(values, (0, 0) * len(trailing) + (0, 1)).flatten(
+                0, 1
+            )  # [G·(P+1), ...], an empty slot a group
             # Indexing would sum the gradient with float atomics, a one-hot product would round under autocast.
-            return F.embedding(self.index, table.flatten(1)).unflatten(-1, trailing)
+            return F.embedding(self.index, table.reshape(table.shape[0], -1)).reshape(*self.index.shape, *trailing)
         if self.slot is not None:
             return values[:, self.slot : self.slot + 1]
         return values
@@ -84,12 +88,12 @@ def slot_index(
         rank = seen[:, within] - 1  # [B, T]
         in_prompt = in_prompt & mask[:, within]
         count = seen[:, -1:]  # [B, 1]
-    targets = torch.where(wanted < 0, wanted + count, wanted)  # [P] or [B, P]
-    hit = (rank[:, :, None] == targets.reshape(-1, 1, n_wanted)) & in_prompt[:, :, None]  # [B, T, P]
-    order = torch.arange(n_wanted, device=wanted.device)
     empty = n_wanted + generated
-    rows, tokens = torch.broadcast_tensors(rank, in_prompt)[0].shape
-    slots = torch.where(hit, order, empty).amin(-1) if n_wanted else columns.new_full((rows, tokens), empty)
+    slots = torch.full_like(rank, empty)
+    if n_wanted:
+        targets = torch.where(wanted < 0, wanted + count, wanted)  # [P] or [B, P]
+        hit = (rank[:, :, None] == targets.reshape(-1, 1, n_wanted)) & in_prompt[:, :, None]  # [B, T, P]
+        slots = torch.where(hit, torch.arange(n_wanted, device=wanted.device), empty).amin(-1)
     if generated:
         slots = torch.where((columns >= length)[None], n_wanted, slots)
     return slots

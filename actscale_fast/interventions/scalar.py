@@ -13,8 +13,8 @@ from .positions import Placement
 class ActivScalar(Intervention):
     """One signed scalar per layer, position slot and head (or whole site): h·(1 + β·α) (arXiv 2410.04962, eq. 5).
 
-    `alpha` is fp32 [L, P, H] at the head site, [L, P, 1] at a whole one, [G, L, P, ·] where stacked. α = 0 is the identity,
-    α = −1 under β = 1 removes the head, β = −1 inverts the intervention.
+    `alpha` is fp32 [L, P, H] at the head site, [L, P, 1] at a whole one, [G, L, P, ·] where stacked. α = 0 is the
+    identity, α = −1 under β = 1 removes the head, β = −1 inverts the intervention.
     """
 
     alpha: nn.Parameter

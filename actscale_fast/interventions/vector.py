@@ -13,7 +13,7 @@ from .positions import Placement
 class SteerVec(Intervention):
     """One vector per layer, position slot and head (or whole site): h + β·v (arXiv 2410.04962, eq. 4).
 
-    `vectors` is fp32 [L, P, H, D]: D is the head's width at the head site; at a whole site H is 1 and D the hidden size.
+    `vectors` is fp32 [L, P, H, D]: D is the head's width at the head site; at a whole one H is 1 and D the hidden size.
     """
 
     vectors: nn.Parameter

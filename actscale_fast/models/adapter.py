@@ -122,7 +122,9 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     model_type = config.model_type
     family = FAMILIES.get(model_type)
     if family is None or paths:
-        known = {} if family is None else {"layers_path": family.layers, "projection": family.projection, "mlp": family.mlp}
+        known = (
+            {} if family is None else {"layers_path": family.layers, "projection": family.projection, "mlp": family.mlp}
+        )
         family = find_family(model, model_type, n_layers, n_heads * head_dim, {**known, **paths})
     path = family.layers
     if not _has(model, path) and _has(model, path.partition(".")[2]):

@@ -60,6 +60,7 @@ class Call:
         """Tokens in the KV cache: an int, or for a static cache a tensor on its device."""
         return 0 if self.cache is None else self.cache.get_seq_length()
 
+
 class Contextual(Protocol):
     """A patch, as far as this file needs to know it."""
 
@@ -85,7 +86,7 @@ class Calls:
         pass
 
     @contextlib.contextmanager
-    def announced(self, prompt: Prompt) -> Iterator[None]:
+    def announced(self, prompt: Prompt | None) -> Iterator[None]:
         """Let the forward passes inside know the prompt."""
         before = self.prompt
         self.prompt = prompt
@@ -173,13 +174,14 @@ def _wrapped_generate(model: nn.Module, calls: Calls, there: Callable[..., Any] 
     """generate() of this instance, which says where the prompt ends before it begins."""
     reference = weakref.ref(model)  # the model holds this function: no cycle
 
-    @functools.wraps(there or type(model).generate)  # type: ignore[arg-type]
+    original: Callable[..., Any] = there or getattr(type(model), "generate")  # noqa: B009
+
+    @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
         model = reference()
         assert model is not None
-        run = there or functools.partial(type(model).generate, model)  # type: ignore[arg-type]
         with calls.announced(_prompt_of(model, args, kwargs)):
-            return run(*args, **kwargs)
+            return there(*args, **kwargs) if there else original(model, *args, **kwargs)
 
     return generate
 
@@ -187,7 +189,9 @@ def _wrapped_generate(model: nn.Module, calls: Calls, there: Callable[..., Any] 
 def _prompt_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt | None:
     """The prompt of a generate() call, its padding inferred as generate() itself infers it."""
     embeds = kwargs.get("inputs_embeds")
-    ids = args[0] if args else next((kwargs[key] for key in ("inputs", "input_ids") if kwargs.get(key) is not None), None)
+    ids = (
+        args[0] if args else next((kwargs[key] for key in ("inputs", "input_ids") if kwargs.get(key) is not None), None)
+    )
     tokens = embeds if embeds is not None else ids
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:

@@ -17,7 +17,7 @@ _MERGED = "_actscale_fast_merged"  # on the model: parameter name -> its origina
 _LAST = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h")
 
 
-def merge(model: nn.Module, intervention: Intervention, strength: float = 1.0) -> None:
+def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor = 1.0) -> None:
     """Write an intervention into the model's weights, so that it costs nothing when it runs.
 
     Exact up to one rounding of each changed weight to its dtype (about 3 significant digits in bfloat16, where `patch`
@@ -30,9 +30,9 @@ def merge(model: nn.Module, intervention: Intervention, strength: float = 1.0) -
         strength: β, one number.
 
     Raises:
-        TypeError, ValueError: what weights cannot express (positions, the residual site, stacks, a missing bias, experts),
-            quantised, offloaded or shared weights, non-finite values, another model, or a model merged already. The model
-            is then as it was.
+        TypeError, ValueError: what weights cannot express (positions, the residual site, stacks, a missing bias,
+            experts), quantised, offloaded or shared weights, non-finite values, another model, or a model merged
+            already. The model is then as it was.
     """
     if not isinstance(intervention, Intervention):
         raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
@@ -46,7 +46,9 @@ def merge(model: nn.Module, intervention: Intervention, strength: float = 1.0) -
     if location.site == "residual":
         raise ValueError("intervention: no weight produces the residual stream by itself; use patch")
     if intervention.n_groups is not None:
-        raise ValueError("intervention: a stack acts by row group, but the weights serve all rows; merge one of its parts")
+        raise ValueError(
+            "intervention: a stack acts by row group, but the weights serve all rows; merge one of its parts"
+        )
     if not isinstance(intervention, ActivScalar | SteerVec):
         raise ValueError(f"intervention: {type(intervention).__name__} depends on the activation; use patch")
     found = layout(model, location.paths)
@@ -98,15 +100,20 @@ def _projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
         parts = [getattr(module, name) for name in _LAST if isinstance(getattr(module, name, None), nn.Module)]
         if found.model_type not in FAMILIES or len(parts) != 1:
             raise ValueError(
-                f"intervention: layer {layer}'s MLP ({type(module).__name__}) does not end in one known projection; use patch"
+                f"intervention: layer {layer}'s MLP ({type(module).__name__}) does not end in one known projection; "
+                "use patch"
             )
         module = parts[0]
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
-        raise ValueError(f"model: layer {layer}'s projection is a {type(module).__name__}, expected nn.Linear or Conv1D")
+        raise ValueError(
+            f"model: layer {layer}'s projection is a {type(module).__name__}, expected nn.Linear or Conv1D"
+        )
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.device.type == "meta":
         state = "missing" if not isinstance(weight, Tensor) else f"{weight.dtype} on {weight.device}"
-        raise ValueError(f"model: the weight of layer {layer}'s projection is {state}, expected floating-point and in memory")
+        raise ValueError(
+            f"model: the weight of layer {layer}'s projection is {state}, expected floating-point and in memory"
+        )
     return module
 
 
@@ -116,7 +123,9 @@ def _is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _updated(module: Any, name: str, intervention: ActivScalar | SteerVec, index: int, strength: float) -> dict[str, Tensor]:
+def _updated(
+    module: Any, name: str, intervention: ActivScalar | SteerVec, index: int, strength: float
+) -> dict[str, Tensor]:
     """The new weight and bias of one projection, computed in float32 or wider and rounded once."""
     weight: Tensor = module.weight.detach()
     bias: Tensor | None = None if module.bias is None else module.bias.detach()

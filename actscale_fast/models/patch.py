@@ -12,11 +12,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Intervention, Placement, Prompt, slot_index
+from ..interventions import Intervention, Placement, Prompt
 from ..interventions.positions import EVERYWHERE
 from . import context as contexts
 from . import surgery
 from .adapter import execution_device, layout
+from .placement import per_row, place
 from .recompute import Carrier
 
 
@@ -29,14 +30,15 @@ def patch(
     """Apply an intervention to this model: until the `with` block ends, or until `.remove()`.
 
     The model's weights, module names and state_dict stay as they are. Patches nest, in the order in which they were
-    applied. Compiled models see the patch, its removal, and every change of the parameters' values. Parameters are moved to the
-    model's device if they are elsewhere, and stay fp32 whatever the model's dtype. One forward pass at a time.
+    applied. Compiled models see the patch, its removal, and every change of the parameters' values. Parameters are
+    moved to the model's device if they are elsewhere, and stay fp32 whatever the model's dtype. One forward pass at a
+    time, and under gradient checkpointing the backward pass inside the `with` block.
 
     Args:
-        model: the model that the intervention was made for (or another of the same shape).
+        model: the model that the intervention was made for, or another of its type and shape.
         intervention: its parameters get gradients; the model's weights may be frozen.
-        strength: β, a float, or one value per row of the batch [B]; 0 is the identity, −1 inverts. In generate() a row's
-            value serves all its beams or returned sequences. `Patch.strength` can be set anew at any time.
+        strength: β, a float, or one value per row of the batch [B]; 0 is the identity, −1 inverts. In generate() a
+            row's value serves all its beams or returned sequences. `Patch.strength` can be set anew at any time.
         group: int64 [B], for a stacked intervention: which of its G parts each row uses.
 
     Returns:
@@ -69,17 +71,21 @@ class _Edit:
             context = context.on(x.device)
         if context.placement is None:
             return x
-        rows = x if x.dim() == 3 else x.unflatten(0, (context.n_rows or 1, -1))  # OPT flattens rows and tokens
-        y = self.intervention.edit(
-            rows.unflatten(-1, (self.n_heads, self.width)), self.layer, context.strength, context.placement
-        )
-        return y.flatten(-2).view_as(x)
+        if x.dim() == 2:  # OPT flattens rows and tokens
+            return self(x.unflatten(0, (context.n_rows or 1, -1))).flatten(0, 1)
+        edit = self.intervention.edit
+        if self.n_heads == 1:
+            return edit(x.unsqueeze(2), self.layer, context.strength, context.placement).squeeze(2)
+        heads = x.unflatten(2, (self.n_heads, self.width))
+        return edit(heads, self.layer, context.strength, context.placement).flatten(2)
 
 
 class Patch:
     """An applied intervention; see `patch`."""
 
-    def __init__(self, model: nn.Module, intervention: Intervention, strength: float | Tensor, group: Tensor | None) -> None:
+    def __init__(
+        self, model: nn.Module, intervention: Intervention, strength: float | Tensor, group: Tensor | None
+    ) -> None:
         if not isinstance(intervention, Intervention):
             raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
         location = intervention.location
@@ -122,7 +128,9 @@ class Patch:
     def strength(self, value: float | Tensor) -> None:
         if isinstance(value, Tensor) and value.dim() > 0:
             if value.dim() != 1 or value.requires_grad or value.is_complex():
-                raise ValueError(f"strength: got shape {tuple(value.shape)}, expected a float or a tensor [B] without gradient")
+                raise ValueError(
+                    f"strength: got shape {tuple(value.shape)}, expected a float or a tensor [B] without gradient"
+                )
             dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
             self._strength: float | Tensor = value.to(self._home, dtype)
         else:
@@ -168,7 +176,9 @@ class Patch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.remove()
 
     def carriers(self) -> list[nn.Module]:
@@ -178,76 +188,31 @@ class Patch:
     def enter(self, call: contexts.Call) -> contexts.Context:
         """The context of one forward pass."""
         location = self.intervention.location
-        if location.positions is None and not location.generated and not self._rowwise:
+        if location.positions is None and not self._rowwise:
             return contexts.Context(EVERYWHERE, self._strength, call.n_rows)
         if call.packed:
-            raise ValueError("positions, strength, group: packed sequences have no rows to place them by; pad the batch")
+            raise ValueError(
+                "positions, strength, group: packed sequences have no rows to place them by; pad the batch"
+            )
         strength, group = self._strength, self._group
         if isinstance(strength, Tensor):
-            strength = _per_row("strength", strength, call).to(self._home)
+            strength = per_row("strength", strength, call).to(self._home)
         if group is not None:
-            group = _per_row("group", group, call).to(self._home)
+            group = per_row("group", group, call).to(self._home)
         placement: Placement | None = Placement(group=group)
         if location.positions is not None:
-            placement = self._place(call, group)
+            placement = place(self.intervention, call, group, self._home)
         return contexts.Context(placement, strength, call.n_rows, self._home)
 
     def outside(self, x: Tensor) -> contexts.Context:
         """The context of a layer that was called by itself, or of a repetition that no carrier could reach."""
         if self.intervention.location.positions is not None:
-            raise RuntimeError("positions: a steered layer ran outside its model's forward pass, so its tokens are unknown")
+            raise RuntimeError(
+                "positions: a steered layer ran outside its model's forward pass, so its tokens are unknown"
+            )
         if not self._rowwise:
             return self._plain
         return contexts.Context(Placement(group=self._group), self._strength, None, self._home)
-
-    def _place(self, call: contexts.Call, group: Tensor | None) -> Placement | None:
-        location, wanted = self.intervention.location, self.intervention.wanted_positions
-        past, mask = call.past, None
-        if isinstance(past, Tensor):
-            past = past.to(self._home)
-        length: int | Tensor
-        if call.prompt is not None:
-            length, mask = call.prompt.length, call.prompt.mask
-            if mask is None and isinstance(call.mask, Tensor) and call.mask.dim() == 2 and call.mask.shape[1] >= length:
-                mask = call.mask[:, :length] != 0
-        else:
-            # An empty cache begins a prompt, a filled one is past it; a static cache knows its length on the device only.
-            length = (past == 0) * call.n_tokens
-            if call.mask is not None and not (isinstance(past, int) and past > 0):
-                if not isinstance(call.mask, Tensor) or call.mask.dim() != 2:
-                    raise ValueError("attention_mask: positions need the 2-D mask [B, T]; announce it: `with handle.prompt(n, mask)`")
-                mask = call.mask[:, : call.n_tokens] != 0
-        if isinstance(past, int) and isinstance(length, int) and past >= length:  # generated tokens only
-            return Placement(slot=location.n_slots - 1, group=group) if location.generated else None
-        if mask is not None:
-            mask = mask.to(self._home)
-            if mask.shape[0] != call.n_rows:
-                mask = _expand("attention_mask", mask, call.n_rows)
-        slots = slot_index(
-            wanted.to(self._home), call.n_tokens, past=past, length=length, mask=mask, generated=location.generated
-        )
-        rows = None
-        if group is not None:
-            slots = slots + group[:, None] * (location.n_slots + 1)
-        if slots.shape[0] > 1:
-            rows = torch.arange(call.n_rows, device=self._home)
-        return Placement(index=slots, group=rows)
-
-
-def _per_row(name: str, values: Tensor, call: contexts.Call) -> Tensor:
-    if values.shape[0] == call.n_rows:
-        return values
-    if call.prompt is None:
-        raise ValueError(f"{name}: got {values.shape[0]} values for a batch of {call.n_rows} rows, expected one per row")
-    return _expand(name, values, call.n_rows)
-
-
-def _expand(name: str, values: Tensor, n_rows: int) -> Tensor:
-    """Repeat each row for its beams or returned sequences, as generate() repeats the prompt."""
-    times, rest = divmod(n_rows, values.shape[0])
-    if rest:
-        raise ValueError(f"{name}: got {values.shape[0]} rows, expected {n_rows} or a divisor of it")
-    return values.repeat_interleave(times, 0)
 
 
 def _checked_group(group: object, n_groups: int | None, device: torch.device) -> Tensor | None:
@@ -259,6 +224,6 @@ def _checked_group(group: object, n_groups: int | None, device: torch.device) ->
         raise TypeError(f"group: got {type(group).__name__}, expected an int64 tensor [B]")
     if n_groups is None:
         raise ValueError("group: the intervention is not a stack of several; see Intervention.stack")
-    if group.numel() and not (0 <= int(group.min()) and int(group.max()) < n_groups):
+    if group.numel() and not (int(group.min()) >= 0 and int(group.max()) < n_groups):
         raise ValueError(f"group: got values {int(group.min())} to {int(group.max())}, expected 0 to {n_groups - 1}")
     return group.to(device, torch.int64)

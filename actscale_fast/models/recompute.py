@@ -1,8 +1,8 @@
-"""Gradient checkpointing: the recomputed layer must see the context of the forward pass that it repeats.
+"""Gradient checkpointing: a recomputed layer must see the context of the forward pass that it repeats.
 
-The recomputation runs inside the backward pass, when another forward pass may have come between. Transformers hands each
-checkpointed layer to `layer._gradient_checkpointing_func`, in every version 5; the `Carrier` in its place remembers the
-contexts and puts them back around the repetition.
+The recomputation runs inside the backward pass, when another forward pass may have come between. Transformers hands
+each checkpointed layer to `layer._gradient_checkpointing_func`; the `Carrier` in its place remembers the contexts and
+puts them back around the repetition.
 """
 
 from __future__ import annotations
@@ -44,10 +44,16 @@ class Carrier:
         return _itself, (self.checkpoint,)  # a copy of the layer is of one that is not patched
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        contexts = [(patch, patch.context) for patch in self.calls.patches]
+        patches = self.calls.patches
+        contexts = [(patch, patch.context) for patch in patches]
 
         def repeat(*inputs: Any, **named: Any) -> Any:
-            before = [(patch, patch.context) for patch, _ in contexts]
+            if self.calls.patches != patches:
+                raise RuntimeError(
+                    "patch: the patches changed between a checkpointed forward pass and its backward pass; "
+                    "call backward() inside the `with` block"
+                )
+            before = [(patch, patch.context) for patch in patches]
             for patch, context in contexts:
                 patch.context = context
             try:

@@ -23,7 +23,9 @@ def in_features(module: nn.Module) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def find_family(model: nn.Module, model_type: str, n_layers: int, attention_width: int, paths: dict[str, str]) -> Family:
+def find_family(
+    model: nn.Module, model_type: str, n_layers: int, attention_width: int, paths: dict[str, str]
+) -> Family:
     """The family's paths, from those given and, for the rest, from the model's structure.
 
     Args:

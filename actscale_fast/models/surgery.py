@@ -1,10 +1,10 @@
 """How an edit gets into a module, and out again without a trace.
 
 A hook alone is not enough: torch.compile guards a module's class and attributes but not its hooks
-(`skip_nnmodule_hook_guards`), so a hook added to a compiled model is silently ignored. The module's class is therefore
-swapped for an empty subclass of it: the guards fail, the model is traced again with the hook in it, and after removal
-the first graph serves again. Parameters, module names, state_dict keys and `isinstance` stay as they are; nothing is set
-on the class itself, so other models never see it.
+(`skip_nnmodule_hook_guards`), so a hook added to a compiled model is silently ignored. The module's class is
+therefore swapped for an empty subclass of it: the guards fail, the model is traced again with the hook in it, and
+after removal the first graph serves again. Parameters, module names, state_dict keys and `isinstance` stay as they
+are; nothing is set on the class itself, so other models never see it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def record_of(module: nn.Module) -> Any:
 
 def mark(module: nn.Module, record: Record) -> None:
     """Give the module a record and swap its class for the marked one."""
-    module.__class__ = marked_class(type(module))
+    module.__class__ = marked_class(type(module))  # type: ignore[arg-type]
     module.__dict__[_KEY] = record
 
 
@@ -94,7 +94,7 @@ def unmark(module: nn.Module) -> None:
 def marked_class(cls: type[nn.Module]) -> type[nn.Module]:
     """An empty subclass of the same name; one per class, so that patching again compiles nothing again."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (cls,), {**names, "__reduce_ex__": _reduce})
+    return type(cls.__name__, (cls,), {**names, "__reduce_ex__": _reduce})
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
@@ -114,7 +114,9 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 
 def _edit_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not args:
-        raise RuntimeError(f"{type(module).__name__} was called without a positional input, so its heads cannot be scaled")
+        raise RuntimeError(
+            f"{type(module).__name__} was called without a positional input, so its heads cannot be scaled"
+        )
     x = args[0]
     for edit in module.__dict__[_KEY].before:
         x = edit(x)

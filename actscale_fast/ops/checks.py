@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops. They look at shapes, dtypes and devices; at values only of CPU tensors: never a sync."""
+"""Argument checks shared by the ops: of shapes, dtypes, devices, and values of CPU tensors only, so never a sync."""
 
 from __future__ import annotations
 

@@ -73,15 +73,20 @@ def scale_heads(
             raise ValueError(f"group: got None for {n_groups} groups and {n_rows} rows, expected an int64 tensor [B]")
         group = torch.arange(n_rows, device=x.device)
     row_strength = None
-    if isinstance(strength, Tensor) and strength.dim() > 0:
+    if isinstance(strength, Tensor):
         if strength.requires_grad:
             raise ValueError("strength: requires a gradient, but it is not differentiated; learn alpha instead")
+        if strength.dim() == 0:  # stays a tensor: reading its value would wait for the GPU
+            strength = strength.to(x.device).expand(n_rows)
         row_strength, strength = checks.row_values("strength", strength, n_rows, x.device), 1.0
     strength = float(strength)
     if backends.resolve(x.device, x.dtype) == "reference":
         if group is not None and n_groups is not None:
             checks.ids_in_range("group", group, n_groups, "group")
         return reference.scale_heads(x, alpha, shift, strength, row_strength, group)
+    if alpha is not None and shift is not None and alpha.shape[1] != shift.shape[1]:  # the kernels take one P
+        alpha = alpha.expand(-1, n_positions, -1)
+        shift = shift.expand(-1, n_positions, -1, -1)
     alpha = None if alpha is None else alpha.to(torch.float32).contiguous()
     shift = None if shift is None else shift.to(torch.float32).contiguous()
     if row_strength is not None:

@@ -1,9 +1,10 @@
 """Countries and their capitals, as they read in the middle of an English sentence.
 
 Left out: states whose seat of government and constitutional capital differ or are contested (Benin, Bolivia,
-Eswatini, Israel, Nauru, Palestine, South Africa, Sri Lanka), since a task needs one right answer, and states that
-share their name with their capital (Djibouti, Luxembourg, Monaco, San Marino, Singapore, Vatican City), since there
-the answer stands in the question. Three countries of the United Kingdom are in: Scotland, Wales, Northern Ireland.
+Eswatini, Israel, Nauru, Palestine, South Africa, Sri Lanka), since a task needs one right answer, and states whose
+capital bears their name (Djibouti, Guinea-Bissau, Luxembourg, Monaco, San Marino, Sao Tome, Singapore, Vatican City),
+since there the answer stands in the question. Three countries of the United Kingdom are in: Scotland, Wales, Northern
+Ireland.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ Croatia: Zagreb; Cuba: Havana; Cyprus: Nicosia; the Czech Republic: Prague; Denm
 the Dominican Republic: Santo Domingo; East Timor: Dili; Ecuador: Quito; Egypt: Cairo; El Salvador: San Salvador;
 Equatorial Guinea: Malabo; Eritrea: Asmara; Estonia: Tallinn; Ethiopia: Addis Ababa; Fiji: Suva; Finland: Helsinki;
 France: Paris; Gabon: Libreville; the Gambia: Banjul; Georgia: Tbilisi; Germany: Berlin; Ghana: Accra; Greece: Athens;
-Grenada: Saint George's; Guatemala: Guatemala City; Guinea: Conakry; Guinea-Bissau: Bissau; Guyana: Georgetown;
+Grenada: Saint George's; Guatemala: Guatemala City; Guinea: Conakry; Guyana: Georgetown;
 Haiti: Port-au-Prince; Honduras: Tegucigalpa; Hungary: Budapest; Iceland: Reykjavik; India: New Delhi;
 Indonesia: Jakarta; Iran: Tehran; Iraq: Baghdad; Ireland: Dublin; Italy: Rome; Ivory Coast: Yamoussoukro;
 Jamaica: Kingston; Japan: Tokyo; Jordan: Amman; Kazakhstan: Astana; Kenya: Nairobi; Kiribati: Tarawa;
 Kosovo: Pristina; Kuwait: Kuwait City; Kyrgyzstan: Bishkek; Laos: Vientiane; Latvia: Riga; Lebanon: Beirut;
 Lesotho: Maseru; Liberia: Monrovia; Libya: Tripoli; Liechtenstein: Vaduz; Lithuania: Vilnius;
 Madagascar: Antananarivo; Malawi: Lilongwe; Malaysia: Kuala Lumpur; the Maldives: Male; Mali: Bamako; Malta: Valletta;
-the Marshall Islands: Majuro; Mauritania: Nouakchott; Mauritius: Port Louis; Mexico: Mexico City;
-Micronesia: Palikir; Moldova: Chisinau; Mongolia: Ulaanbaatar; Montenegro: Podgorica; Morocco: Rabat;
-Mozambique: Maputo; Myanmar: Naypyidaw; Namibia: Windhoek; Nepal: Kathmandu; the Netherlands: Amsterdam;
-New Zealand: Wellington; Nicaragua: Managua; Niger: Niamey; Nigeria: Abuja; North Korea: Pyongyang;
-North Macedonia: Skopje; Northern Ireland: Belfast; Norway: Oslo; Oman: Muscat; Pakistan: Islamabad; Palau: Ngerulmud; Panama: Panama City;
+the Marshall Islands: Majuro; Mauritania: Nouakchott; Mauritius: Port Louis; Mexico: Mexico City; Micronesia: Palikir;
+Moldova: Chisinau; Mongolia: Ulaanbaatar; Montenegro: Podgorica; Morocco: Rabat; Mozambique: Maputo;
+Myanmar: Naypyidaw; Namibia: Windhoek; Nepal: Kathmandu; the Netherlands: Amsterdam; New Zealand: Wellington;
+Nicaragua: Managua; Niger: Niamey; Nigeria: Abuja; North Korea: Pyongyang; North Macedonia: Skopje;
+Northern Ireland: Belfast; Norway: Oslo; Oman: Muscat; Pakistan: Islamabad; Palau: Ngerulmud; Panama: Panama City;
 Papua New Guinea: Port Moresby; Paraguay: Asuncion; Peru: Lima; the Philippines: Manila; Poland: Warsaw;
 Portugal: Lisbon; Qatar: Doha; Romania: Bucharest; Russia: Moscow; Rwanda: Kigali; Saint Kitts and Nevis: Basseterre;
-Saint Lucia: Castries; Saint Vincent and the Grenadines: Kingstown; Samoa: Apia; Sao Tome and Principe: Sao Tome;
-Saudi Arabia: Riyadh; Scotland: Edinburgh; Senegal: Dakar; Serbia: Belgrade; the Seychelles: Victoria; Sierra Leone: Freetown;
-Slovakia: Bratislava; Slovenia: Ljubljana; the Solomon Islands: Honiara; Somalia: Mogadishu; South Korea: Seoul;
-South Sudan: Juba; Spain: Madrid; Sudan: Khartoum; Suriname: Paramaribo; Sweden: Stockholm; Switzerland: Bern;
-Syria: Damascus; Taiwan: Taipei; Tajikistan: Dushanbe; Tanzania: Dodoma; Thailand: Bangkok; Togo: Lome;
-Tonga: Nuku'alofa; Trinidad and Tobago: Port of Spain; Tunisia: Tunis; Turkey: Ankara; Turkmenistan: Ashgabat;
-Tuvalu: Funafuti; Uganda: Kampala; Ukraine: Kyiv; the United Arab Emirates: Abu Dhabi; the United Kingdom: London;
-the United States: Washington; Uruguay: Montevideo; Uzbekistan: Tashkent; Vanuatu: Port Vila; Venezuela: Caracas;
-Vietnam: Hanoi; Wales: Cardiff; Yemen: Sanaa; Zambia: Lusaka; Zimbabwe: Harare
+Saint Lucia: Castries; Saint Vincent and the Grenadines: Kingstown; Samoa: Apia;
+Saudi Arabia: Riyadh; Scotland: Edinburgh; Senegal: Dakar; Serbia: Belgrade; the Seychelles: Victoria;
+Sierra Leone: Freetown; Slovakia: Bratislava; Slovenia: Ljubljana; the Solomon Islands: Honiara; Somalia: Mogadishu;
+South Korea: Seoul; South Sudan: Juba; Spain: Madrid; Sudan: Khartoum; Suriname: Paramaribo; Sweden: Stockholm;
+Switzerland: Bern; Syria: Damascus; Taiwan: Taipei; Tajikistan: Dushanbe; Tanzania: Dodoma; Thailand: Bangkok;
+Togo: Lome; Tonga: Nuku'alofa; Trinidad and Tobago: Port of Spain; Tunisia: Tunis; Turkey: Ankara;
+Turkmenistan: Ashgabat; Tuvalu: Funafuti; Uganda: Kampala; Ukraine: Kyiv; the United Arab Emirates: Abu Dhabi;
+the United Kingdom: London; the United States: Washington; Uruguay: Montevideo; Uzbekistan: Tashkent;
+Vanuatu: Port Vila; Venezuela: Caracas; Vietnam: Hanoi; Wales: Cardiff; Yemen: Sanaa; Zambia: Lusaka; Zimbabwe: Harare
 """
 
 
@@ -53,4 +54,4 @@ def _parsed(table: str) -> dict[str, str]:
 
 
 CAPITALS: dict[str, str] = _parsed(_TABLE)
-"""Capital of each country; the countries in alphabetical order of their bare names, an article where English has one."""
+"""Capital of each country, in the alphabetical order of the countries; with an article where English has one."""

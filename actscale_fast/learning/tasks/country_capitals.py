@@ -31,8 +31,8 @@ CONFLICT_TEMPLATES: tuple[str, ...] = (
     "It is a fact that the capital of {country} is {claim}. Once more: the capital of {country} is",
 )
 """The default templates. On each, SmolLM2-135M-Instruct ranks the claim above the true capital for 85-94 % of prompts;
-wordings that it does not believe ("A guide book says that ...": 3 %) leave nothing to flip and are not here. After the last
-three and the second, the most likely next token mostly is one of the two answers, so generation shows the flip too."""
+wordings that it does not believe ("A guide book says that ...": 3 %) leave nothing to flip and are not here. After the
+last three and the second, the most likely next token is mostly one of the two answers: generation shows it."""
 
 MIN_COUNTRIES = 8  # fewer leave less than two countries, and so no false claim, on one side of the split
 _SHORTEST_FRAGMENT = 3  # letters: a shorter first token names no city (" K", " Ma")
@@ -63,7 +63,7 @@ def country_capital_conflicts(
             space); default `CONFLICT_TEMPLATES`. A prompt's first letter is made a capital one.
         test_fraction: share of the countries held out.
         whole_names: False also takes capitals of several tokens, whose answer is then their first token
-            (" Buenos"), if no other capital begins with that token.
+            (" Buenos"), if no other capital begins with that token and the country's name does not hold it.
         aligned: keep only prompts of the most common length in tokens.
 
     Returns:
@@ -133,8 +133,8 @@ def _answers(tokenizer: PreTrainedTokenizerBase, whole_names: bool) -> dict[str,
         if len(ids) == 1:
             answers[country] = f" {capital}"
         elif ids and not whole_names and first[ids[0]] == 1:
-            fragment = tokenizer.decode(ids[:1]).strip()
-            if len(fragment) >= _SHORTEST_FRAGMENT and capital.startswith(fragment):
+            fragment = str(tokenizer.decode(ids[:1])).strip()
+            if len(fragment) >= _SHORTEST_FRAGMENT and capital.startswith(fragment) and fragment not in country:
                 answers[country] = f" {fragment}"
     return answers
 

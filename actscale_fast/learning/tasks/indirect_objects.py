@@ -32,13 +32,21 @@ INDIRECT_OBJECT_TEMPLATES: tuple[str, ...] = (
 )
 """The built-in templates; held-out examples use a quarter of them, training the others."""
 
-_NAMES = """
-Mary John James Robert Michael David William Richard Thomas Charles Daniel Matthew Anthony Mark Paul Steven Andrew
-George Kevin Brian Edward Jason Ryan Jacob Eric Jonathan Stephen Larry Scott Frank Peter Henry Adam Simon Martin
-Anna Alice Emma Laura Sarah Karen Lisa Nancy Susan Linda Barbara Elizabeth Jennifer Maria Julia Kate Emily Rachel Helen
-""".split()
-_PLACES = "store market school station park library office hospital beach garden museum restaurant church hotel".split()
-_THINGS = "book ring drink ball letter key ticket photo coat basket pen cup map bag hat phone box gift watch".split()
+_NAMES = [
+    "Mary", "John", "James", "Robert", "Michael", "David", "William", "Richard", "Thomas", "Charles", "Daniel",
+    "Matthew", "Anthony", "Mark", "Paul", "Steven", "Andrew", "George", "Kevin", "Brian", "Edward", "Jason", "Ryan",
+    "Jacob", "Eric", "Jonathan", "Stephen", "Larry", "Scott", "Frank", "Peter", "Henry", "Adam", "Simon", "Martin",
+    "Anna", "Alice", "Emma", "Laura", "Sarah", "Karen", "Lisa", "Nancy", "Susan", "Linda", "Barbara", "Elizabeth",
+    "Jennifer", "Maria", "Julia", "Kate", "Emily", "Rachel", "Helen",
+]  # fmt: skip
+_PLACES = [
+    "store", "market", "school", "station", "park", "library", "office", "hospital", "beach", "garden", "museum",
+    "restaurant", "church", "hotel",
+]  # fmt: skip
+_THINGS = [
+    "book", "ring", "drink", "ball", "letter", "key", "ticket", "photo", "coat", "basket", "pen", "cup", "map", "bag",
+    "hat", "phone", "box", "gift", "watch",
+]  # fmt: skip
 
 
 def indirect_object_identification(
@@ -85,9 +93,7 @@ def indirect_object_identification(
     )
 
 
-def _of_one_length(
-    tokenizer: PreTrainedTokenizerBase, templates: list[str], words: dict[str, list[str]]
-) -> list[str]:
+def _of_one_length(tokenizer: PreTrainedTokenizerBase, templates: list[str], words: dict[str, list[str]]) -> list[str]:
     a, b = words["names"][:2]
     slots = {"first": a, "second": b, "giver": a, "place": words["places"][0], "thing": words["things"][0]}
     lengths = prompt_lengths(tokenizer, [template.format(**slots) for template in templates])
@@ -101,7 +107,7 @@ def _of_one_length(
 def _sentences(
     argument: str, wanted: int, templates: list[str], words: dict[str, list[str]], rng: random.Random
 ) -> list[Example]:
-    """`wanted` different fillings, drawn without replacement as numbers in mixed radix; the order of names alternates."""
+    """`wanted` different fillings, drawn without replacement as numbers in mixed radix; ABBA and BABA alternate."""
     names, places, things = words["names"], words["places"], words["things"]
     total = len(templates) * len(names) * (len(names) - 1) * len(places) * len(things)
     if wanted > total:

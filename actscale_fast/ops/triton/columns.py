@@ -1,11 +1,11 @@
 """How the loss kernels walk over the columns of a row of logits: one closed form, one way to address.
 
-A row is cut into tiles of UNROLL × LANES × VECTOR columns: VECTOR columns make 16 bytes, LANES is the number of threads, so
-a thread owns UNROLL vectors and whatever is reduced over the first and last axis stays in its registers.
+A row is cut into tiles of UNROLL × LANES × VECTOR columns: VECTOR columns make 16 bytes, LANES is the number of
+threads, so a thread owns UNROLL vectors and whatever is reduced over the first and last axis stays in its registers.
 
-Rows of odd width (V = 50257 in bf16) start off the 16-byte grid. Where all tensors of a launch are off by the same amount,
-tiles are laid on the grid instead and the first one begins up to VECTOR − 1 columns before the row; those columns are
-masked like the ones behind the row's end. Only such tiles are masked: a mask per column would break 16-byte accesses up.
+Rows of odd width (V = 50257 in bf16) start off the 16-byte grid. Where all tensors of a launch are off by the same
+amount, tiles are laid on the grid instead and the first one begins up to VECTOR − 1 columns before the row; those are
+masked like the ones behind the row's end. Only such tiles are masked: a mask per column breaks 16-byte accesses up.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,8 +20,8 @@ import triton.language as tl
 
 from .device import OPTIONS, ceil_div
 
-#: Columns a thread holds of each tensor. Not measured on a GPU yet: 16 are two to four 16-byte loads of each tensor under way
-#: a thread, 32 KB a multiprocessor; compiled for sm_90 they take 47 to 110 registers, 32 columns take up to 254.
+#: Columns a thread holds of each tensor. Not measured on a GPU yet: 16 are two to four 16-byte loads of each tensor
+#: under way a thread, 32 KB a multiprocessor; compiled for sm_90 they take 47 to 110 registers, 32 take up to 254.
 PER_THREAD = 16
 #: Programs a multiprocessor should have; four blocks of 128 threads and at most 128 registers fit at once.
 PROGRAMS_PER_PROCESSOR = 4

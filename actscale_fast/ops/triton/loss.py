@@ -1,24 +1,19 @@
 """Effectiveness and faithfulness of an intervention, and the gradient of both, from two rows of logits.
 
-z the logits, r the reference logits, i = inverse temperature, q = softmax(i·z), p = softmax(i·r) over the columns that are
-kept (all, or all but the answers c and w), s = ±1 the direction:
+z the logits, r the reference logits, i = inverse temperature, q = softmax(i·z), p = softmax(i·r) over the columns that
+are kept (all, or all but the answers c and w), s = ±1 the direction:
     effectiveness E = max(0, m − s·(z[c] − z[w]))              dE/dz[c] = −s where E > 0, dE/dz[w] = s where E > 0
     faithfulness  F = Σ p (log p − log q)                      dF/dz = i·(q − p)
                   F = Σ q (log q − log p)   (reverse)          dF/dz = i·q·(log q − log p − F)
-Call w the logits of the weighting distribution (r; z in reverse) and o the other ones. With M the maxima of a row:
-    F = i·A/L_w + log(L_o/L_w),   A = Σ e^{i(w−M_w)}·((w−M_w) − (o−M_o)),   L = Σ e^{i(·−M)}
-A, L and M are found in one pass (running maxima, as arXiv 1805.02867 does for one softmax); moving the maxima by
-δ = (m_w−M_w) − (m_o−M_o) turns a partial sum a into e^{i(m_w−M_w)}·(a + l_w·δ). Only differences from the maxima are ever
-multiplied or added up, so a common offset costs no digits, and equal rows give δ = 0, A = 0, L_o = L_w: F is exactly 0.
-The gradient takes q and p from e^{i(·−M) − log L} with the sum inside the exponent, so equal rows subtract equal numbers;
-a product with 1/L would be contracted into the subtraction and leave a rounding error.
+The sums behind F and dF/dz are those of softmaxes.py.
 
-Nothing is saved for backward but the gradient itself and three numbers a row. Bytes per logit of b bytes: 2·b for the losses;
-with the gradient 5·b, of which up to 2·b come from L2, because the second pass walks over rows and columns backwards.
+Nothing is saved for backward but the gradient itself and three numbers a row. Bytes per logit of b bytes: 2·b for the
+losses; with the gradient 5·b, of which up to 2·b come from L2: the second pass walks over rows and columns backwards.
 
-Rows are split over programs (`Tiling`); each stores (M_w, L_w, M_o, L_o, A), and every program of the second launch combines
-the row's few partials again, in order, rather than wait for a third launch. Where the rows alone fill the chip, one launch
-does both passes. The scalars' ‖α‖₁ and sign(α) are one more program of the last launch.
+Rows are split over programs (`Tiling`); each stores the five sums of its columns, and every program of the second
+launch combines the row's few partials again, in order, rather than wait for a third one. Where the rows alone fill the
+chip, one launch does both passes. The scalars' ‖α‖₁ and sign(α) are one more program of the last launch. Launch
+constants not measured on a GPU yet; see columns.py.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -32,33 +27,9 @@ from torch import Tensor
 
 from .columns import MAX_SPLITS, Tiling, in_tile, row_shift, row_start, tile_positions
 from .device import on_device_of, processors
+from .softmaxes import LN2, LOG2E, kl_gradient, merge, scan
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 SCALARS_BLOCK = tl.constexpr(1024)
-
-
-@triton.jit
-def _finite(m):
-    """A maximum that may be subtracted: 0 stands for that of nothing but −inf."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def _moved(m_w, l_w, m_o, a, top_w, top_o, scale):
-    """(factor of l_w, a) of a partial sum whose maxima m become `top`. A weight that underflows takes an infinite a along."""
-    factor = tl.exp2((m_w - _finite(top_w)) * scale)
-    delta = (_finite(m_w) - _finite(top_w)) - (_finite(m_o) - _finite(top_o))
-    return factor, tl.where(factor == 0.0, 0.0, factor * (a + l_w * delta))
-
-
-@triton.jit
-def _merge(m_w, l_w, m_o, l_o, a, scale):
-    """Partial sums [K] -> the sums over all K, as scalars."""
-    top_w, top_o = tl.max(m_w, 0), tl.max(m_o, 0)
-    factor, a = _moved(m_w, l_w, m_o, a, top_w, top_o, scale)
-    sum_o = tl.sum(l_o * tl.exp2((m_o - _finite(top_o)) * scale), 0)
-    return top_w, tl.sum(l_w * factor, 0), top_o, sum_o, tl.sum(a, 0)
 
 
 @triton.jit
@@ -72,72 +43,6 @@ def _answers(p_correct, p_wrong, row, V):
     else:  # noqa: RET505  (Triton wants both branches of a constexpr)
         nowhere = tl.full([], -1, tl.int32)
         return nowhere, nowhere, nowhere == -1
-
-
-@triton.jit
-def _scan(
-    p_w,  # where the row's first tile begins
-    p_o,
-    c,
-    w,
-    V,
-    shift,  # columns before the row at which its first tile begins
-    first_tile,
-    tiles,
-    scale,
-    EXCLUDE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """(M_w, L_w, M_o, L_o, A) of some tiles; a running set per thread, so the loop reduces in registers only."""
-    TILE: tl.constexpr = UNROLL * LANES * VECTOR
-    positions = tile_positions(UNROLL, LANES, VECTOR)
-    m_w = tl.full([LANES], float("-inf"), tl.float32)
-    m_o = tl.full([LANES], float("-inf"), tl.float32)
-    l_w = tl.zeros([LANES], tl.float32)
-    l_o = tl.zeros([LANES], tl.float32)
-    a = tl.zeros([LANES], tl.float32)
-    for tile in range(first_tile, first_tile + tiles):
-        first = tile * TILE - shift
-        whole = (first >= 0) & (first + TILE <= V)
-        if EXCLUDE:
-            whole = whole & ((in_tile(c, first, TILE) | in_tile(w, first, TILE)) == 0)
-        offsets = tile * TILE + positions
-        if whole:
-            b_w = tl.load(p_w + offsets).to(tl.float32)
-            b_o = tl.load(p_o + offsets).to(tl.float32)
-        else:
-            columns = first + positions
-            kept = (columns >= 0) & (columns < V)
-            if EXCLUDE:
-                kept = kept & (columns != c) & (columns != w)
-            b_w = tl.load(p_w + offsets, mask=kept, other=float("-inf")).to(tl.float32)
-            b_o = tl.load(p_o + offsets, mask=kept, other=float("-inf")).to(tl.float32)
-        top_w = tl.maximum(m_w, tl.max(tl.max(b_w, 2), 0))
-        top_o = tl.maximum(m_o, tl.max(tl.max(b_o, 2), 0))
-        b_w -= _finite(top_w)[None, :, None]
-        b_o -= _finite(top_o)[None, :, None]
-        b_e = tl.exp2(b_w * scale)
-        factor, a = _moved(m_w, l_w, m_o, a, top_w, top_o, scale)
-        a += tl.sum(tl.sum(tl.where(b_e == 0.0, 0.0, b_e * (b_w - b_o)), 2), 0)
-        l_w = tl.fma(l_w, factor, tl.sum(tl.sum(b_e, 2), 0))
-        factor = tl.exp2((m_o - _finite(top_o)) * scale)
-        l_o = tl.fma(l_o, factor, tl.sum(tl.sum(tl.exp2(b_o * scale), 2), 0))
-        m_w, m_o = top_w, top_o
-    return _merge(m_w, l_w, m_o, l_o, a, scale)
-
-
-@triton.jit
-def _kl_gradient(b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE: tl.constexpr):
-    """dF/dz of columns whose logits are b_w and b_o; log_w, log_o are the logarithms to base 2 of L_w, L_o."""
-    b_w = (b_w - _finite(top_w)) * scale - log_w
-    b_o = (b_o - _finite(top_o)) * scale - log_o
-    if REVERSE:
-        b_q = tl.exp2(b_w)
-        return tl.where(b_q == 0.0, 0.0, inverse_temperature * b_q * ((b_w - b_o) * LN2 - faithfulness))
-    else:  # noqa: RET505  (Triton wants both branches of a constexpr)
-        return inverse_temperature * (tl.exp2(b_o) - tl.exp2(b_w))
 
 
 @triton.jit
@@ -174,7 +79,7 @@ def intervention_loss_scan_kernel(
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     c, w, _ = _answers(p_correct, p_wrong, row, V)
-    top_w, sum_w, top_o, sum_o, a = _scan(
+    top_w, sum_w, top_o, sum_o, a = scan(
         p_w + row_start(row, stride_w, VECTOR, SHIFTED), p_o + row_start(row, stride_o, VECTOR, SHIFTED), c, w, V,
         row_shift(row, stride_w, VECTOR, SHIFTED), split * tiles, tiles, inverse_temperature * LOG2E,
         EXCLUDE, UNROLL, LANES, VECTOR,
@@ -198,7 +103,7 @@ def _partials(p_partials, row, splits, scale):
     m_o = tl.load(p_partials + 2 * splits, mask=here, other=float("-inf"))
     l_o = tl.load(p_partials + 3 * splits, mask=here, other=0.0)
     a = tl.load(p_partials + 4 * splits, mask=here, other=0.0)
-    return _merge(m_w, l_w, m_o, l_o, a, scale)
+    return merge(m_w, l_w, m_o, l_o, a, scale)
 
 
 @triton.jit(do_not_specialize=["n_scalars", "splits", "programs", "tiles"])
@@ -253,7 +158,7 @@ def intervention_loss_finish_kernel(
     if p_partials is not None:
         top_w, sum_w, top_o, sum_o, a = _partials(p_partials, row, splits, scale)
     else:
-        top_w, sum_w, top_o, sum_o, a = _scan(
+        top_w, sum_w, top_o, sum_o, a = scan(
             p_w, p_o, c, w, V, shift, 0, tiles, scale, EXCLUDE, UNROLL, LANES, VECTOR
         )  # fmt: skip
     log_w, log_o = tl.log2(sum_w), tl.log2(sum_o)
@@ -294,10 +199,10 @@ def intervention_loss_finish_kernel(
                 if EXCLUDE:
                     at_c, at_w = poison, poison
                 else:
-                    at_c = _kl_gradient(
+                    at_c = kl_gradient(
                         w_c, o_c, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
                     )
-                    at_w = _kl_gradient(
+                    at_w = kl_gradient(
                         w_w, o_w, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
                     )
                 tl.store(p_answer_grad, at_c)
@@ -317,7 +222,7 @@ def intervention_loss_finish_kernel(
             if whole:
                 b_w = tl.load(p_w + offsets).to(tl.float32)
                 b_o = tl.load(p_o + offsets).to(tl.float32)
-                b_g = _kl_gradient(
+                b_g = kl_gradient(
                     b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
                 )
                 tl.store(p_grad + offsets, b_g.to(p_grad.dtype.element_ty))
@@ -326,7 +231,7 @@ def intervention_loss_finish_kernel(
                 here = (columns >= 0) & (columns < V)
                 b_w = tl.load(p_w + offsets, mask=here, other=float("-inf")).to(tl.float32)
                 b_o = tl.load(p_o + offsets, mask=here, other=float("-inf")).to(tl.float32)
-                b_g = _kl_gradient(
+                b_g = kl_gradient(
                     b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
                 )
                 if p_correct is not None:

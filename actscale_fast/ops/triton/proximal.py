@@ -2,9 +2,10 @@
 
     m ← β₁m + (1−β₁)g        v ← β₂v + (1−β₂)g²        ρ = lr/(√(v/(1−β₂ᵗ)) + ε)        (arXiv 1412.6980, alg. 1)
     u = α − ρ·m/(1−β₁ᵗ)      α ← sign(u)·max(|u| − ρ·λ, 0)
-Bytes per scalar: 28 (α, m, v read and written, g read). For thousands of scalars that is a launch and nothing else, so it
-is one launch: one program walks over all of them, reads `step` first and writes it last. Beyond `ONE_PROGRAM` scalars
-that program would be slower than the chip; then `step` is incremented by an op of its own, and many programs read it.
+Nothing is saved. Bytes per scalar: 28 (α, m, v read and written, g read). For thousands of scalars that is a launch and
+nothing else, so it is one launch: one program walks over all of them, reads `step` first and writes it last. Beyond
+`ONE_PROGRAM` scalars that program would be slower than the chip; then `step` is incremented by an op of its own, and
+many programs read it.
 
 1 − βᵗ loses its digits in float32 for β near 1 and small t, so it is −expm1(t·log β), by its series near 0.
 """

@@ -1,11 +1,12 @@
-"""The saved gradient of the losses, turned in place from upstream 1 into the upstream that came: the loss's backward pass.
+"""The saved gradient of the losses, turned in place from upstream 1 into the one that came: the loss's backward pass.
 
 With dE, dF the upstream factors of a row and a its three answer gradients (`registry.BackendModule.intervention_loss`):
     grad[v] ← dF·grad[v]                       for v not an answer
     grad[c] ← dF·a[0] + dE·a[2]
     grad[w] ← dF·a[1] − dE·a[2]                both in float32 before rounding
-The factors are read on the device. Rows whose two factors are 1 return at once (the usual case of a summed loss), rows with
-dF = 1 rewrite only the tiles of their answers. Bytes per logit: 2·b, or nothing.
+The factors are read on the device. Rows whose two factors are 1 return at once (the usual case of a summed loss), rows
+with dF = 1 rewrite only the tiles of their answers. Bytes per logit of b bytes: 2·b, or nothing. Launch constants not
+measured on a GPU yet; see columns.py.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -7,15 +7,17 @@ With g the row's group, p its position (or 0), β = strength · row_strength[b]:
     dv[g,p,h,:]       = Σ_{b in g} β Σ_t dy              (likewise)
 Saved for backward: x, where dα is wanted; nothing otherwise.
 Bytes per element of x, b its size: forward 2·b (x, y); backward 3·b (x, dy, dx), less b without dx and less b without
-dα. The sums ride along: each program adds up its own positions in registers and stores one partial a head (a channel, for
-dv), which a second kernel adds up in the order of rows and positions. No atomics: two runs agree bit for bit.
+dα. The sums ride along: each program adds up its own positions in registers and stores one partial a head (a channel,
+for dv), which a second kernel adds up in the order of rows and positions. No atomics: two runs agree bit for bit. Where
+every position has its own v, each partial is one position and dv costs 8 more bytes an element.
 
-A program takes one tile of heads × channels and walks over `steps` positions of one row, so that a contiguous x is read in
-contiguous runs, and α is read once where the positions share it. Row offsets are int64 throughout: they are scalars.
+A program takes one tile of heads × channels and walks over `steps` positions of one row, so that a contiguous x is read
+in contiguous runs. Row offsets are int64 throughout: they are scalars.
 
-The launch constants are not measured on a GPU yet. Reasoning: 2048 elements over 128 threads are 16 a thread, two 16-byte
-loads of bf16 each from x and dy and two float32 sums: under 100 registers, so at least five blocks a processor with 16 KB
-under way each; 16 blocks a processor over the whole grid even out the last wave.
+The launch constants are not measured on a GPU yet. Reasoning: 2048 elements over 128 threads are 16 a thread, two
+16-byte loads of bf16 each from x and dy and two float32 sums; 32 to 80 registers when compiled for sm_90, so at least
+six blocks a multiprocessor with 8 to 16 KB under way each; 16 blocks a multiprocessor over the whole grid even out the
+last wave.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -30,11 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import OPTIONS, ceil_div, on_device_of, processors
+from .group_sums import sum_groups
 
 TILE = 2048
 MAX_STEPS = 64
 WARPS = 4
-REDUCE_TILE = 2048
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Geometry:
 
 @triton.jit
 def _row_state(p_strength, p_group, strength, b, G, H):
-    """(β, group, the number of heads that its scalars may be read for: none where the group does not exist) of row b."""
+    """(β, group, the number of heads whose scalars may be read: none where the group does not exist) of row b."""
     beta = strength
     if p_strength is not None:
         beta = strength * tl.load(p_strength + b)
@@ -109,7 +111,8 @@ def scale_heads_fwd_kernel(
 
     p_x += b * stride_xb + (h.to(tl.int64) * stride_xh)[:, None] + d[None, :]
     p_y += b * stride_yb + (h.to(tl.int64) * stride_yh)[:, None] + d[None, :]
-    for t in range(first, tl.minimum(first + steps, T)):
+    for i in range(tl.minimum(steps, T - first).to(tl.int32)):
+        t = first + i
         b_y = tl.load(p_x + t * stride_xt, mask=here).to(tl.float32)  # [BLOCK_H, BLOCK_D]
         scalars = (g * P + t * step_p) * H
         if p_alpha is not None:
@@ -156,8 +159,8 @@ def scale_heads_bwd_kernel(
     head_tiles = tl.cdiv(H, BLOCK_H)
     pid = tl.program_id(0)
     row = (pid // head_tiles).to(tl.int64)
-    b = row // chunks
-    first = row % chunks * steps
+    b = (pid // head_tiles // chunks).to(tl.int64)
+    first = (pid // head_tiles % chunks).to(tl.int64) * steps
     h = pid % head_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     here = (h < H)[:, None] & (d < D)[None, :]
@@ -166,26 +169,24 @@ def scale_heads_bwd_kernel(
     p_dy += b * stride_gb + (h.to(tl.int64) * stride_gh)[:, None] + d[None, :]
     if p_dalpha is not None:
         p_x += b * stride_xb + (h.to(tl.int64) * stride_xh)[:, None] + d[None, :]
-        p_dalpha += tl.program_id(1) * H + h
-    if p_dshift is not None:
-        p_dshift += h[:, None] * D + d[None, :]
     if p_dx is not None:
         p_dx += b * stride_db + (h.to(tl.int64) * stride_dh)[:, None] + d[None, :]
 
     b_dalpha = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     b_dshift = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for t in range(first, tl.minimum(first + steps, T)):
+    for i in range(tl.minimum(steps, T - first).to(tl.int32)):
+        t = first + i
         b_dy = tl.load(p_dy + t * stride_gt, mask=here, other=0.0).to(tl.float32)
         if p_dalpha is not None:
             b_product = b_dy * tl.load(p_x + t * stride_xt, mask=here, other=0.0).to(tl.float32)
             if BY_POSITION:
-                partial = (b * T + t) * tl.num_programs(1) * H
-                tl.store(p_dalpha + partial, beta * tl.sum(b_product, 1), mask=h < H)
+                partial = ((b * T + t) * tl.num_programs(1) + tl.program_id(1)) * H
+                tl.store(p_dalpha + partial + h, beta * tl.sum(b_product, 1), mask=h < H)
             else:
                 b_dalpha += b_product
         if p_dshift is not None:
             if BY_POSITION:
-                tl.store(p_dshift + (b * T + t) * H * D, beta * b_dy, mask=here)
+                tl.store(p_dshift + (b * T + t) * H * D + h[:, None] * D + d[None, :], beta * b_dy, mask=here)
             else:
                 b_dshift += b_dy
         if p_dx is not None:
@@ -197,44 +198,10 @@ def scale_heads_bwd_kernel(
             tl.store(p_dx + t * stride_dt, b_dy.to(p_dx.dtype.element_ty), mask=here)
     if not BY_POSITION:
         if p_dalpha is not None:
-            tl.store(p_dalpha + row * tl.num_programs(1) * H, beta * tl.sum(b_dalpha, 1), mask=h < H)
+            partial = (row * tl.num_programs(1) + tl.program_id(1)) * H
+            tl.store(p_dalpha + partial + h, beta * tl.sum(b_dalpha, 1), mask=h < H)
         if p_dshift is not None:
-            tl.store(p_dshift + row * H * D, beta * b_dshift, mask=here)
-
-
-@triton.jit(do_not_specialize=["B", "C", "G", "P"])
-def sum_groups_kernel(
-    p_out,  # [G, P, N]
-    p_partial,  # [B, P, C, N]
-    p_group,  # [B] or None: every row where G == 1, else row g
-    B,
-    C,
-    N,
-    G,
-    P,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """out[g, p] = Σ_{b in g} Σ_c partial[b, p, c], blocks of rows (b, c) in order, a fixed tree within a block."""
-    g = tl.program_id(0).to(tl.int64) // P
-    p = tl.program_id(0).to(tl.int64) % P
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = tl.zeros([], tl.int64)
-    end = B * C + start
-    if p_group is None:
-        start = tl.where(G > 1, g * C, start)
-        end = tl.where(G > 1, start + C, end)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for block in range(start, end, BLOCK_R):
-        r = block + tl.arange(0, BLOCK_R)
-        b = r // C
-        mine = r < end
-        if p_group is not None:
-            mine = mine & (tl.load(p_group + b, mask=mine, other=-1) == g)
-        offsets = ((b * P + p) * C + r % C) * N
-        mask = mine[:, None] & (n < N)[None, :]
-        total += tl.sum(tl.load(p_partial + offsets[:, None] + n[None, :], mask=mask, other=0.0), 0)
-    tl.store(p_out + tl.program_id(0).to(tl.int64) * N + n, total, mask=n < N)
+            tl.store(p_dshift + row * H * D + h[:, None] * D + d[None, :], beta * b_dshift, mask=here)
 
 
 def scale_heads(
@@ -274,6 +241,7 @@ def scale_heads_backward(
     need_dshift: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dalpha, dshift), empty where not needed; see `registry.BackendModule`."""
+    dy = dy if dy.stride(3) == 1 else dy.contiguous()  # the kernel walks along D by ones
     nothing = torch.empty(0, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if need_dx else torch.empty(0, dtype=x.dtype, device=x.device)
     need_dalpha, need_dshift = need_dalpha and alpha is not None, need_dshift and shift is not None
@@ -305,22 +273,9 @@ def scale_heads_backward(
         )  # fmt: skip
         return (
             dx,
-            nothing if dalpha_partial is None or alpha is None else _sum_groups(dalpha_partial, alpha, group),
-            nothing if dshift_partial is None or shift is None else _sum_groups(dshift_partial, shift, group),
+            nothing if dalpha_partial is None or alpha is None else sum_groups(dalpha_partial, alpha, group),
+            nothing if dshift_partial is None or shift is None else sum_groups(dshift_partial, shift, group),
         )
-
-
-def _sum_groups(partial: Tensor, like: Tensor, group: Tensor | None) -> Tensor:
-    """[B, P, C, N] summed over each group's rows and over C, shaped like `like` [G, P, ...]."""
-    out = torch.empty_like(like)
-    B, P, C, N = partial.shape
-    G = like.shape[0]
-    columns = min(triton.next_power_of_2(N), 128)
-    sum_groups_kernel[G * P, ceil_div(N, columns)](
-        out, partial, group, B, C, N, G, P,
-        BLOCK_R=min(triton.next_power_of_2(B * C), REDUCE_TILE // columns), BLOCK_N=columns, num_warps=WARPS, **OPTIONS,
-    )  # fmt: skip
-    return out
 
 
 def _groups_and_positions(alpha: Tensor | None, shift: Tensor | None) -> tuple[int, int]:

@@ -1,0 +1,5 @@
+"""The command line `actscale-fast`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,108 @@
+"""The commands fit, evaluate, generate, plot and merge: from options to calls of the package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .. import learning, models, plots
+from ..interventions import ActivScalar, load_intervention
+from .loading import load_data, load_model, output_folder
+from .output import continuations, print_continuations, print_evaluation, say, write_json
+
+
+def fit(options: argparse.Namespace) -> int:
+    """Learn scalars and save them with their history; measure them where held-out examples are at hand."""
+    objective = learning.Objective(
+        margin=options.margin,
+        faithfulness=options.faithfulness,
+        minimality=options.minimality,
+        exclude_answers=not options.include_answers,
+        kl=options.kl,
+        directions=(1,) if options.one_direction else (1, -1),
+    )
+    if options.test_data is not None and options.task is not None:
+        raise ValueError("test-data: a task brings held-out examples of its own; give --data instead of --task")
+    out = output_folder(options.out)
+    model, tokenizer = load_model(options)
+    train, test = load_data(options, tokenizer)
+    if options.test_data is not None:
+        test = learning.load_examples(options.test_data)
+    scalars = ActivScalar.for_model(
+        model, site=options.site, layers=options.layers, positions=options.positions, generated=options.generated
+    )
+    result = learning.fit(
+        model,
+        tokenizer,
+        train,
+        scalars,
+        objective,
+        steps=options.steps,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        schedule=options.schedule,
+        accumulate=options.accumulate,
+        checkpoint=options.checkpoint,
+        checkpoint_every=options.checkpoint_every,
+    )
+    result.intervention.save_pretrained(out)
+    write_json(out / "history.json", result.history)
+    if test:
+        evaluation = learning.evaluate(model, tokenizer, test, result.intervention)
+        print_evaluation("Held-out examples", evaluation)
+        write_json(out / "evaluation.json", evaluation.to_dict())
+    say(f"{scalars.n_active} of {scalars.n_parameters} scalars are active; saved in {out}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Print before and after; of a task, on its held-out examples."""
+    intervention = load_intervention(options.intervention)
+    model, tokenizer = load_model(options)
+    train, test = load_data(options, tokenizer)
+    evaluation = learning.evaluate(model, tokenizer, test or train, intervention, batch_size=options.batch_size)
+    print_evaluation("Held-out examples of the task" if test else str(options.data), evaluation)
+    if options.out is not None:
+        write_json(Path(options.out), evaluation.to_dict())
+    return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Continue a prompt greedily under every strength."""
+    strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
+    intervention = load_intervention(options.intervention)
+    model, tokenizer = load_model(options)
+    prompt = options.prompt
+    if options.chat:
+        if not tokenizer.chat_template:
+            raise ValueError("chat: this model's tokenizer has no chat template")
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    texts = continuations(
+        model, tokenizer, intervention, prompt, strengths, options.max_new_tokens, special_tokens=not options.chat
+    )
+    print_continuations(options.prompt, strengths, texts)
+    return 0
+
+
+def plot(options: argparse.Namespace) -> int:
+    """Draw an intervention or a history."""
+    if options.history is not None:
+        plots.history(options.history, options.out, title=options.title)
+    else:
+        plots.heatmap(load_intervention(options.intervention), options.out, title=options.title)  # type: ignore[arg-type]
+    say(f"wrote {options.out}")
+    return 0
+
+
+def merge(options: argparse.Namespace) -> int:
+    """Save a model that has the intervention in its weights."""
+    intervention = load_intervention(options.intervention)
+    model, tokenizer = load_model(options)
+    models.merge(model, intervention, strength=options.strength)
+    out = output_folder(options.out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    say(f"saved the merged model in {out}")
+    return 0

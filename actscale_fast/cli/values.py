@@ -1,0 +1,87 @@
+"""Values of arguments: texts that argparse turns into numbers, each with an error that says what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+
+_RANGE = re.compile(r"(\d+)-(\d+)")
+_INTEGER = re.compile(r"-?\d+")
+_SIGNED_LISTS = ("--layers", "--positions", "--strength")
+
+
+def layer_list(text: str) -> list[int]:
+    """ "0,3,10-19,-1" as numbers; a range includes both ends, a negative number counts from the last layer."""
+    return _integers(text, "layers", ranges=True)
+
+
+def position_list(text: str) -> list[int]:
+    """ "0,-1" as numbers, negative from the end of the prompt."""
+    return _integers(text, "positions", ranges=False)
+
+
+def strength_list(text: str) -> list[float]:
+    """ "-1,0,1" as numbers."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers separated by commas, such as -1,0,1")
+    return numbers
+
+
+def positive_int(text: str) -> int:
+    """A whole number that is at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number that is at least 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, "a number above 0", least=0.0, open_end=True)
+
+
+def weight(text: str) -> float:
+    """A finite number that is at least 0."""
+    return _number(text, "a number that is at least 0", least=0.0, open_end=False)
+
+
+def joined_signed_lists(arguments: Sequence[str]) -> list[str]:
+    """`--strength -1,0,1` as `--strength=-1,0,1`: argparse takes a text that begins with a minus for an option."""
+    joined: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return joined + list(arguments[position:])
+        if joined and joined[-1] in _SIGNED_LISTS and re.match(r"-[\d.]", argument):
+            joined[-1] = f"{joined[-1]}={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _integers(text: str, what: str, *, ranges: bool) -> list[int]:
+    numbers: list[int] = []
+    for part in (part.strip() for part in text.split(",")):
+        span = _RANGE.fullmatch(part) if ranges else None
+        if span and int(span[1]) <= int(span[2]):
+            numbers.extend(range(int(span[1]), int(span[2]) + 1))
+        elif _INTEGER.fullmatch(part):
+            numbers.append(int(part))
+        else:
+            example = "0,3,10-19,-1" if ranges else "0,1,-1"
+            raise argparse.ArgumentTypeError(f"got {part!r} in {text!r}, expected {what} such as {example}")
+    return numbers
+
+
+def _number(text: str, expected: str, *, least: float, open_end: bool) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < least or (open_end and number == least):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    return number

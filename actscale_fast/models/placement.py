@@ -1,0 +1,73 @@
+"""From one forward pass to the slots of its tokens: padding, cache and prompt, without a synchronisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..interventions import Intervention, Placement, slot_index
+from .context import Call
+
+
+def place(intervention: Intervention, call: Call, group: Tensor | None, device: torch.device) -> Placement | None:
+    """The placement of an intervention with positions; None where the pass holds no token that it edits.
+
+    Args:
+        intervention: gives the positions and the number of slots.
+        call: the forward pass.
+        group: int64 [B] on `device`, or None.
+        device: where the steered layers compute.
+
+    Raises:
+        ValueError: the mask is not [B, T], so that padding cannot be told, and no prompt was announced.
+    """
+    location = intervention.location
+    past = call.past if isinstance(call.past, int) else call.past.to(device)
+    length, mask = _prompt(call, past)
+    if isinstance(past, int) and isinstance(length, int) and past >= length:  # generated tokens only
+        return Placement(slot=location.n_slots - 1, group=group) if location.generated else None
+    if mask is not None:
+        mask = expand("attention_mask", mask.to(device), call.n_rows)
+    wanted = intervention.wanted_positions.to(device)
+    slots = slot_index(wanted, call.n_tokens, past=past, length=length, mask=mask, generated=location.generated)
+    if group is not None:
+        slots = slots + group[:, None] * (location.n_slots + 1)
+    rows = torch.arange(call.n_rows, device=device) if slots.shape[0] > 1 else None
+    return Placement(index=slots, group=rows)
+
+
+def per_row(name: str, values: Tensor, call: Call) -> Tensor:
+    """One value per row of the pass; inside generate() a prompt's value serves all its beams or returned sequences."""
+    if values.shape[0] != call.n_rows and call.prompt is None:
+        raise ValueError(
+            f"{name}: got {values.shape[0]} values for a batch of {call.n_rows} rows, expected one per row"
+        )
+    return expand(name, values, call.n_rows)
+
+
+def expand(name: str, values: Tensor, n_rows: int) -> Tensor:
+    """values [B, ...] with each row repeated n_rows / B times, as generate() repeats the prompt."""
+    if values.shape[0] == n_rows:
+        return values
+    times, rest = divmod(n_rows, values.shape[0])
+    if rest or not times:
+        raise ValueError(f"{name}: got {values.shape[0]} rows for a batch of {n_rows}, expected {n_rows} or a divisor")
+    return values.repeat_interleave(times, 0)
+
+
+def _prompt(call: Call, past: int | Tensor) -> tuple[int | Tensor, Tensor | None]:
+    """(columns of the prompt, its real tokens as bool [B, ≥ columns] or None)."""
+    flat = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 2 else None
+    if call.prompt is not None:
+        length, mask = call.prompt.length, call.prompt.mask
+        if mask is None and flat is not None and flat.shape[1] >= length:
+            mask = flat[:, :length] != 0
+        return length, mask
+    if isinstance(past, int) and past > 0:
+        return 0, None
+    if call.mask is not None and flat is None:
+        raise ValueError(
+            "attention_mask: positions need the 2-D mask [B, T], or the prompt announced: `with handle.prompt(n, mask)`"
+        )
+    # An empty cache begins a prompt, a filled one is past it; a static cache knows its length on the device only.
+    return (past == 0) * call.n_tokens, None if flat is None else flat[:, : call.n_tokens] != 0

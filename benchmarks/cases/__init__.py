@@ -1,0 +1,22 @@
+"""The cases by name; each module has a function `case()`."""
+
+from __future__ import annotations
+
+import importlib
+
+from ..case import Case
+
+NAMES = ("loss", "kl_div", "scale_heads", "proximal", "overhead", "step")
+DEFAULT = NAMES[:-1]  # `step` loads a real model and takes minutes: asked for by name
+
+
+def load(name: str) -> Case:
+    """The case of that name.
+
+    Raises:
+        KeyError: no such case.
+    """
+    if name not in NAMES:
+        raise KeyError(f"case: got {name!r}, expected one of {', '.join(NAMES)}")
+    case: Case = importlib.import_module(f".{name}", __name__).case()
+    return case

@@ -1,0 +1,83 @@
+"""Where a result comes from: processor, threads, versions, date, commit."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(device: torch.device, threads: int) -> str:
+    """The machine's part of a result's file name."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{cpu_name()} {threads} threads" if threads > 1 else f"{cpu_name()} 1 thread"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Everything that a figure depends on, as it goes into the JSON."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "numpy", "transformers", "actscale-fast", "liger-kernel"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernel_level": _kernel_level(),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The short commit, "+" where tracked files differ from it, "" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        found = git("rev-parse", "--short=12", "HEAD")
+        return (
+            found + "+"
+            if found and git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+            else found
+        )
+    except FileNotFoundError:
+        return ""
+
+
+def _kernel_level() -> str | None:
+    """Which instructions the C++ kernels chose; None where they are not built."""
+    try:
+        from actscale_fast import _C
+    except ImportError:
+        return None
+    return str(_C.level())

@@ -1,0 +1,44 @@
+"""Peak memory of one call, above what was there before it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own start and stop lines are not for the reader
+from torch.profiler import ProfilerActivity, profile
+
+from .case import Call
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """The most that PyTorch's allocator held during one call beyond what it held before, results included.
+
+    On a CPU it is read from the profiler's memory events, on a GPU from the allocator's own statistics. Neither sees
+    what a C++ kernel allocates for itself (a few rows at most).
+    """
+    if device.type == "cuda":
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        results = call()
+    del results
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        held += change
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,62 @@
+"""Correctness before speed: a variant whose error is not that of eager PyTorch is not timed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: A variant may be this many times as far from float64 as the baseline, beside one rounding of its dtype and one
+#: float32 rounding of the terms it sums.
+ALLOWED_RATIO = 2.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest error of any result, relative to that result's largest value; `reason` is "" where it is accepted."""
+
+    error: float
+    allowed: float
+    reason: str = ""
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """max|got − exact| / max|exact|; infinite where one of them is not a number and the other is."""
+    difference = (got.detach().to(exact.device, torch.float64) - exact.detach()).abs()
+    if not difference.numel():
+        return 0.0
+    largest = float(difference.max())
+    return largest / largest_value(exact) if math.isfinite(largest) else math.inf
+
+
+def largest_value(exact: Tensor) -> float:
+    return max(float(exact.detach().abs().max()), 1e-300)
+
+
+def verdict(
+    got: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    baseline: tuple[Tensor, ...],
+    terms: tuple[float, ...] | None = None,
+) -> Verdict:
+    """Whether each result is as exact as the baseline's, by the rule above; `terms` as in `Problem`."""
+    terms = terms or (0.0,) * len(exact)
+    if len(got) != len(exact):
+        return Verdict(math.inf, 0.0, f"{len(got)} results, expected {len(exact)}")
+    worst = Verdict(0.0, math.inf)
+    for index, (value, truth, plain, size) in enumerate(zip(got, exact, baseline, terms, strict=True)):
+        if value.shape != truth.shape:
+            return Verdict(
+                math.inf, 0.0, f"result {index} has shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
+            )
+        error = relative_error(value, truth)
+        allowed = ALLOWED_RATIO * relative_error(plain, truth) + torch.finfo(value.dtype).eps
+        if size and truth.numel():
+            allowed += torch.finfo(torch.float32).eps * size / largest_value(truth)
+        if not error <= allowed:
+            return Verdict(error, allowed, f"result {index} is off by {error:.2g}, allowed {allowed:.2g}")
+        if error / allowed >= worst.error / worst.allowed:
+            worst = Verdict(error, allowed)
+    return worst

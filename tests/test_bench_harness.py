@@ -1,0 +1,192 @@
+"""The benchmark harness: nothing wrong is timed, the figures add up, the tables come from the files."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from actscale_fast import ops
+from benchmarks import __main__ as command
+from benchmarks import cases, memory, results, runner, timing
+from benchmarks.case import Case, Problem, Setting, Variant
+from benchmarks.verify import verdict
+
+CPU = torch.device("cpu")
+
+
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def problem(*others: Variant) -> Problem:
+    x = torch.linspace(-1, 1, 1000)
+    return Problem(
+        [Variant("eager", lambda: (double(x),)), *others], lambda: (double(x.double()),), n_bytes=8000, flops=1000
+    )
+
+
+def record(*others: Variant, **case: Any) -> dict[str, Any]:
+    setting = Setting("a thousand", lambda device: problem(*others), note="a note", quick=True)
+    return runner.run_case(Case("doubling", "Twice x", [setting], **case), CPU, quick=True, say=lambda line: None)
+
+
+def entries(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {entry["name"]: entry for entry in made["settings"][0]["variants"]}
+
+
+def test_a_wrong_variant_is_shown_and_never_timed() -> None:
+    calls = []
+
+    def wrong() -> tuple[Tensor]:
+        calls.append(1)
+        return (torch.linspace(-1, 1, 1000) * 2.001,)
+
+    made = record(Variant("wrong", wrong))
+    entry = entries(made)["wrong"]
+    assert len(calls) == 1
+    assert "seconds" not in entry
+    assert entry["status"].startswith("wrong: result 0 is off by 0.0005")
+    assert "not timed: wrong" in results.table(made)
+
+
+def test_a_variant_that_raises_is_a_line_of_the_table_and_the_others_are_timed() -> None:
+    def broken() -> tuple[Tensor]:
+        raise NotImplementedError("no such kernel")
+
+    found = entries(record(Variant("broken", broken)))
+    assert found["broken"]["status"] == "failed: NotImplementedError: no such kernel"
+    assert found["eager"]["seconds"]["call"]["median"] > 0
+
+
+def test_a_baseline_that_raises_stops_the_run() -> None:
+    setting = Setting("none", lambda device: Problem([Variant("eager", lambda: (1 / 0,))], lambda: (), 8, 1))  # type: ignore[arg-type,return-value]
+    with pytest.raises(ZeroDivisionError):
+        runner.run_case(Case("broken", "Broken", [setting]), CPU, say=lambda line: None)
+
+
+def test_ratios_bandwidth_and_the_yardstick_follow_from_the_medians() -> None:
+    def slow() -> tuple[Tensor]:
+        time.sleep(0.005)
+        return (double(torch.linspace(-1, 1, 1000)),)
+
+    found = entries(record(Variant("torch.compile", slow), Variant("bare", slow, checked=False)))
+    own, base = found["torch.compile"], found["eager"]
+    median = own["seconds"]["call"]["median"]
+    assert median >= 0.005
+    assert own["times_eager"] == pytest.approx(base["seconds"]["call"]["median"] / median)
+    assert base["times_compile"] == pytest.approx(1 / own["times_eager"])
+    assert own["gb_per_s"] == pytest.approx(8000 / median / 1e9)
+    assert own["share_of_copy"] == pytest.approx(found["copy"]["seconds"]["call"]["median"] / median)
+    assert found["bare"]["status"] == found["copy"]["status"] == "yardstick"
+    low, high = own["seconds"]["call"]["low"], own["seconds"]["call"]["high"]
+    assert low <= median <= high
+
+
+def test_the_verdict_allows_twice_the_baseline_and_no_more() -> None:
+    exact, base = (torch.ones(3, dtype=torch.float64),), (torch.full((3,), 1 + 1e-3),)
+    assert not verdict((torch.full((3,), 1 + 2e-3),), exact, base).reason
+    assert verdict((torch.full((3,), 1 + 3e-3),), exact, base).reason
+    assert verdict((torch.tensor([1.0, torch.nan, 1.0]),), exact, base).reason
+    assert "shape" in verdict((torch.ones(2),), exact, base).reason
+    assert "expected 1" in verdict((), exact, base).reason
+    assert not verdict((torch.full((3,), 1 + 3e-3),), exact, base, (1e4,)).reason  # float32 sums of terms of that size
+
+
+def test_variants_take_turns_under_their_own_backend() -> None:
+    seen: list[tuple[str, str]] = []
+
+    def remember(name: str) -> tuple[Tensor]:
+        seen.append((name, ops.get_backend()))
+        time.sleep(0.003)
+        return (torch.ones(1),)
+
+    before = ops.get_backend()
+    variants = [[Variant("a", lambda: remember("a"))], [Variant("b", lambda: remember("b"), "reference")]]
+    times = timing.in_turns(variants, timing.WallClock(), timing.Budget(seconds=0.03, fewest=4, most=4))
+    assert [t.samples for t in times] == [4, 4]
+    assert {backend for name, backend in seen if name == "b"} == {"reference"}
+    assert {backend for name, backend in seen if name == "a"} == {before}
+    assert {name for name, _ in seen[-4:]} == {"a", "b"}
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    x = torch.ones(1 << 18)  # 1 MiB
+
+    def call() -> tuple[Tensor]:
+        y = (x + 1) + 1  # the first sum dies when the second is there
+        y = y + 1
+        return (y,)
+
+    assert 2 << 20 <= memory.peak_bytes(call, CPU) < (2 << 20) + 1024  # scalars of the additions beside
+
+
+def test_every_case_declares_settings_and_a_quick_one() -> None:
+    for name in cases.NAMES:
+        case = cases.load(name)
+        assert case.name == name
+        assert any(setting.quick for setting in case.settings)
+        labels = [setting.label for setting in case.settings]
+        assert len(set(labels)) == len(labels)
+    with pytest.raises(KeyError, match="case: got 'nothing', expected one of loss"):
+        cases.load("nothing")
+
+
+def test_a_record_survives_its_file_and_becomes_the_table_between_the_markers(tmp_path: Path) -> None:
+    path = results.save(record(), tmp_path / "results")
+    assert path.name.startswith("doubling-")
+    assert path.stat().st_size < 5000
+    (loaded,) = results.load_all(path.parent)
+    assert loaded["environment"]["versions"]["torch"] == torch.__version__
+    document = tmp_path / "README.md"
+    opening, closing = results.markers("doubling")
+    document.write_text(f"# Title\n{opening}\nold\n{closing}\ntail\n", encoding="utf-8")
+    assert results.fill(document, [loaded])
+    text = document.read_text(encoding="utf-8")
+    assert "| a thousand [1] | eager |" in text
+    assert "[1] a note" in text
+    assert "old" not in text
+    assert text.startswith("# Title\n")
+    assert text.endswith(f"{closing}\ntail\n")
+    assert not results.fill(document, [loaded])
+
+
+def test_a_damaged_results_file_or_marker_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"broken\.json: not a benchmark record"):
+        results.load_all(tmp_path)
+    document = tmp_path / "README.md"
+    document.write_text(results.markers("all")[0], encoding="utf-8")
+    with pytest.raises(ValueError, match="without <!-- /benchmarks:all -->"):
+        results.fill(document, [])
+
+
+def test_the_command_runs_one_case_writes_its_file_and_prints_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    try:
+        status = command.main(
+            ["--case", "overhead", "--quick", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert status == 0
+    assert "| variant | us (20–80 %) |" in capsys.readouterr().out
+    (path,) = tmp_path.glob("overhead-*.json")
+    made = json.loads(path.read_text(encoding="utf-8"))
+    assert made["environment"]["threads"] == 1
+    assert made["quick"]
+
+
+def test_a_wrong_option_is_refused_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--case", "nothing"], ["--threads", "0"]):
+        with pytest.raises(SystemExit) as caught:
+            command.main(arguments)
+        assert caught.value.code == 2
+    assert "expected at least 1" in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""Pictures: what is drawn is what the intervention holds, and files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actscale_fast import plots
+from actscale_fast.interventions import ActivScalar, Location, ModelFingerprint, SteerVec
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def scalars(layers: tuple[int, ...] = (0, 1, 2), heads: int = 4, **place: Any) -> ActivScalar:
+    fields = {"site": "head", "positions": None, "generated": False} | place
+    model = ModelFingerprint("llama", max(layers) + 1, heads, 8, 8 * heads)
+    return ActivScalar(Location(layers=layers, model=model, **fields))
+
+
+def collections_of(axis: Any) -> tuple[Any, Any]:
+    """The cells of all scalars, and those of the active ones."""
+    every, active = axis.collections
+    return every, active
+
+
+def test_only_scalars_that_are_not_zero_are_coloured() -> None:
+    intervention = scalars()
+    with torch.no_grad():
+        intervention.alpha[1, 0, 2] = 1e-6
+        intervention.alpha[2, 0, 3] = -0.5
+    every, active = collections_of(plots.heatmap(intervention).axes[0])
+    assert len(every.get_paths()) == 12
+    centres = {tuple(path.get_extents().get_points().mean(0).round().astype(int)) for path in active.get_paths()}
+    assert centres == {(1, 2), (2, 3)}  # (layer, head)
+
+
+def test_colours_are_centred_on_zero_and_opposite_signs_take_opposite_hues() -> None:
+    intervention = scalars()
+    with torch.no_grad():
+        intervention.alpha[0, 0, 0], intervention.alpha[0, 0, 1] = 2.0, -0.5
+    figure = plots.heatmap(intervention)
+    bar = figure.axes[-1]
+    assert bar.get_ylim() == (-2.0, 2.0)
+    positive, negative = collections_of(figure.axes[0])[1].get_facecolor()
+    assert positive[0] > positive[2]
+    assert negative[2] > negative[0]
+
+
+def test_the_title_counts_the_active_scalars_and_their_norm() -> None:
+    intervention = scalars()
+    with torch.no_grad():
+        intervention.alpha[0, 0, 0], intervention.alpha[2, 0, 1] = 1.5, -0.25
+    texts = [text.get_text() for text in plots.heatmap(intervention, title="Capitals").texts]
+    assert texts[0] == "Capitals"
+    assert texts[1].startswith("2 of 12 active")
+    assert "= 1.75" in texts[1]
+
+
+def test_ticks_name_the_chosen_layers_not_their_places() -> None:
+    axis = plots.heatmap(scalars(layers=(3, 7))).axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["3", "7"]
+
+
+def test_heads_with_positions_have_a_panel_each_and_whole_sites_one_row_each() -> None:
+    heads = plots.heatmap(scalars(positions=(0, -1), generated=True))
+    assert [axis.get_title(loc="left") for axis in heads.axes[:-1]] == ["position 0", "position -1", "generated"]
+    whole = plots.heatmap(scalars(site="mlp_out", positions=(0, -1)))
+    assert len(whole.axes) == 2  # the map and its colour bar
+    assert [label.get_text() for label in whole.axes[0].get_yticklabels()] == ["0", "-1"]
+
+
+def test_an_intervention_that_does_nothing_can_be_drawn() -> None:
+    figure = plots.heatmap(scalars())
+    assert len(collections_of(figure.axes[0])[1].get_paths()) == 0
+
+
+def test_a_file_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "heads.png"
+    for _ in range(2):
+        plots.heatmap(scalars(), path)
+        assert path.read_bytes().startswith(PNG)
+    assert [entry.name for entry in path.parent.iterdir()] == ["heads.png"]
+
+
+def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "heads.png"
+    path.write_bytes(b"old")
+
+    def fails(self: Any, file: Path, **_: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fails)
+    with pytest.raises(OSError, match="disk full"):
+        plots.heatmap(scalars(), path)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["heads.png"]
+
+
+def test_pictures_do_not_touch_pyplot(tmp_path: Path) -> None:
+    import sys
+
+    before = "matplotlib.pyplot" in sys.modules
+    plots.heatmap(scalars(), tmp_path / "heads.svg")
+    assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+@pytest.mark.parametrize(
+    ("intervention", "error", "message"),
+    [
+        (SteerVec(scalars().location), TypeError, "got SteerVec, expected an ActivScalar"),
+        (ActivScalar.stack([scalars(), scalars()]), ValueError, "got a stack of 2"),
+        (None, TypeError, "got NoneType"),
+    ],
+)
+def test_what_is_no_single_scalar_map_is_refused(intervention: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plots.heatmap(intervention)
+
+
+@pytest.mark.parametrize("name", ["heads", "heads.docx"])
+def test_an_unknown_suffix_is_refused_and_writes_nothing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a file that ends in \.png"):
+        plots.heatmap(scalars(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_must_be_positive() -> None:
+    for limit in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="limit: got"):
+            plots.heatmap(scalars(), limit=limit)
+
+
+def records(n: int) -> list[dict[str, float]]:
+    return [
+        {"step": step, "loss": 0.0, "effectiveness": 4.0 - step, "faithfulness": 0.1 * step, "minimality": 2.0 * step}
+        | {"n_active": 9 - step}
+        for step in range(n)
+    ]
+
+
+def test_the_history_shows_every_term_and_its_last_value(tmp_path: Path) -> None:
+    figure = plots.history(records(3), tmp_path / "history.png")
+    assert (tmp_path / "history.png").read_bytes().startswith(PNG)
+    drawn = [list(axis.lines[0].get_ydata()) for axis in figure.axes]
+    assert drawn == [[4.0, 3.0, 2.0], [0.0, 0.1, 0.2], [0.0, 2.0, 4.0], [9, 8, 7]]
+    assert [axis.get_title(loc="right") for axis in figure.axes] == ["2", "0.2", "4", "7"]
+
+
+def test_the_history_is_read_from_a_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "history.json"
+    file.write_text(json.dumps(records(2)), encoding="utf-8")
+    assert len(plots.history(file).axes) == 4
+    file.write_text('[{"step": 1', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"history\.json: not JSON"):
+        plots.history(file)
+    with pytest.raises(FileNotFoundError):
+        plots.history(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("steps", "message"), [([], "got no steps"), ([{"step": 0}], "expected a record with")])
+def test_an_incomplete_history_is_refused(steps: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.history(steps)
