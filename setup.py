@@ -3,6 +3,7 @@
 Environment: CXX (the compiler), ACTSCALE_BUILD_CUDA=auto|0|1, ACTSCALE_CUDA_ARCHS (default "80;90;100"), MAX_JOBS.
 """
 
+import contextlib
 import os
 import platform
 import shlex
@@ -18,23 +19,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-# Chosen by CPUID when the package runs: each compiled for its own instructions, all other files for the baseline.
+# Compiled for their own instructions and chosen by CPUID when the package runs; all other files are for the baseline.
 SIMD = {"cpu_avx2": "-mavx2 -mfma -mf16c", "cpu_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall"
 FLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 gives them for its own AVX-512 header
-NO_COMPILER = """warning: actscale-fast: no working C++ compiler ({}): installed without the C++ kernels. All works, but
-on a CPU the loss and the scaling run in plain PyTorch, several times slower. To get the kernels, install a C++17
-compiler (or set CXX) and install again."""
+NO_COMPILER = """warning: actscale-fast: no working C++ compiler ({}): installed without the C++ kernels. On a CPU the
+loss and the scaling run in plain PyTorch, several times slower. Install a C++17 compiler (or set CXX), then again."""
 
 
 def compiles(*command: str) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <cmath>\nint main() { return 0; }\n")
-        try:
-            return not subprocess.run([*command, source, "-o", Path(folder, "probe")], capture_output=True).returncode
-        except OSError:
-            return False
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError):
+        Path(folder, "probe.cpp").write_text("#include <cmath>\nint main() { return 0; }\n")
+        return not subprocess.run([*command, "probe.cpp", "-o", "probe"], cwd=folder, capture_output=True).returncode
+    return False
 
 
 def escaped(path: Path) -> str:

@@ -39,7 +39,7 @@ class Problem:
     """The inputs of one setting on one device, closed over by the variants.
 
     Args:
-        variants: the first one is the baseline whose error bounds that of the others.
+        variants: the first one is the baseline; the errors of those called "eager…" bound those of the others.
         exact: the results in float64.
         n_bytes: what any implementation must read and write, each once.
         flops: the operations of the formula, an exp counted as one.

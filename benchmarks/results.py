@@ -51,9 +51,8 @@ def _shortened(value: Any) -> Any:
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown: a line of provenance, and a row for each setting and variant."""
     environment = record["environment"]
-    where = (
-        environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads, {environment['kernel_level']}"
-    )
+    threads = f"{environment['threads']} thread" + "s" * (environment["threads"] > 1)
+    where = environment["gpu"] or f"{environment['cpu']}, {threads}, {environment['kernel_level']}"
     versions = environment["versions"]
     origin = f"{where}; torch {versions['torch']}; {environment['date']}; commit {environment['commit'] or 'unknown'}"
     if record["quick"]:

@@ -49,6 +49,6 @@ def test_the_cpu_kernels(name: str, benchmark: Any) -> None:
     ours = variants["actscale_fast cpu"]
     baseline = tuple(result.clone() for result in problem.variants[0].call())
     with ops.use_backend("cpu"):
-        found = verdict(ours.call(), problem.exact(), baseline, problem.terms() if problem.terms else None)
+        found = verdict(ours.call(), problem.exact(), [baseline], problem.terms() if problem.terms else None)
         assert not found.reason
         benchmark(ours.call)

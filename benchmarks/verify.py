@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,21 +39,22 @@ def largest_value(exact: Tensor) -> float:
 def verdict(
     got: tuple[Tensor, ...],
     exact: tuple[Tensor, ...],
-    baseline: tuple[Tensor, ...],
+    baselines: Sequence[tuple[Tensor, ...]],
     terms: tuple[float, ...] | None = None,
 ) -> Verdict:
-    """Whether each result is as exact as the baseline's, by the rule above; `terms` as in `Problem`."""
+    """Whether each result is as exact as the least exact baseline, by the rule above; `terms` as in `Problem`."""
     terms = terms or (0.0,) * len(exact)
     if len(got) != len(exact):
         return Verdict(math.inf, 0.0, f"{len(got)} results, expected {len(exact)}")
     worst = Verdict(0.0, math.inf)
-    for index, (value, truth, plain, size) in enumerate(zip(got, exact, baseline, terms, strict=True)):
+    for index, (value, truth, size) in enumerate(zip(got, exact, terms, strict=True)):
         if value.shape != truth.shape:
             return Verdict(
                 math.inf, 0.0, f"result {index} has shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
             )
         error = relative_error(value, truth)
-        allowed = ALLOWED_RATIO * relative_error(plain, truth) + torch.finfo(value.dtype).eps
+        plain = max(relative_error(results[index], truth) for results in baselines)
+        allowed = ALLOWED_RATIO * plain + torch.finfo(value.dtype).eps
         if size and truth.numel():
             allowed += torch.finfo(torch.float32).eps * size / largest_value(truth)
         if not error <= allowed:

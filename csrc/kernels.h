@@ -78,7 +78,7 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 
-// Scratch of the calling thread, 64-byte aligned, kept for the next call. Null: out of memory.
+// Scratch of the calling thread, 64-byte aligned, kept for the next call. Throws std::bad_alloc.
 float* scratch(int64_t count);
 
 }  // namespace actscale

@@ -1,6 +1,7 @@
 // All kernels for one level; the including file names the level and gives the table its name.
 #include "intervention_loss.h"
-#include "proximal_adam.h"
+#include "scalars.h"
+#include "scale_gradient.h"
 #include "scale_heads.h"
 
 namespace actscale {

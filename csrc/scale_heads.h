@@ -2,9 +2,9 @@
 //
 // Moved: forward 2 elements of x's type per element; backward 3 with dx (dy, x, dx), 2 without, 1 for dv alone.
 // The sums: rows of x are cut into chunks that depend on the shapes alone. A chunk sums in float, lane by lane, about
-// CHUNK_ROWS rows; chunks are joined in double, in order. Heads never meet in a sum, so a chunk's heads may be dealt out to
-// as many threads as there are without changing a bit. Where α (or v) has one entry per position, the thread that owns the
-// position adds its rows in order, straight into the result.
+// CHUNK_ROWS rows; chunks are joined in double, in order. Heads never meet in a sum, so a chunk's heads may be dealt
+// out to as many threads as there are without changing a bit. Where α (or v) has one entry per position, the thread
+// that owns the position adds its rows in order, straight into the result.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
@@ -13,16 +13,19 @@ namespace actscale {
 namespace ACTSCALE_LEVEL {
 
 constexpr int64_t CHUNK_ROWS = 64;
-constexpr int64_t SERIAL_ELEMENTS = 96 << 10;  // below, one thread is as fast (two: 17 vs 18 us at 83k, 25 vs 33 us at 166k)
+constexpr int64_t SERIAL_ELEMENTS = 96 << 10;  // below, one thread is as fast (backward: 18 vs 17 us at 83k elements)
 
 INLINE float strength_of(const ScaleHeads& c, int64_t b) {
     return c.row_strength ? c.strength * c.row_strength[b] : c.strength;
 }
 INLINE int64_t group_of(const ScaleHeads& c, int64_t b) { return c.group ? c.group[b] : 0; }
 // Row (group, position) of α or v.
-INLINE int64_t entry(int64_t group, int64_t positions, int64_t t) { return group * positions + (positions == 1 ? 0 : t); }
+INLINE int64_t entry(int64_t group, int64_t positions, int64_t t) {
+    return group * positions + (positions == 1 ? 0 : t);
+}
 
-template <class T> INLINE void scale_row(const T* x, T* y, const float* shift, float factor, float beta, int64_t width) {
+template <class T>
+INLINE void scale_row(const T* x, T* y, const float* shift, float factor, float beta, int64_t width) {
     const F f = set1(factor), b = set1(beta);
     int64_t d = 0;
     for (; d + W <= width; d += W) {
@@ -73,8 +76,8 @@ static Plan plan_of(const ScaleHeads& c) {
 
 // One (row, position, head): dx, the products' lanes into `lanes` (or their sum into `dot`), β·dy into `dshift`.
 template <class T>
-INLINE void backward_row(const T* dy, const T* x, T* dx, float factor, float beta, float* lanes, float* dot, float* dshift,
-                         int64_t width) {
+INLINE void backward_row(const T* dy, const T* x, T* dx, float factor, float beta, float* lanes, float* dot,
+                         float* dshift, int64_t width) {
     const F f = set1(factor), b = set1(beta);
     F sum = set1(0), sum2 = sum;
     auto step = [&](F dyv, const T* xp, T* dxp, float* shift, F* into, int count) __attribute__((always_inline)) {
@@ -101,7 +104,8 @@ template <class T>
 static void backward_chunk(const ScaleHeads& c, const Plan& p, int64_t chunk, int64_t head_begin, int64_t head_end,
                            float* alpha_sums, float* shift_sums, T* gathered) {
     const int64_t b_begin = chunk / p.position_chunks * p.rows, b_end = smaller(c.rows, b_begin + p.rows);
-    const int64_t t_begin = chunk % p.position_chunks * p.positions, t_end = smaller(c.positions, t_begin + p.positions);
+    const int64_t t_begin = chunk % p.position_chunks * p.positions;
+    const int64_t t_end = smaller(c.positions, t_begin + p.positions);
     const bool gather = c.dy_stride[3] != 1;  // one head of dy at a time, into `gathered`
     const T* gathered_from = nullptr;
     for (int64_t b = b_begin; b < b_end; b++) {
@@ -162,8 +166,9 @@ static void backward_all(const ScaleHeads& c) {
     const int64_t own = (c.width + 15) / 16 * 16 + 2 * c.groups * (1 + c.width);  // floats: one head of dy, `sums`
     float* memory = scratch(chunks * chunk_floats + threads * own + 2);
     float* own_memory = memory + (chunks * chunk_floats + 1) / 2 * 2;
-    if (c.dalpha && !p.alpha_floats) memset(c.dalpha, 0, sizeof(float) * c.groups * c.alpha_positions * c.heads);
-    if (c.dshift && !p.shift_floats) memset(c.dshift, 0, sizeof(float) * c.groups * c.shift_positions * c.heads * c.width);
+    const int64_t group_bytes = sizeof(float) * c.groups * c.heads;
+    if (c.dalpha && !p.alpha_floats) memset(c.dalpha, 0, group_bytes * c.alpha_positions);
+    if (c.dshift && !p.shift_floats) memset(c.dshift, 0, group_bytes * c.shift_positions * c.width);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float* gathered = own_memory + thread_index() * own;

@@ -194,7 +194,8 @@ def textbook_losses(
         faithfulness.append((weight.exp() * (weight - other)).sum())
         p, q, low_p, low_q = (t.detach().double() for t in (log_p.exp(), log_q.exp(), log_p, log_q))
         size = low_p.abs().nan_to_num(posinf=0.0) + low_q.abs().nan_to_num(posinf=0.0)
-        value_condition.append(((p if kl == "forward" else q) * size).sum())
+        # a log-probability is (z − max) − log Σ, and Σ ≥ 1 is rounded at 1 however close to 0 its logarithm is
+        value_condition.append(((p if kl == "forward" else q) * (1 + size)).sum())
         spread = (p + q) * (1 + size) if kl == "forward" else q * (1 + size) * (1 + size + value_condition[-1])
         spread = spread / temperature * float(upstream[1][n].abs())
         for piece, values in zip(pieces, spread.split([len(z[n, piece]) for piece in pieces]), strict=True):

@@ -89,7 +89,7 @@ def test_ratios_bandwidth_and_the_yardstick_follow_from_the_medians() -> None:
 
 
 def test_the_verdict_allows_twice_the_baseline_and_no_more() -> None:
-    exact, base = (torch.ones(3, dtype=torch.float64),), (torch.full((3,), 1 + 1e-3),)
+    exact, base = (torch.ones(3, dtype=torch.float64),), [(torch.full((3,), 1 + 1e-3),)]
     assert not verdict((torch.full((3,), 1 + 2e-3),), exact, base).reason
     assert verdict((torch.full((3,), 1 + 3e-3),), exact, base).reason
     assert verdict((torch.tensor([1.0, torch.nan, 1.0]),), exact, base).reason

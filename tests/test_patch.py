@@ -213,6 +213,8 @@ def test_a_handle_does_not_keep_its_model_alive() -> None:
 
 
 def test_recorded_hidden_states_are_those_that_the_next_layer_gets() -> None:
+    # Early versions of transformers 5 record inside `forward`, before any hook on the layer's output.
+    pytest.importorskip("transformers.utils.output_capturing")
     model = tiny_model("llama")
     model(IDS, output_hidden_states=True)  # transformers adds its recording hooks on first use
     with patch(model, scalars(model, site="residual")), torch.no_grad():

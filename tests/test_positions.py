@@ -114,11 +114,14 @@ def test_generated_alone_leaves_the_prompt_untouched() -> None:
 
 @pytest.mark.parametrize("chunk", [2, 3])
 def test_a_chunked_prefill_counts_positions_over_the_whole_prompt(chunk: int) -> None:
+    from transformers import DynamicCache
+
     model = tiny_model("llama")
     intervention = scalars(model, [1, -1])
     with patch(model, intervention):
         expected = generated_logits(model)
-        torch.testing.assert_close(generated_logits(model, prefill_chunk_size=chunk), expected, rtol=1e-4, atol=1e-4)
+        chunked = {"prefill_chunk_size": chunk, "past_key_values": DynamicCache(config=model.config)}
+        torch.testing.assert_close(generated_logits(model, **chunked), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_assisted_generation_gives_the_tokens_of_plain_greedy_search() -> None:

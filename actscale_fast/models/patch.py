@@ -105,8 +105,8 @@ class Patch:
             raise ValueError("strength: some of its values are not finite")
         if device is not None and intervention.device != device:
             intervention.to(device)
-        inside = () if location.site == "residual" else location.layers
-        self._layers = [weakref.ref(found.layers[layer]) for layer in inside]
+        # Also at the site residual: early versions of transformers 5 checkpoint a layer together with its hooks.
+        self._layers = [weakref.ref(found.layers[layer]) for layer in location.layers]
         self._model, self._decoder = weakref.ref(found.model), weakref.ref(found.decoder)
         self._edits: list[tuple[weakref.ref[nn.Module], _Edit]] = []
         try:

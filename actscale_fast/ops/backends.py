@@ -107,10 +107,14 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
 
 
-@torch.compiler.assume_constant_result  # torch.compile would trace the import, and looks through functools.cache
 def has_extension() -> bool:
     """Whether the compiled extension loads; says once what is slower where it does not."""
     return _extension_loads()
+
+
+# torch.compile would trace the import, and looks through functools.cache. This is what
+# torch.compiler.assume_constant_result sets; calling that imports all of torch._dynamo.
+has_extension._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """The C++ kernels as a backend: tensors become addresses, sizes and strides; outputs are allocated here.
 
-Each call runs on `torch.get_num_threads()` threads; the sums do not depend on how many. The instructions (AVX-512, AVX2 or
-portable) are chosen by what the processor has; environment variable ACTSCALE_CPU_LEVEL forces a lower level.
+Each call runs on `torch.get_num_threads()` of torch's own OpenMP threads (torch is loaded first, so the extension's
+calls resolve to its runtime); the sums do not depend on how many. The instructions (AVX-512, AVX2 or portable) are
+chosen by what the processor has; environment variable ACTSCALE_CPU_LEVEL forces a lower level.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def scale_heads_backward(
     dshift = torch.empty_like(shift) if need_dshift and shift is not None else x.new_empty(0, dtype=torch.float32)
     _C.scale_heads_backward(
         _TYPES[x.dtype], tuple(x.shape), dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride()[:3],
-        dx.data_ptr() if need_dx else 0, dx.stride()[:3], _address(alpha), _address(shift), _groups(alpha, shift), strength,
-        _address(row_strength), _address(group), dalpha.data_ptr() if need_dalpha else 0,
+        dx.data_ptr() if need_dx else 0, dx.stride()[:3], _address(alpha), _address(shift), _groups(alpha, shift),
+        strength, _address(row_strength), _address(group), dalpha.data_ptr() if need_dalpha else 0,
         dshift.data_ptr() if need_dshift else 0, torch.get_num_threads(),
     )  # fmt: skip
     return dx, dalpha, dshift
@@ -94,9 +95,9 @@ def intervention_loss(
     answer_grad = effectiveness.new_empty((n_rows, 3) if need_grad else (0,))
     _C.intervention_loss(
         _TYPES[logits.dtype], n_rows, vocab, logits.data_ptr(), logits.stride(0), reference_logits.data_ptr(),
-        reference_logits.stride(0), _address(correct), _address(wrong), _address(direction), margin, inverse_temperature,
-        exclude_answers, reverse, effectiveness.data_ptr(), faithfulness.data_ptr(), grad.data_ptr() if need_grad else 0,
-        answer_grad.data_ptr() if need_grad else 0, torch.get_num_threads(),
+        reference_logits.stride(0), _address(correct), _address(wrong), _address(direction), margin,
+        inverse_temperature, exclude_answers, reverse, effectiveness.data_ptr(), faithfulness.data_ptr(),
+        grad.data_ptr() if need_grad else 0, answer_grad.data_ptr() if need_grad else 0, torch.get_num_threads(),
     )  # fmt: skip
     l1 = effectiveness.new_empty(() if scalars is not None else (0,))
     sign = torch.empty_like(scalars) if scalars is not None and need_grad else effectiveness.new_empty(0)

@@ -128,6 +128,19 @@ def backend_of(x: Tensor) -> BackendModule:
     return _module(name)
 
 
+def is_eager(x: Tensor) -> bool:
+    """Whether a call on `x` runs now, untraced: then the kernels may be called without PyTorch's dispatcher between.
+
+    The dispatcher is for tracing, tensor subclasses and modes; two passes through it cost more than a small kernel.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def _fake_scale_heads(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, checks, reference
-from .registry import LIBRARY
+from .registry import LIBRARY, backend_of, is_eager
 
 _forward_op = torch.ops.actscale.scale_heads.default
 _backward_op = torch.ops.actscale.scale_heads_backward.default
@@ -93,7 +93,15 @@ def scale_heads(
         row_strength = row_strength.to(torch.float32)
     if x.stride(-1) != 1 and head_dim > 1:
         x = x.contiguous()
-    return _forward_op(x, alpha, shift, strength, row_strength, group)
+    if not is_eager(x):
+        return _forward_op(x, alpha, shift, strength, row_strength, group)
+    learned = x.requires_grad or _requires_grad(alpha) or _requires_grad(shift)
+    run = _ScaleHeads.apply if learned and torch.is_grad_enabled() else backend_of(x).scale_heads
+    return run(x, alpha, shift, strength, row_strength, group)
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 class _ScaleHeads(torch.autograd.Function):
@@ -101,6 +109,8 @@ class _ScaleHeads(torch.autograd.Function):
     def forward(ctx: Any, x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, alpha, shift, row_strength, group)
         ctx.strength = strength
+        if is_eager(x):
+            return backend_of(x).scale_heads(x, alpha, shift, strength, row_strength, group)
         with torch._C._AutoDispatchBelowAutograd():
             return _forward_op(x, alpha, shift, strength, row_strength, group)
 
@@ -109,7 +119,8 @@ class _ScaleHeads(torch.autograd.Function):
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, alpha, shift, row_strength, group = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        gradients = _backward_op(dy, x, alpha, shift, ctx.strength, row_strength, group, *needs)
+        run = backend_of(x).scale_heads_backward if is_eager(dy) else _backward_op
+        gradients = run(dy, x, alpha, shift, ctx.strength, row_strength, group, *needs)
         dx, dalpha, dshift = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
         return dx, dalpha, dshift, None, None, None
 

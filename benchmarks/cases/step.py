@@ -41,40 +41,52 @@ class Step:
 class Plain(Step):
     """The step with hooks, full logits, F.kl_div and Adam."""
 
-    def __init__(self, *given: object) -> None:
+    def __init__(self, *given: object, stacked: bool = False) -> None:
         super().__init__(*given)  # type: ignore[arg-type]
+        self.stacked = stacked
         self.alpha = self.start.clone().requires_grad_()  # [L, 1, H]
         self.optimizer = torch.optim.Adam([self.alpha], lr=LR, betas=BETAS)
         self.answers = torch.stack([self.correct, self.wrong], -1)
         self.log_p = self._log_probabilities(self.reference)
-        mask = self.batch.attention_mask
-        self.arguments = {"input_ids": self.batch.input_ids, "attention_mask": mask, "use_cache": False}
+        batch = self.batch.repeat(len(self.directions)) if stacked else self.batch
+        mask = batch.attention_mask
+        self.arguments = {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
         self.arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_(min=0)
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
         return logits.scatter(1, self.answers, torch.finfo(logits.dtype).min).log_softmax(-1)
 
-    def _hook(self, layer: int, direction: float) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    def _hook(self, layer: int, strength: Tensor) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
         def scale(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            heads = inputs[0].unflatten(-1, (self.alpha.shape[-1], -1))
-            return ((heads * (1 + direction * self.alpha[layer, 0])[:, None]).flatten(-2),)
+            heads = inputs[0].unflatten(-1, (self.alpha.shape[-1], -1))  # [B, T, H, D]
+            factor = 1 + strength[:, None] * self.alpha[layer, 0]  # [B or 1, H]
+            return ((heads * factor[:, None, :, None]).flatten(-2),)
 
         return scale
 
+    def _logits(self, strength: Tensor) -> Tensor:
+        """The next-token logits under these strengths, one a row or one for all."""
+        layers = self.model.model.layers  # type: ignore[union-attr]
+        hooks = [
+            layer.self_attn.o_proj.register_forward_pre_hook(self._hook(index, strength))  # type: ignore[union-attr]
+            for index, layer in enumerate(layers)  # type: ignore[arg-type]
+        ]
+        try:
+            logits: Tensor = self.model(**self.arguments).logits[:, -1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits
+
     def __call__(self) -> tuple[Tensor, ...]:
         self.alpha.data.copy_(self.start)
+        strengths = torch.tensor(self.directions, device=self.start.device, dtype=self.dtype)
+        if self.stacked:
+            together = self._logits(strengths.repeat_interleave(len(self.correct))).chunk(len(strengths))
+        else:
+            together = tuple(self._logits(strength[None]) for strength in strengths)
         terms = []
-        for direction in self.directions:
-            layers = self.model.model.layers  # type: ignore[union-attr]
-            hooks = [
-                layer.self_attn.o_proj.register_forward_pre_hook(self._hook(index, direction))  # type: ignore[union-attr]
-                for index, layer in enumerate(layers)  # type: ignore[arg-type]
-            ]
-            try:
-                logits = self.model(**self.arguments).logits[:, -1]
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        for direction, logits in zip(self.directions, together, strict=True):
             chosen = logits.gather(1, self.answers)
             hinge = torch.relu(OBJECTIVE.margin - direction * (chosen[:, 0] - chosen[:, 1])).mean()
             divergence = F.kl_div(self._log_probabilities(logits), self.log_p, reduction="batchmean", log_target=True)
@@ -158,7 +170,10 @@ def make(device: torch.device) -> Problem:
         return Plain(copy.deepcopy(model).double(), data, start, torch.float64)()
 
     given = (model, data, start, torch.float32)
-    variants = [Variant("eager", Plain(*given))]
+    variants = [
+        Variant("eager", Plain(*given)),
+        Variant("eager, directions in one batch", Plain(*given, stacked=True)),
+    ]
     for backend in kernel_backends(device):
         variants.append(Variant(f"actscale_fast {backend}", Ours(*given), backend))
     batch, times = data.batch(range(len(data))), len(OBJECTIVE.directions)
