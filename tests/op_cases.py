@@ -182,7 +182,7 @@ def textbook_losses(
     for n, (c, w) in enumerate(zip(rows.correct.tolist(), rows.wrong.tolist(), strict=True)):
         hinge = z.new_zeros(())
         if answers:
-            hinge = (margin - float(rows.direction[n]) * (z[n, c] - z[n, w])).clamp(min=0)
+            hinge = (margin - float(rows.direction[n]) * (z[n, c] - z[n, w])).relu()  # gradient 0 at the kink
         effectiveness.append(hinge)
         cuts = [-1, *sorted((c, w)), width] if answers and exclude_answers else [-1, width]
         pieces = [slice(a + 1, b) for a, b in itertools.pairwise(cuts)]

@@ -132,6 +132,19 @@ def test_answer_columns_get_the_hinge_alone_when_they_are_excluded(
     assert (e > 0).any() or (e == 0).all()
 
 
+@over(dtypes=DTYPES)
+def test_the_hinge_has_no_gradient_at_its_kink(backend: Backend, dtype: torch.dtype, inputs: Inputs) -> None:
+    """Logits of a narrow type lie on a grid: a difference of exactly the margin does occur."""
+    rows = inputs.rows(4, 21, dtype=dtype)
+    index = torch.arange(4)
+    rows.logits[index, rows.wrong] = 1.0
+    rows.logits[index, rows.correct] = 1.0 + 2.0 * rows.direction.to(dtype)
+    zero, one = torch.zeros(4, device=backend.device), torch.ones(4, device=backend.device)
+    e, _, gradient = fused(rows.to(backend.device), (one, zero), margin=2.0)
+    assert not e.any()
+    assert not gradient.any()
+
+
 @over()
 def test_answers_count_in_both_terms_when_they_are_not_excluded(backend: Backend, inputs: Inputs) -> None:
     rows = inputs.rows(8, 5, scale=0.5).to(backend.device)  # answers carry much of the mass, the hinge is active

@@ -30,7 +30,7 @@ def demo(options: argparse.Namespace) -> int:
         n_train=settings.n_train,
         n_test=settings.n_test,
         seed=settings.seed,
-        templates=settings.templates,
+        templates=learning.tasks.CONFLICT_TEMPLATES[: settings.n_templates],
     )
     say(f"1. {len(train)} conflicts to learn from, {len(test)} with countries that are held out, such as")
     say(f"   {test[0].prompt!r}: correct is {test[0].correct!r}, wrong is {test[0].wrong!r}")

@@ -26,9 +26,9 @@ class Objective:
         ValueError: a negative or non-finite weight, an unknown choice.
     """
 
-    margin: float = 4.0
+    margin: float = 3.5
     faithfulness: float = 1.0
-    minimality: float = 0.01
+    minimality: float = 0.1
     exclude_answers: bool = True
     kl: Literal["forward", "reverse"] = "forward"
     directions: tuple[int, ...] = (1, -1)

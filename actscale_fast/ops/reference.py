@@ -116,7 +116,6 @@ def proximal_adam_(
     """
     step += 1
     steps = step.double()  # 1 − βᵗ in float32 loses the digits that 1 has over it: 6e-5 of it at β = 0.999, t = 1
-    taken = step.double()  # 1 − βᵗ cancels: β₂ = 0.999 at t = 1 is off by 5e-5 in float32
     exp_avg.mul_(beta1).add_(gradient, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     first = exp_avg / (1 - beta1**steps)
