@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/tested
-	$(RUN)/python -m pytest
+	$(RUN)/pytest
 
 check: $(VENV)/tested
 	$(RUN)/ruff check .
@@ -25,20 +25,21 @@ check: $(VENV)/tested
 bench: $(VENV)/tested
 	$(RUN)/python -m benchmarks
 
-$(VENV)/bin/python:
+$(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
 	$(RUN)/python -m pip install --quiet $(TORCH)
+	touch $@
 
 # Installed as any user would: in build isolation, not editable. Sources newer than the stamp are installed again.
 SOURCES := pyproject.toml setup.py $(shell find csrc actscale_fast -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(RUN)/python -m pip install --quiet .
 	touch $@
 
-$(VENV)/tested: $(VENV)/bin/python $(SOURCES)
+$(VENV)/tested: $(VENV)/torch $(SOURCES)
 	$(RUN)/python -m pip install --quiet '.[test]'
 	touch $@ $(VENV)/installed
 

@@ -19,18 +19,21 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path(__file__).resolve().parent / "csrc"
+PYTHON_HEADERS = sysconfig.get_paths()["include"]
 # Compiled for their own instructions and chosen by CPUID when the package runs; all other files are for the baseline.
 SIMD = {"cpu_avx2": "-mavx2 -mfma -mf16c", "cpu_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall"
 FLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 gives them for its own AVX-512 header
-NO_COMPILER = """warning: actscale-fast: no working C++ compiler ({}): installed without the C++ kernels. On a CPU the
-loss and the scaling run in plain PyTorch, several times slower. Install a C++17 compiler (or set CXX), then again."""
+NO_COMPILER = """warning: actscale-fast: no C++17 compiler that finds Python.h in {} (tried: {}):
+installed without the C++ kernels. On a CPU the loss and the scaling run in plain PyTorch, several times slower.
+Install a C++17 compiler (or set CXX) and Python's headers, then again."""
 
 
 def compiles(*command: str) -> bool:
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError):
-        Path(folder, "probe.cpp").write_text("#include <cmath>\nint main() { return 0; }\n")
-        return not subprocess.run([*command, "probe.cpp", "-o", "probe"], cwd=folder, capture_output=True).returncode
+        Path(folder, "probe.cpp").write_text("#include <Python.h>\nint main() { return 0; }\n")
+        command = (*command, "-std=c++17", f"-I{PYTHON_HEADERS}", "probe.cpp", "-o", "probe")
+        return not subprocess.run(command, cwd=folder, capture_output=True).returncode
     return False
 
 
@@ -53,9 +56,11 @@ def nvcc() -> str:
 
 class BuildWithNinja(build_ext):
     def run(self) -> None:
-        self.nvcc, self.cxx = nvcc(), shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-        if sys.platform == "win32" or not compiles(*self.cxx):
-            print(NO_COMPILER.format(shlex.join(self.cxx)), file=sys.stderr)
+        self.nvcc, chosen = nvcc(), os.environ.get("CXX")
+        names = [chosen] if chosen else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
+        self.cxx = next((c for c in map(shlex.split, names) if sys.platform != "win32" and compiles(*c)), [])
+        if not self.cxx:
+            print(NO_COMPILER.format(PYTHON_HEADERS, ", ".join(dict.fromkeys(names))), file=sys.stderr)
             self.extensions = []
         super().run()
 
@@ -65,8 +70,8 @@ class BuildWithNinja(build_ext):
         folder, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(ext.name)).resolve()
         self.mkpath(str(folder)), self.mkpath(str(target.parent))
         cxx, openmp = shlex.join(self.cxx), "-fopenmp" if compiles(*self.cxx, "-fopenmp") else "-Wno-unknown-pragmas"
-        flags = shlex.join(f"-I{h}" for h in (pybind11.get_include(), sysconfig.get_paths()["include"]))
-        rules = {".cpp": f"{cxx} {FLAGS} {openmp} {flags} {'-DACTSCALE_CUDA' if self.nvcc else ''} $simd"}
+        flags = shlex.join(f"-I{h}" for h in (pybind11.get_include(), PYTHON_HEADERS))
+        rules = {".cpp": f"{cxx} {FLAGS} {openmp} {flags} $simd"}
         link = f"{cxx} {'-bundle -undefined dynamic_lookup' if sys.platform == 'darwin' else '-shared'} {openmp}"
         if self.nvcc:
             archs = os.environ.get("ACTSCALE_CUDA_ARCHS", "80;90;100").split(";")

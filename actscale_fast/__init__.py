@@ -73,7 +73,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
-        importlib.import_module(".models", __name__)  # tells the interventions how to find their place in a model
         value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
     elif name in ("ops", "plots"):
         value = importlib.import_module(f".{name}", __name__)

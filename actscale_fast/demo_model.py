@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,15 +142,35 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
 
 def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         with quiet_transformers(bars=False):
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+            model = whole_model(str(folder), dtype=torch.float32, local_files_only=True)
     except Exception as error:
         raise RuntimeError(f"the cached demo model is damaged; delete {folder} and try again ({error})") from error
     return model.eval().requires_grad_(False), tokenizer
+
+
+def whole_model(source: str, **options: Any) -> PreTrainedModel:
+    """A causal language model, every weight of which came from its files.
+
+    transformers fills in what the files lack with random numbers, and only logs that.
+
+    Raises:
+        ValueError: tensors that are missing or of another shape; names them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    model, info = loaded
+    for kind in ("missing", "mismatched"):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])
+        if keys:
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            raise ValueError(f"{len(keys)} tensors are {kind}: {', '.join(keys[:4])}{more}")
+    return model  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

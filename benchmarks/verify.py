@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: A variant may be this many times as far from float64 as the baseline, beside one rounding of its dtype and one
-#: float32 rounding of the terms it sums.
+#: Float32 roundings, half an ulp each, on the way of a term of a sum (as in the tests of the ops).
+ROUNDINGS = 8
+#: A variant may be this many times as far from float64 as the baseline, beside one rounding of its dtype and
+#: the float32 roundings of the terms it sums.
 ALLOWED_RATIO = 2.0
 
 
@@ -56,7 +58,7 @@ def verdict(
         plain = max(relative_error(results[index], truth) for results in baselines)
         allowed = ALLOWED_RATIO * plain + torch.finfo(value.dtype).eps
         if size and truth.numel():
-            allowed += torch.finfo(torch.float32).eps * size / largest_value(truth)
+            allowed += ROUNDINGS / 2 * torch.finfo(torch.float32).eps * size / largest_value(truth)
         if not error <= allowed:
             return Verdict(error, allowed, f"result {index} is off by {error:.2g}, allowed {allowed:.2g}")
         if error / allowed >= worst.error / worst.allowed:

@@ -69,13 +69,15 @@ def test_the_demo_leaves_an_intervention_pictures_and_figures(
     out = tmp_path / "demo"
     assert main(["demo", "--model", model, "--out", str(out), "--steps", "2", "--threads", "1"]) == 0
     names = {"intervention.safetensors", "intervention.json", "heads.png", "history.png", "history.json", "demo.json"}
+    names.add("fit.json")
     assert {entry.name for entry in out.iterdir()} == names
     report = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     assert report["held_out"]["n_active"] == load_intervention(out).n_active
-    assert set(report["continuations"]) == {"-1", "+0", "+1"}
+    assert report["strengths"] == [-1, 0, 1]
+    assert [len(texts) for texts in report["continuations"].values()] == [3, 3, 3]
     assert len(json.loads((out / "history.json").read_text(encoding="utf-8"))) == 2
     printed = capsys.readouterr().out
-    for words in ("correct under β = +1", "before", "after", "active scalars", "peak memory", report["prompt"]):
+    for words in ("correct under β = +1", "before", "after", "active scalars", "peak memory", *report["continuations"]):
         assert words in printed
 
 
@@ -246,7 +248,8 @@ def test_mistakes_cost_one_line(
     out, none = str(tmp_path / "out"), str(tmp_path / "none")
     fit = ["fit", "--model", model, "--out", out]
     assert f"no folder {none}" in refused(capsys, "demo", "--model", none, "--out", out)
-    assert "none" in refused(capsys, *fit, "--data", none)
+    assert f"data: there is no file {none}" in refused(capsys, *fit, "--data", none)
+    assert f"test-data: there is no file {none}" in refused(capsys, *fit, "--data", data, "--test-data", none)
     assert "layers: got 9, expected -2 to 1" in refused(capsys, *fit, "--data", data, "--layers", "9")
     assert "which cannot be used here" in refused(capsys, *fit, "--data", data, "--device", "warp:9")
     assert none in refused(capsys, "evaluate", "--model", model, "--data", data, "--intervention", none)
@@ -300,6 +303,79 @@ def test_a_place_that_cannot_be_written_to_is_known_before_the_work(
     monkeypatch.setattr(learning, "fit", lambda *_, **__: pytest.fail("the fit began"))
     (tmp_path / "file").write_text("")
     assert "file" in refused(capsys, "fit", "--model", model, "--data", data, "--out", str(tmp_path / "file"))
+
+
+def test_paths_and_prompts_are_checked_before_a_model_is_loaded(
+    data: str, fitted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actscale_fast.cli import commands
+
+    monkeypatch.setattr(commands, "load_model", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    folder, file = str(tmp_path), str(tmp_path / "file")
+    place = ["--intervention", fitted]
+    fit = ["fit", "--data", data, "--out"]
+    assert f"out: {file} is a file, expected a folder" in refused(capsys, *fit, file)
+    assert f"out: {file} is a file" in refused(capsys, *fit, f"{file}/deeper")
+    assert f"checkpoint: {folder} is a folder" in refused(capsys, *fit, f"{folder}/o", "--checkpoint", folder)
+    assert "there is no file" in refused(capsys, "fit", "--data", f"{file}x", "--out", f"{folder}/o")
+    assert not (tmp_path / "o").exists()
+    assert f"out: {folder} is a folder" in refused(capsys, "evaluate", *place, "--data", data, "--out", folder)
+    assert f"out: {file} is a file" in refused(capsys, "merge", *place, "--out", file)
+    assert "prompt: got ''" in refused(capsys, "generate", *place, "--prompt", "")
+
+
+def test_a_new_fit_leaves_no_figures_of_the_one_before(model: str, data: str, tmp_path: Path) -> None:
+    words = ["fit", "--model", model, "--data", data, "--out", str(tmp_path / "out"), "--steps", "1"]
+    assert main([*words, "--test-data", data]) == 0
+    assert (tmp_path / "out" / "evaluation.json").is_file()
+    assert main(words) == 0
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_evaluate_uses_the_seed_of_the_fit_and_warns_of_another(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = ["--model", model, "--task", "country-capital", "--n-train", "8", "--n-test", "8"]
+    out = tmp_path / "out"
+    assert main(["fit", *task, "--out", str(out), "--steps", "1", "--seed", "1"]) == 0
+    held_out = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert json.loads((out / "fit.json").read_text(encoding="utf-8"))["seed"] == 1
+    figures = tmp_path / "figures.json"
+    words = ["evaluate", *task, "--intervention", str(out), "--out", str(figures)]
+    capsys.readouterr()
+    assert main(words) == 0
+    assert json.loads(figures.read_text(encoding="utf-8")) == held_out
+    assert capsys.readouterr().err == ""
+    assert main([*words, "--seed", "0"]) == 0
+    assert "fitted with --seed 1; with --seed 0 some of these examples" in capsys.readouterr().err
+    (out / "fit.json").write_text("[", encoding="utf-8")
+    assert "damaged, or not the record of a fit" in refused(capsys, *words)
+
+
+def test_a_folder_that_lacks_weights_is_refused(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = word_models.save_model(tmp_path / "model")
+    kept = load_file(folder / "model.safetensors")
+    del kept["lm_head.weight"]
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    line = refused(capsys, "fit", "--model", str(folder), "--data", data, "--out", str(tmp_path / "out"))
+    assert "1 tensors are missing: lm_head.weight" in line
+
+
+def test_the_defaults_of_the_library_and_the_command_line_are_the_same() -> None:
+    import inspect
+
+    from actscale_fast import learning
+
+    options = vars(build_parser().parse_args(["fit", "--task", "country-capital", "--out", "x"]))
+    of_fit = {name: p.default for name, p in inspect.signature(learning.fit).parameters.items()}
+    objective = learning.Objective()
+    for name in ("steps", "lr", "batch_size", "seed", "schedule", "accumulate", "checkpoint_every"):
+        assert options[name] == of_fit[name], name
+    for name in ("margin", "faithfulness", "minimality", "kl"):
+        assert options[name] == getattr(objective, name), name
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,29 @@ def test_a_damaged_cache_is_named_with_what_to_do(tmp_path: Path, conversions: l
         demo_model.load_demo_model(tmp_path, progress=False)
 
 
+def test_a_cache_without_some_weights_is_refused(tmp_path: Path, conversions: list[Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    demo_model.load_demo_model(tmp_path, progress=False)
+    weights = tmp_path / demo_model.FOLDER_NAME / "model.safetensors"
+    kept = {name: value for name, value in load_file(weights).items() if "layers.1.mlp" not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"3 tensors are missing: model.layers.1.mlp.down_proj.weight, "):
+        demo_model.load_demo_model(tmp_path, progress=False)
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = demo_model.whole_model(str(tmp_path))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
 @pytest.mark.parametrize(
     ("stderr", "reason"),
     [

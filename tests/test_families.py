@@ -144,18 +144,11 @@ def test_scaling_the_last_residual_is_invisible_behind_a_scale_free_norm(family:
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_layout_and_its_head_give_the_models_logits(family: str) -> None:
-    model = tiny_model(family, dtype=torch.float64)
+def test_layout_names_the_models_sizes_and_projections(family: str) -> None:
+    model = tiny_model(family)
     found = layout(model)
-    with torch.no_grad():
-        hidden = found.decoder(input_ids=IDS, attention_mask=torch.ones_like(IDS))[0]
-        assert found.lm_head is not None
-        z = found.lm_head(hidden) * found.logit_scale
-        if found.logit_softcap is not None:
-            z = found.logit_softcap * torch.tanh(z / found.logit_softcap)
-    torch.testing.assert_close(z, logits(model), rtol=1e-9, atol=1e-9)
-    assert (found.n_layers, found.n_heads, found.hidden_size, found.vocab_size) == (2, 4, 32, 61)
-    assert found.max_context in (64, None)
+    assert (found.n_layers, found.n_heads, found.hidden_size) == (2, 4, 32)
+    assert found.max_context == (None if family == "bloom" else 64)
     assert found.projections == tuple(
         layer.get_submodule(OUT.get(family, "self_attn.o_proj")) for layer in layers_of(model)
     )

@@ -97,6 +97,40 @@ def test_a_strong_l1_term_keeps_every_scalar_exactly_zero() -> None:
     assert result.intervention.l1 == 0
 
 
+def test_a_records_loss_is_that_of_one_state() -> None:
+    objective = af.Objective(faithfulness=0.7, minimality=0.3)
+    result = run(tiny.llama(), conflicts(4), objective)
+    before = 0.0
+    for record in result.history:
+        terms = record["effectiveness"] + 0.7 * record["faithfulness"]
+        assert record["loss"] == pytest.approx(terms + 0.3 * before, rel=1e-12)
+        before = record["minimality"]
+    assert (before, result.history[-1]["n_active"]) == (result.intervention.l1, result.intervention.n_active)
+    assert before > 0
+
+
+def test_a_fit_needs_gradients_and_enables_them() -> None:
+    expected = run(tiny.llama(), conflicts(4)).intervention.alpha
+    with torch.no_grad():
+        assert torch.equal(run(tiny.llama(), conflicts(4)).intervention.alpha, expected)
+        assert not torch.is_grad_enabled()
+    model = tiny.llama()
+    scalars = af.ActivScalar.for_model(model)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\) rules out"):
+        run(model, conflicts(4), intervention=scalars)
+
+
+def test_generated_tokens_have_nothing_to_learn_from() -> None:
+    model = tiny.llama()
+    alone = af.ActivScalar.for_model(model, positions=[], generated=True)
+    with pytest.raises(ValueError, match="intervention: it acts on generated tokens alone"):
+        run(model, conflicts(4), intervention=alone)
+    beside = af.ActivScalar.for_model(model, positions=[-1], generated=True)
+    run(model, conflicts(4), intervention=beside)
+    assert beside.alpha[:, 0].any()
+    assert not beside.alpha[:, 1].any()
+
+
 def test_one_direction_learns_from_that_direction_alone() -> None:
     both = run(tiny.llama(), conflicts(6)).history[0]
     single = [run(tiny.llama(), conflicts(6), af.Objective(directions=(d,))).history[0] for d in (1, -1)]
@@ -164,6 +198,43 @@ def test_a_resumed_fit_has_the_bits_of_an_uninterrupted_one(tmp_path: Path, monk
     assert [entry.name for entry in tmp_path.iterdir()] == ["fit.safetensors"]
 
 
+def test_an_interruption_within_an_update_keeps_the_last_whole_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tiny.llama(), conflicts(9), steps=8)
+    update = fitting._Parameters.update
+
+    def interrupted(self: fitting._Parameters, *arguments: Any) -> None:
+        update(self, *arguments)
+        if self.steps[0] == 6:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "fit.safetensors"
+    with monkeypatch.context() as context:
+        context.setattr(fitting._Parameters, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny.llama(), conflicts(9), steps=8, checkpoint=path, checkpoint_every=4)
+    resumed = run(tiny.llama(), conflicts(9), steps=8, checkpoint=path, checkpoint_every=4)
+    assert torch.equal(resumed.intervention.alpha, whole.intervention.alpha)
+    assert resumed.history == whole.history
+
+
+def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fit.safetensors"
+    run(tiny.llama(), conflicts(4), checkpoint=path)
+    with pytest.raises(ValueError, match=r"belongs to another fit: model '[^;]*; name"):
+        run(tiny.llama(seed=1), conflicts(4), checkpoint=path)
+    other = tiny.tokenizer()
+    other.add_tokens(["capital of"])
+    model = tiny.llama()
+    model.resize_token_embeddings(len(other))
+    with pytest.raises(ValueError, match=r"belongs to another fit: tokens '[^;]*; name"):
+        af.fit(
+            model, other, conflicts(4), af.ActivScalar.for_model(model), steps=6, batch_size=4, seed=3,
+            checkpoint=path, progress=False,
+        )  # fmt: skip
+
+
 def test_a_finished_fit_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fit.safetensors"
     first = run(tiny.llama(), conflicts(4), checkpoint=path)
@@ -207,11 +278,16 @@ def test_a_broken_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
         ({"lr": float("nan")}, "lr: got nan"),
         ({"batch_size": 2.5}, "batch_size: got 2.5"),
         ({"schedule": "step"}, "schedule: got 'step', expected"),
+        ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), expected two numbers in \[0, 1\)"),
+        ({"betas": 0.9}, "betas: got 0.9"),
+        ({"seed": 1.5}, "seed: got 1.5, expected an integer"),
     ],
 )
 def test_bad_settings_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(tiny.llama(), conflicts(2), **options)
+    with pytest.raises(TypeError, match="objective: got dict, expected an Objective"):
+        run(tiny.llama(), conflicts(2), {"margin": 1.0})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +297,7 @@ def test_bad_settings_are_refused_by_name(options: dict[str, Any], message: str)
         ({"faithfulness": float("inf")}, "faithfulness: got inf"),
         ({"kl": "both"}, "kl: got 'both', expected 'forward' or 'reverse'"),
         ({"directions": (2,)}, r"directions: got \(2,\), expected"),
+        ({"directions": 1}, "directions: got 1, expected"),
         ({"directions": ()}, r"directions: got \(\), expected"),
     ],
 )

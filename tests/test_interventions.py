@@ -11,6 +11,7 @@ import torch
 from model_zoo import tiny_model
 from torch import Tensor
 
+from actscale_fast import _files
 from actscale_fast.interventions import ActivScalar, Intervention, SteerVec, load_intervention
 from actscale_fast.interventions.saving import DESCRIPTION, TENSORS
 
@@ -213,8 +214,6 @@ def test_non_finite_parameters_are_neither_saved_nor_loaded(tmp_path: Path) -> N
 
 
 def test_a_save_that_fails_leaves_the_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from actscale_fast.interventions import saving
-
     intervention = ActivScalar.for_model(tiny_model("llama"))
     intervention.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -222,7 +221,7 @@ def test_a_save_that_fails_leaves_the_older_files(tmp_path: Path, monkeypatch: p
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving.os, "fsync", full)
+    monkeypatch.setattr(_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         randomised(intervention).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -248,3 +247,16 @@ def test_importing_the_package_does_not_import_transformers() -> None:
         "assert not [name for name in sys.modules if name.startswith('transformers')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_intervention_is_made_where_only_its_own_package_was_imported() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from model_zoo import tiny_model; "
+        "from actscale_fast.interventions import ActivScalar; print(ActivScalar.for_model(tiny_model()).n_parameters)"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == "8", done.stderr

@@ -126,6 +126,9 @@ def test_bad_arguments_are_refused_and_change_nothing() -> None:
     intervention = randomised(ActivScalar.for_model(model))
     with pytest.raises(ValueError, match="strength: got one value per row"):
         merge(model, intervention, torch.ones(2))  # type: ignore[arg-type]
+    for wrong in (None, [1.0], "x", "1"):
+        with pytest.raises(TypeError, match=f"strength: got {type(wrong).__name__}, expected one number"):
+            merge(model, intervention, strength=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="strength: got inf"):
         merge(model, intervention, float("inf"))
     with pytest.raises(ValueError, match="a stack acts by row group"):

@@ -136,6 +136,16 @@ def test_no_scalars_are_no_trouble(backend: Backend) -> None:
     assert float(state.step) == 1.0
 
 
+@over(backends=["cpu", "triton"])  # plain PyTorch saves 1 + β·α instead
+def test_a_graph_that_saved_the_scalars_refuses_its_backward_after_the_update(backend: Backend, inputs: Inputs) -> None:
+    x = inputs.normal(1, 2, 3, 4).to(backend.device).requires_grad_()
+    state = State(inputs.normal(1, 1, 3).to(backend.device))
+    y = ops.scale_heads(x, state.parameter.requires_grad_()).sum()
+    state.update(torch.ones_like(state.parameter), lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_float64_scalars_go_through_the_reference(inputs: Inputs) -> None:
     start, gradient = inputs.normal(5, dtype=torch.float64), inputs.normal(5, dtype=torch.float64)
     state = State(start)
@@ -181,6 +191,15 @@ def test_errors_name_the_argument_what_came_and_what_was_expected(backend: Backe
             {"step": torch.zeros((), dtype=torch.int64, device=backend.device)}, ValueError,
             "step: got () torch.int64, expected a float32 tensor []",
         ),
+        (
+            {
+                name: torch.zeros(3, dtype=torch.bfloat16, device=backend.device)
+                for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")
+            }, TypeError,
+            "parameter: got dtype torch.bfloat16, expected float32 (float64 with the reference backend)",
+        ),
+        ({"lr": "a"}, TypeError, "lr: got str, expected a number"),
+        ({"l1": None}, TypeError, "l1: got NoneType, expected a number"),
         ({"lr": 0.0}, ValueError, f"lr, l1, eps, betas: got 0.0, 0.0, 1e-08, (0.9, 0.999), {expected}"),
         ({"l1": -1.0}, ValueError, f"lr, l1, eps, betas: got 0.1, -1.0, 1e-08, (0.9, 0.999), {expected}"),
         ({"betas": (1.0, 0.9)}, ValueError, f"lr, l1, eps, betas: got 0.1, 0.0, 1e-08, (1.0, 0.9), {expected}"),

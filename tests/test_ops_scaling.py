@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from op_cases import BACKENDS, DTYPES, Backend, Inputs, assert_as_exact_as_eager, error_of, over, textbook_scale
 from torch import Tensor
 
 from actscale_fast import ops
+from actscale_fast.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -169,6 +172,92 @@ def test_heads_transposed_in_memory_are_read_in_place_with_the_same_bits(
             assert all(
                 a is not None and b is not None and torch.equal(a, b) for a, b in zip(got, gradients, strict=True)
             )
+
+
+@over(dtypes=DTYPES)
+def test_heads_that_overlap_in_memory_are_read_in_place(backend: Backend, dtype: torch.dtype, inputs: Inputs) -> None:
+    given = arguments(inputs, Shape(2, 3, 5, 8), dtype)
+    check(given._replace(x=inputs.normal(2, 3, 12, dtype=dtype).unfold(-1, 8, 1)).to(backend.device))
+
+
+@over(backends=["cpu", "triton"])
+def test_the_bare_op_refuses_channels_that_do_not_lie_side_by_side(backend: Backend, inputs: Inputs) -> None:
+    x, alpha = inputs.normal(1, 2, 3, 8).to(backend.device)[..., ::2], inputs.normal(1, 1, 3).to(backend.device)
+    message = error_of(lambda: torch.ops.actscale.scale_heads(x, alpha, None, 1.0, None, None), ValueError)
+    assert message == "x: got strides (48, 24, 8, 2), expected 1 over the last axis; call contiguous() first"
+
+
+@over()
+def test_a_negative_view_counts_with_its_sign(backend: Backend, inputs: Inputs) -> None:
+    given = arguments(inputs, Shape(2, 3, 2, 8), torch.float32, shift=False).to(backend.device)
+    expected_y, expected = fused(given._replace(x=-given.x))
+    y, gradients = fused(given._replace(x=torch._neg_view(given.x)))
+    assert torch.equal(y, expected_y)
+    assert given.alpha is not None
+    assert torch.equal(fused(given._replace(alpha=torch._neg_view(-given.alpha)))[0], fused(given)[0])
+    for got, right in zip(gradients, expected, strict=True):
+        assert (got is None) == (right is None)
+        assert got is None or right is None or torch.equal(got, right)
+
+
+@over()
+def test_the_gradient_through_a_conjugate_is_that_of_plain_pytorch(backend: Backend, inputs: Inputs) -> None:
+    x, alpha = inputs.normal(2, 3, 2, 8).to(backend.device), inputs.normal(1, 1, 2).to(backend.device)
+    c = torch.complex(*(inputs.normal(2, 3, 2, 8) for _ in range(2))).to(backend.device)
+    gradients = []
+    for scale in (ops.scale_heads, lambda x, alpha: x * (1 + alpha)[..., None]):
+        leaves = [t.clone().requires_grad_() for t in (x, alpha)]
+        y = scale(*leaves)
+        (torch.complex(0 * y, y).conj() * c).real.sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for got, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+
+
+@over()
+def test_a_zero_upstream_without_memory_gives_zero_gradients(backend: Backend, inputs: Inputs) -> None:
+    given = arguments(inputs, Shape(2, 3, 2, 8), torch.float32).to(backend.device)
+    zero = torch._efficientzerotensor(given.dy.shape, device=backend.device)
+    for gradient in fused(given._replace(dy=zero))[1]:
+        assert gradient is not None
+        assert not gradient.any()
+
+
+@over()
+def test_a_forward_mode_derivative_is_right_or_refused(backend: Backend, inputs: Inputs) -> None:
+    given = arguments(inputs, Shape(2, 3, 2, 8), torch.float32, shift=False, row_strength=False).to(backend.device)
+    assert given.alpha is not None
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(given.x, given.dy)
+        if backend.name == "reference":
+            tangent = forward_ad.unpack_dual(ops.scale_heads(x, given.alpha)).tangent
+            torch.testing.assert_close(tangent, given.dy * (1 + given.alpha)[..., None])
+        else:
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                ops.scale_heads(x, given.alpha)
+
+
+@over(backends=["cpu"])
+def test_a_torchscript_trace_computes_what_it_traced(backend: Backend, inputs: Inputs) -> None:
+    x, other = inputs.normal(2, 3, 2, 8), inputs.normal(2, 3, 2, 8)
+    alpha = inputs.normal(1, 1, 2)
+    traced = torch.jit.trace(lambda x: ops.scale_heads(x, alpha), (x,))
+    assert torch.equal(traced(other), ops.scale_heads(other, alpha))
+
+
+@over(backends=["cpu", "triton"])
+@pytest.mark.parametrize("learned", ["x", "shift"])
+def test_x_does_not_outlive_the_forward_where_no_gradient_of_alpha_is_wanted(
+    backend: Backend, learned: str, inputs: Inputs
+) -> None:
+    given = arguments(inputs, Shape(2, 3, 2, 8), torch.float32).to(backend.device)
+    x = given.x * 1.0 if learned == "shift" else given.x.clone().requires_grad_() * 1.0
+    shift = given.shift.requires_grad_() if learned == "shift" and given.shift is not None else given.shift
+    y = ops.scale_heads(x, given.alpha, shift=shift)
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None
+    y.sum().backward()
 
 
 @over(dtypes=DTYPES)
@@ -361,6 +450,13 @@ def test_errors_name_the_argument_what_came_and_what_was_expected(backend: Backe
             (x, alpha), {"strength": torch.ones(3, device=device, requires_grad=True)}, ValueError,
             "strength: requires a gradient, but it is not differentiated; learn alpha instead",
         ),
+        ((x, alpha), {"strength": None}, TypeError, "strength: got NoneType, expected a number"),
+        ((x, alpha), {"strength": "a"}, TypeError, "strength: got str, expected a number"),
+        ((x, alpha), {"strength": float("nan")}, ValueError, "strength: got nan, expected a number"),
+        (
+            (x, alpha), {"strength": torch.ones(3, dtype=torch.complex64, device=device)}, TypeError,
+            "strength: got dtype torch.complex64, expected real numbers",
+        ),
         ((x, alpha.to("meta")), {}, ValueError, f"alpha: got a tensor on meta, expected one on {device}"),
         ((x, alpha), {"shift": shift.to("meta")}, ValueError, f"shift: got a tensor on meta, expected one on {device}"),
         (
@@ -390,3 +486,16 @@ def test_in_a_kernel_a_group_out_of_range_makes_its_row_nan_and_no_other(backend
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert dx[[0, 3]].isfinite().all()
     assert dx[[1, 2]].isnan().all()
+
+
+def test_in_the_reference_a_group_out_of_range_makes_its_row_nan_and_no_other(inputs: Inputs) -> None:
+    x, group = inputs.normal(4, 2, 2, 8).requires_grad_(), torch.tensor([0, 2, -1, 1])
+    alpha, shift = torch.ones(2, 1, 2, requires_grad=True), inputs.normal(2, 1, 2, 8)
+    for a, v in ((alpha, None), (None, shift), (alpha, shift)):
+        y = reference.scale_heads(x, a, v, 1.0, None, group)
+        assert y[[1, 2]].isnan().all()
+        assert y[[0, 3]].isfinite().all()
+    dx, dalpha = torch.autograd.grad(y, (x, alpha), torch.ones_like(y))
+    assert dx[[1, 2]].isnan().all()
+    assert dx[[0, 3]].isfinite().all()
+    torch.testing.assert_close(dalpha[:, 0], x.detach()[[0, 3]].sum((1, 3)))

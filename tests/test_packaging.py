@@ -69,12 +69,6 @@ def test_the_version_stands_in_one_place() -> None:
     assert metadata.version("actscale-fast") == actscale_fast.__version__
 
 
-def test_importing_the_package_imports_neither_transformers_nor_triton() -> None:
-    program = "import sys, actscale_fast; print({'transformers', 'triton', 'matplotlib'} & set(sys.modules))"
-    done = python("-c", program, cwd=ROOT)
-    assert done.stdout.strip() == "set()", done.stderr
-
-
 @pytest.mark.slow
 def test_the_sdist_holds_the_kernels_sources(distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[0]) as archive:
@@ -117,7 +111,8 @@ def test_without_a_compiler_it_installs_and_says_once_what_is_slower(tree: Path,
         cwd=tmp_path, CXX="/nowhere/c++", CC="/nowhere/cc", ACTSCALE_BUILD_CUDA="auto",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (done.stdout + done.stderr).count("no working C++ compiler (/nowhere/c++)") == 1
+    assert (done.stdout + done.stderr).count("no C++17 compiler that finds Python.h in") == 1
+    assert "(tried: /nowhere/c++)" in done.stdout + done.stderr
     program = (
         "import torch, actscale_fast as af\n"
         "for _ in range(2): y = af.ops.scale_heads(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1))\n"
@@ -130,6 +125,20 @@ def test_without_a_compiler_it_installs_and_says_once_what_is_slower(tree: Path,
 
 def build_extension(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return python("setup.py", "build_ext", cwd=tree, **environment)
+
+
+@pytest.mark.skipif(
+    Path(sysconfig.get_config_var("CXX") or "c++").is_absolute(), reason="Python names its compiler's path"
+)
+def test_without_a_choice_the_first_compiler_that_works_is_taken(tree: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "compilers"
+    folder.mkdir()
+    only = '#!/bin/sh\ncase " $* " in *" -c "*) echo the third one compiles; exit 1;; esac\n'
+    for name, script in (("c++", "#!/bin/sh\nexit 1\n"), ("g++", "#!/bin/sh\nexit 1\n"), ("clang++", only)):
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+    done = build_extension(tree, CXX="", PATH=str(folder), ACTSCALE_BUILD_CUDA="0")
+    assert "the third one compiles" in done.stdout + done.stderr
 
 
 def test_cuda_asked_for_without_its_compiler_fails_with_the_reason(tree: Path) -> None:

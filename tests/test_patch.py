@@ -239,6 +239,7 @@ def test_an_intervention_of_another_model_is_refused_with_every_difference() -> 
     [
         (float("nan"), ValueError, "strength: got nan, expected a finite number"),
         ("much", TypeError, "strength: got str, expected a float or a tensor"),
+        (torch.zeros(0), ValueError, r"strength: got shape \(0,\), expected a float or a tensor \[B\]"),
         (torch.ones(2, 2), ValueError, r"strength: got shape \(2, 2\), expected a float or a tensor \[B\]"),
         (torch.tensor([1.0, float("inf"), 0.0]), ValueError, "strength: some of its values are not finite"),
     ],

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from .. import learning, models, plots
 from ..interventions import ActivScalar, load_intervention
-from .loading import load_data, load_model, output_folder
+from .loading import check_file, check_folder, load_file, load_model, load_task, output_folder
 from .output import continuations, print_continuations, print_evaluation, say, write_json
+from .record import save_record, task_seed
 
 
 def fit(options: argparse.Namespace) -> int:
@@ -23,11 +24,12 @@ def fit(options: argparse.Namespace) -> int:
     )
     if options.test_data is not None and options.task is not None:
         raise ValueError("test-data: a task brings held-out examples of its own; give --data instead of --task")
+    train, test = load_file(options.data, "data"), load_file(options.test_data, "test-data")
+    check_file(options.checkpoint, "checkpoint")
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
-    train, test = load_data(options, tokenizer)
-    if options.test_data is not None:
-        test = learning.load_examples(options.test_data)
+    if options.task is not None:
+        train, test = load_task(options, tokenizer, options.seed)
     scalars = ActivScalar.for_model(
         model, site=options.site, layers=options.layers, positions=options.positions, generated=options.generated
     )
@@ -46,8 +48,10 @@ def fit(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
     )
+    (out / "evaluation.json").unlink(missing_ok=True)  # of a former intervention in this folder
     result.intervention.save_pretrained(out)
     write_json(out / "history.json", result.history)
+    save_record(out, options)
     if test:
         evaluation = learning.evaluate(model, tokenizer, test, result.intervention)
         print_evaluation("Held-out examples", evaluation)
@@ -57,12 +61,16 @@ def fit(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Print before and after; of a task, on its held-out examples."""
+    """Print before and after; of a task, on examples that the intervention's fit held out."""
+    check_file(options.out, "out")
+    examples, title = load_file(options.data, "data"), str(options.data)
     intervention = load_intervention(options.intervention)
+    seed = task_seed(Path(options.intervention), options.task, options.seed)
     model, tokenizer = load_model(options)
-    train, test = load_data(options, tokenizer)
-    evaluation = learning.evaluate(model, tokenizer, test or train, intervention, batch_size=options.batch_size)
-    print_evaluation("Held-out examples of the task" if test else str(options.data), evaluation)
+    if options.task is not None:
+        examples, title = load_task(options, tokenizer, seed)[1], f"Held-out examples of the task, seed {seed}"
+    evaluation = learning.evaluate(model, tokenizer, examples, intervention, batch_size=options.batch_size)
+    print_evaluation(title, evaluation)
     if options.out is not None:
         write_json(Path(options.out), evaluation.to_dict())
     return 0
@@ -70,6 +78,8 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """Continue a prompt greedily under every strength."""
+    if not options.prompt:
+        raise ValueError("prompt: got '', which has no tokens")
     strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)
@@ -98,6 +108,7 @@ def plot(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """Save a model that has the intervention in its weights."""
+    check_folder(Path(options.out))
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)
     models.merge(model, intervention, strength=options.strength)

@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import resource
 import shlex
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
-from .. import learning, plots
+from .. import defaults, learning, plots
 from ..interventions import ActivScalar
 from .loading import load_model, output_folder
 from .output import continuations, print_continuations, print_evaluation, say, write_json
+from .record import save_record
 from .settings import DEMO
 
 _STRENGTHS = (-1.0, 0.0, 1.0)
+#: Behind "A:" alone this small model often starts a new line; begun like this, its answer is the next word.
+_ANSWER = " The capital of {country} is"
+_SHOWN = 3
 
 
 def demo(options: argparse.Namespace) -> int:
     """Learn one scalar per attention head on country-capital conflicts, measure, save, draw and generate."""
-    settings = replace(DEMO, steps=options.steps, seed=options.seed)
     begun = time.perf_counter()
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
 
-    train, test = learning.tasks.country_capital_conflicts(
-        tokenizer,
-        n_train=settings.n_train,
-        n_test=settings.n_test,
-        seed=settings.seed,
-        templates=learning.tasks.CONFLICT_TEMPLATES[: settings.n_templates],
-    )
+    templates = learning.tasks.CONFLICT_TEMPLATES[: DEMO.n_templates]
+    split = functools.partial(learning.tasks.country_capital_conflicts, tokenizer, seed=options.seed)
+    train, test = split(n_train=DEMO.n_train, n_test=DEMO.n_test, templates=templates)
     say(f"1. {len(train)} conflicts to learn from, {len(test)} with countries that are held out, such as")
     say(f"   {test[0].prompt!r}: correct is {test[0].correct!r}, wrong is {test[0].wrong!r}")
 
     scalars = ActivScalar.for_model(model)
-    say(f"2. learning {scalars.n_parameters} scalars, one an attention head, in {settings.steps} steps")
-    result = learning.fit(
-        model,
-        tokenizer,
-        train,
-        scalars,
-        learning.Objective(margin=settings.margin, faithfulness=settings.faithfulness, minimality=settings.minimality),
-        steps=settings.steps,
-        lr=settings.lr,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-    )
+    say(f"2. learning {scalars.n_parameters} scalars, one an attention head, in {options.steps} steps")
+    objective = learning.Objective()
+    result = learning.fit(model, tokenizer, train, scalars, objective, steps=options.steps, seed=options.seed)
 
     evaluation = learning.evaluate(model, tokenizer, test, scalars)
     print_evaluation("3. Held-out countries", evaluation)
@@ -56,26 +47,37 @@ def demo(options: argparse.Namespace) -> int:
     plots.heatmap(scalars, out / "heads.png")
     plots.history(result, out / "history.png")
     write_json(out / "history.json", result.history)
-    # Behind a statement the next token is the answer; behind "A:" this small model often starts with a new line.
-    prompt = next((example.prompt for example in test if example.prompt.endswith(" is")), test[0].prompt)
-    texts = continuations(model, tokenizer, scalars, prompt, _STRENGTHS, settings.max_new_tokens)
+    settings = asdict(DEMO) | {
+        "steps": options.steps,
+        "seed": options.seed,
+        "lr": defaults.LR,
+        "batch_size": defaults.BATCH_SIZE,
+        **asdict(objective),
+    }
+    save_record(out, options, task="country-capital", **settings)
+    begun_answers = split(n_train=1, n_test=_SHOWN, templates=[templates[0] + _ANSWER]).test
+    texts = {
+        example.prompt: continuations(model, tokenizer, scalars, example.prompt, _STRENGTHS, DEMO.max_new_tokens)
+        for example in begun_answers
+    }
     report = {
         "model": options.model or "SmolLM2-135M-Instruct",
-        "settings": asdict(settings),
+        "settings": settings,
         "held_out": evaluation.to_dict(),
-        "prompt": prompt,
-        "continuations": {f"{strength:+g}": text for strength, text in zip(_STRENGTHS, texts, strict=True)},
+        "strengths": _STRENGTHS,
+        "continuations": texts,
         "seconds_fit": round(result.seconds, 1),
         "seconds": round(time.perf_counter() - begun, 1),
         "peak_memory_gib": round(_peak_memory_gib(), 2),
     }
     write_json(out / "demo.json", report)
-    say(f"4. saved in {out}: the intervention, heads.png, history.png, demo.json. Three strengths:")
-    say()
-    print_continuations(prompt, _STRENGTHS, texts)
+    say(f"4. saved in {out}: the intervention, heads.png, history.png, demo.json. Held-out countries, three strengths:")
+    for prompt, answers in texts.items():
+        say()
+        print_continuations(prompt, _STRENGTHS, answers)
     took = f"{report['seconds']} s in all, {report['seconds_fit']} s of them learning"
     say(f"{took}; peak memory {report['peak_memory_gib']} GiB")
-    say(f"Go on with: actscale-fast generate --intervention {out} --prompt {shlex.quote(prompt)}")
+    say(f"Go on with: actscale-fast generate --intervention {out} --prompt {shlex.quote(begun_answers[0].prompt)}")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..demo_model import load_demo_model, quiet_transformers
+from ..demo_model import load_demo_model, quiet_transformers, whole_model
 from ..learning import Example, load_examples, tasks
 
 if TYPE_CHECKING:
@@ -36,11 +36,24 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
     return model.eval().requires_grad_(False), tokenizer
 
 
-def load_data(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples of `--data` (all of them training) or `--task`."""
-    if options.data is not None:
-        return load_examples(options.data), []
-    sizes = {"n_train": options.n_train, "n_test": options.n_test, "seed": options.seed}
+def load_file(name: str | None, option: str) -> list[Example]:
+    """The examples of a file, before any model is loaded; none where the option was not given.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or a bad line; names the option.
+    """
+    if name is None:
+        return []
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"{option}: there is no file {name}")
+    return load_examples(name)
+
+
+def load_task(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples of `--task`."""
+    sizes = {"n_train": options.n_train, "n_test": options.n_test, "seed": seed}
     if options.task == "country-capital":
         train, test = tasks.country_capital_conflicts(tokenizer, **sizes)
     else:
@@ -55,10 +68,29 @@ def output_folder(name: str) -> Path:
         OSError: it cannot be made or written to.
     """
     folder = Path(name)
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"out: {folder} cannot be written to")
     return folder
+
+
+def check_folder(folder: Path, option: str = "out") -> None:
+    """Refuse a folder that cannot be one, without making it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option}: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{option}: {there} cannot be written to")
+
+
+def check_file(name: str | None, option: str) -> None:
+    """Refuse the path of a file to write that is a folder or cannot be in one; None is no path."""
+    if name is None:
+        return
+    if Path(name).is_dir():
+        raise IsADirectoryError(f"{option}: {name} is a folder, expected the path of a file")
+    check_folder(Path(name).absolute().parent, option)
 
 
 def _device(name: str) -> torch.device:
@@ -76,7 +108,7 @@ def _device(name: str) -> torch.device:
 
 
 def _from_transformers(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -87,7 +119,7 @@ def _from_transformers(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrain
     with quiet_transformers(bars=not local):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, local_files_only=local)
+            model = whole_model(source, dtype=chosen, local_files_only=local)
         except OSError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if local:

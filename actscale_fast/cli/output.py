@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._files import atomic_path
-from ..models import patch
+from ..models import layout, patch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ def continuations(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError(f"prompt: got {prompt!r}, which has no tokens")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = layout(model, intervention.location.paths).max_context
     if context is not None and length + max_new_tokens > context:
         raise ValueError(f"prompt: {length} tokens and {max_new_tokens} new ones, but the model's context is {context}")
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from .. import defaults
 from .settings import DEMO
 from .values import layer_list, position_list, positive_float, positive_int, strength_list, weight
 
@@ -75,8 +76,8 @@ def _demo(command: argparse.ArgumentParser) -> None:
     )
     _model(command)
     command.add_argument("--out", default="actscale-demo", metavar="FOLDER", help="results (default: ./actscale-demo)")
-    command.add_argument("--steps", type=positive_int, default=DEMO.steps, metavar="N", help="default: %(default)s")
-    command.add_argument("--seed", type=int, default=DEMO.seed, metavar="N", help="default: %(default)s")
+    command.add_argument("--steps", type=positive_int, default=defaults.STEPS, metavar="N", help="default: %(default)s")
+    command.add_argument("--seed", type=int, default=defaults.SEED, metavar="N", help="default: %(default)s")
 
 
 def _fit(command: argparse.ArgumentParser) -> None:
@@ -95,22 +96,30 @@ def _fit(command: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="tokens of the prompt, such as 0,-1 (default: every token)",
     )
-    where.add_argument("--generated", action="store_true", help="with --positions: the generated tokens too")
+    where.add_argument(
+        "--generated",
+        action="store_true",
+        help="with --positions: a slot for the generated tokens; no example has any, so fit leaves it at 0",
+    )
     objective = command.add_argument_group("the objective")
     objective.add_argument(
-        "--margin", type=weight, default=DEMO.margin, metavar="X", help="wanted logit difference (default: %(default)s)"
+        "--margin",
+        type=weight,
+        default=defaults.MARGIN,
+        metavar="X",
+        help="wanted logit difference (default: %(default)s)",
     )
     objective.add_argument(
         "--faithfulness",
         type=weight,
-        default=DEMO.faithfulness,
+        default=defaults.FAITHFULNESS,
         metavar="X",
         help="weight of the KL (default: %(default)s)",
     )
     objective.add_argument(
         "--minimality",
         type=weight,
-        default=DEMO.minimality,
+        default=defaults.MINIMALITY,
         metavar="X",
         help="weight of the ℓ1 norm (default: %(default)s)",
     )
@@ -128,29 +137,35 @@ def _fit(command: argparse.ArgumentParser) -> None:
     )
     objective.add_argument("--one-direction", action="store_true", help="only towards the correct answer (β = +1)")
     steps = command.add_argument_group("the steps")
-    steps.add_argument("--steps", type=positive_int, default=DEMO.steps, metavar="N", help="default: %(default)s")
+    steps.add_argument("--steps", type=positive_int, default=defaults.STEPS, metavar="N", help="default: %(default)s")
     steps.add_argument(
-        "--lr", type=positive_float, default=DEMO.lr, metavar="X", help="learning rate (default: %(default)s)"
+        "--lr", type=positive_float, default=defaults.LR, metavar="X", help="learning rate (default: %(default)s)"
     )
     steps.add_argument(
-        "--batch-size", type=positive_int, default=DEMO.batch_size, metavar="N", help="default: %(default)s"
+        "--batch-size", type=positive_int, default=defaults.BATCH_SIZE, metavar="N", help="default: %(default)s"
     )
     steps.add_argument(
         "--schedule",
         choices=("constant", "linear", "cosine"),
-        default="cosine",
+        default=defaults.SCHEDULE,
         metavar="KIND",
         help="fall of the learning rate: constant, linear or cosine (default: cosine)",
     )
-    steps.add_argument("--accumulate", type=positive_int, default=1, metavar="N", help="passes a step (default: 1)")
-    steps.add_argument("--seed", type=int, default=DEMO.seed, metavar="N", help="default: %(default)s")
+    steps.add_argument(
+        "--accumulate",
+        type=positive_int,
+        default=defaults.ACCUMULATE,
+        metavar="N",
+        help="passes a step (default: %(default)s)",
+    )
+    steps.add_argument("--seed", type=int, default=defaults.SEED, metavar="N", help="default: %(default)s")
     steps.add_argument(
         "--checkpoint", metavar="FILE", help="kept up to date while fitting; resumed from where it exists"
     )
     steps.add_argument(
         "--checkpoint-every",
         type=positive_int,
-        default=10,
+        default=defaults.CHECKPOINT_EVERY,
         metavar="N",
         help="steps between two (default: %(default)s)",
     )
@@ -160,7 +175,9 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
     _intervention(command)
     _model(command)
     _data(command)
-    command.add_argument("--seed", type=int, default=DEMO.seed, metavar="N", help="of the task (default: %(default)s)")
+    command.add_argument(
+        "--seed", type=int, metavar="N", help=f"of the task (default: that of the fit, else {defaults.SEED})"
+    )
     command.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="default: %(default)s")
     command.add_argument("--out", metavar="FILE", help="also write the figures as JSON")
 

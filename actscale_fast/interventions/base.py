@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,15 +12,6 @@ from torch import Tensor, nn
 from . import saving
 from .location import Location, check_positions, check_site
 from .positions import Placement
-
-#: Reads the location out of a model. `models.adapter` hands it in, because imports run from models to interventions.
-_locate: Callable[..., tuple[Location, torch.device]] | None = None
-
-
-def set_locator(locate: Callable[..., tuple[Location, torch.device]]) -> None:
-    """Register the function (model, site, layers, **paths) -> (location, device) that `for_model` uses."""
-    global _locate
-    _locate = locate
 
 
 class Intervention(nn.Module):
@@ -86,10 +77,11 @@ class Intervention(nn.Module):
             >>> with patch(model, intervention, strength=-1.0):
             ...     model.generate(**inputs)
         """
-        assert _locate is not None
+        from ..models.adapter import locate  # at the call: imports run from models to interventions
+
         check_site(site)
         paths = {"projection": projection, "layers_path": layers_path, "mlp": mlp}
-        location, device = _locate(
+        location, device = locate(
             model,
             site,
             layers,

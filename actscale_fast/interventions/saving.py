@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from .._files import atomic_path
 from .location import Location
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def save(intervention: Intervention, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder: {folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / TENSORS, payload)
-    _replace(folder / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+    for name, content in ((TENSORS, payload), (DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())):
+        with atomic_path(folder / name) as temporary:
+            temporary.write_bytes(content)
 
 
 def load(folder: Path) -> tuple[str, Location, int | None, dict[str, Tensor]]:
@@ -68,15 +69,3 @@ def load(folder: Path) -> tuple[str, Location, int | None, dict[str, Tensor]]:
         return name, location, n_groups, load_tensors(payload)
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSORS}: not a safetensors file ({error})") from None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

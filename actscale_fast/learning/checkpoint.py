@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._files import atomic_path
 
 _FORMAT = "actscale_fast fit 1"
+_SAMPLE = 256  # elements of each layer that stand for its weights
 
 
 @dataclass(slots=True)
@@ -80,3 +83,24 @@ def restore(state: FitState, targets: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(state.tensors[name])
+
+
+def digest(content: Any) -> str:
+    """16 hexadecimal digits that stand for JSON content."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def weights_digest(modules: Iterable[nn.Module]) -> str:
+    """16 hexadecimal digits that tell models of one shape apart, from evenly spread elements of each module's weight.
+
+    Weights that are not plain tensors in memory (quantised, offloaded) count with their type and shape alone.
+    """
+    found = hashlib.sha256()
+    for module in modules:
+        weight = getattr(module, "weight", None)
+        found.update(f"{type(module).__name__} {tuple(getattr(weight, 'shape', ()))}".encode())
+        if isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:
+            flat = weight.detach().flatten()
+            found.update(flat[:: max(flat.numel() // _SAMPLE, 1)].double().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..models import layout
+from ..models.adapter import unwrap
 from .examples import Example, check_examples
 
 if TYPE_CHECKING:
@@ -32,25 +34,46 @@ class Batch:
 class EncodedExamples:
     """Examples as token ids on one device, checked once so that no step has to.
 
+    Args:
+        examples, tokenizer, model: as `fit` takes them.
+        paths: `Location.paths` of an intervention on a model of an unlisted family.
+
     Raises:
-        TypeError, ValueError: no examples, an answer that is not one token, answers that are the same token, an empty
-            prompt or one longer than the model's context; each names the row.
+        TypeError: a model that is not Hugging Face's, no tokenizer, rows that are no examples.
+        ValueError: no examples, an answer that is not one known token, answers that are the same token, an empty
+            prompt, one longer than the model's context or with tokens it does not have; each names the row.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        paths: dict[str, str] | None = None,
+    ) -> None:
+        found = layout(model, paths)
+        if not (callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens")):
+            raise TypeError(f"tokenizer: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer")
         self.examples = check_examples(examples)
-        self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        embedding: Tensor = found.model.get_input_embeddings().weight  # type: ignore[operator]
+        self.device = embedding.device
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.pad_id = 0 if pad_id is None else pad_id  # masked out: any id serves
-        config = model.config.get_text_config()
-        context, width = getattr(config, "max_position_embeddings", None), config.vocab_size
+        context, width = found.max_context, model.config.get_text_config().vocab_size
         self.prompts: list[list[int]] = []
         correct: list[int] = []
         wrong: list[int] = []
         for row, example in enumerate(self.examples):
-            ids = list(tokenizer(example.prompt)["input_ids"])
+            ids = open_ids(tokenizer, example.prompt)
+            if not ids:
+                raise ValueError(f"examples: row {row}: the prompt {example.prompt!r} has no tokens")
             if context is not None and len(ids) > context:
                 raise ValueError(f"examples: row {row} has {len(ids)} tokens, expected at most the model's {context}")
+            if max(ids) >= embedding.shape[0]:
+                raise ValueError(
+                    f"examples: row {row}: the prompt has token id {max(ids)}, expected less than the model's "
+                    f"{embedding.shape[0]}; is the tokenizer that of another model?"
+                )
             self.prompts.append(ids)
             for name, kept in (("correct", correct), ("wrong", wrong)):
                 token = _answer_token(tokenizer, example.prompt, ids, getattr(example, name), f"row {row}, {name}")
@@ -82,26 +105,37 @@ class EncodedExamples:
         return Batch(torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device), padded)
 
 
+def open_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The text's token ids with the special tokens that open it, without those that close it: the text goes on."""
+    ids = list(tokenizer(text)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for end in range(len(ids), len(plain) - 1, -1):
+        if ids[end - len(plain) : end] == plain:
+            return ids[:end]
+    return ids  # a tokenizer that splits a text without its special tokens in another way
+
+
 def _answer_token(
     tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], answer: str, where: str
 ) -> int:
     """The one token that `answer` adds to the prompt, as the tokenizer itself splits the two together."""
-    if not prompt_ids:
-        raise ValueError(f"examples: {where.split(',')[0]}: the prompt {prompt!r} has no tokens")
-    joined = list(tokenizer(prompt + answer)["input_ids"])
+    joined = open_ids(tokenizer, prompt + answer)
     added = joined[len(prompt_ids) :]
-    if joined[: len(prompt_ids)] != prompt_ids:  # tokens merge across the border, or a special token closes the prompt
+    if joined[: len(prompt_ids)] != prompt_ids:  # tokens merge across the border
         added = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if len(added) != 1:
         tokens = tokenizer.convert_ids_to_tokens(added)
         hint = "" if answer[:1].isspace() else f"; did you mean {' ' + answer!r}, with its leading space?"
         raise ValueError(f"examples: {where}: {answer!r} is {len(added)} tokens {tokens}, expected one{hint}")
+    if added[0] == tokenizer.unk_token_id and answer.strip() != tokenizer.unk_token:
+        raise ValueError(f"examples: {where}: {answer!r} is no token of the tokenizer (it reads {tokenizer.unk_token})")
     return int(added[0])
 
 
 def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The logits [B, V] that follow each prompt; no other position goes through the head where the model allows it."""
-    accepted = inspect.signature(model.forward).parameters
+    # Wrappers (torch.compile, PEFT) take (*args, **kwargs) and hand them on: the model inside says what it accepts.
+    accepted = inspect.signature(unwrap(model).forward).parameters
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.padded:  # without padding the model's own causal path is exact, and faster without a mask
         arguments["attention_mask"] = batch.attention_mask

@@ -81,13 +81,16 @@ def evaluate(
         progress: show a progress bar.
 
     Raises:
-        TypeError, ValueError: bad examples (see `EncodedExamples`), an intervention made for another model.
+        TypeError, ValueError: bad arguments or examples (see `EncodedExamples`), an intervention made for another
+            model.
     """
     from tqdm.auto import tqdm
 
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-    data = EncodedExamples(examples, tokenizer, model)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size!r}, expected a positive integer")
+    if not isinstance(intervention, Intervention):
+        raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
+    data = EncodedExamples(examples, tokenizer, model, intervention.location.paths)
     rows: list[Tensor] = []  # [B, 5] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1
     with frozen(model):
         for batch_rows in tqdm(data.by_length(batch_size), desc="evaluate", disable=not progress, leave=False):

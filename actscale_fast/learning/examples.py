@@ -44,25 +44,29 @@ def load_examples(path: str | os.PathLike[str]) -> list[Example]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not such an object, with its number.
+        ValueError: text that is not UTF-8 (a byte order mark may open it), or a line that is not such an object, with
+            its number.
     """
     path = Path(path)
     examples = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
-            keys = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-            if keys != ["correct", "prompt", "wrong"]:
-                raise ValueError(f"{path}, line {number}: got {keys}, expected the keys 'prompt', 'correct', 'wrong'")
-            try:
-                examples.append(Example(**fields))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+        keys = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+        if keys != ["correct", "prompt", "wrong"]:
+            raise ValueError(f"{path}, line {number}: got {keys}, expected the keys 'prompt', 'correct', 'wrong'")
+        try:
+            examples.append(Example(**fields))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     if not examples:
         raise ValueError(f"{path}: got no examples, expected one JSON object a line")
     return examples

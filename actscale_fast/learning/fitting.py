@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import time
@@ -14,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..interventions import Intervention
-from ..models import Patch, patch
+from .. import defaults, ops
+from ..interventions import Intervention, Location
+from ..models import Patch, layout, patch
 from . import checkpoint as checkpoints
 from .encoding import EncodedExamples, next_token_logits
 from .examples import Example
@@ -34,7 +32,9 @@ class FitResult:
     """A fitted intervention and how it came about."""
 
     intervention: Intervention
-    #: One record a step: step, loss, effectiveness, faithfulness, minimality, n_active, lr.
+    #: One record a step: step, loss, effectiveness, faithfulness, minimality, n_active, lr. The two terms and the loss
+    #: are those of the parameters that the step began with; minimality (‖α‖₁) and n_active those that it left, so that
+    #: the last record tells the fitted intervention's.
     history: list[dict[str, float]] = field(repr=False)
     #: Of this call; a resumed fit counts its own steps only.
     seconds: float
@@ -69,22 +69,26 @@ def fit(
     intervention: Intervention,
     objective: Objective | None = None,
     *,
-    steps: int = 40,
-    lr: float = 0.05,
-    batch_size: int = 16,
-    seed: int = 0,
-    schedule: Schedule = "cosine",
+    steps: int = defaults.STEPS,
+    lr: float = defaults.LR,
+    batch_size: int = defaults.BATCH_SIZE,
+    seed: int = defaults.SEED,
+    schedule: Schedule = defaults.SCHEDULE,
     betas: tuple[float, float] = (0.9, 0.99),
-    accumulate: int = 1,
+    accumulate: int = defaults.ACCUMULATE,
     checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int = 10,
+    checkpoint_every: int = defaults.CHECKPOINT_EVERY,
     progress: bool = True,
 ) -> FitResult:
     """Learn `intervention` in place so that it flips the examples' answers, leaves other tokens alone and stays sparse.
 
     Each step runs the prompts of one batch under all directions at once, takes the losses and their gradient from one
     fused op, and updates all scalars in one launch: Adam, then the soft threshold that makes zeros exact. The frozen
-    model's logits are computed once. The model's weights, modes and gradients are left as they were.
+    model's logits are computed once. The model's weights, modes and gradients are left as they were. Gradients are
+    enabled inside, whatever the caller's mode.
+
+    Examples end where the answer begins: no token is generated. The slot of `generated=True` therefore learns nothing:
+    it stays at its starting value, 0 (the ℓ1 term takes any other start to 0; minimality=0 leaves it).
 
     Args:
         model, tokenizer: a causal language model of Hugging Face and its tokenizer.
@@ -105,7 +109,9 @@ def fit(
         FitResult with the intervention, the history of each step and the seconds taken.
 
     Raises:
-        TypeError, ValueError: bad arguments or examples, an intervention or a checkpoint of another model or fit.
+        TypeError, ValueError: bad arguments or examples, an intervention or a checkpoint of another model or fit, an
+            intervention on generated tokens alone.
+        RuntimeError: under torch.inference_mode(), which gradients cannot be enabled in.
         FloatingPointError: a term became NaN or infinite; names the step and the term. The parameters are those of the
             step before.
 
@@ -114,20 +120,24 @@ def fit(
         >>> af.fit(model, tokenizer, examples, scalars, af.Objective(faithfulness=0.5), steps=40)
     """
     objective = Objective() if objective is None else objective
-    _check_settings(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
-    if not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr: got {lr!r}, expected a positive number")
-    if schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(f"schedule: got {schedule!r}, expected 'constant', 'linear' or 'cosine'")
-    data = EncodedExamples(examples, tokenizer, model)
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective: got {type(objective).__name__}, expected an Objective or None")
+    _check_counts(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
+    _check_step(lr, schedule, betas, seed)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("fit needs gradients, which torch.inference_mode() rules out; call it outside that mode")
+    location = _location(intervention)
+    data = EncodedExamples(examples, tokenizer, model, location.paths)
     # Refuses another model's intervention before any work, and moves the parameters to this model's device.
     patch(model, intervention).remove()
     parameters = _Parameters(intervention)
     settings = {
         "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "schedule": schedule, "betas": list(betas),
         "accumulate": accumulate, "objective": asdict(objective) | {"directions": list(objective.directions)},
-        "intervention": type(intervention).__name__, "location": intervention.location.to_dict(),
-        "examples": _fingerprint(data.examples),
+        "intervention": type(intervention).__name__, "location": location.to_dict(),
+        "examples": checkpoints.digest([asdict(example) for example in data.examples]),
+        "tokens": checkpoints.digest([data.prompts, data.correct.tolist(), data.wrong.tolist()]),
+        "model": checkpoints.weights_digest(layout(model, location.paths).projections),
     }  # fmt: skip
     begun = time.perf_counter()
     history: list[dict[str, float]] = []
@@ -141,7 +151,9 @@ def fit(
         if checkpoint is not None:
             checkpoints.save(checkpoint, checkpoints.FitState(len(history), parameters.tensors(), history), settings)
 
-    with frozen(model):
+    whole = True  # parameters, moments and history are of one step
+    l1 = intervention.l1
+    with torch.enable_grad(), frozen(model):
         reference = _reference(model, data, batch_size)
         with patch(model, intervention) as patched, _bar(steps, len(history), progress) as bar:
             try:
@@ -152,14 +164,19 @@ def fit(
                     )
                     _stop_at_non_finite(terms, gradients, step)
                     now = lr * _decay(schedule, step / steps)
+                    record = _record(step, terms, l1, objective)
+                    whole = False
                     parameters.update(gradients, now, objective.minimality, betas)
-                    history.append(_record(step, terms, intervention, objective, now))
+                    l1 = intervention.l1
+                    history.append(record | {"minimality": l1, "n_active": intervention.n_active, "lr": now})
+                    whole = True
                     bar.set_postfix_str(_summary(history[-1], intervention.n_parameters), refresh=False)
                     bar.update()
                     if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                         save()
             except KeyboardInterrupt:
-                save()
+                if whole:  # within an update the last saved state is the one to resume from
+                    save()
                 raise
     return FitResult(intervention, history, time.perf_counter() - begun)
 
@@ -237,12 +254,10 @@ def _stop_at_non_finite(terms: dict[str, float], gradients: list[Tensor], step: 
         raise FloatingPointError(f"step {step}: a gradient is not finite; the parameters are from the step before")
 
 
-def _record(
-    step: int, terms: dict[str, float], intervention: Intervention, objective: Objective, lr: float
-) -> dict[str, float]:
-    l1 = intervention.l1
+def _record(step: int, terms: dict[str, float], l1: float, objective: Objective) -> dict[str, float]:
+    """The terms and the loss of one state; `l1` is its ‖α‖₁."""
     loss = terms["effectiveness"] + objective.faithfulness * terms["faithfulness"] + objective.minimality * l1
-    return {"step": step, "loss": loss, **terms, "minimality": l1, "n_active": intervention.n_active, "lr": lr}
+    return {"step": step, "loss": loss, **terms}
 
 
 def _summary(record: dict[str, float], n_parameters: int) -> str:
@@ -258,11 +273,31 @@ def _bar(steps: int, done: int, show: bool) -> Any:
     return tqdm(total=steps, initial=done, desc="fit", disable=not show, unit="step", dynamic_ncols=True)
 
 
-def _fingerprint(examples: Sequence[Example]) -> str:
-    return hashlib.sha256(json.dumps([asdict(example) for example in examples]).encode()).hexdigest()[:16]
+def _location(intervention: Intervention) -> Location:
+    """Where the intervention acts, refused where no example reaches it."""
+    if not isinstance(intervention, Intervention):
+        raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
+    if intervention.location.positions == ():
+        raise ValueError(
+            "intervention: it acts on generated tokens alone (positions=[], generated=True), and examples have none: "
+            "nothing to learn"
+        )
+    return intervention.location
 
 
-def _check_settings(**settings: int) -> None:
+def _check_counts(**settings: int) -> None:
     for name, value in settings.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a positive integer")
+
+
+def _check_step(lr: float, schedule: str, betas: tuple[float, float], seed: int) -> None:
+    if not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr: got {lr!r}, expected a positive number")
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"schedule: got {schedule!r}, expected 'constant', 'linear' or 'cosine'")
+    pair = isinstance(betas, Sequence) and len(betas) == 2
+    if not (pair and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)):
+        raise ValueError(f"betas: got {betas!r}, expected two numbers in [0, 1)")
+    if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 1 << 40:
+        raise ValueError(f"seed: got {seed!r}, expected an integer below 2^40")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from .. import defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +29,9 @@ class Objective:
         ValueError: a negative or non-finite weight, an unknown choice.
     """
 
-    margin: float = 3.5
-    faithfulness: float = 1.0
-    minimality: float = 0.1
+    margin: float = defaults.MARGIN
+    faithfulness: float = defaults.FAITHFULNESS
+    minimality: float = defaults.MINIMALITY
     exclude_answers: bool = True
     kl: Literal["forward", "reverse"] = "forward"
     directions: tuple[int, ...] = (1, -1)
@@ -40,7 +43,7 @@ class Objective:
                 raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
         if self.kl not in ("forward", "reverse"):
             raise ValueError(f"kl: got {self.kl!r}, expected 'forward' or 'reverse'")
-        directions = tuple(self.directions)
+        directions = tuple(self.directions) if isinstance(self.directions, Iterable) else ()
         if directions not in ((1,), (-1,), (1, -1), (-1, 1)):
             raise ValueError(f"directions: got {self.directions!r}, expected (1, -1), (1,) or (-1,)")
         object.__setattr__(self, "directions", directions)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..interventions.base import set_locator
 from ..interventions.location import Location, ModelFingerprint, check_layers, check_site
 from .families import FAMILIES
 from .structure import find_family, in_features, submodule
@@ -17,11 +16,7 @@ from .structure import find_family, in_features, submodule
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """The parts and sizes of a causal language model.
-
-    logits = softcap(lm_head(h)·logit_scale), with h the decoder's last hidden state (after its final norm) and
-    softcap(z) = c·tanh(z/c) where `logit_softcap` is a number c.
-    """
+    """The parts and sizes of a causal language model."""
 
     model: nn.Module
     decoder: nn.Module  # the module that owns the layers; takes input_ids or inputs_embeds, and attention_mask
@@ -31,11 +26,7 @@ class ModelLayout:
     n_heads: int
     head_dim: int
     hidden_size: int
-    vocab_size: int
-    max_context: int | None
-    lm_head: nn.Module | None
-    logit_scale: float
-    logit_softcap: float | None
+    max_context: int | None  # tokens; None: the config sets no limit
     model_type: str
 
     @property
@@ -131,9 +122,6 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
         path = path.partition(".")[2]  # the bare base model
     layers = submodule(model, path, "layers_path")
     decoder = submodule(model, path.rpartition(".")[0], "layers_path")
-    lm_head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    weight = getattr(lm_head, "weight", None)
-    scaling = getattr(config, "logits_scaling", None)
     return ModelLayout(
         model=model,
         decoder=decoder,
@@ -143,11 +131,7 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
         n_heads=n_heads,
         head_dim=head_dim,
         hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size if weight is None else weight.shape[0],
         max_context=_integer(config, "max_position_embeddings") or _integer(config, "max_seq_len"),
-        lm_head=lm_head,
-        logit_scale=float(getattr(config, "logit_scale", None) or 1.0) if not scaling else 1.0 / float(scaling),
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
         model_type=model_type,
     )
 
@@ -188,6 +172,3 @@ def _has(module: nn.Module, path: str) -> bool:
 def _integer(config: Any, name: str) -> int | None:
     value = getattr(config, name, None)
     return value if isinstance(value, int) and value > 0 else None
-
-
-set_locator(locate)

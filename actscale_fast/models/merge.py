@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ..interventions import ActivScalar, Intervention, SteerVec
 from .adapter import ModelLayout, layout, unwrap
 from .families import FAMILIES
+from .patch import one_strength
 
 _MERGED = "_actscale_fast_merged"  # on the model: parameter name -> its original value, on the CPU
 #: Last projections of the MLPs of the table.
@@ -38,8 +38,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
         raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
     if isinstance(strength, Tensor) and strength.dim() > 0:
         raise ValueError("strength: got one value per row, expected one number: the weights serve all rows")
-    if not math.isfinite(float(strength)):
-        raise ValueError(f"strength: got {strength}, expected a finite number")
+    beta = one_strength(strength, "one number")
     location = intervention.location
     if location.positions is not None:
         raise ValueError("intervention: it has positions, but weights act on every token; use patch")
@@ -60,7 +59,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
     updates: dict[str, tuple[nn.Parameter, Tensor]] = {}
     for index, layer in enumerate(location.layers):
         module = _projection(found, location.site, layer)
-        for part, value in _updated(module, names[module], intervention, index, float(strength)).items():
+        for part, value in _updated(module, names[module], intervention, index, beta).items():
             updates[f"{names[module]}.{part}"] = (getattr(module, part), value)
     _refuse_shared(found.model, updates)
     originals = {name: parameter.detach().to("cpu", copy=True) for name, (parameter, _) in updates.items()}

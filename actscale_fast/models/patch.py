@@ -127,20 +127,14 @@ class Patch:
     @strength.setter
     def strength(self, value: float | Tensor) -> None:
         if isinstance(value, Tensor) and value.dim() > 0:
-            if value.dim() != 1 or value.requires_grad or value.is_complex():
+            if value.dim() != 1 or not value.numel() or value.requires_grad or value.is_complex():
                 raise ValueError(
                     f"strength: got shape {tuple(value.shape)}, expected a float or a tensor [B] without gradient"
                 )
             dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
             self._strength: float | Tensor = value.to(self._home, dtype)
         else:
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                raise TypeError(f"strength: got {type(value).__name__}, expected a float or a tensor [B]") from None
-            if not math.isfinite(number):
-                raise ValueError(f"strength: got {number}, expected a finite number")
-            self._strength = number
+            self._strength = one_strength(value, "a float or a tensor [B]")
         self._rowwise = isinstance(self._strength, Tensor) or self._group is not None
         self._plain = contexts.Context(EVERYWHERE, self._strength)
 
@@ -213,6 +207,19 @@ class Patch:
         if not self._rowwise:
             return self._plain
         return contexts.Context(Placement(group=self._group), self._strength, None, self._home)
+
+
+def one_strength(value: object, expected: str) -> float:
+    """β as a float; TypeError or ValueError, naming what was expected, where it is no finite number."""
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"strength: got {type(value).__name__}, expected {expected}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"strength: got {number}, expected a finite number")
+    return number
 
 
 def _checked_group(group: object, n_groups: int | None, device: torch.device) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,16 @@ def floating_tensor(name: str, value: object, shape: str) -> Tensor:
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point tensor {shape}")
     return value
+
+
+def number(name: str, value: object) -> float:
+    """`value` as a float; a tensor is none, since reading one waits for the GPU."""
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, numbers.Real)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    result = float(value)
+    if result != result:
+        raise ValueError(f"{name}: got nan, expected a number")
+    return result
 
 
 def index_vector(name: str, value: object, length: int, device: torch.device) -> Tensor:
@@ -31,6 +43,10 @@ def row_values(name: str, value: object, length: int, device: torch.device) -> T
     """`value`, one number a row, as a float32 vector of `length` on `device` (float64 stays)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor [{length}]")
+    if value.dtype.is_complex:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
+    if value.requires_grad:
+        raise ValueError(f"{name}: requires a gradient, but it is not differentiated")
     same_device(name, value, device)
     if value.shape != (length,):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({length},)")

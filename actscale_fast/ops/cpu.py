@@ -14,6 +14,8 @@ from torch import Tensor
 
 from actscale_fast import _C
 
+from . import layout
+
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 if "ACTSCALE_CPU_LEVEL" in os.environ:
@@ -39,9 +41,8 @@ def scale_heads(
     row_strength: Tensor | None,
     group: Tensor | None,
 ) -> Tensor:
-    y = torch.empty_like(x)
-    if y.stride(3) != 1:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    layout.require_unit_stride(x)
+    y = layout.empty_like(x)
     _C.scale_heads(
         _TYPES[x.dtype], tuple(x.shape), x.data_ptr(), x.stride()[:3], y.data_ptr(), y.stride()[:3],
         _address(alpha), _address(shift), _groups(alpha, shift), strength, _address(row_strength), _address(group),
@@ -62,8 +63,10 @@ def scale_heads_backward(
     need_dalpha: bool,
     need_dshift: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if need_dalpha:
+        layout.require_unit_stride(x)
     dy = dy.to(x.dtype)
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dx = layout.empty_like(x) if need_dx else x.new_empty(0)
     dalpha = torch.empty_like(alpha) if need_dalpha and alpha is not None else x.new_empty(0, dtype=torch.float32)
     dshift = torch.empty_like(shift) if need_dshift and shift is not None else x.new_empty(0, dtype=torch.float32)
     _C.scale_heads_backward(

@@ -56,6 +56,8 @@ def intervention_loss(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also a token id out of range, equal answers
             and a direction other than ±1 (on a GPU, where nothing synchronises, an id out of range makes its row NaN).
+
+    Once differentiable; torch.func transforms are not supported.
     """
     _check_logits(logits, reference_logits)
     n_rows = logits.shape[0]
@@ -64,7 +66,7 @@ def intervention_loss(
     direction = checks.row_values("direction", direction, n_rows, logits.device)
     if scalars is not None:
         checks.same_device("scalars", checks.floating_tensor("scalars", scalars, "of any shape"), logits.device)
-    reverse = _is_reverse(kl)
+    margin, reverse = checks.number("margin", margin), _is_reverse(kl)
     if backends.resolve(logits.device, logits.dtype) == "reference":
         _check_answers(correct, wrong, direction, logits.shape[1])
         losses = reference.intervention_loss(
@@ -75,9 +77,7 @@ def intervention_loss(
     if scalars is not None:
         scalars = scalars.to(torch.float32).contiguous()
     direction = direction.to(torch.float32)
-    results = _run(
-        logits, reference_logits, correct, wrong, direction, scalars, float(margin), 1.0, exclude_answers, reverse
-    )
+    results = _run(logits, reference_logits, correct, wrong, direction, scalars, margin, 1.0, exclude_answers, reverse)
     return results if scalars is not None else results[:2]
 
 
@@ -107,7 +107,7 @@ def kl_div_from_logits(
     """
     if not isinstance(logits, Tensor) or logits.dim() < 1:
         raise TypeError(f"logits: got {getattr(logits, 'shape', type(logits).__name__)}, expected a tensor [..., V]")
-    if not temperature > 0:
+    if not checks.number("temperature", temperature) > 0:
         raise ValueError(f"temperature: got {temperature}, expected a positive number")
     if reduction not in ("none", "sum", "mean", "batchmean"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'none', 'sum', 'mean' or 'batchmean'")
@@ -183,7 +183,8 @@ class _InterventionLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(grad, answer_grad, sign)
         ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
         # Neither the logits nor the reference outlive the forward pass: the gradient is all that the backward needs.
-        ctx.grad, ctx.answer_grad, ctx.sign, ctx.answers = grad, answer_grad, sign, (correct, wrong)
+        ctx.grad, ctx.answer_grad, ctx.sign = grad, answer_grad, sign
+        ctx.save_for_backward(correct, wrong)  # the caller's own: a change in place before the backward raises
         return results
 
     @staticmethod
@@ -194,6 +195,7 @@ class _InterventionLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0] and upstream:
             if ctx.grad is None:
                 raise RuntimeError("intervention_loss: a second backward needs retain_graph=True in the first one")
+            answers = ctx.saved_tensors
             if _graph_is_kept(upstream[0]):
                 d_logits = ctx.grad.clone()
             else:
@@ -201,7 +203,7 @@ class _InterventionLoss(torch.autograd.Function):
             zero = upstream[0].new_zeros(()).expand(d_logits.shape[0])
             d_effectiveness = zero if d_effectiveness is None else d_effectiveness
             d_faithfulness = zero if d_faithfulness is None else d_faithfulness
-            _scale_op_(d_logits, d_effectiveness, d_faithfulness, *ctx.answers, ctx.answer_grad)
+            _scale_op_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
         if ctx.needs_input_grad[5] and d_l1 is not None:
             d_scalars = d_l1 * ctx.sign
         return d_logits, None, None, None, None, d_scalars, None, None, None, None, None

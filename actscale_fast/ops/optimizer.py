@@ -30,7 +30,8 @@ def proximal_adam_(
     each entry at lr·λ/(√v̂ + ε).
 
     Args:
-        parameter, gradient, exp_avg, exp_avg_sq: float32 contiguous, of one shape and device.
+        parameter, gradient, exp_avg, exp_avg_sq: float32 contiguous, of one shape and device (float64 through the
+            reference backend). A graph that has saved one of them raises in its backward.
         step: float32 [], the number of steps taken so far, on the same device; incremented, so that graphs capture it.
         lr, betas, eps: Adam's; lr > 0.
         l1: λ ≥ 0.
@@ -39,6 +40,10 @@ def proximal_adam_(
         TypeError, ValueError: a wrong dtype, shape, device or range.
     """
     checks.floating_tensor("parameter", parameter, "of any shape")
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"parameter: got dtype {parameter.dtype}, expected float32 (float64 with the reference backend)"
+        )
     for name, value in (("gradient", gradient), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         checks.same_device(name, checks.floating_tensor(name, value, "like parameter"), parameter.device)
         if value.shape != parameter.shape or value.dtype != parameter.dtype:
@@ -49,14 +54,19 @@ def proximal_adam_(
     checks.same_device("step", step, parameter.device)
     if step.shape != () or step.dtype != torch.float32:
         raise ValueError(f"step: got {tuple(step.shape)} {step.dtype}, expected a float32 tensor []")
+    for name, number in (("lr", lr), ("betas", betas[0]), ("betas", betas[1]), ("eps", eps), ("l1", l1)):
+        checks.number(name, number)
     if not (lr > 0 and l1 >= 0 and eps > 0 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(
             f"lr, l1, eps, betas: got {lr}, {l1}, {eps}, {betas}, expected lr, eps > 0, l1 >= 0, betas in [0, 1)"
         )
     tensors = (parameter, gradient, exp_avg, exp_avg_sq)
-    if backends.resolve(parameter.device, parameter.dtype) == "reference" or parameter.dtype != torch.float32:
+    if backends.resolve(parameter.device, parameter.dtype) == "reference":
         reference.proximal_adam_(*tensors, step, lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, l1=l1)
         return
     if not all(tensor.is_contiguous() for tensor in (parameter, exp_avg, exp_avg_sq)):
         raise ValueError("parameter, exp_avg, exp_avg_sq: got a strided tensor, expected contiguous ones")
     _adam_op_(parameter, gradient.contiguous(), exp_avg, exp_avg_sq, step, lr, *betas, eps, l1)
+    if not torch.compiler.is_compiling():  # a trace knows what the op changes; eager autograd has to be told
+        changed = (parameter, exp_avg, exp_avg_sq, step)
+        torch.autograd.graph.increment_version(t for t in changed if not t.is_inference())

@@ -2,7 +2,8 @@
 
 Sums are carried in float32 (float64 for float64 inputs) and the result is rounded once to the input's dtype.
 Everything here is differentiable by autograd any number of times, so `gradcheck` in float64 applies.
-Inputs are taken as valid: the public functions check them first.
+Inputs are taken as valid: the public functions check them first. Only ids, which are not read on a GPU, may be out of
+range: their rows become NaN, and nothing is read out of bounds.
 """
 
 from __future__ import annotations
@@ -31,12 +32,21 @@ def scale_heads(
         beta = strength * row_strength.to(acc)[:, None, None]
     y = x.to(acc)
     if alpha is not None:
-        rows = alpha.to(acc) if group is None else alpha.to(acc)[group]
+        rows = _rows_of(alpha.to(acc), group)
         y = y * (1 + beta * rows)[..., None]
     if shift is not None:
-        rows = shift.to(acc) if group is None else shift.to(acc)[group]
+        rows = _rows_of(shift.to(acc), group)
         y = y + (beta[..., None] if isinstance(beta, Tensor) else beta) * rows
     return y.to(x.dtype)
+
+
+def _rows_of(values: Tensor, group: Tensor | None) -> Tensor:
+    """values [G, ...] of each row's group, NaN where there is no such group; all G rows where group is None."""
+    if group is None:
+        return values
+    known = (group >= 0) & (group < len(values))
+    rows = values[group.clamp(0, len(values) - 1)]
+    return rows.masked_fill(~known.view(-1, *[1] * (values.dim() - 1)), torch.nan)
 
 
 def without_columns(logits: Tensor, columns: Tensor) -> Tensor:
@@ -79,16 +89,22 @@ def intervention_loss(
     acc = accumulation_dtype(logits.dtype)
     z, r = logits.to(acc), reference_logits.to(acc)
     effectiveness = z.new_zeros(z.shape[0])
+    valid: Tensor | None = None
     if correct is not None and wrong is not None and direction is not None:
         answers = torch.stack([correct, wrong], -1)  # [N, 2]
+        width = z.shape[-1]
+        known = ((answers >= 0) & (answers < width)).all(-1)
+        valid = torch.where(known, 1.0, torch.nan).to(acc)  # a factor, so that the row's gradient is NaN too
+        answers = answers.clamp(0, width - 1)
         z_answers = z.gather(-1, answers)
         difference = z_answers[:, 0] - z_answers[:, 1]
-        effectiveness = torch.relu(margin - direction.to(acc) * difference)
+        effectiveness = valid * torch.relu(margin - direction.to(acc) * difference)
         if exclude_answers:
-            if z.shape[-1] <= 2:  # nothing is left of V: the KL of two empty distributions is 0
-                return effectiveness, 0.0 * difference
+            if width <= 2:  # nothing is left of V: the KL of two empty distributions is 0
+                return effectiveness, valid * (0.0 * difference)
             z, r = without_columns(z, answers), without_columns(r, answers)
-    return effectiveness, kl_divergence(z * inverse_temperature, r * inverse_temperature, reverse=reverse)
+    divergence = kl_divergence(z * inverse_temperature, r * inverse_temperature, reverse=reverse)
+    return effectiveness, divergence if valid is None else valid * divergence
 
 
 def l1_norm(scalars: Tensor) -> Tensor:

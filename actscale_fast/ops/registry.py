@@ -1,7 +1,7 @@
 """The ops as PyTorch sees them: schemas, fakes, and what hands each call to a backend's module.
 
-`Library.define`/`impl` costs about half of `torch.library.custom_op` a call. Each backend is a module with the functions
-named in `BackendModule`; they take plain tensors, allocate their outputs and know nothing of autograd.
+`Library.define`/`impl` costs about half of `torch.library.custom_op` a call. Each backend is a module with the
+functions named in `BackendModule`; they take plain tensors, allocate their outputs and know nothing of autograd.
 Outputs that are not asked for are empty tensors: the number of outputs never changes.
 """
 
@@ -14,8 +14,9 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import backends
+from . import backends, layout
 
 LIBRARY = torch.library.Library("actscale", "DEF")
 
@@ -46,12 +47,12 @@ class BackendModule(Protocol):
         row_strength: Tensor | None,  # [B] float32 contiguous; β of row b = strength · row_strength[b]
         group: Tensor | None,  # [B] int64 contiguous; None: G == 1
     ) -> Tensor:
-        """y, laid out as `torch.empty_like(x)`; one rounding from float32."""
+        """y, laid out as `layout.empty_like(x)`; one rounding from float32. ValueError where D is strided."""
 
     def scale_heads_backward(
         self,
         dy: Tensor,  # [B, T, H, D], any strides, stride 0 included
-        x: Tensor,
+        x: Tensor,  # read for dalpha alone, else only what dx is laid out like: any strides
         alpha: Tensor | None,
         shift: Tensor | None,
         strength: float,
@@ -61,7 +62,10 @@ class BackendModule(Protocol):
         need_dalpha: bool,
         need_dshift: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx like x, dalpha [G, P, H] float32, dshift [G, P, H, D] float32); sums in a fixed order."""
+        """(dx laid out as `layout.empty_like(x)`, dalpha [G, P, H] float32, dshift [G, P, H, D] float32).
+
+        Sums in a fixed order.
+        """
 
     def intervention_loss(
         self,
@@ -128,21 +132,50 @@ def backend_of(x: Tensor) -> BackendModule:
     return _module(name)
 
 
-def is_eager(x: Tensor) -> bool:
-    """Whether a call on `x` runs now, untraced: then the kernels may be called without PyTorch's dispatcher between.
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_dispatch_keys = torch._C._dispatch_keys
+_plain_keys: set[int] = set()  # the dispatch keys of plain tensors, of every device type that was seen
+_seen_devices: set[str] = set()
 
-    The dispatcher is for tracing, tensor subclasses and modes; two passes through it cost more than a small kernel.
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether a call on `tensors` (all of the call) runs now, untraced, on memory that holds their values.
+
+    Then the kernels may be called without PyTorch's dispatcher between; two passes through it cost more than a small
+    kernel. The dispatcher is for tracing, modes, tensor subclasses, forward-mode derivatives, and tensors whose values
+    are not those in memory: a conjugate or negative view, a zero that has no memory.
     """
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES
+            or (_dispatch_keys(tensor).raw_repr() not in _plain_keys and not _is_first_plain(tensor))
+        ):
+            return False
+    return True
+
+
+def _is_first_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is plain and the first of its device type; notes that type's keys, of inference tensors too."""
+    device = tensor.device.type
+    if device in _seen_devices:
+        return False
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            _plain_keys.add(_dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    _seen_devices.add(device)
+    return _dispatch_keys(tensor).raw_repr() in _plain_keys
 
 
 def _fake_scale_heads(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+    return layout.empty_like(x)
 
 
 def _fake_scale_heads_backward(  # type: ignore[no-untyped-def]
@@ -150,7 +183,7 @@ def _fake_scale_heads_backward(  # type: ignore[no-untyped-def]
 ):
     empty = x.new_empty(0)
     return (
-        torch.empty_like(x) if need_dx else empty,
+        layout.empty_like(x) if need_dx else empty,
         torch.empty_like(alpha) if need_dalpha else x.new_empty(0, dtype=torch.float32),
         torch.empty_like(shift) if need_dshift else x.new_empty(0, dtype=torch.float32),
     )

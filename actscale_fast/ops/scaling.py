@@ -43,6 +43,8 @@ def scale_heads(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on CPU also a group out of range
             (on a GPU, where nothing is synchronised, such a row becomes NaN).
 
+    Once differentiable; torch.func transforms are not supported.
+
     Example:
         >>> alpha = torch.zeros(1, 1, 9, requires_grad=True)
         >>> y = scale_heads(torch.randn(2, 5, 9, 64), alpha, strength=torch.tensor([1.0, -1.0]))
@@ -79,7 +81,7 @@ def scale_heads(
         if strength.dim() == 0:  # stays a tensor: reading its value would wait for the GPU
             strength = strength.to(x.device).expand(n_rows)
         row_strength, strength = checks.row_values("strength", strength, n_rows, x.device), 1.0
-    strength = float(strength)
+    strength = checks.number("strength", strength)
     if backends.resolve(x.device, x.dtype) == "reference":
         if group is not None and n_groups is not None:
             checks.ids_in_range("group", group, n_groups, "group")
@@ -93,11 +95,12 @@ def scale_heads(
         row_strength = row_strength.to(torch.float32)
     if x.stride(-1) != 1 and head_dim > 1:
         x = x.contiguous()
-    if not is_eager(x):
+    if not is_eager(x, alpha, shift, row_strength, group):
         return _forward_op(x, alpha, shift, strength, row_strength, group)
     learned = x.requires_grad or _requires_grad(alpha) or _requires_grad(shift)
-    run = _ScaleHeads.apply if learned and torch.is_grad_enabled() else backend_of(x).scale_heads
-    return run(x, alpha, shift, strength, row_strength, group)
+    if learned and torch.is_grad_enabled():
+        return _ScaleHeads.apply(x, alpha, shift, strength, row_strength, group, True)
+    return backend_of(x).scale_heads(x, alpha, shift, strength, row_strength, group)
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
@@ -106,10 +109,10 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 
 class _ScaleHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, alpha, shift, row_strength, group)
-        ctx.strength = strength
-        if is_eager(x):
+    def forward(ctx: Any, x, alpha, shift, strength, row_strength, group, eager):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, alpha, shift, row_strength, group)
+        ctx.strength, ctx.eager = strength, eager
+        if eager:
             return backend_of(x).scale_heads(x, alpha, shift, strength, row_strength, group)
         with torch._C._AutoDispatchBelowAutograd():
             return _forward_op(x, alpha, shift, strength, row_strength, group)
@@ -119,10 +122,17 @@ class _ScaleHeads(torch.autograd.Function):
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, alpha, shift, row_strength, group = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        run = backend_of(x).scale_heads_backward if is_eager(dy) else _backward_op
+        eager = ctx.eager and is_eager(dy, x)
+        if x is None:  # dα is not wanted: dy, of x's shape and dtype, says what dx looks like
+            x = dy
+        run = backend_of(dy).scale_heads_backward if eager else _backward_op
         gradients = run(dy, x, alpha, shift, ctx.strength, row_strength, group, *needs)
         dx, dalpha, dshift = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return dx, dalpha, dshift, None, None, None
+        return dx, dalpha, dshift, None, None, None, None
 
 
-LIBRARY.impl("scale_heads", _ScaleHeads.apply, "Autograd")
+def _dispatched(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
+    return _ScaleHeads.apply(x, alpha, shift, strength, row_strength, group, False)
+
+
+LIBRARY.impl("scale_heads", _dispatched, "Autograd")

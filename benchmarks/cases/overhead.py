@@ -35,10 +35,15 @@ def scaling(which: scale_heads.Pass, strength: float | None, device: torch.devic
         doubled = [t.detach().double() for t in given]
         return calls(eager, (*(t.requires_grad_() for t in doubled[:2]), *doubled[2:]))()
 
+    def terms() -> tuple[float, ...]:
+        """y and dx are sums of two terms at most; dα of D products x·dy (β is 1)."""
+        dalpha = (x.detach() * dy).double().abs().sum(-1).max()
+        return (0.0,) if which == "forward" else (0.0, 0.0, float(dalpha))
+
     variants = [Variant("eager", calls(eager, given))]
     for backend in kernel_backends(device):
         variants.append(Variant(f"actscale_fast {backend}", calls(fused, given), backend))
-    return Problem(variants, exact, n_bytes=5 * 4 * x.numel(), flops=5 * x.numel())
+    return Problem(variants, exact, n_bytes=5 * 4 * x.numel(), flops=5 * x.numel(), terms=terms)
 
 
 def short_loss(device: torch.device) -> Problem:

@@ -5,7 +5,7 @@ With g the row's group, p its position (or 0), β = strength · row_strength[b]:
     dx                = dy·(1 + β·α)
     dα[g,p,h]         = Σ_{b in g} β Σ_t ⟨x, dy⟩         (no sum over t where p is t)
     dv[g,p,h,:]       = Σ_{b in g} β Σ_t dy              (likewise)
-Saved for backward: x, where dα is wanted; nothing otherwise.
+Saved for backward: x where dα is wanted, and the scalars.
 Bytes per element of x, b its size: forward 2·b (x, y); backward 3·b (x, dy, dx), less b without dx and less b without
 dα. The sums ride along: each program adds up its own positions in registers and stores one partial a head (a channel,
 for dv), which a second kernel adds up in the order of rows and positions. No atomics: two runs agree bit for bit. Where
@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import layout
 from .device import OPTIONS, ceil_div, on_device_of, processors
 from .group_sums import sum_groups
 
@@ -213,7 +214,8 @@ def scale_heads(
     group: Tensor | None,
 ) -> Tensor:
     """y [B, T, H, D]; see `registry.BackendModule`."""
-    y = torch.empty_like(x)
+    layout.require_unit_stride(x)
+    y = layout.empty_like(x)
     if x.numel() == 0:
         return y
     B, T, H, D = x.shape
@@ -243,7 +245,9 @@ def scale_heads_backward(
     """(dx, dalpha, dshift), empty where not needed; see `registry.BackendModule`."""
     dy = dy if dy.stride(3) == 1 else dy.contiguous()  # the kernel walks along D by ones
     nothing = torch.empty(0, dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x) if need_dx else torch.empty(0, dtype=x.dtype, device=x.device)
+    if need_dalpha:
+        layout.require_unit_stride(x)
+    dx = layout.empty_like(x) if need_dx else torch.empty(0, dtype=x.dtype, device=x.device)
     need_dalpha, need_dshift = need_dalpha and alpha is not None, need_dshift and shift is not None
     if x.numel() == 0:
         return (

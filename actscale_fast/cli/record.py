@@ -1,0 +1,54 @@
+"""What an intervention was taught with, kept beside it: `evaluate` finds the examples that were held out from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import defaults
+from .output import write_json
+
+FILE = "fit.json"
+_KEPT = (
+    "model", "data", "test_data", "task", "n_train", "n_test", "seed", "steps", "lr", "batch_size", "schedule",
+    "accumulate", "margin", "faithfulness", "minimality", "kl", "include_answers", "one_direction",
+)  # fmt: skip
+
+
+def save_record(folder: Path, options: argparse.Namespace, **more: Any) -> None:
+    """Write the options that decide what is learned; those in `more` are the command's own."""
+    write_json(folder / FILE, {name: getattr(options, name) for name in _KEPT if hasattr(options, name)} | more)
+
+
+def task_seed(folder: Path, task: str | None, given: int | None) -> int:
+    """The seed of a task's held-out examples: the one given, else that of the fit on this task, else the default.
+
+    Another seed than the fit's holds out other examples, some of which the fit has learned from: said on stderr.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    taught = None if task is None else _seed_of(folder / FILE, task)
+    if given is None:
+        return defaults.SEED if taught is None else taught
+    if taught is not None and given != taught:
+        print(
+            f"actscale-fast: warning: {folder} was fitted with --seed {taught}; with --seed {given} some of these "
+            "examples are of what it was trained on",
+            file=sys.stderr,
+        )
+    return given
+
+
+def _seed_of(path: Path, task: str) -> int | None:
+    """The seed that the recorded fit had for this task; None where there was none."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return int(record["seed"]) if record["task"] == task else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, or not the record of a fit ({error})") from None
