@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# `python -m benchmarks` puts the checkout first on the path. The installed package, which has the compiled kernels, comes
-# before its sources.
+# `python -m benchmarks` puts the checkout first on the path; the installed package, which has the compiled kernels,
+# comes before its sources.
 _ROOT = str(Path(__file__).resolve().parent.parent)
 if _ROOT in sys.path:
     sys.path.remove(_ROOT)

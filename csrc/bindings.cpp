@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "block.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -32,6 +33,21 @@ float* scratch(int64_t count) {
         held = count;
     }
     return memory.get();
+}
+
+// A large output is often fresh from the system, and then its first touch costs a page fault every 4 KiB, more than the
+// kernel itself (x of 34 MB: forward 11 ms, with huge pages 4 ms). Where the system leaves huge pages to the program's
+// advice, this asks for them; it is a hint, and nothing else about the memory changes.
+void advise_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 2 << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
+    if (memory && bytes >= int64_t(4 * PAGE) && begin < end)
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 namespace {
@@ -109,21 +125,6 @@ ScaleHeads scale_heads_call(int type, const py::tuple& sizes, Address x, const p
     return c;
 }
 
-// A large output is often fresh from the system, and then its first touch costs a page fault every 4 KiB, more than the
-// kernel itself (x of 34 MB: forward 11 ms, with huge pages 4 ms). Where the system leaves huge pages to the program's
-// advice, this asks for them; it is a hint, and nothing else about the memory changes.
-void advise_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t PAGE = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
-    if (memory && bytes >= int64_t(4 * PAGE) && begin < end)
-        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
-}
-
 int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
 // `run` without the interpreter's lock.
@@ -185,7 +186,6 @@ PYBIND11_MODULE(_C, module) {
         c.effectiveness = pointer<float>(effectiveness), c.faithfulness = pointer<float>(faithfulness);
         c.grad = pointer<void>(grad), c.answer_grad = pointer<float>(answer_grad), c.threads = threads;
         if (c.correct) check_answers(c);
-        advise_huge_pages(c.grad, rows * vocab * size_of(c.type));
         unlocked(kernels->intervention_loss, c);
     });
 
@@ -203,6 +203,12 @@ PYBIND11_MODULE(_C, module) {
         if (c.wrong) check_ids("wrong", c.wrong, rows, vocab, "token id");
         unlocked(kernels->scale_gradient, c);
     });
+
+    py::class_<Block>(module, "Block", py::buffer_protocol())
+        .def(py::init<int64_t>())
+        .def_buffer([](Block& block) {
+            return py::buffer_info(block.memory(), 1, py::format_descriptor<uint8_t>::format(), block.bytes());
+        });
 
     module.def("l1_norm", [](Address values, Address sign, Address norm, int64_t count) {
         py::gil_scoped_release release;

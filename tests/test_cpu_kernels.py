@@ -233,3 +233,21 @@ def test_a_level_is_forced_by_the_environment_and_an_unknown_one_refused() -> No
 def _run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **environment, "PYTHONPATH": str(Path(cpu.__file__).parents[2])}
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_gradient_that_is_held_is_never_written_again_and_a_dropped_one_makes_room() -> None:
+    logits, reference = torch.randn(2, 8, 50_000).unbind(0)  # 1.6 MB: large enough to lie in a kept block
+    rows = (None, None, None, None, 0.0, 1.0, False, False, True)
+    first = cpu.intervention_loss(logits, reference, *rows)[2]
+    copy, address = first.clone(), first.data_ptr()
+    second = cpu.intervention_loss(logits * 2, reference, *rows)[2]
+    assert second.data_ptr() != address
+    assert torch.equal(first, copy)
+    view = first[3:5]
+    del first
+    third = cpu.intervention_loss(logits * 3, reference, *rows)[2]
+    assert third.data_ptr() != address
+    assert torch.equal(view, copy[3:5])
+    del view
+    assert cpu.intervention_loss(logits, reference, *rows)[2].data_ptr() == address
+    assert torch.equal(cpu.intervention_loss(logits, reference, *rows)[2], copy)

@@ -17,6 +17,8 @@ from actscale_fast import _C
 from . import layout
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Bytes of a gradient that is worth keeping for the next one, and of one too large to hold on to.
+_KEPT_FROM, _KEPT_UP_TO = 1 << 20, 64 << 20
 
 if "ACTSCALE_CPU_LEVEL" in os.environ:
     _C.set_level(os.environ["ACTSCALE_CPU_LEVEL"])
@@ -78,6 +80,15 @@ def scale_heads_backward(
     return dx, dalpha, dshift
 
 
+def _gradient_like(logits: Tensor) -> Tensor:
+    """An uninitialised tensor of the logits' shape; a large one lies in a kept block (csrc/block.h)."""
+    n_bytes = logits.numel() * logits.element_size()
+    if not _KEPT_FROM <= n_bytes <= _KEPT_UP_TO:
+        return logits.new_empty(logits.shape)
+    flat = torch.frombuffer(_C.Block(n_bytes), dtype=logits.dtype, count=logits.numel())
+    return flat.resize_(logits.shape)  # not view(): a gradient that is a view would be copied when it is accumulated
+
+
 def intervention_loss(
     logits: Tensor,
     reference_logits: Tensor,
@@ -94,7 +105,7 @@ def intervention_loss(
     n_rows, vocab = logits.shape
     effectiveness = logits.new_empty(n_rows, dtype=torch.float32)
     faithfulness = torch.empty_like(effectiveness)
-    grad = logits.new_empty((n_rows, vocab) if need_grad else (0,))
+    grad = _gradient_like(logits) if need_grad else logits.new_empty(0)
     answer_grad = effectiveness.new_empty((n_rows, 3) if need_grad else (0,))
     _C.intervention_loss(
         _TYPES[logits.dtype], n_rows, vocab, logits.data_ptr(), logits.stride(0), reference_logits.data_ptr(),
