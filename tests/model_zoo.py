@@ -7,6 +7,9 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from actscale_fast.interventions import ActivScalar, Intervention
 
 COMMON: dict[str, Any] = {
     "vocab_size": 61,
@@ -101,3 +104,26 @@ def _made(model_type: str, seed: int, dtype: torch.dtype, changes: tuple[tuple[s
             else:
                 parameter.copy_(noise * (0.5 if "embed" in name or "wte" in name else parameter.shape[-1] ** -0.5))
     return model.eval()
+
+
+IDS = torch.tensor([[5, 9, 12, 7, 30, 2], [8, 8, 41, 3, 19, 60], [4, 6, 10, 11, 13, 14]])
+SITES = ["head", "attn_out", "mlp_out", "residual"]
+
+
+def randomised(intervention: Intervention, seed: int = 1) -> Intervention:
+    """The intervention with normally distributed parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in intervention.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return intervention
+
+
+def scalars(model: nn.Module, seed: int = 1, **kwargs: object) -> ActivScalar:
+    """Random scalars for the model."""
+    return randomised(ActivScalar.for_model(model, **kwargs), seed)  # type: ignore[return-value]
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits

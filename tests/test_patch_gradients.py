@@ -4,31 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_zoo import tiny_model
-from torch import Tensor, nn
+from model_zoo import IDS, SITES, randomised, scalars, tiny_model
+from torch import Tensor
 
 from actscale_fast.interventions import ActivScalar, Intervention, SteerVec
 from actscale_fast.models import patch
-
-IDS = torch.tensor([[5, 9, 12, 7, 30, 2], [8, 8, 41, 3, 19, 60], [4, 6, 10, 11, 13, 14]])
-SITES = ["head", "attn_out", "mlp_out", "residual"]
-
-
-def randomised(intervention: Intervention, seed: int = 1) -> Intervention:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in intervention.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return intervention
-
-
-def scalars(model: nn.Module, seed: int = 1, **kwargs: object) -> ActivScalar:
-    return randomised(ActivScalar.for_model(model, **kwargs), seed)  # type: ignore[return-value]
-
-
-def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("positions", [None, [0, -2]])
