@@ -24,7 +24,7 @@ def _restored() -> object:
 def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "ACTSCALE_BACKEND")}
     return subprocess.run(
-        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", code], env={**kept, **environment}, capture_output=True, text=True, timeout=300
     )
 
 

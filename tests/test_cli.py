@@ -194,7 +194,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         "import sys\ntry:\n    from actscale_fast.cli import main\n    main(['fit', '--help'])\n"
         "except SystemExit:\n    print([m for m in ('torch', 'transformers', 'rich') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
@@ -421,7 +421,7 @@ def test_bench_without_a_checkout_says_where_it_is(
 
 
 def test_the_installed_program_runs(model: str, fitted: str, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "actscale_fast.cli", "generate", "--model", model, "--intervention", fitted]
+    words = [sys.executable, "-P", "-m", "actscale_fast.cli", "generate", "--model", model, "--intervention", fitted]
     done = subprocess.run([*words, "--prompt", "Paris is", "--max-new-tokens", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "continuation" in done.stdout

@@ -232,7 +232,9 @@ def test_a_level_is_forced_by_the_environment_and_an_unknown_one_refused() -> No
 
 def _run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **environment, "PYTHONPATH": str(Path(cpu.__file__).parents[2])}
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, env=environment, check=False
+    )
 
 
 def test_a_gradient_that_is_held_is_never_written_again_and_a_dropped_one_makes_room() -> None:

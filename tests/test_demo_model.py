@@ -156,7 +156,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 
 def test_importing_the_package_imports_neither_transformers_nor_matplotlib() -> None:
     code = "import sys, actscale_fast; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 @pytest.mark.real_model

@@ -246,7 +246,7 @@ def test_importing_the_package_does_not_import_transformers() -> None:
         "import sys, actscale_fast.interventions, actscale_fast.models; "
         "assert not [name for name in sys.modules if name.startswith('transformers')]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_an_intervention_is_made_where_only_its_own_package_was_imported() -> None:
@@ -258,5 +258,5 @@ def test_an_intervention_is_made_where_only_its_own_package_was_imported() -> No
         "from actscale_fast.interventions import ActivScalar; print(ActivScalar.for_model(tiny_model()).n_parameters)"
     )
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "8", done.stderr
