@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "block.h"
+#include "kept_memory.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -204,9 +204,9 @@ PYBIND11_MODULE(_C, module) {
         unlocked(kernels->scale_gradient, c);
     });
 
-    py::class_<Block>(module, "Block", py::buffer_protocol())
+    py::class_<KeptMemory>(module, "KeptMemory", py::buffer_protocol())
         .def(py::init<int64_t>())
-        .def_buffer([](Block& block) {
+        .def_buffer([](KeptMemory& block) {
             return py::buffer_info(block.memory(), 1, py::format_descriptor<uint8_t>::format(), block.bytes());
         });
 

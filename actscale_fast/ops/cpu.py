@@ -81,11 +81,11 @@ def scale_heads_backward(
 
 
 def _gradient_like(logits: Tensor) -> Tensor:
-    """An uninitialised tensor of the logits' shape; a large one lies in a kept block (csrc/block.h)."""
+    """An uninitialised tensor of the logits' shape; a large one lies in a kept block (csrc/kept_memory.h)."""
     n_bytes = logits.numel() * logits.element_size()
     if not _KEPT_FROM <= n_bytes <= _KEPT_UP_TO:
         return logits.new_empty(logits.shape)
-    flat = torch.frombuffer(_C.Block(n_bytes), dtype=logits.dtype, count=logits.numel())
+    flat = torch.frombuffer(_C.KeptMemory(n_bytes), dtype=logits.dtype, count=logits.numel())
     return flat.resize_(logits.shape)  # not view(): a gradient that is a view would be copied when it is accumulated
 
 

@@ -13,9 +13,9 @@ namespace actscale {
 
 void advise_huge_pages(void* memory, int64_t bytes);
 
-class Block {
+class KeptMemory {
   public:
-    explicit Block(int64_t bytes) : bytes_(bytes) {
+    explicit KeptMemory(int64_t bytes) : bytes_(bytes) {
         {
             std::lock_guard<std::mutex> lock(spare().mutex);
             if (spare().bytes >= bytes && spare().bytes / 2 <= bytes) {
@@ -28,7 +28,7 @@ class Block {
         advise_huge_pages(memory_, bytes);
     }
 
-    ~Block() {
+    ~KeptMemory() {
         void* released = memory_;
         {
             std::lock_guard<std::mutex> lock(spare().mutex);
@@ -38,8 +38,8 @@ class Block {
         std::free(released);
     }
 
-    Block(const Block&) = delete;
-    Block& operator=(const Block&) = delete;
+    KeptMemory(const KeptMemory&) = delete;
+    KeptMemory& operator=(const KeptMemory&) = delete;
 
     void* memory() const { return memory_; }
     int64_t bytes() const { return bytes_; }
