@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,14 +14,31 @@ import torch
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own start and stop lines are not for the reader
 from torch.profiler import ProfilerActivity, profile
 
+from actscale_fast.ops import backends
+
 from .case import Call
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    if backends.unavailable("cpu"):
+        yield
+        return
+    from actscale_fast.ops import cpu
+
+    before, cpu.KEPT_UP_TO = cpu.KEPT_UP_TO, 0
+    try:
+        yield
+    finally:
+        cpu.KEPT_UP_TO = before
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
     """The most that PyTorch's allocator held during one call beyond what it held before, results included.
 
     On a CPU it is read from the profiler's memory events, on a GPU from the allocator's own statistics. Neither sees
-    what a C++ kernel allocates for itself (a few rows at most).
+    what a C++ kernel allocates for itself (a few rows at most). A kept gradient would not be seen either: for this
+    call every gradient comes from PyTorch.
     """
     if device.type == "cuda":
         call()
@@ -29,7 +48,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _nothing_kept(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         results = call()
     del results
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ from . import layout
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: Bytes of a gradient that is worth keeping for the next one, and of one too large to hold on to.
-_KEPT_FROM, _KEPT_UP_TO = 1 << 20, 64 << 20
+KEPT_FROM, KEPT_UP_TO = 1 << 20, 64 << 20
 
 if "ACTSCALE_CPU_LEVEL" in os.environ:
     _C.set_level(os.environ["ACTSCALE_CPU_LEVEL"])
@@ -83,7 +83,7 @@ def scale_heads_backward(
 def _gradient_like(logits: Tensor) -> Tensor:
     """An uninitialised tensor of the logits' shape; a large one lies in a kept block (csrc/kept_memory.h)."""
     n_bytes = logits.numel() * logits.element_size()
-    if not _KEPT_FROM <= n_bytes <= _KEPT_UP_TO:
+    if not KEPT_FROM <= n_bytes <= KEPT_UP_TO:
         return logits.new_empty(logits.shape)
     flat = torch.frombuffer(_C.KeptMemory(n_bytes), dtype=logits.dtype, count=logits.numel())
     return flat.resize_(logits.shape)  # not view(): a gradient that is a view would be copied when it is accumulated
