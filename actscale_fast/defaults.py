@@ -6,12 +6,12 @@ Chosen for SmolLM2-135M-Instruct on country-capital conflicts; another model tak
 from typing import Final
 
 # The objective.
-MARGIN: Final = 3.5
-FAITHFULNESS: Final = 1.0
-MINIMALITY: Final = 0.1
+MARGIN: Final = 4.0
+FAITHFULNESS: Final = 0.8
+MINIMALITY: Final = 0.12
 
 # The fit.
-STEPS: Final = 40
+STEPS: Final = 45
 LR: Final = 0.05
 BATCH_SIZE: Final = 16
 SEED: Final = 0
