@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_zoo import tiny_model
+from model_zoo import randomised, tiny_model
 from torch import Tensor
 
 from actscale_fast import _files
@@ -16,13 +16,6 @@ from actscale_fast.interventions import ActivScalar, Intervention, SteerVec, loa
 from actscale_fast.interventions.saving import DESCRIPTION, TENSORS
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 2]])
-
-
-def randomised(intervention: Intervention) -> Intervention:
-    with torch.no_grad():
-        for parameter in intervention.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return intervention
 
 
 @pytest.mark.parametrize(

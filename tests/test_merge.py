@@ -6,21 +6,13 @@ import copy
 
 import pytest
 import torch
-from model_zoo import tiny_model
+from model_zoo import randomised, tiny_model
 from torch import Tensor, nn
 
 from actscale_fast.interventions import ActivScalar, Intervention, SteerVec
 from actscale_fast.models import merge, patch, unmerge
-from actscale_fast.models import merge as merge_function
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 2]])
-
-
-def randomised(intervention: Intervention) -> Intervention:
-    with torch.no_grad():
-        for parameter in intervention.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return intervention
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -176,7 +168,7 @@ def test_a_merge_that_fails_halfway_puts_back_what_it_changed(monkeypatch: pytes
 
     monkeypatch.setattr(Tensor, "copy_", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        merge_function(model, intervention)
+        merge(model, intervention)
     monkeypatch.undo()
     assert same(model, before)
     with pytest.raises(ValueError, match="no intervention is merged"):
