@@ -17,6 +17,7 @@ from torch import Tensor
 
 _C = pytest.importorskip("actscale_fast._C", reason="the C++ extension was not built", exc_type=ModuleNotFoundError)
 cpu = pytest.importorskip("actscale_fast.ops.cpu")
+TYPES = pytest.importorskip("actscale_fast.ops.cpu.addresses").TYPES
 
 LEVELS = _C.levels()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,7 +161,7 @@ def test_nothing_outside_the_outputs_is_written(dtype: torch.dtype) -> None:
     guarded = torch.full((3 * vocab + 2 * 64,), 7.0, dtype=dtype)
     grad, losses, answer_grad = guarded[63 : 63 + 3 * vocab], torch.empty(2, 3), torch.empty(3, 3)
     _C.intervention_loss(
-        cpu._TYPES[dtype], 3, vocab, z.data_ptr(), vocab, r.data_ptr(), vocab, correct.data_ptr(), wrong.data_ptr(),
+        TYPES[dtype], 3, vocab, z.data_ptr(), vocab, r.data_ptr(), vocab, correct.data_ptr(), wrong.data_ptr(),
         direction.data_ptr(), 1.0, 1.0, True, False, losses[0].data_ptr(), losses[1].data_ptr(), grad.data_ptr(),
         answer_grad.data_ptr(), 2,
     )  # fmt: skip
@@ -223,7 +224,7 @@ def test_the_interpreters_lock_is_released_while_a_kernel_runs() -> None:
 
 
 def test_a_level_is_forced_by_the_environment_and_an_unknown_one_refused() -> None:
-    program = "from actscale_fast.ops import cpu; print(cpu._C.level())"
+    program = "from actscale_fast.ops import cpu; from actscale_fast import _C; print(_C.level())"
     assert _run(program, ACTSCALE_CPU_LEVEL="portable").stdout.strip() == "portable"
     failed = _run(program, ACTSCALE_CPU_LEVEL="sse9")
     assert failed.returncode != 0

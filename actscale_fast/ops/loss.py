@@ -14,12 +14,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, checks, reference
-from .registry import LIBRARY
-
-_loss_op = torch.ops.actscale.intervention_loss.default
-_scale_op_ = torch.ops.actscale.intervention_loss_scale_.default
+from .registry import LIBRARY, define
 
 KLDirection = Literal["forward", "reverse"]
+
+
+def _fake_intervention_loss(  # type: ignore[no-untyped-def]
+    logits, reference_logits, correct, wrong, direction, scalars, margin, inverse_temperature, exclude_answers, reverse,
+    need_grad,
+):  # fmt: skip
+    rows = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return (
+        rows,
+        torch.empty_like(rows),
+        logits.new_empty(logits.shape if need_grad else (0,)),
+        rows.new_empty((logits.shape[0], 3) if need_grad else (0,)),
+        rows.new_empty(() if scalars is not None else (0,)),
+        torch.empty_like(scalars) if scalars is not None and need_grad else rows.new_empty(0),
+    )
+
+
+_loss_op = define(
+    "intervention_loss(Tensor logits, Tensor reference_logits, Tensor? correct, Tensor? wrong, Tensor? direction,"
+    " Tensor? scalars, float margin, float inverse_temperature, bool exclude_answers, bool reverse, bool need_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_intervention_loss,
+)
+_scale_op_ = define(
+    "intervention_loss_scale_(Tensor(a!) grad, Tensor d_effectiveness, Tensor d_faithfulness, Tensor? correct,"
+    " Tensor? wrong, Tensor answer_grad) -> ()"
+)
 
 
 def intervention_loss(

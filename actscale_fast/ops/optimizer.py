@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, reference
-from . import registry as registry  # defines the ops
+from .registry import define
 
-_adam_op_ = torch.ops.actscale.proximal_adam_.default
+_adam_op_ = define(
+    "proximal_adam_(Tensor(a!) parameter, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor(d!) step, float lr, float beta1, float beta2, float eps, float l1) -> ()"
+)
 
 
 @torch.no_grad()

@@ -12,11 +12,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, checks, reference
-from .registry import LIBRARY, backend_of, is_eager
+from . import backends, checks, layout, reference
+from .registry import LIBRARY, backend_of, define, is_eager
 
-_forward_op = torch.ops.actscale.scale_heads.default
-_backward_op = torch.ops.actscale.scale_heads_backward.default
+
+def _fake_scale_heads(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
+    return layout.empty_like(x)
+
+
+def _fake_scale_heads_backward(  # type: ignore[no-untyped-def]
+    dy, x, alpha, shift, strength, row_strength, group, need_dx, need_dalpha, need_dshift
+):
+    empty = x.new_empty(0)
+    return (
+        layout.empty_like(x) if need_dx else empty,
+        torch.empty_like(alpha) if need_dalpha else x.new_empty(0, dtype=torch.float32),
+        torch.empty_like(shift) if need_dshift else x.new_empty(0, dtype=torch.float32),
+    )
+
+
+_forward_op = define(
+    "scale_heads(Tensor x, Tensor? alpha, Tensor? shift, float strength, Tensor? row_strength, Tensor? group)"
+    " -> Tensor",
+    _fake_scale_heads,
+)
+_backward_op = define(
+    "scale_heads_backward(Tensor dy, Tensor x, Tensor? alpha, Tensor? shift, float strength, Tensor? row_strength,"
+    " Tensor? group, bool need_dx, bool need_dalpha, bool need_dshift) -> (Tensor, Tensor, Tensor)",
+    _fake_scale_heads_backward,
+)
 
 
 def scale_heads(

@@ -1,4 +1,4 @@
-"""The ops as Triton kernels, for every GPU that Triton serves: a `registry.BackendModule`."""
+"""The ops as Triton kernels, for every GPU that Triton serves: a `interface.BackendModule`."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ def intervention_loss(
     reverse: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(effectiveness, faithfulness, grad, answer_grad, l1, sign); see `registry.BackendModule`."""
+    """(effectiveness, faithfulness, grad, answer_grad, l1, sign); see `interface.BackendModule`."""
     N, V = logits.shape
     device = logits.device
     effectiveness = torch.empty(N, dtype=torch.float32, device=device)

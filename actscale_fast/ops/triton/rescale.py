@@ -1,6 +1,6 @@
 """The saved gradient of the losses, turned in place from upstream 1 into the one that came: the loss's backward pass.
 
-With dE, dF the upstream factors of a row and a its three answer gradients (`registry.BackendModule.intervention_loss`):
+With dE, dF a row's upstream factors and a its three answer gradients (`interface.BackendModule.intervention_loss`):
     grad[v] ← dF·grad[v]                       for v not an answer
     grad[c] ← dF·a[0] + dE·a[2]
     grad[w] ← dF·a[1] − dE·a[2]                both in float32 before rounding
@@ -85,7 +85,7 @@ def intervention_loss_scale_(
     wrong: Tensor | None,
     answer_grad: Tensor,
 ) -> None:
-    """Scales each row of `grad` in place; see `registry.BackendModule`."""
+    """Scales each row of `grad` in place; see `interface.BackendModule`."""
     N, V = grad.shape
     if N == 0:
         return

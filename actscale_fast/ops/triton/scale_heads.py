@@ -213,7 +213,7 @@ def scale_heads(
     row_strength: Tensor | None,
     group: Tensor | None,
 ) -> Tensor:
-    """y [B, T, H, D]; see `registry.BackendModule`."""
+    """y [B, T, H, D]; see `interface.BackendModule`."""
     layout.require_unit_stride(x)
     y = layout.empty_like(x)
     if x.numel() == 0:
@@ -242,7 +242,7 @@ def scale_heads_backward(
     need_dalpha: bool,
     need_dshift: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dalpha, dshift), empty where not needed; see `registry.BackendModule`."""
+    """(dx, dalpha, dshift), empty where not needed; see `interface.BackendModule`."""
     dy = dy if dy.stride(3) == 1 else dy.contiguous()  # the kernel walks along D by ones
     nothing = torch.empty(0, dtype=torch.float32, device=x.device)
     if need_dalpha:

@@ -1,0 +1,29 @@
+"""The C++ kernels as a backend: tensors become addresses, sizes and strides; outputs are allocated here.
+
+Each call runs on `torch.get_num_threads()` of torch's own OpenMP threads (torch is loaded first, so the extension's
+calls resolve to its runtime); the sums do not depend on how many. The instructions (AVX-512, AVX2 or portable) are
+chosen by what the processor has; environment variable ACTSCALE_CPU_LEVEL forces a lower level.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch as torch  # its OpenMP runtime, before the extension's
+
+from actscale_fast import _C
+
+from .loss import intervention_loss, intervention_loss_scale_
+from .optimizer import proximal_adam_
+from .scaling import scale_heads, scale_heads_backward
+
+if "ACTSCALE_CPU_LEVEL" in os.environ:
+    _C.set_level(os.environ["ACTSCALE_CPU_LEVEL"])
+
+__all__ = [
+    "intervention_loss",
+    "intervention_loss_scale_",
+    "proximal_adam_",
+    "scale_heads",
+    "scale_heads_backward",
+]

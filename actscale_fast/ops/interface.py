@@ -1,0 +1,94 @@
+"""What every backend provides: `ops/cpu` (C++), `ops/triton`, and whoever brings kernels of their own.
+
+The functions take plain tensors, allocate their outputs and know nothing of autograd. Outputs that are not asked for
+are empty tensors: the number of outputs never changes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class BackendModule(Protocol):
+    """The functions of a backend's module."""
+
+    def scale_heads(
+        self,
+        x: Tensor,  # [B, T, H, D], any strides over B, T, H; unit stride over D
+        alpha: Tensor | None,  # [G, P, H] float32 contiguous, P in {1, T}
+        shift: Tensor | None,  # [G, P, H, D] float32 contiguous
+        strength: float,
+        row_strength: Tensor | None,  # [B] float32 contiguous; β of row b = strength · row_strength[b]
+        group: Tensor | None,  # [B] int64 contiguous; None: G == 1
+    ) -> Tensor:
+        """y, laid out as `layout.empty_like(x)`; one rounding from float32. ValueError where D is strided."""
+
+    def scale_heads_backward(
+        self,
+        dy: Tensor,  # [B, T, H, D], any strides, stride 0 included
+        x: Tensor,  # read for dalpha alone, else only what dx is laid out like: any strides
+        alpha: Tensor | None,
+        shift: Tensor | None,
+        strength: float,
+        row_strength: Tensor | None,
+        group: Tensor | None,
+        need_dx: bool,
+        need_dalpha: bool,
+        need_dshift: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx laid out as `layout.empty_like(x)`, dalpha [G, P, H] float32, dshift [G, P, H, D] float32).
+
+        Sums in a fixed order.
+        """
+
+    def intervention_loss(
+        self,
+        logits: Tensor,  # [N, V], unit stride over V, any row stride
+        reference_logits: Tensor,
+        correct: Tensor | None,  # [N] int64 contiguous; None: no answers
+        wrong: Tensor | None,
+        direction: Tensor | None,  # [N] float32 of ±1, contiguous
+        scalars: Tensor | None,  # float32 contiguous, any shape
+        margin: float,
+        inverse_temperature: float,
+        exclude_answers: bool,
+        reverse: bool,
+        need_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(effectiveness [N], faithfulness [N], grad [N, V], answer_grad [N, 3], l1 [], sign like scalars).
+
+        grad: d(effectiveness + faithfulness)/dlogits in the logits' dtype, contiguous, the two answer columns summed in
+        float32 before rounding. answer_grad: d faithfulness/dz[c], d faithfulness/dz[w], d effectiveness/dz[c] in
+        float32 (d effectiveness/dz[w] is minus the last). All but the logits' gradient are float32.
+        """
+
+    def intervention_loss_scale_(
+        self,
+        grad: Tensor,
+        d_effectiveness: Tensor,  # [N] float32, any stride
+        d_faithfulness: Tensor,
+        correct: Tensor | None,
+        wrong: Tensor | None,
+        answer_grad: Tensor,
+    ) -> None:
+        """Turns `grad` of upstream 1 into that of the given upstream, in place.
+
+        Rows whose d_faithfulness is 1 are not passed over again: only their two answer columns are rewritten.
+        """
+
+    def proximal_adam_(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        step: Tensor,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        l1: float,
+    ) -> None:
+        """See `reference.proximal_adam_`; all float32 contiguous."""

@@ -1,0 +1,45 @@
+// What the files of bindings share. Python sees functions over raw addresses, sizes and strides; ids that would lead
+// out of bounds are refused there, before anything is written; the kernels run without the interpreter's lock.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "kernels.h"
+
+namespace actscale {
+
+namespace py = pybind11;
+using Address = uintptr_t;
+
+const Kernels& kernels();  // of the level in use
+
+// A hint that large fresh memory should lie in huge pages.
+void advise_huge_pages(void* memory, int64_t bytes);
+
+void bind_scaling(py::module_& module);
+void bind_loss(py::module_& module);
+void bind_scalars(py::module_& module);
+
+template <class T> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+
+template <size_t N> void copy(const py::tuple& from, int64_t (&to)[N]) {
+    for (size_t i = 0; i < N; i++) to[i] = from[i].cast<int64_t>();
+}
+
+inline void check_ids(const char* name, const int64_t* ids, int64_t count, int64_t bound, const char* what) {
+    for (int64_t row = 0; row < count; row++)
+        if (ids[row] < 0 || ids[row] >= bound)
+            throw py::value_error(std::string(name) + ": row " + std::to_string(row) + " has " + what + " " +
+                                  std::to_string(ids[row]) + ", expected 0 to " + std::to_string(bound - 1));
+}
+
+inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+// `run` without the interpreter's lock.
+template <class Call> void unlocked(void (*run)(const Call&), const Call& call) {
+    py::gil_scoped_release release;
+    run(call);
+}
+
+}  // namespace actscale
