@@ -1,4 +1,4 @@
-// The norm and the update of the scalars as Python calls them, and exp for its test.
+// The norm and the update of the scalars as Python calls them, and 2^x for its test.
 #include "bindings.h"
 
 namespace actscale {
@@ -17,8 +17,8 @@ void bind_scalars(py::module_& module) {
         unlocked(kernels().proximal_adam, c);
     });
 
-    module.def("exponential", [](Address in, Address out, int64_t count) {
-        kernels().exponential(pointer<float>(in), pointer<float>(out), count);
+    module.def("powers_of_two", [](Address in, Address out, int64_t count) {
+        kernels().powers_of_two(pointer<float>(in), pointer<float>(out), count);
     });
 }
 

@@ -91,6 +91,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("set_level", &set_level);
 
     bind_scaling(module);
+    bind_dynamic(module);
     bind_loss(module);
     bind_scalars(module);
 }

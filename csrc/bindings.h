@@ -18,6 +18,7 @@ const Kernels& kernels();  // of the level in use
 void advise_huge_pages(void* memory, int64_t bytes);
 
 void bind_scaling(py::module_& module);
+void bind_dynamic(py::module_& module);
 void bind_loss(py::module_& module);
 void bind_scalars(py::module_& module);
 

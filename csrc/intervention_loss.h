@@ -1,15 +1,17 @@
 // Hinge, KL divergence and the gradient of the logits, one read of each logit from memory.
 //
-//   x = (r - max r)·t,  y = (z - max z)·t,  p = exp(x)/Sr,  q = exp(y)/Sz,     t: the inverse temperature
-//   forward  F = Σ p·(x - y) + log(Sz/Sr)         dF/dz = t·(q - p)
-//   reverse  F = Σ q·(y - x) - log(Sz/Sr)         dF/dz = t·q·(y - x - log(Sz/Sr) - F)
-//   hinge    E = max(0, m - s·(z[c] - z[w]))      dE/dz[c] = -s, dE/dz[w] = s, where positive
+//   x = c·r - R,  y = c·z - Z,  c = t·log2(e),  p = 2^x/Sr,  q = 2^y/Sz,     t: the inverse temperature
+//   forward  F = ln2·(Σ p·(x - y) + log2(Sz/Sr))    dF/dz = t·(q - p)
+//   reverse  F = ln2·(Σ q·(y - x) - log2(Sz/Sr))    dF/dz = t·q·(ln2·(y - x - log2(Sz/Sr)) - F)
+//   hinge    E = max(0, m - s·(z[c] - z[w]))        dE/dz[c] = -s, dE/dz[w] = s, where positive
 //
-// A row is cut into blocks. Pass 1, block by block: the two maxima of the block, then both exponentials relative to
-// them, the sums, and two floats a logit into scratch: exp(y), and exp(x) or y - x. The blocks' sums are joined in
-// double, in order. Pass 2 reads the scratch, still in cache, and writes the gradient. A logit costs one exp on each
-// side and, from memory, three elements: z, r and the gradient. No block knows of another, so rows can be split over
-// threads, and every number of threads gives the same bits.
+// A row is cut into blocks with anchors R, Z of their own. Any anchor gives the same result as long as no power
+// overflows, so a block takes the largest of its first SAMPLE logits; only where its sums then turn out large or not
+// finite is it done again, with its maximum and with the masks that -inf needs.
+// Pass 1, block by block: both powers, the sums, and two floats a logit into scratch: 2^y, and 2^x or y - x. The blocks'
+// sums are joined in double, in order. Pass 2 reads the scratch, still in cache, and writes the gradient. A logit costs
+// one power on each side and, from memory, three elements: z, r and the gradient. No block knows of another, so rows can
+// be split over threads, and every number of threads gives the same bits.
 //
 // With z equal to r bit for bit, x = y, Sz = Sr and both scales agree: F and every difference are exactly 0. This needs
 // multiplications that are not contracted into the subtraction (-ffp-contract=off).
@@ -24,8 +26,13 @@ constexpr int64_t BLOCK = 2048;                  // two rows of it and their scr
 constexpr int64_t STREAM_BYTES = 4 << 20;        // larger gradients bypass the cache (64 x 49152: 1.2 vs 1.4 ms)
 constexpr int64_t SERIAL_LOGITS = 16 << 10;      // less than this is done before a second thread has woken up
 
-struct Block { float z_max, r_max; float z_sum, r_sum, weighted; };
-struct Row { double z_max, r_max, log_ratio, z_sum, r_sum, divergence; };
+constexpr int64_t SAMPLE = 64;                   // a sample's anchor is exceeded by far less than 2^40 in real logits
+constexpr float LARGE = 0x1p40f;                 // a sum beyond it: the powers lie too far above the anchor
+constexpr float LOWEST = -0x1p120f;              // the least anchor: a block of nothing but -inf has no maximum
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+struct Block { double z_anchor, r_anchor; float z_sum, r_sum, weighted; };
+struct Row { double z_anchor, r_anchor, log_ratio, z_sum, r_sum, divergence; };
 
 INLINE const float* at(const void* p, int64_t i, float) { return (const float*)p + i; }
 INLINE const bf16* at(const void* p, int64_t i, bf16) { return (const bf16*)p + i; }
@@ -36,40 +43,60 @@ INLINE half minus_infinity(half) { return {0xfc00}; }
 
 INLINE int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
-template <class T, bool REVERSE, bool STORE>
-INLINE void first_pass(const T* z, const T* r, int64_t count, float t, float* first, float* second, Block* block) {
-    const int64_t whole = count / W * W;
-    const int rest = int(count - whole);
-    F z_max = set1(-FLT_MAX), r_max = z_max, z_max2 = z_max, r_max2 = z_max;
+template <class T>
+INLINE float largest(const T* p, int64_t count) {
+    F first = set1(-FLT_MAX), second = first;
     int64_t i = 0;
-    for (; i + 2 * W <= whole; i += 2 * W) {
-        z_max = larger(load(z + i), z_max), z_max2 = larger(load(z + i + W), z_max2);
-        r_max = larger(load(r + i), r_max), r_max2 = larger(load(r + i + W), r_max2);
+    for (; i + 2 * W <= count; i += 2 * W) first = larger(load(p + i), first), second = larger(load(p + i + W), second);
+    for (; i < count; i += W) first = larger(load_part(p + i, int(smaller(W, count - i)), -INFINITY), first);
+    return largest_of(larger(first, second));
+}
+
+// c·v - A for one A near c·(the largest v): `value`, exactly what is subtracted.
+struct Anchor {
+    F factor, subtracted;
+    double value;
+    INLINE_MEMBER Anchor(float largest, float scale) : factor(set1(scale)) {
+        largest = largest > LOWEST ? largest : LOWEST;
+        const float scaled = FUSED ? scale * largest : largest;
+        subtracted = set1(scaled), value = FUSED ? double(scaled) : double(scale) * largest;
     }
-    for (; i < whole; i += W) z_max = larger(load(z + i), z_max), r_max = larger(load(r + i), r_max);
-    if (rest) {
-        z_max2 = larger(load_part(z + whole, rest, -INFINITY), z_max2);
-        r_max2 = larger(load_part(r + whole, rest, -INFINITY), r_max2);
-    }
-    block->z_max = largest_of(larger(z_max, z_max2)), block->r_max = largest_of(larger(r_max, r_max2));
-    const F z_shift = set1(block->z_max), r_shift = set1(block->r_max), scale = set1(t);
-    F z_sum = set1(0), r_sum = set1(0), weighted = set1(0);
+    INLINE_MEMBER F power_of(F v) const { return FUSED ? fmsub(v, factor, subtracted) : (v - subtracted) * factor; }
+};
+
+// `EXACT`: with the block's maxima, and with no term where the weight is 0, whatever the difference.
+template <class T, bool REVERSE, bool STORE, bool EXACT>
+INLINE bool sums_of(const T* z, const T* r, int64_t count, float scale, float* first, float* second, Block* block) {
+    const int64_t whole = count / W * W, sample = EXACT ? count : smaller(count, SAMPLE);
+    const int rest = int(count - whole);
+    const Anchor z_anchor(largest(z, sample), scale), r_anchor(largest(r, sample), scale);
+    block->z_anchor = z_anchor.value, block->r_anchor = r_anchor.value;
+    F z_sum = set1(0), r_sum = z_sum, weighted = z_sum;
     auto step = [&](F zv, F rv, int64_t at) __attribute__((always_inline)) {
-        Mask z_normal, r_normal;
-        const F y = (zv - z_shift) * scale, x = (rv - r_shift) * scale;  // exactly 0 at the maximum, whatever t is
-        const F ez = exponential(y, &z_normal), er = exponential(x, &r_normal);
-        const F difference = REVERSE ? y - x : x - y;
+        const F y = z_anchor.power_of(zv), x = r_anchor.power_of(rv);
+        const F ez = exponential2(y), er = exponential2(x);
+        const F weight = REVERSE ? ez : er;
+        F difference = REVERSE ? y - x : x - y;
+        if (EXACT) difference = keep(not_below(weight, set1(FLT_MIN)), difference);
         z_sum = z_sum + ez, r_sum = r_sum + er;
-        // Where the weight is 0 the term is 0, also when the difference is infinite or NaN.
-        weighted = fmadd(REVERSE ? ez : er, keep(REVERSE ? z_normal : r_normal, difference), weighted);
+        weighted = fmadd(weight, difference, weighted);
         if (STORE) store(first + at, ez), store(second + at, REVERSE ? difference : er);
     };
-    for (i = 0; i < whole; i += W) {
+    for (int64_t i = 0; i < whole; i += W) {
         __builtin_prefetch(z + i + BLOCK), __builtin_prefetch(r + i + BLOCK);
         step(load(z + i), load(r + i), i);
     }
     if (rest) step(load_part(z + whole, rest, -INFINITY), load_part(r + whole, rest, -INFINITY), whole);
     block->z_sum = sum_of(z_sum), block->r_sum = sum_of(r_sum), block->weighted = sum_of(weighted);
+    // NaN and infinity fail these.
+    return block->z_sum <= LARGE && block->r_sum <= LARGE && fabsf(block->weighted) <= FLT_MAX;
+}
+
+template <class T, bool REVERSE, bool STORE>
+INLINE void first_pass(const T* z, const T* r, int64_t count, float t, float* first, float* second, Block* block) {
+    const float scale = float(LOG2E * t);
+    if (!sums_of<T, REVERSE, STORE, false>(z, r, count, scale, first, second, block))
+        sums_of<T, REVERSE, STORE, true>(z, r, count, scale, first, second, block);
 }
 
 // The block at column `begin` of the row; where it holds an excluded answer, of a copy without it.
@@ -101,22 +128,21 @@ INLINE bool nothing_left(const InterventionLoss& c) {
 static Row join(const InterventionLoss& c, const Block* blocks, int64_t count) {
     Row row = {-FLT_MAX, -FLT_MAX, 0, 0, 0, 0};
     for (int64_t j = 0; j < count; j++) {
-        row.z_max = blocks[j].z_max > row.z_max ? blocks[j].z_max : row.z_max;
-        row.r_max = blocks[j].r_max > row.r_max ? blocks[j].r_max : row.r_max;
+        row.z_anchor = blocks[j].z_anchor > row.z_anchor ? blocks[j].z_anchor : row.z_anchor;
+        row.r_anchor = blocks[j].r_anchor > row.r_anchor ? blocks[j].r_anchor : row.r_anchor;
     }
-    const double t = c.inverse_temperature;
     double weighted = 0;
     for (int64_t j = 0; j < count; j++) {
         const Block& b = blocks[j];
-        const double dz = (b.z_max - row.z_max) * t, dr = (b.r_max - row.r_max) * t;
-        const double z_scale = exp(dz), r_scale = exp(dr);
+        const double dz = b.z_anchor - row.z_anchor, dr = b.r_anchor - row.r_anchor;
+        const double z_scale = exp2(dz), r_scale = exp2(dr);
         row.z_sum += z_scale * b.z_sum, row.r_sum += r_scale * b.r_sum;
         const double scale = c.reverse ? z_scale : r_scale, sum = c.reverse ? b.z_sum : b.r_sum;
         if (scale * sum != 0)  // NaN takes part
             weighted += scale * (b.weighted + sum * (c.reverse ? dz - dr : dr - dz));
     }
-    row.log_ratio = log(row.z_sum / row.r_sum);
-    row.divergence = c.reverse ? weighted / row.z_sum - row.log_ratio : weighted / row.r_sum + row.log_ratio;
+    row.log_ratio = log2(row.z_sum / row.r_sum);
+    row.divergence = LN2 * (c.reverse ? weighted / row.z_sum - row.log_ratio : weighted / row.r_sum + row.log_ratio);
     if (row.divergence < 0) row.divergence = 0;  // rounding
     if (nothing_left(c)) row.divergence = 0;
     return row;
@@ -126,9 +152,10 @@ static Row join(const InterventionLoss& c, const Block* blocks, int64_t count) {
 struct Scales { float a, b; };
 static Scales scales_of(const InterventionLoss& c, const Row& row, const Block& block) {
     if (nothing_left(c)) return {0, 0};
-    const double t = c.inverse_temperature, dz = (block.z_max - row.z_max) * t, dr = (block.r_max - row.r_max) * t;
-    const float a = float(exp(dz) * t / row.z_sum);
-    return {a, c.reverse ? float(dz - dr - row.log_ratio - row.divergence) : float(exp(dr) * t / row.r_sum)};
+    const double t = c.inverse_temperature, dz = block.z_anchor - row.z_anchor, dr = block.r_anchor - row.r_anchor;
+    const double a = exp2(dz) * t / row.z_sum;
+    if (c.reverse) return {float(a * LN2), float(dz - dr - row.log_ratio - row.divergence / LN2)};
+    return {float(a), float(exp2(dr) * t / row.r_sum)};
 }
 
 template <bool REVERSE> INLINE F gradient(F first, F second, F a, F b) {

@@ -25,6 +25,26 @@ struct ScaleHeads {  // y = x·(1 + β·α) + β·v, and its gradients
     int threads;
 };
 
+struct DynamicScale {  // α = ⟨w, x⟩ + c, y = x·(1 + β·α), and their gradients
+    Type type;
+    int64_t rows, positions, heads, width;      // B, T, H, D
+    const void* x;
+    const void* dy;                             // backward only
+    void* out;                                  // y, or dx; null: not wanted
+    int64_t x_stride[3], dy_stride[4], out_stride[3], d_scalars_stride[3];
+    const float* weight;                        // [G, H, D]
+    const float* bias;                          // [G, H] or null; forward only
+    float* scalars;                             // α [B, T, H] contiguous: written forward, read backward
+    const float* d_scalars;                     // its upstream or null; backward only
+    int64_t groups;
+    float strength;
+    const float* row_strength;                  // [B] or null
+    const int64_t* group;                       // [B] or null
+    float* dweight;                             // like weight; null: not wanted
+    float* dbias;                               // [G, H]; null: not wanted
+    int threads;
+};
+
 struct InterventionLoss {
     Type type;
     int64_t rows, vocab;                        // N, V
@@ -67,11 +87,13 @@ struct Kernels {
     const char* level;
     void (*scale_heads)(const ScaleHeads&);
     void (*scale_heads_backward)(const ScaleHeads&);
+    void (*dynamic_scale)(const DynamicScale&);
+    void (*dynamic_scale_backward)(const DynamicScale&);
     void (*intervention_loss)(const InterventionLoss&);
     void (*scale_gradient)(const ScaleGradient&);
     void (*l1_norm)(const float* values, float* sign, float* norm, int64_t count);  // sign may be null
     void (*proximal_adam)(const ProximalAdam&);
-    void (*exponential)(const float* in, float* out, int64_t count);                // the kernels' exp, for its test
+    void (*powers_of_two)(const float* in, float* out, int64_t count);              // the kernels' 2^x, for its test
 };
 
 const Kernels& portable_kernels();

@@ -17,7 +17,8 @@
 namespace actscale {
 namespace ACTSCALE_LEVEL {
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
 
 struct bf16 { uint16_t bits; };
 struct half { uint16_t bits; };
@@ -76,9 +77,9 @@ INLINE void stream(float* p, F v) { _mm512_stream_ps(p, v); }
 template <class T> INLINE void stream(T* p, F v) { _mm256_stream_si256((__m256i*)p, pack(v, p)); }
 INLINE void fence() { _mm_sfence(); }
 INLINE F fmadd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE F fnmadd(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+INLINE F fmsub(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+constexpr bool FUSED = true;  // products are added without a rounding
 INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
-INLINE F times_power_of_two(F v, F n, F) { return _mm512_scalef_ps(v, n); }
 INLINE Mask not_below(F v, F bound) { return _mm512_cmp_ps_mask(v, bound, _CMP_NLT_UQ); }
 INLINE F keep(Mask mask, F v) { return _mm512_maskz_mov_ps(mask, v); }
 INLINE F absolute(F v) { return _mm512_abs_ps(v); }
@@ -109,9 +110,10 @@ INLINE void stream(float* p, F v) { _mm256_stream_ps(p, v); }
 template <class T> INLINE void stream(T* p, F v) { _mm_stream_si128((__m128i*)p, pack(v, p)); }
 INLINE void fence() { _mm_sfence(); }
 INLINE F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE F fnmadd(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+INLINE F fmsub(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
+constexpr bool FUSED = true;
 INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
-INLINE F times_power_of_two(F v, F, F shifted) {
+INLINE F times_power_of_two(F v, F shifted) {
     const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
     return v * _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
@@ -132,10 +134,11 @@ template <class T> INLINE void store(T* p, F v) { for (int i = 0; i < W; i++) na
 template <class T> INLINE void stream(T* p, F v) { store(p, v); }
 INLINE void fence() {}
 INLINE F fmadd(F a, F b, F c) { return a * b + c; }
-INLINE F fnmadd(F a, F b, F c) { return c - a * b; }
+INLINE F fmsub(F a, F b, F c) { return a * b - c; }
+constexpr bool FUSED = false;
 INLINE F choose(Mask mask, F a, F b) { return F((mask & Mask(a)) | (~mask & Mask(b))); }
 INLINE F larger(F a, F b) { return choose(a > b, a, b); }
-INLINE F times_power_of_two(F v, F, F shifted) { return v * F((Mask(shifted) + 127) << 23); }
+INLINE F times_power_of_two(F v, F shifted) { return v * F((Mask(shifted) + 127) << 23); }
 INLINE Mask not_below(F v, F bound) { return ~(v < bound); }
 INLINE F keep(Mask mask, F v) { return F(mask & Mask(v)); }
 INLINE F absolute(F v) { return F(Mask(v) & 0x7fffffff); }
@@ -174,20 +177,25 @@ INLINE float largest_of(F v) {
     return result;
 }
 
-// exp(x) for x <= 0, at most 2 ulp off (measured: 1.2); below ln(2^-126), where it is no normal number, 0. `normal`
-// tells which lanes are. x = n·ln2 + r with |r| <= ln2/2 (ln2 in two parts, the first exact for every n), exp(r) = 1 +
-// r + r²·Q(r) with Q the minimax polynomial of degree 4 (relative error 4e-9), exp(x) = 2^n·exp(r). NaN stays NaN.
-INLINE F exponential(F x, Mask* normal) {
-    *normal = not_below(x, set1(-0x1.5d589ep6f));
-    const F magic = set1(0x1.8p23f), shifted = fmadd(x, set1(0x1.715476p0f), magic);  // its lowest bits are n, rounded
-    const F n = shifted - magic;
-    const F r = fnmadd(n, set1(-0x1.bd0106p-13f), fnmadd(n, set1(0x1.63p-1f), x));
-    F q = fmadd(set1(0x1.6a23d0p-10f), r, set1(0x1.123a20p-7f));
-    q = fmadd(q, r, set1(0x1.5558f2p-5f));
-    q = fmadd(q, r, set1(0x1.555492p-3f));
-    q = fmadd(q, r, set1(0x1.fffffcp-2f));
-    q = fmadd(q, r, set1(1.0f));
-    return keep(*normal, times_power_of_two(fmadd(q, r, set1(1.0f)), n, shifted));
+// 2^x, at most 1.5 ulp off, for x < 128; 0 where 2^x is no normal number; NaN stays NaN. 2^x = 2^n·2^f, n = x rounded,
+// |f| <= 1/2, 2^f the minimax polynomial of degree 6 that is 1 at 0 (relative error 4e-9).
+INLINE F exponential2(F x) {
+#if defined(ACTSCALE_AVX512)
+    const F f = _mm512_reduce_ps(x, 0), n = x - f;  // f of -inf is 0
+#else
+    const F magic = set1(0x1.8p23f), shifted = x + magic, n = shifted - magic, f = x - n;  // its lowest bits are n
+#endif
+    F q = fmadd(set1(0x1.446c7ep-13f), f, set1(0x1.5f88fep-10f));
+    q = fmadd(q, f, set1(0x1.3b29e4p-7f));
+    q = fmadd(q, f, set1(0x1.c6ae2cp-5f));
+    q = fmadd(q, f, set1(0x1.ebfbe0p-3f));
+    q = fmadd(q, f, set1(0x1.62e432p-1f));
+    q = fmadd(q, f, set1(1.0f));
+#if defined(ACTSCALE_AVX512)
+    return _mm512_scalef_ps(q, n);
+#else
+    return keep(not_below(x, set1(-126.0f)), times_power_of_two(q, shifted));
+#endif
 }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

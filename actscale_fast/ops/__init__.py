@@ -1,11 +1,13 @@
 """Tensors in, tensors out: the fused ops. They know no model."""
 
 from .backends import get_backend, set_backend, use_backend
+from .dynamic import dynamic_scale
 from .loss import intervention_loss, kl_div_from_logits
 from .optimizer import proximal_adam_
 from .scaling import scale_heads
 
 __all__ = [
+    "dynamic_scale",
     "get_backend",
     "intervention_loss",
     "kl_div_from_logits",

@@ -58,6 +58,31 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: got a tensor on {value.device}, expected one on {device}")
 
 
+def strengths(value: float | Tensor, length: int, device: torch.device, *, learn: str) -> tuple[float, Tensor | None]:
+    """`value` as (a float, one value per row [length] or None), whose product is the strength β of each row.
+
+    A tensor stays one, of no axes too: reading its value would wait for the GPU. `learn`: what has gradients instead.
+    """
+    if not isinstance(value, Tensor):
+        return number("strength", value), None
+    if value.requires_grad:
+        raise ValueError(f"strength: requires a gradient, but it is not differentiated; learn {learn} instead")
+    if value.dim() == 0:
+        value = value.to(device).expand(length)
+    return 1.0, row_values("strength", value, length, device)
+
+
+def row_groups(group: object, n_groups: int, n_rows: int, device: torch.device) -> Tensor | None:
+    """The group of each row, int64 [n_rows]; None where all rows are of the only group."""
+    if group is not None:
+        return index_vector("group", group, n_rows, device)
+    if n_groups == 1:
+        return None
+    if n_groups != n_rows:
+        raise ValueError(f"group: got None for {n_groups} groups and {n_rows} rows, expected an int64 tensor [B]")
+    return torch.arange(n_rows, device=device)
+
+
 def ids_in_range(name: str, ids: Tensor, bound: int, what: str) -> None:
     """The value check that the C++ kernels make themselves, for plain PyTorch on CPU tensors outside a trace."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():

@@ -43,6 +43,36 @@ class BackendModule(Protocol):
         Sums in a fixed order.
         """
 
+    def dynamic_scale(
+        self,
+        x: Tensor,  # [B, T, H, D], any strides over B, T, H; unit stride over D
+        weight: Tensor,  # [G, H, D] float32 contiguous
+        bias: Tensor | None,  # [G, H] float32 contiguous
+        strength: float,
+        row_strength: Tensor | None,  # [B] float32 contiguous; β of row b = strength · row_strength[b]
+        group: Tensor | None,  # [B] int64 contiguous; None: G == 1
+    ) -> tuple[Tensor, Tensor]:
+        """(y laid out as `layout.empty_like(x)`, α = ⟨weight, x⟩ + bias [B, T, H] float32 contiguous)."""
+
+    def dynamic_scale_backward(
+        self,
+        dy: Tensor,  # [B, T, H, D], any strides, stride 0 included
+        d_scalars: Tensor | None,  # [B, T, H] float32, any strides: the upstream of α
+        x: Tensor,  # as in the forward
+        weight: Tensor,
+        scalars: Tensor,  # α as the forward returned it
+        strength: float,
+        row_strength: Tensor | None,
+        group: Tensor | None,
+        need_dx: bool,
+        need_dweight: bool,
+        need_dbias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx laid out as `layout.empty_like(x)`, dweight [G, H, D] float32, dbias [G, H] float32).
+
+        Sums in a fixed order.
+        """
+
     def intervention_loss(
         self,
         logits: Tensor,  # [N, V], unit stride over V, any row stride

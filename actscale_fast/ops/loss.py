@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, checks, reference
-from .registry import LIBRARY, define
+from .registry import LIBRARY, backend_of, define, is_eager
 
 KLDirection = Literal["forward", "reverse"]
 
@@ -194,15 +194,25 @@ def _run(
         reference_logits = reference_logits if reference_logits.stride(1) == 1 else reference_logits.contiguous()
     learned = logits.requires_grad or (scalars is not None and scalars.requires_grad)
     need_grad = learned and torch.is_grad_enabled()
-    results = _loss_op(logits, reference_logits, correct, wrong, direction, scalars, *options, need_grad)
+    arguments = (logits, reference_logits, correct, wrong, direction, scalars, *options, need_grad)
+    if not is_eager(*arguments[:6]):
+        results = _loss_op(*arguments)
+    elif need_grad:
+        results = _InterventionLoss.apply(*arguments, True)
+    else:
+        results = backend_of(logits).intervention_loss(*arguments)
     return results[0], results[1], results[4]
 
 
 class _InterventionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, reference_logits, correct, wrong, *rest):  # type: ignore[no-untyped-def]
-        with torch._C._AutoDispatchBelowAutograd():
-            results = _loss_op(logits, reference_logits, correct, wrong, *rest)
+        *rest, ctx.eager = rest
+        if ctx.eager:
+            results = backend_of(logits).intervention_loss(logits, reference_logits, correct, wrong, *rest)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = _loss_op(logits, reference_logits, correct, wrong, *rest)
         _, _, grad, answer_grad, _, sign = results
         ctx.mark_non_differentiable(grad, answer_grad, sign)
         ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
@@ -227,10 +237,12 @@ class _InterventionLoss(torch.autograd.Function):
             zero = upstream[0].new_zeros(()).expand(d_logits.shape[0])
             d_effectiveness = zero if d_effectiveness is None else d_effectiveness
             d_faithfulness = zero if d_faithfulness is None else d_faithfulness
-            _scale_op_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
+            eager = ctx.eager and is_eager(d_effectiveness, d_faithfulness)
+            scale_ = backend_of(d_logits).intervention_loss_scale_ if eager else _scale_op_
+            scale_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
         if ctx.needs_input_grad[5] and d_l1 is not None:
             d_scalars = d_l1 * ctx.sign
-        return d_logits, None, None, None, None, d_scalars, None, None, None, None, None
+        return d_logits, None, None, None, None, d_scalars, None, None, None, None, None, None
 
 
 def _graph_is_kept(upstream: Tensor) -> bool:
@@ -238,4 +250,8 @@ def _graph_is_kept(upstream: Tensor) -> bool:
     return type(upstream) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-LIBRARY.impl("intervention_loss", _InterventionLoss.apply, "Autograd")
+def _dispatched(*arguments):  # type: ignore[no-untyped-def]
+    return _InterventionLoss.apply(*arguments, False)
+
+
+LIBRARY.impl("intervention_loss", _dispatched, "Autograd")

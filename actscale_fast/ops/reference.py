@@ -40,6 +40,26 @@ def scale_heads(
     return y.to(x.dtype)
 
 
+def dynamic_scale(
+    x: Tensor,  # [B, T, H, D]
+    weight: Tensor,  # [G, H, D]
+    bias: Tensor | None,  # [G, H]
+    strength: float,
+    row_strength: Tensor | None,  # [B]
+    group: Tensor | None,  # [B]
+) -> tuple[Tensor, Tensor]:
+    """(y, α): α = ⟨w, x⟩ + c [B, T, H] and y = x·(1 + β·α) (arXiv 2410.04962, eq. 10)."""
+    acc = accumulation_dtype(x.dtype)
+    wide = x.to(acc)
+    scalars = (wide * _rows_of(weight.to(acc), group)[:, None]).sum(-1)
+    if bias is not None:
+        scalars = scalars + _rows_of(bias.to(acc), group)[:, None]
+    beta: Tensor | float = strength
+    if row_strength is not None:
+        beta = strength * row_strength.to(acc)[:, None, None]
+    return (wide * (1 + beta * scalars)[..., None]).to(x.dtype), scalars
+
+
 def _rows_of(values: Tensor, group: Tensor | None) -> Tensor:
     """values [G, ...] of each row's group, NaN where there is no such group; all G rows where group is None."""
     if group is None:

@@ -92,22 +92,11 @@ def scale_heads(
         if n_groups is not None and values.shape[0] != n_groups:
             raise ValueError(f"shift: got {values.shape[0]} groups, expected {n_groups} as alpha has")
         n_groups = values.shape[0]
-    if group is not None:
-        group = checks.index_vector("group", group, n_rows, x.device)
-    elif n_groups != 1:
-        if n_groups != n_rows:
-            raise ValueError(f"group: got None for {n_groups} groups and {n_rows} rows, expected an int64 tensor [B]")
-        group = torch.arange(n_rows, device=x.device)
-    row_strength = None
-    if isinstance(strength, Tensor):
-        if strength.requires_grad:
-            raise ValueError("strength: requires a gradient, but it is not differentiated; learn alpha instead")
-        if strength.dim() == 0:  # stays a tensor: reading its value would wait for the GPU
-            strength = strength.to(x.device).expand(n_rows)
-        row_strength, strength = checks.row_values("strength", strength, n_rows, x.device), 1.0
-    strength = checks.number("strength", strength)
+    assert n_groups is not None
+    group = checks.row_groups(group, n_groups, n_rows, x.device)
+    strength, row_strength = checks.strengths(strength, n_rows, x.device, learn="alpha")
     if backends.resolve(x.device, x.dtype) == "reference":
-        if group is not None and n_groups is not None:
+        if group is not None:
             checks.ids_in_range("group", group, n_groups, "group")
         return reference.scale_heads(x, alpha, shift, strength, row_strength, group)
     if alpha is not None and shift is not None and alpha.shape[1] != shift.shape[1]:  # the kernels take one P

@@ -13,6 +13,7 @@ import torch as torch  # its OpenMP runtime, before the extension's
 
 from actscale_fast import _C
 
+from .dynamic import dynamic_scale, dynamic_scale_backward
 from .loss import intervention_loss, intervention_loss_scale_
 from .optimizer import proximal_adam_
 from .scaling import scale_heads, scale_heads_backward
@@ -21,6 +22,8 @@ if "ACTSCALE_CPU_LEVEL" in os.environ:
     _C.set_level(os.environ["ACTSCALE_CPU_LEVEL"])
 
 __all__ = [
+    "dynamic_scale",
+    "dynamic_scale_backward",
     "intervention_loss",
     "intervention_loss_scale_",
     "proximal_adam_",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from .dynamic_scale import dynamic_scale, dynamic_scale_backward
 from .loss import intervention_loss
 from .proximal import proximal_adam_
 from .rescale import intervention_loss_scale_
 from .scale_heads import scale_heads, scale_heads_backward
 
 __all__ = [
+    "dynamic_scale",
+    "dynamic_scale_backward",
     "intervention_loss",
     "intervention_loss_scale_",
     "proximal_adam_",
