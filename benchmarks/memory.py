@@ -24,13 +24,13 @@ def _nothing_kept() -> Iterator[None]:
     if backends.unavailable("cpu"):
         yield
         return
-    from actscale_fast.ops import cpu
+    from actscale_fast.ops.cpu import loss
 
-    before, cpu.KEPT_UP_TO = cpu.KEPT_UP_TO, 0
+    before, loss.KEPT_UP_TO = loss.KEPT_UP_TO, 0
     try:
         yield
     finally:
-        cpu.KEPT_UP_TO = before
+        loss.KEPT_UP_TO = before
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

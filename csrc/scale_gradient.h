@@ -9,7 +9,9 @@ namespace ACTSCALE_LEVEL {
 
 template <class T>
 static void scale_rows(const ScaleGradient& c) {
-    const int threads = c.rows * c.vocab < SERIAL_LOGITS ? 1 : int(smaller(c.threads, c.rows));
+    int64_t scaled = 0;  // rows; for two answers a row no thread need wake up
+    for (int64_t n = 0; n < c.rows; n++) scaled += c.d_faithfulness[n * c.d_faithfulness_stride] != 1;
+    const int threads = scaled * c.vocab < SERIAL_LOGITS ? 1 : int(smaller(c.threads, c.rows));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t n = 0; n < c.rows; n++) {
         const float effect = c.d_effectiveness[n * c.d_effectiveness_stride];
