@@ -90,9 +90,9 @@ def intervention_loss(
     direction = checks.row_values("direction", direction, n_rows, logits.device)
     if scalars is not None:
         checks.same_device("scalars", checks.floating_tensor("scalars", scalars, "of any shape"), logits.device)
-    margin, reverse = checks.number("margin", margin), _is_reverse(kl)
+    margin, reverse = checks.number("margin", margin), is_reverse(kl)
     if backends.resolve(logits.device, logits.dtype) == "reference":
-        _check_answers(correct, wrong, direction, logits.shape[1])
+        check_answers(correct, wrong, direction, logits.shape[1])
         losses = reference.intervention_loss(
             logits, reference_logits, correct, wrong, direction,
             margin=margin, exclude_answers=exclude_answers, reverse=reverse,
@@ -141,7 +141,7 @@ def kl_div_from_logits(
     z = logits if logits.dim() == 2 else logits.reshape(leading.numel(), width)
     r = reference_logits if logits.dim() == 2 else reference_logits.reshape(leading.numel(), width)
     _check_logits(z, r)
-    reverse, inverse_temperature = _is_reverse(kl), 1.0 / temperature
+    reverse, inverse_temperature = is_reverse(kl), 1.0 / temperature
     if backends.resolve(z.device, z.dtype) == "reference":
         options = {"inverse_temperature": inverse_temperature, "reverse": reverse}
         divergence = reference.intervention_loss(z, r, None, None, None, **options)[1]  # type: ignore[arg-type]
@@ -166,13 +166,13 @@ def _check_logits(logits: Tensor, reference_logits: Tensor) -> None:
         raise ValueError("reference_logits: requires a gradient, but the reference is a constant; detach it")
 
 
-def _is_reverse(kl: str) -> bool:
+def is_reverse(kl: str) -> bool:
     if kl not in ("forward", "reverse"):
         raise ValueError(f"kl: got {kl!r}, expected 'forward' or 'reverse'")
     return kl == "reverse"
 
 
-def _check_answers(correct: Tensor, wrong: Tensor, direction: Tensor, width: int) -> None:
+def check_answers(correct: Tensor, wrong: Tensor, direction: Tensor, width: int) -> None:
     """The value checks that the CPU kernels make themselves, for the reference backend on CPU tensors."""
     if correct.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -194,25 +194,25 @@ def _run(
         reference_logits = reference_logits if reference_logits.stride(1) == 1 else reference_logits.contiguous()
     learned = logits.requires_grad or (scalars is not None and scalars.requires_grad)
     need_grad = learned and torch.is_grad_enabled()
-    arguments = (logits, reference_logits, correct, wrong, direction, scalars, *options, need_grad)
-    if not is_eager(*arguments[:6]):
-        results = _loss_op(*arguments)
+    tensors = (logits, reference_logits, correct, wrong, direction, scalars)
+    if not is_eager(*tensors):
+        results = _loss_op(*tensors, *options, need_grad)
     elif need_grad:
-        results = _InterventionLoss.apply(*arguments, True)
+        results = _InterventionLoss.apply(*tensors, *options, need_grad, True)
     else:
-        results = backend_of(logits).intervention_loss(*arguments)
+        results = backend_of(logits).intervention_loss(*tensors, *options, need_grad)  # type: ignore[arg-type,call-arg]
     return results[0], results[1], results[4]
 
 
 class _InterventionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, reference_logits, correct, wrong, *rest):  # type: ignore[no-untyped-def]
-        *rest, ctx.eager = rest
+        ctx.eager = rest[-1]
         if ctx.eager:
-            results = backend_of(logits).intervention_loss(logits, reference_logits, correct, wrong, *rest)
+            results = backend_of(logits).intervention_loss(logits, reference_logits, correct, wrong, *rest[:-1])
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                results = _loss_op(logits, reference_logits, correct, wrong, *rest)
+                results = _loss_op(logits, reference_logits, correct, wrong, *rest[:-1])
         _, _, grad, answer_grad, _, sign = results
         ctx.mark_non_differentiable(grad, answer_grad, sign)
         ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
@@ -238,7 +238,7 @@ class _InterventionLoss(torch.autograd.Function):
             d_effectiveness = zero if d_effectiveness is None else d_effectiveness
             d_faithfulness = zero if d_faithfulness is None else d_faithfulness
             eager = ctx.eager and is_eager(d_effectiveness, d_faithfulness)
-            scale_ = backend_of(d_logits).intervention_loss_scale_ if eager else _scale_op_
+            scale_: Any = backend_of(d_logits).intervention_loss_scale_ if eager else _scale_op_
             scale_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
         if ctx.needs_input_grad[5] and d_l1 is not None:
             d_scalars = d_l1 * ctx.sign

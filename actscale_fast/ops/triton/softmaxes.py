@@ -27,7 +27,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _finite(m):
+def finite(m):
     """A maximum that may be subtracted: 0 stands for that of nothing but −inf."""
     return tl.where(m == float("-inf"), 0.0, m)
 
@@ -36,8 +36,8 @@ def _finite(m):
 def _moved(m_w, l_w, m_o, a, top_w, top_o, scale):
     """(factor of l_w, a) of a partial sum whose maxima m become `top`; where the factor underflows, a is 0 even if it
     was infinite."""
-    factor = tl.exp2((m_w - _finite(top_w)) * scale)
-    delta = (_finite(m_w) - _finite(top_w)) - (_finite(m_o) - _finite(top_o))
+    factor = tl.exp2((m_w - finite(top_w)) * scale)
+    delta = (finite(m_w) - finite(top_w)) - (finite(m_o) - finite(top_o))
     return factor, tl.where(factor == 0.0, 0.0, factor * (a + l_w * delta))
 
 
@@ -46,7 +46,7 @@ def merge(m_w, l_w, m_o, l_o, a, scale):
     """Partial sums [K] -> the sums over all K, as scalars."""
     top_w, top_o = tl.max(m_w, 0), tl.max(m_o, 0)
     factor, a = _moved(m_w, l_w, m_o, a, top_w, top_o, scale)
-    sum_o = tl.sum(l_o * tl.exp2((m_o - _finite(top_o)) * scale), 0)
+    sum_o = tl.sum(l_o * tl.exp2((m_o - finite(top_o)) * scale), 0)
     return top_w, tl.sum(l_w * factor, 0), top_o, sum_o, tl.sum(a, 0)
 
 
@@ -92,13 +92,13 @@ def scan(
             b_o = tl.load(p_o + offsets, mask=kept, other=float("-inf")).to(tl.float32)
         top_w = tl.maximum(m_w, tl.max(tl.max(b_w, 2), 0))
         top_o = tl.maximum(m_o, tl.max(tl.max(b_o, 2), 0))
-        b_w -= _finite(top_w)[None, :, None]
-        b_o -= _finite(top_o)[None, :, None]
+        b_w -= finite(top_w)[None, :, None]
+        b_o -= finite(top_o)[None, :, None]
         b_e = tl.exp2(b_w * scale)
         factor, a = _moved(m_w, l_w, m_o, a, top_w, top_o, scale)
         a += tl.sum(tl.sum(tl.where(b_e == 0.0, 0.0, b_e * (b_w - b_o)), 2), 0)
         l_w = tl.fma(l_w, factor, tl.sum(tl.sum(b_e, 2), 0))
-        factor = tl.exp2((m_o - _finite(top_o)) * scale)
+        factor = tl.exp2((m_o - finite(top_o)) * scale)
         l_o = tl.fma(l_o, factor, tl.sum(tl.sum(tl.exp2(b_o * scale), 2), 0))
         m_w, m_o = top_w, top_o
     return merge(m_w, l_w, m_o, l_o, a, scale)
@@ -107,8 +107,8 @@ def scan(
 @triton.jit
 def kl_gradient(b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE: tl.constexpr):
     """dF/dz of columns whose logits are b_w and b_o; log_w, log_o are the logarithms to base 2 of L_w, L_o."""
-    b_w = (b_w - _finite(top_w)) * scale - log_w
-    b_o = (b_o - _finite(top_o)) * scale - log_o
+    b_w = (b_w - finite(top_w)) * scale - log_w
+    b_o = (b_o - finite(top_o)) * scale - log_o
     if REVERSE:
         b_q = tl.exp2(b_w)
         return tl.where(b_q == 0.0, 0.0, inverse_temperature * b_q * ((b_w - b_o) * LN2 - faithfulness))

@@ -1,0 +1,40 @@
+"""Logits from hidden states a chunk of rows at a time, for what the statistics of `linear_softmax` cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Buffers of [rows, V] that a chunk's logits, their gradient and, with a soft-cap, its steps take at once.
+BUFFERS, BUFFERS_SOFTCAP = 3, 6
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
+    """[R, V], rounded where a transformers model rounds: in hidden's dtype after each step."""
+    logits = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits
+
+
+def chunks(hidden: Tensor, weight: Tensor, softcap: float | None, chunk_bytes: int) -> Iterator[slice]:
+    """Slices of rows whose logits fit into `chunk_bytes`; one empty slice where there are no rows."""
+    row_bytes = weight.shape[0] * weight.element_size() * (BUFFERS if softcap is None else BUFFERS_SOFTCAP)
+    step = max(1, chunk_bytes // row_bytes)
+    for begin in range(0, max(hidden.shape[0], 1), step):
+        yield slice(begin, begin + step)
+
+
+def logits_in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, chunk_bytes: int
+) -> Tensor:
+    """[N, V], whole; made as the loss makes its own, chunk by chunk, so that equal rows give equal logits."""
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    for rows in chunks(hidden, weight, softcap, chunk_bytes):
+        logits[rows] = logits_of(hidden[rows], weight, bias, softcap, logit_scale)
+    return logits

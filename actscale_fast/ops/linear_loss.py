@@ -1,0 +1,219 @@
+"""The losses of an intervention from hidden states: no [N, V] tensor is ever whole.
+
+With z = s·(W·h + b), q = softmax(z) over the kept columns, and of the frozen model's hidden states, once and for all,
+μ₀ = Wᵀp₀ (d floats a row) and the entropy of p₀:
+    KL(p₀ ‖ q) = log Σ exp(z) − s·(h·μ₀ + b·p₀) − H(p₀)          dKL/dh = s·(Wᵀq − μ₀)
+One primitive (`linear_softmax`) gives both sides' numbers, so the KL of a row to itself is exactly 0. W is frozen,
+therefore the gradient of h is known in the forward pass, and the backward pass scales it row by row with the upstream
+gradients; the hinge adds two rows of W. Saved: [N, d] floats.
+
+Where these identities do not hold (a soft-cap, the reverse KL, a W that learns) the reference keeps its logits, and the
+loss goes over both some rows at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from . import checks
+from .linear_logits import chunks, logits_of
+from .linear_softmax import CHUNK_BYTES, linear_softmax
+from .linear_statistics import ReferenceStatistics, as_float, check_head, expected_logit, unit_stride
+from .loss import KLDirection, check_answers, intervention_loss, is_reverse
+from .reference import l1_norm
+
+
+def linear_intervention_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    reference: ReferenceStatistics,
+    correct: Tensor,
+    wrong: Tensor,
+    *,
+    direction: Tensor,
+    margin: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    exclude_answers: bool = True,
+    kl: KLDirection = "forward",
+    scalars: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, ...]:
+    """`intervention_loss` of the logits softcap·tanh(logit_scale·(W·h + b)/softcap), without the logits.
+
+    Args:
+        hidden: [N, d], the last hidden states under the intervention, as the head takes them.
+        weight: [V, d], the head, of hidden's dtype. Frozen; one that requires a gradient gets it, at the cost of the
+            logits once more in the backward pass.
+        reference: `reference_statistics` of the same rows, head and options.
+        correct, wrong: int64 [N], the token ids c and w; different in each row.
+        direction: [N] of ±1, the sign of the strength each row was run with.
+        margin: m, in logits.
+        bias, softcap, logit_scale: of the head, as in `reference_statistics`.
+        exclude_answers: leave c and w out of the KL and renormalise; False: all of V.
+        kl: "forward" KL(p₀ ‖ p_s) or "reverse" KL(p_s ‖ p₀), in nats.
+        scalars: the learned scalars, any shape; adds a third result.
+        chunk_bytes: extra memory of each pass, at most (at least one row of logits).
+
+    Returns:
+        (effectiveness [N], faithfulness [N]) or (effectiveness [N], faithfulness [N], ‖scalars‖₁ []), float32
+        (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device, or a reference made with other options; on CPU also
+            a token id out of range, equal answers and a direction other than ±1.
+
+    Once differentiable; torch.func transforms are not supported.
+    """
+    correct, wrong = check_head(hidden, weight, bias, correct, wrong, softcap, logit_scale, chunk_bytes)
+    direction = checks.row_values("direction", direction, hidden.shape[0], hidden.device)
+    if scalars is not None:
+        checks.same_device("scalars", checks.floating_tensor("scalars", scalars, "of any shape"), hidden.device)
+    margin, reverse = checks.number("margin", margin), is_reverse(kl)
+    check_answers(correct, wrong, direction, weight.shape[0])
+    _check_reference(reference, hidden, weight, exclude_answers, logit_scale, softcap)
+    head_learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    by_logits = softcap is not None or reverse or head_learns or reference.mean is None
+    if by_logits and reference.logits is None:
+        reason = "a soft-cap" if softcap is not None else "the reverse KL" if reverse else "a head that learns"
+        raise ValueError(
+            f"reference: got statistics without logits, which {reason} needs; expected"
+            " reference_statistics(..., keep_logits=True)"
+        )
+    options = {"margin": margin, "exclude_answers": exclude_answers}
+    head = (weight, bias, softcap, float(logit_scale))
+    if head_learns:
+        losses = _recomputed(hidden, head, reference, correct, wrong, direction, chunk_bytes, {**options, "kl": kl})
+    else:
+        losses = _LinearLoss.apply(
+            hidden, head, reference, correct, wrong, direction, chunk_bytes, by_logits, {**options, "kl": kl},
+            hidden.requires_grad and torch.is_grad_enabled(),
+        )  # fmt: skip
+    return losses if scalars is None else (*losses, l1_norm(scalars))
+
+
+def _check_reference(
+    statistics: object, hidden: Tensor, weight: Tensor, exclude: bool, logit_scale: float, softcap: float | None
+) -> None:
+    if not isinstance(statistics, ReferenceStatistics):
+        raise TypeError(f"reference: got {type(statistics).__name__}, expected ReferenceStatistics")
+    if len(statistics) != hidden.shape[0]:
+        raise ValueError(f"reference: got {len(statistics)} rows, expected {hidden.shape[0]} as hidden has")
+    for name, made, used in (
+        ("exclude_answers", statistics.exclude_answers, exclude),
+        ("logit_scale", statistics.logit_scale, float(logit_scale)),
+        ("softcap", statistics.softcap, softcap),
+    ):
+        if made != used:
+            raise ValueError(f"{name}: got {used}, expected {made} as the reference was made with")
+    for tensor, width in ((statistics.mean, weight.shape[1]), (statistics.logits, weight.shape[0])):
+        if tensor is not None:
+            checks.same_device("reference", tensor, hidden.device)
+            if tensor.shape[1] != width:
+                raise ValueError(f"reference: got statistics of width {tensor.shape[1]}, expected {width}")
+
+
+def _recomputed(hidden, head, reference, correct, wrong, direction, chunk_bytes, options):  # type: ignore[no-untyped-def]
+    """The losses chunk by chunk with the logits made again in the backward pass, for a head that learns."""
+    weight, bias, softcap, logit_scale = head
+
+    def of_rows(h, reference_logits, *rest):  # type: ignore[no-untyped-def]
+        logits = logits_of(h, weight, bias, softcap, logit_scale)
+        return intervention_loss(logits, reference_logits, rest[0], rest[1], direction=rest[2], **options)
+
+    parts = [
+        checkpoint(
+            of_rows, hidden[rows], reference.logits[rows], correct[rows], wrong[rows], direction[rows],
+            use_reentrant=False,
+        )
+        for rows in chunks(hidden, weight, softcap, chunk_bytes)
+    ]  # fmt: skip
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Frozen head: (effectiveness, faithfulness); the gradient of hidden is made in the forward pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, hidden, head, reference, correct, wrong, direction, chunk_bytes, by_logits, options, need_grad
+    ):
+        compute = _by_logits if by_logits else _by_statistics
+        effectiveness, faithfulness, d_faithfulness, d_answers = compute(
+            hidden, head, reference, correct, wrong, direction, chunk_bytes, need_grad, **options
+        )
+        if need_grad:
+            ctx.save_for_backward(d_faithfulness, d_answers, correct, wrong, head[0])
+            ctx.dtype = hidden.dtype
+        return effectiveness, faithfulness
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_effectiveness, d_faithfulness):  # type: ignore[no-untyped-def]
+        faithfulness_grad, answers_grad, correct, wrong, weight = ctx.saved_tensors
+        d_hidden = d_faithfulness[:, None] * faithfulness_grad
+        rows = torch.stack([correct, wrong], 1).clamp(0, weight.shape[0] - 1)  # [N, 2]
+        factors = d_effectiveness[:, None] * answers_grad  # [N, 2]; NaN where an id is out of range
+        d_hidden += (factors[:, :, None] * weight.detach()[rows].to(factors.dtype)).sum(1)
+        return d_hidden.to(ctx.dtype), *[None] * 9
+
+
+def _by_statistics(  # type: ignore[no-untyped-def]
+    hidden, head, reference, correct, wrong, direction, chunk_bytes, need_grad, *, margin, exclude_answers, kl
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(effectiveness, faithfulness, d faithfulness/dh [N, d], d effectiveness/d(W·h) at the two answers [N, 2])."""
+    weight, bias, _, scale = head
+    log_sum, mean, _, answers = linear_softmax(
+        unit_stride(hidden.detach()), unit_stride(weight.detach()), None if bias is None else as_float(bias),
+        correct, wrong, exclude_answers, scale, chunk_bytes, need_grad,
+    )  # fmt: skip
+    divergence = log_sum - expected_logit(hidden, reference.mean, reference.mean_bias, scale) - reference.entropy
+    divergence = divergence.clamp(min=0)  # rounding
+    if exclude_answers and weight.shape[0] <= 2:  # nothing is left of V
+        divergence = torch.zeros_like(divergence)
+    missing = margin - direction.to(answers.dtype) * (answers[:, 0] - answers[:, 1])
+    effectiveness = missing.clamp(min=0)
+    if not need_grad:
+        return effectiveness, divergence.to(answers.dtype), None, None
+    slope = -direction.to(answers.dtype) * torch.where(missing.isnan(), missing, (missing > 0).to(missing.dtype))
+    return (
+        effectiveness,
+        divergence.to(answers.dtype),
+        scale * (mean - reference.mean),
+        scale * torch.stack([slope, -slope], 1),
+    )
+
+
+def _by_logits(  # type: ignore[no-untyped-def]
+    hidden, head, reference, correct, wrong, direction, chunk_bytes, need_grad, *, margin, exclude_answers, kl
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As `_by_statistics`, from logits of some rows at a time."""
+    weight, bias, softcap, scale = head
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    parts = []
+    for rows in chunks(hidden, weight, softcap, chunk_bytes):
+        h = hidden[rows].detach().requires_grad_(need_grad)
+        with torch.set_grad_enabled(need_grad):
+            logits = logits_of(h, weight, bias, softcap, scale)
+            effectiveness, faithfulness = intervention_loss(
+                logits, reference.logits[rows], correct[rows], wrong[rows], direction=direction[rows],
+                margin=margin, exclude_answers=exclude_answers, kl=kl,
+            )  # fmt: skip
+        if not need_grad:
+            parts.append([effectiveness, faithfulness])
+            continue
+        (d_hidden,) = torch.autograd.grad(faithfulness.sum(), h)
+        columns = torch.stack([correct[rows], wrong[rows]], 1).clamp(0, weight.shape[0] - 1)
+        answers = logits.detach().gather(1, columns).to(effectiveness.dtype)
+        steepness = scale * (1 - (answers / softcap) ** 2) if softcap is not None else torch.full_like(answers, scale)
+        slope = -direction[rows].to(answers.dtype) * (effectiveness > 0) + 0 * effectiveness
+        sides = torch.stack([slope, -slope], 1)
+        parts.append([effectiveness, faithfulness, d_hidden.to(answers.dtype), steepness * sides])
+    joined = tuple(torch.cat(column).detach() for column in map(list, zip(*parts, strict=True)))
+    return joined if need_grad else (*joined, None, None)  # type: ignore[return-value]

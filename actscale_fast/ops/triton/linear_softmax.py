@@ -1,0 +1,204 @@
+"""The step between the two matrix products of `linear_softmax`: products of rows become the weights e^{z − max}.
+
+With x = W·h the raw products (float32), b the bias, s the scale of the logits, over the columns that are kept:
+    M = max(x + b),  e = 2^{(x + b − M)·s·log2(e)},  L = Σ e,  B = Σ e·b
+    log_sum = s·M + log L,   answers = s·(x + b) at c and w
+e is at most 1, so 16 bits hold it; the mean of W's rows is (Σ e·W)/L, and no pass is spent on dividing e by L.
+Bytes per product: read 4 for M, L and B; read 4 and write the size of W's dtype for e. With 128 rows of V = 128256 the
+products take 6 % of the bytes of a W with d = 4096. The float64 log_sum is made in the kernel: a KL is the small
+difference of two of them.
+
+Rows are split over programs as in loss.py; its launch constants, not measured on a GPU yet, hold here too.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..linear_softmax import in_chunks
+from .columns import MAX_SPLITS, Tiling, tile_positions
+from .device import on_device_of, processors
+from .softmaxes import LN2, LOG2E, finite
+
+
+@triton.jit
+def _kept(p_x, p_bias, columns, kept):
+    b_z = tl.load(p_x + columns, mask=kept, other=float("-inf"))
+    if p_bias is not None:
+        b_z += tl.load(p_bias + columns, mask=kept, other=0.0).to(tl.float32)
+    return b_z
+
+
+@triton.jit
+def _both_inside(c, w, V):
+    return (c >= 0) & (c < V) & (w >= 0) & (w < V)
+
+
+@triton.jit(do_not_specialize=["splits", "tiles"])
+def softmax_rows_scan_kernel(
+    p_partials,  # [R, 3, splits]: M, L, B
+    p_x,  # [R, V] float32
+    p_bias,  # [V] float32 or None
+    p_correct,  # [R] or None
+    p_wrong,
+    p_answers,  # [R, 2] or None
+    V,
+    splits,
+    tiles,
+    logit_scale,
+    EXCLUDE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    TILE: tl.constexpr = UNROLL * LANES * VECTOR
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
+    scale = logit_scale * LOG2E
+    positions = tile_positions(UNROLL, LANES, VECTOR)
+    p_x += row * V
+    if p_correct is not None:
+        c = tl.load(p_correct + row)
+        w = tl.load(p_wrong + row)
+        if split == 0:  # here, because the weights may overwrite the products
+            valid = _both_inside(c, w, V)
+            tl.store(p_answers + row * 2, logit_scale * _kept(p_x, p_bias, c, valid))
+            tl.store(p_answers + row * 2 + 1, logit_scale * _kept(p_x, p_bias, w, valid))
+    m = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    in_bias = tl.zeros([LANES], tl.float32)
+    for tile in range(split * tiles, split * tiles + tiles):
+        columns = tile * TILE + positions
+        kept = columns < V
+        if EXCLUDE:
+            kept = kept & (columns != c) & (columns != w)
+        b_z = _kept(p_x, p_bias, columns, kept)
+        top = tl.maximum(m, tl.max(tl.max(b_z, 2), 0))
+        b_e = tl.exp2((b_z - finite(top)[None, :, None]) * scale)
+        factor = tl.exp2((m - finite(top)) * scale)
+        total = total * factor + tl.sum(tl.sum(b_e, 2), 0)
+        if p_bias is not None:
+            b_bias = tl.load(p_bias + columns, mask=kept, other=0.0).to(tl.float32)
+            in_bias = in_bias * factor + tl.sum(tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_bias), 2), 0)
+        m = top
+    top = tl.max(m, 0)
+    factor = tl.exp2((m - finite(top)) * scale)
+    p_partials += row * 3 * splits + split
+    tl.store(p_partials, top)
+    tl.store(p_partials + splits, tl.sum(total * factor, 0))
+    tl.store(p_partials + 2 * splits, tl.sum(in_bias * factor, 0))
+
+
+@triton.jit(do_not_specialize=["splits", "programs", "tiles"])
+def softmax_rows_finish_kernel(
+    p_partials,
+    p_x,  # [R, V] float32
+    p_bias,
+    p_correct,
+    p_wrong,
+    p_log_sum,  # [R] float64
+    p_total,  # [R] float64: L
+    p_in_bias,  # [R] float64: B
+    p_weights,  # [R, V] of W's dtype (may be p_x), or None
+    V,
+    splits,
+    programs,  # a row
+    tiles,
+    logit_scale,
+    EXCLUDE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    TILE: tl.constexpr = UNROLL * LANES * VECTOR
+    row = (tl.program_id(0) // programs).to(tl.int64)
+    split = tl.program_id(0) % programs
+    scale = logit_scale * LOG2E
+    i = tl.arange(0, MAX_SPLITS)
+    here = i < splits
+    p_partials += row * 3 * splits + i
+    m = tl.load(p_partials, mask=here, other=float("-inf"))
+    top = tl.max(m, 0)
+    factor = tl.exp2((m - finite(top)) * scale)
+    total = tl.sum(tl.load(p_partials + splits, mask=here, other=0.0) * factor, 0)
+    in_bias = tl.sum(tl.load(p_partials + 2 * splits, mask=here, other=0.0) * factor, 0)
+    p_x += row * V
+    poison = tl.zeros([], tl.float32)
+    if p_correct is not None:  # an id out of range: the row is NaN
+        c = tl.load(p_correct + row)
+        w = tl.load(p_wrong + row)
+        poison = tl.where(_both_inside(c, w, V), 0.0, float("nan"))
+    if split == 0:
+        log_sum = logit_scale.to(tl.float64) * top.to(tl.float64) + LN2 * tl.log2(total.to(tl.float64))
+        tl.store(p_log_sum + row, log_sum + poison)
+        tl.store(p_total + row, total.to(tl.float64) + poison)
+        tl.store(p_in_bias + row, in_bias.to(tl.float64) + poison)
+    if p_weights is not None:
+        p_weights += row * V
+        positions = tile_positions(UNROLL, LANES, VECTOR)
+        for j in range(tiles):
+            columns = (split * tiles + tiles - 1 - j) * TILE + positions  # what was read last lies in L2
+            inside = columns < V
+            kept = inside
+            if EXCLUDE:
+                kept = kept & (columns != c) & (columns != w)
+            b_e = tl.exp2((_kept(p_x, p_bias, columns, kept) - finite(top)) * scale) + poison
+            tl.store(p_weights + columns, b_e.to(p_weights.dtype.element_ty), mask=inside)
+
+
+def _softmax_rows(
+    products: Tensor,
+    bias: Tensor | None,
+    correct: Tensor | None,
+    wrong: Tensor | None,
+    exclude_answers: bool,
+    logit_scale: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """`linear_softmax.SoftmaxRows` in two launches; float32 weights overwrite the products."""
+    R, V = products.shape
+    device = products.device
+    log_sum, total, in_bias = (torch.empty(R, dtype=torch.float64, device=device) for _ in range(3))
+    answers = torch.empty((0 if correct is None else R, 2), dtype=torch.float32, device=device)
+    weights = products if dtype == products.dtype else None
+    if dtype is not None and weights is None:
+        weights = torch.empty((R, V), dtype=dtype, device=device)
+    if R == 0:
+        return log_sum, weights, total, in_bias, answers
+    tiling = Tiling.of(R, V, products.dtype, (V,), processors(device))
+    constants = {name: value for name, value in tiling.constants.items() if name != "SHIFTED"}
+    partials = torch.empty((R, 3, tiling.splits), dtype=torch.float32, device=device)
+    exclude = exclude_answers and correct is not None
+    programs = tiling.splits if weights is not None else 1
+    with on_device_of(products):
+        softmax_rows_scan_kernel[(R * tiling.splits,)](
+            partials, products, bias, correct, wrong, None if correct is None else answers, V, tiling.splits,
+            tiling.tiles, logit_scale, EXCLUDE=exclude, **constants,
+        )  # fmt: skip
+        softmax_rows_finish_kernel[(R * programs,)](
+            partials, products, bias, correct, wrong, log_sum, total, in_bias, weights, V, tiling.splits, programs,
+            tiling.tiles, logit_scale, EXCLUDE=exclude, **constants,
+        )  # fmt: skip
+    return log_sum, weights, total, in_bias, answers
+
+
+def linear_softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    correct: Tensor | None,
+    wrong: Tensor | None,
+    exclude_answers: bool,
+    logit_scale: float,
+    chunk_bytes: int,
+    need_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log_sum, mean, mean_bias, answers); see `interface.BackendModule`."""
+    return in_chunks(
+        hidden, weight, bias, correct, wrong, exclude_answers, logit_scale, chunk_bytes, need_mean, _softmax_rows
+    )
