@@ -1,6 +1,6 @@
 // Hinge, KL divergence and the gradient of the logits, one read of each logit from memory.
 //
-//   x = c·r - R,  y = c·z - Z,  c = t·log2(e),  p = 2^x/Sr,  q = 2^y/Sz,     t: the inverse temperature
+//   x = c·(r - R),  y = c·(z - Z),  c = t·log2(e),  p = 2^x/Sr,  q = 2^y/Sz,     t: the inverse temperature
 //   forward  F = ln2·(Σ p·(x - y) + log2(Sz/Sr))    dF/dz = t·(q - p)
 //   reverse  F = ln2·(Σ q·(y - x) - log2(Sz/Sr))    dF/dz = t·q·(ln2·(y - x - log2(Sz/Sr)) - F)
 //   hinge    E = max(0, m - s·(z[c] - z[w]))        dE/dz[c] = -s, dE/dz[w] = s, where positive
@@ -52,16 +52,15 @@ INLINE float largest(const T* p, int64_t count) {
     return largest_of(larger(first, second));
 }
 
-// c·v - A for one A near c·(the largest v): `value`, exactly what is subtracted.
+// c·(v - a) for one a near the largest v. The difference first: equal shifts of a row then change nothing.
 struct Anchor {
     F factor, subtracted;
-    double value;
+    double value;  // c·a
     INLINE_MEMBER Anchor(float largest, float scale) : factor(set1(scale)) {
         largest = largest > LOWEST ? largest : LOWEST;
-        const float scaled = FUSED ? scale * largest : largest;
-        subtracted = set1(scaled), value = FUSED ? double(scaled) : double(scale) * largest;
+        subtracted = set1(largest), value = double(scale) * largest;
     }
-    INLINE_MEMBER F power_of(F v) const { return FUSED ? fmsub(v, factor, subtracted) : (v - subtracted) * factor; }
+    INLINE_MEMBER F power_of(F v) const { return (v - subtracted) * factor; }
 };
 
 // `EXACT`: with the block's maxima, and with no term where the weight is 0, whatever the difference.

@@ -63,6 +63,25 @@ struct InterventionLoss {
     int threads;
 };
 
+struct LinearSoftmax {  // softmax of z = s·(W·h + b) and its mean of W's rows
+    Type type;                                  // of hidden and weight
+    int64_t rows, vocab, width;                 // N, V, d
+    const void* hidden;                         // [N, d]
+    const void* weight;                         // [V, d]
+    int64_t hidden_stride, weight_stride;       // of rows
+    const float* bias;                          // [V] or null
+    const int64_t* correct;                     // [N]; null: no answers
+    const int64_t* wrong;
+    bool exclude_answers;
+    float scale;                                // s > 0
+    int64_t bytes;                              // of partial sums, at most (at least those of 64 rows)
+    double* log_sum;                            // [N]
+    float* mean;                                // [N, d]
+    double* mean_bias;                          // [N]
+    float* answers;                             // [N, 2]
+    int threads;
+};
+
 struct ScaleGradient {  // the gradient of upstream 1 becomes that of the given upstream
     Type type;
     int64_t rows, vocab;
@@ -91,6 +110,7 @@ struct Kernels {
     void (*dynamic_scale_backward)(const DynamicScale&);
     void (*intervention_loss)(const InterventionLoss&);
     void (*scale_gradient)(const ScaleGradient&);
+    void (*linear_softmax)(const LinearSoftmax&);
     void (*l1_norm)(const float* values, float* sign, float* norm, int64_t count);  // sign may be null
     void (*proximal_adam)(const ProximalAdam&);
     void (*powers_of_two)(const float* in, float* out, int64_t count);              // the kernels' 2^x, for its test
@@ -102,5 +122,7 @@ const Kernels& avx512_kernels();
 
 // Scratch of the calling thread, 64-byte aligned, kept for the next call. Throws std::bad_alloc.
 float* scratch(int64_t count);
+// Gives the calling thread's scratch back where it is larger than `kept` floats.
+void release_scratch(int64_t kept);
 
 }  // namespace actscale

@@ -3,6 +3,9 @@
 //   z = s·(W·h + b),  q = softmax(z) over the columns that are kept
 //   log_sum = log Σ exp(z),  mean = Σ q·W (d floats a row),  mean_bias = Σ q·b,  answers = z at the two answers
 //
+// A KL divergence is a small difference of log_sums, and the products' roundings δ move a plain one by Σ q·δ. Therefore
+// log_sum is put together as H(q) + s·(h·mean + mean_bias), which is stationary in q: errors of q enter squared.
+//
 // W is read from memory once. A block of its rows (BLOCK_FLOATS, in L2 from then on) is multiplied with up to GROUP
 // hidden states, the products become powers of two relative to a running maximum, and these weight the same block's
 // rows: 4·N·V·d operations, compute-bound from about 8 rows on. No [N, V] exists; beside the results there are a block
@@ -20,6 +23,9 @@ namespace ACTSCALE_LEVEL {
 constexpr int64_t GROUP = 64;               // rows whose products are made together
 constexpr int64_t BLOCK_FLOATS = 96 << 10;  // of W: 384 KiB, which leaves room in an L2 of 512 KiB for the products
 constexpr int64_t KEPT_FLOATS = 4 << 20;    // of scratch, for the next call
+// A chain of additions rounds as often as it is long. An error of Σ e moves log_sum by itself times h·mean, one of the
+// mean by its product with h.
+constexpr int64_t CHAIN = 16, ROWS_CHAIN = 32;
 constexpr int64_t SPLIT_COLUMNS = 4096, MOST_SPLITS = 16;
 #if defined(ACTSCALE_AVX512)
 constexpr int TILE = 12;  // rows of a register tile, two vectors wide: 24 of 32 registers
@@ -34,7 +40,7 @@ struct LinearPlan {
     int64_t state;                       // floats a row and split: the sum of W's rows, then `Running`
 };
 
-struct Running { double sum, bias_sum, anchor; float largest; };  // of one row in one split
+struct Running { double sum, power_sum, bias_sum, anchor; float largest; };  // of one row in one split
 
 static LinearPlan plan_of(const LinearSoftmax& c) {
     LinearPlan p;
@@ -74,7 +80,7 @@ INLINE void weighted_rows(const float* e, const float* w, int64_t stride, int64_
     F total[M][C];
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++)
-        for (int j = 0; j < C; j++) total[i][j] = load(sums + i * state + j * W);
+        for (int j = 0; j < C; j++) total[i][j] = set1(0);
     for (int64_t v = 0; v < count; v++) {
         F row[C];
         for (int j = 0; j < C; j++) row[j] = load(w + v * stride + j * W);
@@ -86,7 +92,10 @@ INLINE void weighted_rows(const float* e, const float* w, int64_t stride, int64_
     }
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++)
-        for (int j = 0; j < C; j++) store(sums + i * state + j * W, total[i][j]);
+        for (int j = 0; j < C; j++) {
+            float* at_sum = sums + i * state + j * W;
+            store(at_sum, load(at_sum) + total[i][j]);
+        }
 }
 
 template <int C>
@@ -117,33 +126,36 @@ static void powers_of_block(const LinearSoftmax& c, const LinearPlan& p, int64_t
             if (c.bias) store(z + v * GROUP + n, load(z + v * GROUP + n) + set1(c.bias[begin + v]));
             most = larger(load(z + v * GROUP + n), most);
         }
-        float largest[W], subtrahend[W], sums[W], bias_sums[W];
-        store(largest, most);
-        for (int i = 0; i < W; i++) subtrahend[i] = 0;
-        for (int64_t i = 0; i < smaller(W, rows - n); i++) {
-            Running* r = running_of(states + (n + i) * p.state, p.depth);
-            if (largest[i] > r->largest) {
-                const double risen = Anchor(largest[i], scale).value;
+        float lanes[W], subtrahend[W] = {};
+        store(lanes, most);
+        for (int i = 0; i < smaller(W, rows - n); i++) {
+            float* total = states + (n + i) * p.state;
+            Running* r = running_of(total, p.depth);
+            if (lanes[i] > r->largest) {
+                const double risen = double(scale) * lanes[i];
                 const float factor = r->largest == -FLT_MAX ? 0 : float(exp2(r->anchor - risen));
-                r->sum *= factor, r->bias_sum *= factor, r->anchor = risen, r->largest = largest[i];
-                float* total = states + (n + i) * p.state;
-                for (int64_t k = 0; k < p.depth && c.mean; k += W) store(total + k, load(total + k) * set1(factor));
+                r->power_sum = factor == 0 ? 0 : factor * (r->power_sum + r->sum * (r->anchor - risen));
+                r->sum *= factor, r->bias_sum *= factor, r->anchor = risen, r->largest = lanes[i];
+                for (int64_t k = 0; k < p.depth; k += W) store(total + k, load(total + k) * set1(factor));
             }
-            subtrahend[i] = FUSED ? float(r->anchor) : r->largest;
+            subtrahend[i] = r->largest;
         }
         const F factor = set1(scale), subtracted = load(subtrahend);
-        F sum = set1(0), bias_sum = sum;
-        for (int64_t v = 0; v < count; v++) {
-            const F raw = load(z + v * GROUP + n);
-            const F e = exponential2(FUSED ? fmsub(raw, factor, subtracted) : (raw - subtracted) * factor);
-            store(z + v * GROUP + n, e);
-            sum = sum + e;
-            if (c.bias && c.bias[begin + v] > -FLT_MAX) bias_sum = fmadd(e, set1(c.bias[begin + v]), bias_sum);
-        }
-        store(sums, sum), store(bias_sums, bias_sum);
-        for (int64_t i = 0; i < smaller(W, rows - n); i++) {
-            Running* r = running_of(states + (n + i) * p.state, p.depth);
-            r->sum += sums[i], r->bias_sum += bias_sums[i];
+        for (int64_t begun = 0; begun < count; begun += CHAIN) {  // short sums in float, joined in double
+            F sum = set1(0), power_sum = sum, bias_sum = sum;
+            for (int64_t v = begun; v < smaller(begun + CHAIN, count); v++) {
+                const F power = (load(z + v * GROUP + n) - subtracted) * factor, e = exponential2(power);
+                store(z + v * GROUP + n, e);
+                sum = sum + e;
+                power_sum = fmadd(e, keep(not_below(e, set1(FLT_MIN)), power), power_sum);
+                if (c.bias && c.bias[begin + v] > -FLT_MAX) bias_sum = fmadd(e, set1(c.bias[begin + v]), bias_sum);
+            }
+            float power_lanes[W], bias_lanes[W];
+            store(lanes, sum), store(power_lanes, power_sum), store(bias_lanes, bias_sum);
+            for (int i = 0; i < smaller(W, rows - n); i++) {
+                Running* r = running_of(states + (n + i) * p.state, p.depth);
+                r->sum += lanes[i], r->power_sum += power_lanes[i], r->bias_sum += bias_lanes[i];
+            }
         }
     }
 }
@@ -191,43 +203,53 @@ static void run_split(const LinearSoftmax& c, const LinearPlan& p, int64_t split
         }
         if (c.correct) take_answers(c, first_row, rows, v, count, z);
         powers_of_block(c, p, v, count, rows, z, states);
-        if (!c.mean) continue;
         int64_t k = 0;
-        for (; k + 2 * W <= p.depth; k += 2 * W)
-            weighted_rows_of_group<2>(z, w + k, stride, count, rows, states + k, p.state);
-        if (k < p.depth) weighted_rows_of_group<1>(z, w + k, stride, count, rows, states + k, p.state);
+        for (; k < p.depth; k += 2 * W)
+            for (int64_t i = 0; i < count; i += ROWS_CHAIN) {
+                const int64_t part = smaller(ROWS_CHAIN, count - i);
+                const float *e = z + i * GROUP, *from_w = w + i * stride + k;
+                if (k + W < p.depth) weighted_rows_of_group<2>(e, from_w, stride, part, rows, states + k, p.state);
+                else weighted_rows_of_group<1>(e, from_w, stride, part, rows, states + k, p.state);
+            }
     }
 }
 
 // The splits' sums of one row, joined in order.
+template <class T>
 static void join_splits(const LinearSoftmax& c, const LinearPlan& p, int64_t row, float* states, int64_t split_floats) {
     Running* r[MOST_SPLITS];
-    double anchor = -INFINITY, largest = 0;
+    double anchor = -INFINITY;
     for (int64_t s = 0; s < p.splits; s++) {
         r[s] = running_of(states + s * split_floats, p.depth);
-        if (r[s]->largest > -FLT_MAX && r[s]->anchor > anchor) anchor = r[s]->anchor, largest = r[s]->largest;
+        if (r[s]->largest > -FLT_MAX && r[s]->anchor > anchor) anchor = r[s]->anchor;
     }
-    double sum = 0, bias_sum = 0;
+    double sum = 0, power_sum = 0, bias_sum = 0;
     float factor[MOST_SPLITS];
     for (int64_t s = 0; s < p.splits; s++) {
         const double scale = r[s]->largest > -FLT_MAX ? exp2(r[s]->anchor - anchor) : 0;
         sum += scale * r[s]->sum, bias_sum += scale * r[s]->bias_sum;
+        if (scale != 0) power_sum += scale * (r[s]->power_sum + r[s]->sum * (r[s]->anchor - anchor));
         factor[s] = float(scale);
     }
-    // What float rounds off log2(e)·s moves all powers by the same amount, up to 1e-8 of their spread.
-    const double rounded = double(float(LOG2E * c.scale)), exact = LOG2E * double(c.scale);
-    c.log_sum[row] = sum == 0 ? -INFINITY : LN2 * (anchor + log2(sum) + (exact - rounded) * largest);
-    if (!c.mean) return;
-    c.mean_bias[row] = sum == 0 ? 0 : bias_sum / sum;
+    if (sum == 0) {  // no column is kept
+        memset(c.mean + row * c.width, 0, sizeof(float) * c.width);
+        c.log_sum[row] = -INFINITY, c.mean_bias[row] = 0;
+        return;
+    }
     float* mean = c.mean + row * c.width;
-    const float inverse = sum == 0 ? 0 : float(1 / sum);
+    const F inverse = set1(float(1 / sum));
     for (int64_t k = 0; k < c.width; k += W) {
         F total = set1(0);
         for (int64_t s = 0; s < p.splits; s++)
             total = fmadd(set1(factor[s]), load(states + s * split_floats + k), total);
         const int n = int(smaller(W, c.width - k));
-        n == W ? store(mean + k, total * set1(inverse)) : store_part(mean + k, total * set1(inverse), n);
+        n == W ? store(mean + k, total * inverse) : store_part(mean + k, total * inverse, n);
     }
+    c.mean_bias[row] = bias_sum / sum;
+    double dot = c.mean_bias[row];
+    const T* hidden = at(c.hidden, row * c.hidden_stride, T());
+    for (int64_t k = 0; k < c.width; k++) dot += double(widen(hidden[k])) * mean[k];
+    c.log_sum[row] = LN2 * (log2(sum) - power_sum / sum) + double(c.scale) * dot;
 }
 
 template <class T>
@@ -258,7 +280,7 @@ static void linear_softmax_of(const LinearSoftmax& c) {
                              states + split * split_floats + row * p.state, memory + thread_index() * own);
             }
 #pragma omp for schedule(static)
-            for (int64_t n = 0; n < rows; n++) join_splits(c, p, first + n, states + n * p.state, split_floats);
+            for (int64_t n = 0; n < rows; n++) join_splits<T>(c, p, first + n, states + n * p.state, split_floats);
         }
     }
     release_scratch(KEPT_FLOATS);

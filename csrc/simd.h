@@ -77,8 +77,6 @@ INLINE void stream(float* p, F v) { _mm512_stream_ps(p, v); }
 template <class T> INLINE void stream(T* p, F v) { _mm256_stream_si256((__m256i*)p, pack(v, p)); }
 INLINE void fence() { _mm_sfence(); }
 INLINE F fmadd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE F fmsub(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
-constexpr bool FUSED = true;  // products are added without a rounding
 INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE Mask not_below(F v, F bound) { return _mm512_cmp_ps_mask(v, bound, _CMP_NLT_UQ); }
 INLINE F keep(Mask mask, F v) { return _mm512_maskz_mov_ps(mask, v); }
@@ -110,8 +108,6 @@ INLINE void stream(float* p, F v) { _mm256_stream_ps(p, v); }
 template <class T> INLINE void stream(T* p, F v) { _mm_stream_si128((__m128i*)p, pack(v, p)); }
 INLINE void fence() { _mm_sfence(); }
 INLINE F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE F fmsub(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
-constexpr bool FUSED = true;
 INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
 INLINE F times_power_of_two(F v, F shifted) {
     const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
@@ -134,8 +130,6 @@ template <class T> INLINE void store(T* p, F v) { for (int i = 0; i < W; i++) na
 template <class T> INLINE void stream(T* p, F v) { store(p, v); }
 INLINE void fence() {}
 INLINE F fmadd(F a, F b, F c) { return a * b + c; }
-INLINE F fmsub(F a, F b, F c) { return a * b - c; }
-constexpr bool FUSED = false;
 INLINE F choose(Mask mask, F a, F b) { return F((mask & Mask(a)) | (~mask & Mask(b))); }
 INLINE F larger(F a, F b) { return choose(a > b, a, b); }
 INLINE F times_power_of_two(F v, F shifted) { return v * F((Mask(shifted) + 127) << 23); }

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
+from cuda_emulation.emulation import emulated_backend
 from op_cases import Backend, Inputs
 
 from actscale_fast.ops import backends
@@ -45,12 +46,19 @@ def inputs(request: pytest.FixtureRequest) -> Inputs:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """The backend named by the parameter, chosen for the test; skipped with the reason where it cannot run."""
+    """The backend named by the parameter, chosen for the test; skipped with the reason where it cannot run.
+
+    Without a GPU the CUDA backend runs on an emulated device, on CPU tensors.
+    """
     name = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        with emulated_backend():
+            yield Backend(name, torch.device("cpu"))
+        return
     reason = backends.unavailable(name)
     if reason:
         pytest.skip(f"backend {name!r}: {reason}")
-    on_gpu = name == "triton" and torch.cuda.is_available()
+    on_gpu = name in ("triton", "cuda") and torch.cuda.is_available()
     with backends.use_backend(name):
         yield Backend(name, torch.device("cuda" if on_gpu else "cpu"))
 
@@ -67,3 +75,25 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the Triton kernels run: the GPU, or the CPU in Triton's interpreter."""
+    if torch.cuda.is_available() and not backends.triton_interpreted():
+        return torch.device("cuda")
+    if not backends.triton_interpreted():
+        pytest.skip("no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)")
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """In the interpreter, tiles of 64 columns instead of 2048 and one multiprocessor: short rows have many tiles, up to
+    three rows are split over programs, and four fill the chip."""
+    if device.type == "cpu":
+        from actscale_fast.ops.triton import columns, loss, rescale
+
+        monkeypatch.setattr(columns, "THREADS_PER_WARP", 1)
+        for module in (loss, rescale):
+            monkeypatch.setattr(module, "processors", lambda device: 1)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -19,6 +19,8 @@ _C = pytest.importorskip("actscale_fast._C", reason="the C++ extension was not b
 cpu = pytest.importorskip("actscale_fast.ops.cpu")
 TYPES = pytest.importorskip("actscale_fast.ops.cpu.addresses").TYPES
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 LEVELS = _C.levels()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,6 +99,23 @@ def test_levels_agree_on_scaled_heads(width: int, dtype: torch.dtype) -> None:
     for other in results[1:]:
         for got, wanted in zip(other, results[0], strict=True):
             torch.testing.assert_close(got, wanted, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 31, 64, 96, 128])
+def test_levels_agree_on_dynamically_scaled_heads(width: int, dtype: torch.dtype) -> None:
+    x, dy, bias, weight, strength, group = heads((5, 7, 3, width), 2, 1, dtype)
+    weight, d_scalars, results = weight[:, 0] / width**0.5, bias.expand(2, 7, 3)[group], []
+    for level in LEVELS:
+        _C.set_level(level)
+        y, scalars = cpu.dynamic_scale(x, weight, bias, 0.5, strength, group)
+        gradients = cpu.dynamic_scale_backward(
+            dy, d_scalars, x, weight, scalars, 0.5, strength, group, True, True, True
+        )
+        results.append((y, scalars, *gradients))
+    for other in results[1:]:
+        for got, wanted in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=2e-5)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -236,6 +255,19 @@ def _run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, env=environment, check=False
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_element_of_a_kept_block_is_written(dtype: torch.dtype) -> None:
+    z, r, *answers = rows(16, 50257, dtype)  # large enough to lie in a kept block, which is not poisoned
+    expected = loss(z, r, *answers)[2].clone()
+    poison = loss(torch.full_like(z, torch.nan), r, *answers)[2]
+    address = poison.data_ptr()
+    assert poison.isnan().float().mean() > 0.99
+    del poison
+    again = loss(z, r, *answers)[2]
+    assert again.data_ptr() == address
+    assert torch.equal(again, expected)
 
 
 def test_a_gradient_that_is_held_is_never_written_again_and_a_dropped_one_makes_room() -> None:

@@ -38,7 +38,12 @@ def scaling_arguments(inputs: Inputs, device: torch.device) -> tuple[Any, ...]:
     return (*leaves, 1.0, inputs.normal(3).to(device), torch.tensor([1, 0, 1], device=device))
 
 
-# The two ops of the backward pass and the optimizer step have no gradient of their own; their other checks all apply.
+def dynamic_arguments(inputs: Inputs, device: torch.device) -> tuple[Any, ...]:
+    leaves = [inputs.normal(*s).to(device).requires_grad_() for s in ((3, 4, 2, 8), (2, 2, 8), (2, 2))]
+    return (*leaves, 1.0, inputs.normal(3).to(device), torch.tensor([1, 0, 1], device=device))
+
+
+# The ops of the backward passes and the optimizer step have no gradient of their own; their other checks all apply.
 @over(backends=["cpu"] + ["triton"] * torch.cuda.is_available())
 def test_opcheck_passes_for_every_op(backend: Backend, inputs: Inputs) -> None:
     device = backend.device
@@ -50,6 +55,14 @@ def test_opcheck_passes_for_every_op(backend: Backend, inputs: Inputs) -> None:
     dy = inputs.normal(3, 4, 2, 8).to(device)
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
         torch.library.opcheck(library.scale_heads_backward.default, (dy, *detached, *needs))
+    dynamic = dynamic_arguments(inputs, device)
+    torch.library.opcheck(library.dynamic_scale.default, dynamic)
+    torch.library.opcheck(library.dynamic_scale.default, (*dynamic[:2], None, -1.0, None, dynamic[5]))
+    detached = [value.detach() if isinstance(value, Tensor) else value for value in dynamic]
+    alpha = inputs.normal(3, 4, 2).to(device)
+    for d_scalars, needs in ((alpha, (True, True, True)), (None, (False, True, False)), (alpha, (True, False, False))):
+        given = (dy, d_scalars, *detached[:2], alpha, *detached[3:], *needs)
+        torch.library.opcheck(library.dynamic_scale_backward.default, given)
     scalars = inputs.normal(1, 3, 2).to(device).requires_grad_()
     for changes in ({"scalars": scalars}, {"reverse": True}, {"exclude_answers": False}):
         torch.library.opcheck(library.intervention_loss.default, loss_arguments(inputs, device, **changes))
@@ -89,6 +102,25 @@ def test_scale_heads_compiles_into_one_graph_for_every_batch_size(backend: Backe
 
     def make(rows: int) -> tuple[list[Tensor], list[Any]]:
         leaves = [inputs.normal(rows, 4, 3, 8), inputs.normal(2, 1, 3), inputs.normal(2, 1, 3, 8)]
+        rest = [inputs.normal(rows), inputs.integers(2, rows), inputs.normal(rows, 4, 3, 8)]
+        return [t.to(backend.device).requires_grad_() for t in leaves], [t.to(backend.device) for t in rest]
+
+    assert_compiles_to_the_same(call, make, compiler="aot_eager")
+
+
+@over(backends=["reference", "cpu", "triton"])  # CUDA has no kernel for it
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_dynamic_scale_compiles_into_one_graph_for_every_batch_size(
+    backend: Backend, penalty: float, inputs: Inputs
+) -> None:
+    def call(x: Tensor, probe: Tensor, bias: Tensor, strength: Tensor, group: Tensor, weight: Tensor) -> Tensor:
+        if not penalty:
+            return (ops.dynamic_scale(x * 2.0, probe, bias, strength=strength, group=group) * weight).sum()
+        y, alpha = ops.dynamic_scale(x * 2.0, probe, bias, strength=strength, group=group, return_scalars=True)
+        return (y * weight).sum() + penalty * alpha.abs().sum()
+
+    def make(rows: int) -> tuple[list[Tensor], list[Any]]:
+        leaves = [inputs.normal(rows, 4, 3, 8), inputs.normal(2, 3, 8, scale=0.3), inputs.normal(2, 3)]
         rest = [inputs.normal(rows), inputs.integers(2, rows), inputs.normal(rows, 4, 3, 8)]
         return [t.to(backend.device).requires_grad_() for t in leaves], [t.to(backend.device) for t in rest]
 

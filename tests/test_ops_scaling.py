@@ -263,9 +263,13 @@ def test_x_does_not_outlive_the_forward_where_no_gradient_of_alpha_is_wanted(
 @over(dtypes=DTYPES)
 def test_an_unaligned_base_pointer_gives_the_same_bits(backend: Backend, dtype: torch.dtype, inputs: Inputs) -> None:
     given = arguments(inputs, Shape(2, 3, 2, 64), dtype).to(backend.device)
-    flat = torch.empty(given.x.numel() + 1, dtype=dtype, device=backend.device)[1:]
-    unaligned = flat.view(given.x.shape).copy_(given.x)
-    assert torch.equal(fused(given._replace(x=unaligned))[0], fused(given)[0])
+    flat = [torch.empty(given.x.numel() + 1, dtype=dtype, device=backend.device)[1:] for _ in range(2)]
+    x, dy = (to.view(t.shape).copy_(t) for to, t in zip(flat, (given.x, given.dy), strict=True))
+    got, expected = fused(given._replace(x=x, dy=dy)), fused(given)
+    for a, b in zip([got[0], *got[1]], [expected[0], *expected[1]], strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
 
 
 @over(dtypes=DTYPES)

@@ -148,16 +148,21 @@ def test_cuda_asked_for_without_its_compiler_fails_with_the_reason(tree: Path) -
     assert "ACTSCALE_BUILD_CUDA=1, but nvcc was found neither in CUDA_HOME/bin nor on PATH" in done.stderr
 
 
-def test_cuda_asked_for_where_no_kernel_is_written_in_it_fails_with_the_reason(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("choice", ["auto", "1"])
+def test_a_cuda_compiler_that_fails_is_an_error_where_it_was_asked_for_and_a_warning_else(
+    tree: Path, tmp_path: Path, choice: str
+) -> None:
     compiler = tmp_path / "cuda" / "bin" / "nvcc"
     compiler.parent.mkdir(parents=True)
-    compiler.write_text("#!/bin/sh\n")
+    compiler.write_text("#!/bin/sh\nexit 1\n")
     compiler.chmod(0o755)
-    for source in (tree / "csrc").glob("*.cu"):
-        source.unlink()
-    done = build_extension(tree, ACTSCALE_BUILD_CUDA="1", CUDA_HOME=str(tmp_path / "cuda"))
-    assert done.returncode != 0
-    assert "this version ships no CUDA kernels" in done.stderr
+    for source in [*(tree / "csrc").glob("*.cpp"), *(tree / "csrc").glob("*.cu")]:
+        source.unlink()  # nothing is left to build
+    done = build_extension(tree, ACTSCALE_BUILD_CUDA=choice, CUDA_HOME=str(tmp_path / "cuda"), ACTSCALE_CUDA_ARCHS="90")
+    asked = "ACTSCALE_BUILD_CUDA=1, but " if choice == "1" else "warning: actscale-fast: "
+    assert f"{asked}{compiler} with the host compiler" in done.stderr
+    assert "does not compile for ACTSCALE_CUDA_ARCHS=90" in done.stderr
+    assert (done.returncode != 0) if choice == "1" else ("installed without the CUDA kernels" in done.stderr)
 
 
 def test_an_unknown_cuda_choice_is_refused(tree: Path) -> None:

@@ -25,6 +25,8 @@ MOST_REGISTERS = 128
 KERNELS = {
     "scale_heads_fwd_kernel",
     "scale_heads_bwd_kernel",
+    "dynamic_scale_fwd_kernel",
+    "dynamic_scale_bwd_kernel",
     "sum_groups_kernel",
     "intervention_loss_scan_kernel",
     "intervention_loss_finish_kernel",
@@ -108,6 +110,16 @@ def launches(multiprocessors: int) -> list[tuple[Any, tuple[Any, ...], dict[str,
             kernels.scale_heads(x, alpha, None, 1.0, None, None)
             kernels.scale_heads_backward(x, x, alpha, None, 1.0, None, None, True, True, False)
             kernels.scale_heads_backward(x, x, alpha, None, 1.0, meta(B), None, False, True, False)
+        for B, T, H, D in ((32, 512, 32, 128), (4, 24, 12, 64), (2, 32, 1, 4096), (2, 32, 1, 16384)):
+            x, weight, alpha = meta(B, T, H, D, dtype=dtype), meta(1, H, D), meta(B, T, H)
+            kernels.dynamic_scale(x, weight, None, 1.0, None, None)
+            kernels.dynamic_scale_backward(x, None, x, weight, alpha, 1.0, None, None, True, True, False)
+            weight, bias, group = meta(3, H, D), meta(3, H), meta(B, dtype=torch.int64)
+            kernels.dynamic_scale(x, weight, bias, 1.0, meta(B), group)
+            kernels.dynamic_scale_backward(x, alpha, x, weight, alpha, 1.0, meta(B), group, True, True, True)
+            kernels.dynamic_scale_backward(x, alpha, x, weight, alpha, 1.0, meta(B), group, False, True, True)
+        B, T, H, D = 2, 32, 1, 4096
+        x, group = meta(B, T, H, D, dtype=dtype), meta(B, dtype=torch.int64)
         alpha, shift = meta(3, T, H), meta(3, T, H, D)
         kernels.scale_heads(x, alpha, shift, 1.0, meta(B), group)
         kernels.scale_heads_backward(x, x, alpha, shift, 1.0, meta(B), group, True, True, True)

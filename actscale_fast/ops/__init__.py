@@ -2,16 +2,21 @@
 
 from .backends import get_backend, set_backend, use_backend
 from .dynamic import dynamic_scale
+from .linear_loss import linear_intervention_loss
+from .linear_statistics import ReferenceStatistics, reference_statistics
 from .loss import intervention_loss, kl_div_from_logits
 from .optimizer import proximal_adam_
 from .scaling import scale_heads
 
 __all__ = [
+    "ReferenceStatistics",
     "dynamic_scale",
     "get_backend",
     "intervention_loss",
     "kl_div_from_logits",
+    "linear_intervention_loss",
     "proximal_adam_",
+    "reference_statistics",
     "scale_heads",
     "set_backend",
     "use_backend",

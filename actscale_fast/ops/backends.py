@@ -91,7 +91,15 @@ def unavailable(name: str) -> str:
     if name == "cpu" and not has_extension():
         return f"the C++ extension was not built ({_extension_error()})"
     if name == "cuda":
-        return "this version has no CUDA kernels yet"
+        if not has_extension():
+            return f"the C++ extension was not built ({_extension_error()})"
+        kernels = getattr(importlib.import_module("actscale_fast._C"), "cuda", None)
+        if kernels is None:
+            return "the extension was built without CUDA kernels: no nvcc at install time, or ACTSCALE_BUILD_CUDA=0"
+        if not torch.cuda.is_available():
+            return "no GPU was found" if torch.version.cuda else "this build of PyTorch has no CUDA"
+        reason = kernels.unavailable()
+        return f"CUDA says: {reason}" if reason else ""
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package 'triton' is not installed"

@@ -6,7 +6,7 @@ dh = dy·(1 + β·α) + a·w,  dw = Σ a·h,  dc = Σ a, the sums carried along 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +43,26 @@ _backward_op = define(
 )
 
 
+@overload
+def dynamic_scale(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    strength: float | Tensor = 1.0,
+    group: Tensor | None = None,
+    return_scalars: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dynamic_scale(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    strength: float | Tensor = 1.0,
+    group: Tensor | None = None,
+    return_scalars: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def dynamic_scale(
     x: Tensor,
     weight: Tensor,

@@ -122,3 +122,20 @@ class BackendModule(Protocol):
         l1: float,
     ) -> None:
         """See `reference.proximal_adam_`; all float32 contiguous."""
+
+    def linear_softmax(
+        self,
+        hidden: Tensor,  # [N, d], unit stride over d
+        weight: Tensor,  # [V, d], of hidden's dtype, unit stride over d
+        bias: Tensor | None,  # [V] float32 contiguous
+        correct: Tensor | None,  # [N] int64 contiguous; None: no answers, every column is kept
+        wrong: Tensor | None,
+        exclude_answers: bool,
+        logit_scale: float,
+        chunk_bytes: int,  # extra memory, at most (at least one row of logits)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(log_sum [N] float64, mean [N, d] float32, mean_bias [N] float64, answers [N, 2] float32).
+
+        Of q = softmax(z), z = logit_scale·(W·h + bias), over the kept columns: log Σ exp(z), Wᵀq, q·bias, and z at the
+        two answers. Products are not rounded below float32.
+        """

@@ -171,7 +171,7 @@ def _by_statistics(  # type: ignore[no-untyped-def]
     weight, bias, _, scale = head
     log_sum, mean, _, answers = linear_softmax(
         unit_stride(hidden.detach()), unit_stride(weight.detach()), None if bias is None else as_float(bias),
-        correct, wrong, exclude_answers, scale, chunk_bytes, need_grad,
+        correct, wrong, exclude_answers, scale, chunk_bytes,
     )  # fmt: skip
     divergence = log_sum - expected_logit(hidden, reference.mean, reference.mean_bias, scale) - reference.entropy
     divergence = divergence.clamp(min=0)  # rounding
@@ -205,10 +205,10 @@ def _by_logits(  # type: ignore[no-untyped-def]
                 logits, reference.logits[rows], correct[rows], wrong[rows], direction=direction[rows],
                 margin=margin, exclude_answers=exclude_answers, kl=kl,
             )  # fmt: skip
-        if not need_grad:
-            parts.append([effectiveness, faithfulness])
-            continue
-        (d_hidden,) = torch.autograd.grad(faithfulness.sum(), h)
+            if not need_grad:
+                parts.append([effectiveness, faithfulness])
+                continue
+            (d_hidden,) = torch.autograd.grad(faithfulness.sum(), h)
         columns = torch.stack([correct[rows], wrong[rows]], 1).clamp(0, weight.shape[0] - 1)
         answers = logits.detach().gather(1, columns).to(effectiveness.dtype)
         steepness = scale * (1 - (answers / softcap) ** 2) if softcap is not None else torch.full_like(answers, scale)

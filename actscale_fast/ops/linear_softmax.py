@@ -22,9 +22,9 @@ from .registry import backend_of, define, is_eager
 #: Extra memory of one call, at most (at least one row of logits).
 CHUNK_BYTES = 256 << 20
 
-#: (raw products [R, V], bias, correct, wrong, exclude_answers, logit_scale, dtype of the weights or None) ->
-#: (log_sum [R] float64, weights [R, V], their sum [R], Σ weights·bias [R], answers [R, 2]); may overwrite the products.
-SoftmaxRows = Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]]
+#: (raw products [R, V], bias, correct, wrong, exclude_answers, logit_scale, dtype of the weights e) ->
+#: (log_sum, e [R, V], Σ e, Σ e·log e, Σ e·bias, answers [R, 2]); the sums [R] in float64. May overwrite the products.
+SoftmaxRows = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
 
 
 def softmax_rows(
@@ -34,8 +34,8 @@ def softmax_rows(
     wrong: Tensor | None,
     exclude_answers: bool,
     logit_scale: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`SoftmaxRows` in plain PyTorch; an id out of range makes its row NaN."""
     z = products if bias is None else products.add_(bias)
     answers = z.new_empty(0, 2)
@@ -48,13 +48,15 @@ def softmax_rows(
             z = z.scatter_(1, columns, -torch.inf)
         z = z.add_(torch.where(known, 0.0, torch.nan))
     largest = z.amax(1, keepdim=True)
-    weights = z.sub_(largest.masked_fill(largest == -torch.inf, 0.0)).mul_(logit_scale).exp_()
+    powers = z.sub_(largest.masked_fill(largest == -torch.inf, 0.0)).mul_(logit_scale)
+    weights = powers.exp()
     total = weights.sum(1, dtype=torch.float64)
+    spread = powers.masked_fill_(weights == 0, 0.0).mul_(weights).sum(1, dtype=torch.float64)
     log_sum = logit_scale * largest[:, 0].double() + total.log()
     in_bias = torch.zeros_like(total)
     if bias is not None:
         in_bias = (weights * bias).masked_fill_(weights == 0, 0.0).sum(1, dtype=torch.float64)
-    return log_sum, None if dtype is None else weights.to(dtype), total, in_bias, answers
+    return log_sum, weights.to(dtype), total, spread, in_bias, answers
 
 
 def in_chunks(
@@ -66,28 +68,30 @@ def in_chunks(
     exclude_answers: bool,
     logit_scale: float,
     chunk_bytes: int,
-    need_mean: bool,
     rows: SoftmaxRows = softmax_rows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`interface.BackendModule.linear_softmax` over chunks of rows whose logits and weights fit into `chunk_bytes`."""
     acc = accumulation_dtype(hidden.dtype)
-    weight_bytes = weight.dtype.itemsize if weight.dtype != acc else 0
-    step = max(1, chunk_bytes // max(1, weight.shape[0] * (acc.itemsize + weight_bytes)))
+    narrow = weight.dtype != acc
+    step = max(1, chunk_bytes // (weight.shape[0] * (acc.itemsize + (weight.dtype.itemsize if narrow else 0))))
     parts = []
     for begin in range(0, max(hidden.shape[0], 1), step):
         here = slice(begin, begin + step)
         ids = (None, None) if correct is None or wrong is None else (correct[here], wrong[here])
         products = _products(hidden[here], weight)
-        log_sum, weights, total, in_bias, answers = rows(
-            products, bias, *ids, exclude_answers, logit_scale, weight.dtype if need_mean else None
+        log_sum, weights, total, spread, in_bias, answers = rows(
+            products, bias, *ids, exclude_answers, logit_scale, weight.dtype
         )
-        total = total.masked_fill(total == 0, 1.0)  # no column is kept: a mean of nothing is 0
-        if need_mean and weights is not None:
-            mean = _products(weights, weight.t()) / total.to(acc)[:, None]
-            parts.append((log_sum, mean, in_bias / total, answers))
-        else:
-            parts.append((log_sum, products.new_empty(0), log_sum.new_empty(0), answers))
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
+        nothing = total == 0  # no column is kept: a mean of nothing is 0
+        total = total.masked_fill(nothing, 1.0)
+        mean, mean_bias = _products(weights, weight.t()) / total.to(acc)[:, None], in_bias / total
+        if not narrow:
+            # H(q) + s·(h·mean + b·q) is stationary in q: what the products' roundings did to q enters squared.
+            entropy = total.log() - spread / total
+            refined = entropy + logit_scale * ((hidden[here].double() * mean.double()).sum(-1) + mean_bias)
+            log_sum = torch.where(nothing, log_sum, refined)
+        parts.append((log_sum, mean, mean_bias, answers))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in map(list, zip(*parts, strict=True)))  # type: ignore[return-value]
 
 
 def _products(rows: Tensor, weight: Tensor) -> Tensor:
@@ -101,20 +105,20 @@ def _products(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, correct, wrong, exclude_answers, logit_scale, chunk_bytes, need_mean
+    hidden, weight, bias, correct, wrong, exclude_answers, logit_scale, chunk_bytes
 ):
     rows = hidden.new_empty(hidden.shape[0], dtype=torch.float64)
     return (
         rows,
-        hidden.new_empty(hidden.shape if need_mean else (0,), dtype=torch.float32),
-        rows.new_empty(rows.shape if need_mean else (0,)),
+        hidden.new_empty(hidden.shape, dtype=torch.float32),
+        torch.empty_like(rows),
         hidden.new_empty((hidden.shape[0] if correct is not None else 0, 2), dtype=torch.float32),
     )
 
 
 _op = define(
     "linear_softmax(Tensor hidden, Tensor weight, Tensor? bias, Tensor? correct, Tensor? wrong, bool exclude_answers,"
-    " float logit_scale, int chunk_bytes, bool need_mean) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float logit_scale, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 

@@ -101,7 +101,7 @@ def reference_statistics(
         return ReferenceStatistics(None, None, None, logits, *common)
     log_sum, mean, mean_bias, _ = linear_softmax(
         unit_stride(hidden), unit_stride(weight), None if bias is None else as_float(bias), correct, wrong,
-        exclude_answers, float(logit_scale), chunk_bytes, True,
+        exclude_answers, float(logit_scale), chunk_bytes,
     )  # fmt: skip
     entropy = log_sum - expected_logit(hidden, mean, mean_bias, logit_scale)
     return ReferenceStatistics(mean, mean_bias, entropy, None, *common)

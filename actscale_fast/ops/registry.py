@@ -41,7 +41,7 @@ def define(schema: str, fake: Callable[..., Any] = lambda *arguments: None) -> A
 
 @functools.cache
 def _module(name: str) -> BackendModule:
-    path = {"cpu": ".cpu", "triton": ".triton"}[name]
+    path = {"cpu": ".cpu", "triton": ".triton", "cuda": ".cuda"}[name]
     return cast(BackendModule, importlib.import_module(path, __package__))
 
 

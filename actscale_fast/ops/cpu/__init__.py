@@ -14,6 +14,7 @@ import torch as torch  # its OpenMP runtime, before the extension's
 from actscale_fast import _C
 
 from .dynamic import dynamic_scale, dynamic_scale_backward
+from .linear import linear_softmax
 from .loss import intervention_loss, intervention_loss_scale_
 from .optimizer import proximal_adam_
 from .scaling import scale_heads, scale_heads_backward
@@ -26,6 +27,7 @@ __all__ = [
     "dynamic_scale_backward",
     "intervention_loss",
     "intervention_loss_scale_",
+    "linear_softmax",
     "proximal_adam_",
     "scale_heads",
     "scale_heads_backward",

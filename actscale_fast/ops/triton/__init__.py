@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .dynamic_scale import dynamic_scale, dynamic_scale_backward
+from .linear_softmax import linear_softmax
 from .loss import intervention_loss
 from .proximal import proximal_adam_
 from .rescale import intervention_loss_scale_
@@ -13,6 +14,7 @@ __all__ = [
     "dynamic_scale_backward",
     "intervention_loss",
     "intervention_loss_scale_",
+    "linear_softmax",
     "proximal_adam_",
     "scale_heads",
     "scale_heads_backward",

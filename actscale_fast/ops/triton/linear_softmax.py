@@ -1,10 +1,10 @@
 """The step between the two matrix products of `linear_softmax`: products of rows become the weights e^{z − max}.
 
 With x = W·h the raw products (float32), b the bias, s the scale of the logits, over the columns that are kept:
-    M = max(x + b),  e = 2^{(x + b − M)·s·log2(e)},  L = Σ e,  B = Σ e·b
+    M = max(x + b),  e = 2^{(x + b − M)·s·log2(e)},  L = Σ e,  A = Σ e·log e,  B = Σ e·b
     log_sum = s·M + log L,   answers = s·(x + b) at c and w
 e is at most 1, so 16 bits hold it; the mean of W's rows is (Σ e·W)/L, and no pass is spent on dividing e by L.
-Bytes per product: read 4 for M, L and B; read 4 and write the size of W's dtype for e. With 128 rows of V = 128256 the
+Bytes per product: read 4 for the sums; read 4 and write the size of W's dtype for e. With 128 rows of V = 128256 the
 products take 6 % of the bytes of a W with d = 4096. The float64 log_sum is made in the kernel: a KL is the small
 difference of two of them.
 
@@ -41,7 +41,7 @@ def _both_inside(c, w, V):
 
 @triton.jit(do_not_specialize=["splits", "tiles"])
 def softmax_rows_scan_kernel(
-    p_partials,  # [R, 3, splits]: M, L, B
+    p_partials,  # [R, 4, splits]: M, L, A/s, B
     p_x,  # [R, V] float32
     p_bias,  # [V] float32 or None
     p_correct,  # [R] or None
@@ -71,6 +71,7 @@ def softmax_rows_scan_kernel(
             tl.store(p_answers + row * 2 + 1, logit_scale * _kept(p_x, p_bias, w, valid))
     m = tl.full([LANES], float("-inf"), tl.float32)
     total = tl.zeros([LANES], tl.float32)
+    spread = tl.zeros([LANES], tl.float32)
     in_bias = tl.zeros([LANES], tl.float32)
     for tile in range(split * tiles, split * tiles + tiles):
         columns = tile * TILE + positions
@@ -79,8 +80,11 @@ def softmax_rows_scan_kernel(
             kept = kept & (columns != c) & (columns != w)
         b_z = _kept(p_x, p_bias, columns, kept)
         top = tl.maximum(m, tl.max(tl.max(b_z, 2), 0))
-        b_e = tl.exp2((b_z - finite(top)[None, :, None]) * scale)
+        b_z -= finite(top)[None, :, None]
+        b_e = tl.exp2(b_z * scale)
         factor = tl.exp2((m - finite(top)) * scale)
+        spread = tl.where(factor == 0.0, 0.0, factor * (spread + total * (finite(m) - finite(top))))
+        spread += tl.sum(tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_z), 2), 0)
         total = total * factor + tl.sum(tl.sum(b_e, 2), 0)
         if p_bias is not None:
             b_bias = tl.load(p_bias + columns, mask=kept, other=0.0).to(tl.float32)
@@ -88,13 +92,15 @@ def softmax_rows_scan_kernel(
         m = top
     top = tl.max(m, 0)
     factor = tl.exp2((m - finite(top)) * scale)
-    p_partials += row * 3 * splits + split
+    spread = tl.where(factor == 0.0, 0.0, factor * (spread + total * (finite(m) - finite(top))))
+    p_partials += row * 4 * splits + split
     tl.store(p_partials, top)
     tl.store(p_partials + splits, tl.sum(total * factor, 0))
-    tl.store(p_partials + 2 * splits, tl.sum(in_bias * factor, 0))
+    tl.store(p_partials + 2 * splits, tl.sum(spread, 0))
+    tl.store(p_partials + 3 * splits, tl.sum(in_bias * factor, 0))
 
 
-@triton.jit(do_not_specialize=["splits", "programs", "tiles"])
+@triton.jit(do_not_specialize=["splits", "tiles"])
 def softmax_rows_finish_kernel(
     p_partials,
     p_x,  # [R, V] float32
@@ -103,11 +109,11 @@ def softmax_rows_finish_kernel(
     p_wrong,
     p_log_sum,  # [R] float64
     p_total,  # [R] float64: L
+    p_spread,  # [R] float64: A
     p_in_bias,  # [R] float64: B
-    p_weights,  # [R, V] of W's dtype (may be p_x), or None
+    p_weights,  # [R, V] of W's dtype; may be p_x
     V,
     splits,
-    programs,  # a row
     tiles,
     logit_scale,
     EXCLUDE: tl.constexpr,
@@ -116,17 +122,20 @@ def softmax_rows_finish_kernel(
     VECTOR: tl.constexpr,
 ):
     TILE: tl.constexpr = UNROLL * LANES * VECTOR
-    row = (tl.program_id(0) // programs).to(tl.int64)
-    split = tl.program_id(0) % programs
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
     scale = logit_scale * LOG2E
     i = tl.arange(0, MAX_SPLITS)
     here = i < splits
-    p_partials += row * 3 * splits + i
+    p_partials += row * 4 * splits + i
     m = tl.load(p_partials, mask=here, other=float("-inf"))
     top = tl.max(m, 0)
     factor = tl.exp2((m - finite(top)) * scale)
-    total = tl.sum(tl.load(p_partials + splits, mask=here, other=0.0) * factor, 0)
-    in_bias = tl.sum(tl.load(p_partials + 2 * splits, mask=here, other=0.0) * factor, 0)
+    sums = tl.load(p_partials + splits, mask=here, other=0.0)
+    spreads = tl.load(p_partials + 2 * splits, mask=here, other=0.0) + sums * (finite(m) - finite(top))
+    total = tl.sum(sums * factor, 0)
+    spread = tl.sum(tl.where(factor == 0.0, 0.0, factor * spreads), 0)
+    in_bias = tl.sum(tl.load(p_partials + 3 * splits, mask=here, other=0.0) * factor, 0)
     p_x += row * V
     poison = tl.zeros([], tl.float32)
     if p_correct is not None:  # an id out of range: the row is NaN
@@ -134,21 +143,21 @@ def softmax_rows_finish_kernel(
         w = tl.load(p_wrong + row)
         poison = tl.where(_both_inside(c, w, V), 0.0, float("nan"))
     if split == 0:
-        log_sum = logit_scale.to(tl.float64) * top.to(tl.float64) + LN2 * tl.log2(total.to(tl.float64))
+        log_sum = top.to(tl.float64) * logit_scale + LN2 * tl.log2(total.to(tl.float64))
         tl.store(p_log_sum + row, log_sum + poison)
         tl.store(p_total + row, total.to(tl.float64) + poison)
+        tl.store(p_spread + row, spread.to(tl.float64) * logit_scale + poison)
         tl.store(p_in_bias + row, in_bias.to(tl.float64) + poison)
-    if p_weights is not None:
-        p_weights += row * V
-        positions = tile_positions(UNROLL, LANES, VECTOR)
-        for j in range(tiles):
-            columns = (split * tiles + tiles - 1 - j) * TILE + positions  # what was read last lies in L2
-            inside = columns < V
-            kept = inside
-            if EXCLUDE:
-                kept = kept & (columns != c) & (columns != w)
-            b_e = tl.exp2((_kept(p_x, p_bias, columns, kept) - finite(top)) * scale) + poison
-            tl.store(p_weights + columns, b_e.to(p_weights.dtype.element_ty), mask=inside)
+    p_weights += row * V
+    positions = tile_positions(UNROLL, LANES, VECTOR)
+    for j in range(tiles):
+        columns = (split * tiles + tiles - 1 - j) * TILE + positions  # what was read last lies in L2
+        inside = columns < V
+        kept = inside
+        if EXCLUDE:
+            kept = kept & (columns != c) & (columns != w)
+        b_e = tl.exp2((_kept(p_x, p_bias, columns, kept) - finite(top)) * scale) + poison
+        tl.store(p_weights + columns, b_e.to(p_weights.dtype.element_ty), mask=inside)
 
 
 def _softmax_rows(
@@ -158,33 +167,30 @@ def _softmax_rows(
     wrong: Tensor | None,
     exclude_answers: bool,
     logit_scale: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`linear_softmax.SoftmaxRows` in two launches; float32 weights overwrite the products."""
     R, V = products.shape
     device = products.device
-    log_sum, total, in_bias = (torch.empty(R, dtype=torch.float64, device=device) for _ in range(3))
+    log_sum, total, spread, in_bias = (torch.empty(R, dtype=torch.float64, device=device) for _ in range(4))
     answers = torch.empty((0 if correct is None else R, 2), dtype=torch.float32, device=device)
-    weights = products if dtype == products.dtype else None
-    if dtype is not None and weights is None:
-        weights = torch.empty((R, V), dtype=dtype, device=device)
+    weights = products if dtype == products.dtype else torch.empty((R, V), dtype=dtype, device=device)
     if R == 0:
-        return log_sum, weights, total, in_bias, answers
+        return log_sum, weights, total, spread, in_bias, answers
     tiling = Tiling.of(R, V, products.dtype, (V,), processors(device))
     constants = {name: value for name, value in tiling.constants.items() if name != "SHIFTED"}
-    partials = torch.empty((R, 3, tiling.splits), dtype=torch.float32, device=device)
+    partials = torch.empty((R, 4, tiling.splits), dtype=torch.float32, device=device)
     exclude = exclude_answers and correct is not None
-    programs = tiling.splits if weights is not None else 1
     with on_device_of(products):
         softmax_rows_scan_kernel[(R * tiling.splits,)](
             partials, products, bias, correct, wrong, None if correct is None else answers, V, tiling.splits,
             tiling.tiles, logit_scale, EXCLUDE=exclude, **constants,
         )  # fmt: skip
-        softmax_rows_finish_kernel[(R * programs,)](
-            partials, products, bias, correct, wrong, log_sum, total, in_bias, weights, V, tiling.splits, programs,
+        softmax_rows_finish_kernel[(R * tiling.splits,)](
+            partials, products, bias, correct, wrong, log_sum, total, spread, in_bias, weights, V, tiling.splits,
             tiling.tiles, logit_scale, EXCLUDE=exclude, **constants,
         )  # fmt: skip
-    return log_sum, weights, total, in_bias, answers
+    return log_sum, weights, total, spread, in_bias, answers
 
 
 def linear_softmax(
@@ -196,9 +202,6 @@ def linear_softmax(
     exclude_answers: bool,
     logit_scale: float,
     chunk_bytes: int,
-    need_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log_sum, mean, mean_bias, answers); see `interface.BackendModule`."""
-    return in_chunks(
-        hidden, weight, bias, correct, wrong, exclude_answers, logit_scale, chunk_bytes, need_mean, _softmax_rows
-    )
+    return in_chunks(hidden, weight, bias, correct, wrong, exclude_answers, logit_scale, chunk_bytes, _softmax_rows)
