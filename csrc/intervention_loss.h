@@ -32,7 +32,7 @@ constexpr float LOWEST = -0x1p120f;              // the least anchor: a block of
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
 struct Block { double z_anchor, r_anchor; float z_sum, r_sum, weighted; };
-struct Row { double z_anchor, r_anchor, log_ratio, z_sum, r_sum, divergence; };
+struct Row { double z_anchor, r_anchor, log_ratio, z_sum, r_sum, divergence; float difference; };
 
 INLINE const float* at(const void* p, int64_t i, float) { return (const float*)p + i; }
 INLINE const bf16* at(const void* p, int64_t i, bf16) { return (const bf16*)p + i; }
@@ -123,9 +123,12 @@ INLINE bool nothing_left(const InterventionLoss& c) {
     return c.vocab == 0 || (c.exclude_answers && c.correct && c.vocab <= 2);
 }
 
-// The sums of the row from those of its blocks, and its divergence.
-static Row join(const InterventionLoss& c, const Block* blocks, int64_t count) {
-    Row row = {-FLT_MAX, -FLT_MAX, 0, 0, 0, 0};
+// The sums of row n from those of its blocks, its divergence, and z[c] - z[w], which a gradient in place overwrites.
+template <class T>
+static Row join(const InterventionLoss& c, int64_t n, const Block* blocks, int64_t count) {
+    Row row = {-FLT_MAX, -FLT_MAX, 0, 0, 0, 0, 0};
+    const T* z = at(c.logits, n * c.logits_stride, T());
+    if (c.correct) row.difference = widen(z[c.correct[n]]) - widen(z[c.wrong[n]]);
     for (int64_t j = 0; j < count; j++) {
         row.z_anchor = blocks[j].z_anchor > row.z_anchor ? blocks[j].z_anchor : row.z_anchor;
         row.r_anchor = blocks[j].r_anchor > row.r_anchor ? blocks[j].r_anchor : row.r_anchor;
@@ -195,8 +198,7 @@ static void finish(const InterventionLoss& c, int64_t n, const Row& row, const B
         return;
     }
     const int64_t answers[2] = {c.correct[n], c.wrong[n]};
-    const T* z = at(c.logits, n * c.logits_stride, T());
-    const float hinge = c.margin - c.direction[n] * (widen(z[answers[0]]) - widen(z[answers[1]]));
+    const float hinge = c.margin - c.direction[n] * row.difference;
     c.effectiveness[n] = hinge <= 0 ? 0 : hinge;  // NaN stays
     if (!out) return;
     out[2] = hinge > 0 ? -c.direction[n] : 0.0f;
@@ -242,7 +244,7 @@ static void run(const InterventionLoss& c) {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t row = 0; row < c.rows; row++) {
                 for (int64_t j = 0; j < blocks; j++) pass1(row, j, s);
-                const Row sums = join(c, blocks_of(s), blocks);
+                const Row sums = join<T>(c, row, blocks_of(s), blocks);
                 if (STORE)
                     for (int64_t j = 0; j < blocks; j++) pass2(row, j, s, sums);
                 finish<T, REVERSE>(c, row, sums, blocks_of(s), first_of(s), first_of(s) + width);
@@ -256,7 +258,7 @@ static void run(const InterventionLoss& c) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < c.rows * blocks; i++) pass1(i / blocks, i % blocks, i / blocks);
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < c.rows; row++) joined[row] = join(c, blocks_of(row), blocks);
+        for (int64_t row = 0; row < c.rows; row++) joined[row] = join<T>(c, row, blocks_of(row), blocks);
         if (STORE) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < c.rows * blocks; i++) pass2(i / blocks, i % blocks, i / blocks, joined[i / blocks]);

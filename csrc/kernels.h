@@ -58,7 +58,7 @@ struct InterventionLoss {
     bool exclude_answers, reverse;
     float* effectiveness;                       // [N]
     float* faithfulness;                        // [N]
-    void* grad;                                 // [N, V] contiguous; null: not wanted
+    void* grad;                                 // [N, V] contiguous; null: not wanted; may be `logits`
     float* answer_grad;                         // [N, 3], with grad
     int threads;
 };

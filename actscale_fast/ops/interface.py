@@ -86,12 +86,14 @@ class BackendModule(Protocol):
         exclude_answers: bool,
         reverse: bool,
         need_grad: bool,
+        in_place: bool = False,  # with need_grad; logits are contiguous then
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(effectiveness [N], faithfulness [N], grad [N, V], answer_grad [N, 3], l1 [], sign like scalars).
 
         grad: d(effectiveness + faithfulness)/dlogits in the logits' dtype, contiguous, the two answer columns summed in
         float32 before rounding. answer_grad: d faithfulness/dz[c], d faithfulness/dz[w], d effectiveness/dz[c] in
-        float32 (d effectiveness/dz[w] is minus the last). All but the logits' gradient are float32.
+        float32 (d effectiveness/dz[w] is minus the last). All but the logits' gradient are float32. With in_place grad
+        lies in the memory of the logits, which are gone.
         """
 
     def intervention_loss_scale_(

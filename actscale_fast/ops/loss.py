@@ -57,6 +57,7 @@ def intervention_loss(
     exclude_answers: bool = True,
     kl: KLDirection = "forward",
     scalars: Tensor | None = None,
+    inplace_gradient: bool = False,
 ) -> tuple[Tensor, ...]:
     """Effectiveness and faithfulness of each row, and on request the ℓ1 norm of the scalars, with all gradients.
 
@@ -72,6 +73,10 @@ def intervention_loss(
         exclude_answers: leave c and w out of the KL and renormalise; False: all of V.
         kl: "forward" KL(p₀ ‖ p_s) or "reverse" KL(p_s ‖ p₀), in nats.
         scalars: the learned scalars, any shape; adds a third result.
+        inplace_gradient: let the gradient overwrite the logits, which saves an [N, V] tensor. They must be contiguous,
+            no leaf, and not be used again: their version is raised, so that a graph that has saved them says so in its
+            backward. No effect without a gradient, on the reference backend and in traces (a compiler plans its own
+            memory).
 
     Returns:
         (effectiveness [N], faithfulness [N]) or (effectiveness [N], faithfulness [N], ‖scalars‖₁ []), float32. The
@@ -90,6 +95,8 @@ def intervention_loss(
     direction = checks.row_values("direction", direction, n_rows, logits.device)
     if scalars is not None:
         checks.same_device("scalars", checks.floating_tensor("scalars", scalars, "of any shape"), logits.device)
+    if inplace_gradient:
+        _check_overwritable(logits, reference_logits)
     margin, reverse = checks.number("margin", margin), is_reverse(kl)
     if backends.resolve(logits.device, logits.dtype) == "reference":
         check_answers(correct, wrong, direction, logits.shape[1])
@@ -101,7 +108,10 @@ def intervention_loss(
     if scalars is not None:
         scalars = scalars.to(torch.float32).contiguous()
     direction = direction.to(torch.float32)
-    results = _run(logits, reference_logits, correct, wrong, direction, scalars, margin, 1.0, exclude_answers, reverse)
+    results = _run(
+        logits, reference_logits, correct, wrong, direction, scalars, margin, 1.0, exclude_answers, reverse,
+        in_place=inplace_gradient,
+    )  # fmt: skip
     return results if scalars is not None else results[:2]
 
 
@@ -166,6 +176,15 @@ def _check_logits(logits: Tensor, reference_logits: Tensor) -> None:
         raise ValueError("reference_logits: requires a gradient, but the reference is a constant; detach it")
 
 
+def _check_overwritable(logits: Tensor, reference_logits: Tensor) -> None:
+    if not logits.is_contiguous():
+        raise ValueError(f"inplace_gradient: got logits of strides {logits.stride()}, expected contiguous ones")
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError("inplace_gradient: got logits that are a leaf, whose values the gradient would overwrite")
+    if logits.untyped_storage().data_ptr() == reference_logits.untyped_storage().data_ptr():
+        raise ValueError("inplace_gradient: got logits that share memory with reference_logits")
+
+
 def is_reverse(kl: str) -> bool:
     if kl not in ("forward", "reverse"):
         raise ValueError(f"kl: got {kl!r}, expected 'forward' or 'reverse'")
@@ -186,7 +205,7 @@ def check_answers(correct: Tensor, wrong: Tensor, direction: Tensor, width: int)
 
 def _run(
     logits: Tensor, reference_logits: Tensor, correct: Tensor | None, wrong: Tensor | None, direction: Tensor | None,
-    scalars: Tensor | None, *options: float | bool,
+    scalars: Tensor | None, *options: float | bool, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The fused op: (effectiveness, faithfulness, l1)."""
     if logits.shape[1] > 1:
@@ -198,7 +217,10 @@ def _run(
     if not is_eager(*tensors):
         results = _loss_op(*tensors, *options, need_grad)
     elif need_grad:
-        results = _InterventionLoss.apply(*tensors, *options, need_grad, True)
+        in_place = in_place and logits.requires_grad
+        results = _InterventionLoss.apply(*tensors, *options, need_grad, "in place" if in_place else "eager")
+        if in_place:
+            torch.autograd.graph.increment_version(logits)
     else:
         results = backend_of(logits).intervention_loss(*tensors, *options, need_grad)  # type: ignore[arg-type,call-arg]
     return results[0], results[1], results[4]
@@ -207,14 +229,18 @@ def _run(
 class _InterventionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, reference_logits, correct, wrong, *rest):  # type: ignore[no-untyped-def]
-        ctx.eager = rest[-1]
+        ctx.eager = rest[-1] != "dispatched"
         if ctx.eager:
-            results = backend_of(logits).intervention_loss(logits, reference_logits, correct, wrong, *rest[:-1])
+            compute: Any = backend_of(logits).intervention_loss
+            in_place = {"in_place": True} if rest[-1] == "in place" else {}
+            results = compute(logits, reference_logits, correct, wrong, *rest[:-1], **in_place)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 results = _loss_op(logits, reference_logits, correct, wrong, *rest[:-1])
-        _, _, grad, answer_grad, _, sign = results
-        ctx.mark_non_differentiable(grad, answer_grad, sign)
+        effectiveness, faithfulness, grad, answer_grad, l1, sign = results
+        if rest[-1] == "in place":  # the gradient is the logits: nothing that autograd should see as a result
+            results = (effectiveness, faithfulness, grad.new_empty(0), answer_grad, l1, sign)
+        ctx.mark_non_differentiable(results[2], answer_grad, sign)
         ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
         # Neither the logits nor the reference outlive the forward pass: the gradient is all that the backward needs.
         ctx.grad, ctx.answer_grad, ctx.sign = grad, answer_grad, sign
@@ -251,7 +277,7 @@ def _graph_is_kept(upstream: Tensor) -> bool:
 
 
 def _dispatched(*arguments):  # type: ignore[no-untyped-def]
-    return _InterventionLoss.apply(*arguments, False)
+    return _InterventionLoss.apply(*arguments, "dispatched")
 
 
 LIBRARY.impl("intervention_loss", _dispatched, "Autograd")

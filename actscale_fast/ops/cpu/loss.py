@@ -34,11 +34,12 @@ def intervention_loss(
     exclude_answers: bool,
     reverse: bool,
     need_grad: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, vocab = logits.shape
     effectiveness = logits.new_empty(n_rows, dtype=torch.float32)
     faithfulness = torch.empty_like(effectiveness)
-    grad = _gradient_like(logits) if need_grad else logits.new_empty(0)
+    grad = logits.detach() if in_place else _gradient_like(logits) if need_grad else logits.new_empty(0)
     answer_grad = effectiveness.new_empty((n_rows, 3) if need_grad else (0,))
     _C.intervention_loss(
         TYPES[logits.dtype], n_rows, vocab, logits.data_ptr(), logits.stride(0), reference_logits.data_ptr(),

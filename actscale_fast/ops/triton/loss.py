@@ -46,6 +46,17 @@ def _answers(p_correct, p_wrong, row, V):
 
 
 @triton.jit
+def _answer_logits(p_w, p_o, c, w):
+    """(w[c], w[w], o[c], o[w]), NaN where the answers are no columns."""
+    valid = c >= 0
+    w_c = tl.load(p_w + c, mask=valid, other=float("nan")).to(tl.float32)
+    w_w = tl.load(p_w + w, mask=valid, other=float("nan")).to(tl.float32)
+    o_c = tl.load(p_o + c, mask=valid, other=float("nan")).to(tl.float32)
+    o_w = tl.load(p_o + w, mask=valid, other=float("nan")).to(tl.float32)
+    return w_c, w_w, o_c, o_w
+
+
+@triton.jit
 def _l1_and_sign(p_scalars, p_l1, p_sign, n_scalars):
     total = tl.zeros([SCALARS_BLOCK], tl.float32)
     for start in range(0, n_scalars, SCALARS_BLOCK):
@@ -60,6 +71,7 @@ def _l1_and_sign(p_scalars, p_l1, p_sign, n_scalars):
 @triton.jit(do_not_specialize=["splits", "tiles"])
 def intervention_loss_scan_kernel(
     p_partials,  # [N, 5, splits]: M_w, L_w, M_o, L_o, A
+    p_answers,  # [N, 4] or None: w[c], w[w], o[c], o[w], before a gradient in place overwrites them
     p_w,  # [N, V] the weighting distribution's logits
     p_o,  # [N, V] the other ones
     p_correct,  # [N] or None
@@ -84,6 +96,14 @@ def intervention_loss_scan_kernel(
         row_shift(row, stride_w, VECTOR, SHIFTED), split * tiles, tiles, inverse_temperature * LOG2E,
         EXCLUDE, UNROLL, LANES, VECTOR,
     )  # fmt: skip
+    if p_correct is not None:  # noqa: SIM102  (known when compiled; the other when run)
+        if split == 0:
+            w_c, w_w, o_c, o_w = _answer_logits(p_w + row * stride_w, p_o + row * stride_o, c, w)
+            p_answers += row * 4
+            tl.store(p_answers, w_c)
+            tl.store(p_answers + 1, w_w)
+            tl.store(p_answers + 2, o_c)
+            tl.store(p_answers + 3, o_w)
     p_partials += row * 5 * splits + split
     tl.store(p_partials, top_w)
     tl.store(p_partials + splits, sum_w)
@@ -109,6 +129,7 @@ def _partials(p_partials, row, splits, scale):
 @triton.jit(do_not_specialize=["n_scalars", "splits", "programs", "tiles"])
 def intervention_loss_finish_kernel(
     p_partials,  # of the scan kernel, or None: the program scans its row itself (programs == 1)
+    p_answers,  # of the scan kernel, with p_partials
     p_w,  # [N, V]
     p_o,  # [N, V]
     p_correct,  # [N] or None
@@ -116,7 +137,7 @@ def intervention_loss_finish_kernel(
     p_direction,  # [N] or None
     p_effectiveness,  # [N]
     p_faithfulness,  # [N]
-    p_grad,  # [N, V] or None
+    p_grad,  # [N, V] or None; may be p_o or p_w
     p_answer_grad,  # [N, 3] or None
     p_scalars,  # or None
     p_l1,
@@ -173,10 +194,12 @@ def intervention_loss_finish_kernel(
         log_o += poison
 
     if p_correct is not None:
-        w_c = tl.load(p_first + c, mask=valid, other=float("nan")).to(tl.float32)
-        w_w = tl.load(p_first + w, mask=valid, other=float("nan")).to(tl.float32)
-        o_c = tl.load(p_second + c, mask=valid, other=float("nan")).to(tl.float32)
-        o_w = tl.load(p_second + w, mask=valid, other=float("nan")).to(tl.float32)
+        if p_partials is not None:
+            p_answers += row * 4
+            w_c, w_w = tl.load(p_answers), tl.load(p_answers + 1)
+            o_c, o_w = tl.load(p_answers + 2), tl.load(p_answers + 3)
+        else:
+            w_c, w_w, o_c, o_w = _answer_logits(p_first, p_second, c, w)
         direction = tl.load(p_direction + row)
         if REVERSE:
             difference = w_c - w_w
@@ -253,13 +276,16 @@ def intervention_loss(
     exclude_answers: bool,
     reverse: bool,
     need_grad: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(effectiveness, faithfulness, grad, answer_grad, l1, sign); see `interface.BackendModule`."""
     N, V = logits.shape
     device = logits.device
     effectiveness = torch.empty(N, dtype=torch.float32, device=device)
     faithfulness = torch.empty(N, dtype=torch.float32, device=device)
-    grad = torch.empty((N, V) if need_grad else (0,), dtype=logits.dtype, device=device)
+    grad = (
+        logits.detach() if in_place else torch.empty((N, V) if need_grad else (0,), dtype=logits.dtype, device=device)
+    )
     answer_grad = torch.empty((N, 3) if need_grad else (0,), dtype=torch.float32, device=device)
     l1 = torch.empty((0,) if scalars is None else (), dtype=torch.float32, device=device)
     need_sign = scalars is not None and need_grad
@@ -269,19 +295,20 @@ def intervention_loss(
     p_w, p_o = (logits, reference_logits) if reverse else (reference_logits, logits)
     strides = (p_w.stride(0), p_o.stride(0), *((V,) if need_grad else ()))
     tiling = Tiling.of(N, V, logits.dtype, strides, processors(device))
-    partials = None
+    partials = answers = None
     with on_device_of(logits):
         if tiling.splits > 1 and N > 0:
             partials = torch.empty((N, 5, tiling.splits), dtype=torch.float32, device=device)
+            answers = torch.empty((N, 4), dtype=torch.float32, device=device) if correct is not None else None
             intervention_loss_scan_kernel[(N * tiling.splits,)](
-                partials, p_w, p_o, correct, wrong, V, *strides[:2], tiling.splits, tiling.tiles, inverse_temperature,
-                EXCLUDE=exclude, **tiling.constants,
+                partials, answers, p_w, p_o, correct, wrong, V, *strides[:2], tiling.splits, tiling.tiles,
+                inverse_temperature, EXCLUDE=exclude, **tiling.constants,
             )  # fmt: skip
         programs = tiling.splits if need_grad else 1  # without a gradient only the combination is left to do
         grid = N * programs + (scalars is not None)
         if grid > 0:
             intervention_loss_finish_kernel[(grid,)](
-                partials, p_w, p_o, correct, wrong, direction, effectiveness, faithfulness,
+                partials, answers, p_w, p_o, correct, wrong, direction, effectiveness, faithfulness,
                 grad if need_grad else None, answer_grad if need_grad else None,
                 scalars, l1 if scalars is not None else None, sign if need_sign else None,
                 0 if scalars is None else scalars.numel(), V, *strides[:2], tiling.splits, programs, tiling.tiles,
