@@ -1,7 +1,6 @@
 """Builds `actscale_fast._C` from csrc with ninja; everything else about the package stands in pyproject.toml.
 
-Environment: CXX (the compiler), ACTSCALE_BUILD_CUDA=auto|0|1, ACTSCALE_CUDA_ARCHS (default "80;90;100"), MAX_JOBS.
-"""
+Environment: CXX (the compiler), ACTSCALE_BUILD_CUDA=auto|0|1, ACTSCALE_CUDA_ARCHS (default "80;90;100"), MAX_JOBS."""
 
 import contextlib
 import os
@@ -24,9 +23,11 @@ PYTHON_HEADERS = sysconfig.get_paths()["include"]
 SIMD = {"cpu_avx2": "-mavx2 -mfma -mf16c", "cpu_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall"
 FLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 gives them for its own AVX-512 header
-NO_COMPILER = """warning: actscale-fast: no C++17 compiler that finds Python.h in {} (tried: {}):
-installed without the C++ kernels. On a CPU the loss and the scaling run in plain PyTorch, several times slower.
-Install a C++17 compiler (or set CXX) and Python's headers, then again."""
+NO_COMPILER = """warning: actscale-fast has no C++ kernels: no C++17 compiler that finds Python.h in {} (tried: {}).
+Plain PyTorch is several times slower on a CPU. Install a C++17 compiler (or set CXX) and Python's headers."""
+ARCHS = os.environ.get("ACTSCALE_CUDA_ARCHS", "80;90;100")
+CUDA = [f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]" for arch in ARCHS.split(";")]
+CUDA += ["-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def compiles(*command: str) -> bool:
@@ -41,27 +42,32 @@ def escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def nvcc() -> str:
+def nvcc(cxx: str) -> str:
     """The CUDA compiler where CUDA kernels are to be built, else ""."""
     choice, home = os.environ.get("ACTSCALE_BUILD_CUDA", "auto"), os.environ.get("CUDA_HOME")
     if choice not in ("auto", "0", "1"):
         raise CompileError(f"ACTSCALE_BUILD_CUDA: got {choice!r}, expected auto, 0 or 1")
-    path, sources = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None), any(CSRC.glob("*.cu"))
+    path = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None) if choice != "0" else ""
     if choice == "1" and not path:
         raise CompileError("ACTSCALE_BUILD_CUDA=1, but nvcc was found neither in CUDA_HOME/bin nor on PATH")
-    if choice == "1" and not sources:
-        raise CompileError("ACTSCALE_BUILD_CUDA=1, but this version ships no CUDA kernels; use auto or 0")
-    return path if path and sources and choice != "0" else ""
+    if not path or compiles(path, "-x", "cu", "-ccbin", cxx, *CUDA):
+        return path or ""
+    reason = f"{path} with the host compiler {cxx} does not compile for ACTSCALE_CUDA_ARCHS={ARCHS}"
+    if choice == "1":
+        raise CompileError(f"ACTSCALE_BUILD_CUDA=1, but {reason}")
+    print(f"warning: actscale-fast: {reason}: installed without the CUDA kernels", file=sys.stderr)
+    return ""
 
 
 class BuildWithNinja(build_ext):
     def run(self) -> None:
-        self.nvcc, chosen = nvcc(), os.environ.get("CXX")
+        chosen = os.environ.get("CXX")
         names = [chosen] if chosen else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
         self.cxx = next((c for c in map(shlex.split, names) if sys.platform != "win32" and compiles(*c)), [])
         if not self.cxx:
             print(NO_COMPILER.format(PYTHON_HEADERS, ", ".join(dict.fromkeys(names))), file=sys.stderr)
             self.extensions = []
+        self.nvcc = nvcc(self.cxx[0] if self.cxx else "c++")
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -74,18 +80,16 @@ class BuildWithNinja(build_ext):
         rules = {".cpp": f"{cxx} {FLAGS} {openmp} {flags} $simd"}
         link = f"{cxx} {'-bundle -undefined dynamic_lookup' if sys.platform == 'darwin' else '-shared'} {openmp}"
         if self.nvcc:
-            archs = os.environ.get("ACTSCALE_CUDA_ARCHS", "80;90;100").split(";")
-            codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
-            codes += [f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for what comes later
-            rules[".cu"] = f"{self.nvcc} -ccbin {self.cxx[0]} -std=c++17 -O3 -Xcompiler -fPIC {' '.join(codes)}"
-            link = f"{self.nvcc} -ccbin {self.cxx[0]} -shared -cudart static -Xcompiler {openmp}"
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        sources = [p for p in sorted(CSRC.iterdir()) if p.suffix in rules and (x86 or p.stem not in SIMD)]
+            link = shlex.join([self.nvcc, "-ccbin", self.cxx[0]])
+            rules = {".cpp": f"{rules['.cpp']} -DACTSCALE_CUDA", ".cu": f"{link} -std=c++17 {shlex.join(CUDA)}"}
+            link += f" -shared -cudart static -Xcompiler {openmp}"
+        skipped = () if platform.machine().lower() in ("x86_64", "amd64") else SIMD
+        sources = [p for p in sorted(CSRC.iterdir()) if p.suffix in rules and p.stem not in skipped]
         lines = [f"rule link\n command = {link} $in -o $out"]
         for suffix, command in rules.items():
             lines += [f"rule {suffix[1:]}\n depfile = $out.d\n command = {command} -MMD -MF $out.d -c $in -o $out"]
         lines += [f"build {p.name}.o: {p.suffix[1:]} {escaped(p)}\n simd = {SIMD.get(p.stem, '')}" for p in sources]
-        lines += [f"build {escaped(target)}: link {' '.join(f'{p.name}.o' for p in sources)}", ""]
+        lines += [f"build {escaped(target)}: link {' '.join(f'{p.name}.o' for p in sources)}\n"]
         (folder / "build.ninja").write_text("\n".join(lines))
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         if subprocess.run([sys.executable, "-m", "ninja", "-C", folder, *jobs]).returncode:

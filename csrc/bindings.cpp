@@ -6,25 +6,37 @@
 #endif
 
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <vector>
 
 namespace actscale {
 
+namespace {
+
+struct Scratch {
+    float* memory = nullptr;
+    int64_t held = 0;
+    ~Scratch() { std::free(memory); }
+};
+thread_local Scratch own;
+
+}  // namespace
+
 float* scratch(int64_t count) {
-    struct Free { void operator()(float* p) const { std::free(p); } };
-    static thread_local std::unique_ptr<float, Free> memory;
-    static thread_local int64_t held = 0;
-    if (count > held) {
-        memory.reset();
-        held = 0;
+    if (count > own.held) {
+        release_scratch(0);
         void* fresh = nullptr;
-        if (posix_memalign(&fresh, 64, count * sizeof(float))) throw std::bad_alloc();
-        memory.reset(static_cast<float*>(fresh));
-        held = count;
+        if (posix_memalign(&fresh, 64, size_t(count) * sizeof(float))) throw std::bad_alloc();
+        own.memory = static_cast<float*>(fresh);
+        own.held = count;
     }
-    return memory.get();
+    return own.memory;
+}
+
+void release_scratch(int64_t kept) {
+    if (own.held <= kept) return;
+    std::free(own.memory);
+    own.memory = nullptr, own.held = 0;
 }
 
 // A large output is often fresh from the system, and then its first touch costs a page fault every 4 KiB, more than the
@@ -93,5 +105,9 @@ PYBIND11_MODULE(_C, module) {
     bind_scaling(module);
     bind_dynamic(module);
     bind_loss(module);
+    bind_linear(module);
     bind_scalars(module);
+#ifdef ACTSCALE_CUDA
+    bind_cuda(module);
+#endif
 }

@@ -20,7 +20,9 @@ void advise_huge_pages(void* memory, int64_t bytes);
 void bind_scaling(py::module_& module);
 void bind_dynamic(py::module_& module);
 void bind_loss(py::module_& module);
+void bind_linear(py::module_& module);
 void bind_scalars(py::module_& module);
+void bind_cuda(py::module_& module);  // defined with ACTSCALE_CUDA
 
 template <class T> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 

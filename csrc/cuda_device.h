@@ -5,7 +5,19 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "cuda_kernels.h"
+
+namespace actscale {
+namespace cuda {
+
+struct float32 { uint32_t bits; };
+struct bf16 { uint16_t bits; };
+struct half16 { uint16_t bits; };
+
+struct alignas(16) Vector { uint32_t word[4]; };
+
+}  // namespace cuda
+}  // namespace actscale
 
 #ifdef ACTSCALE_EMULATE_CUDA
 #include "emulated_cuda.h"
@@ -19,11 +31,6 @@
 namespace actscale {
 namespace cuda {
 
-struct float32 { uint32_t bits; };
-struct bf16 { uint16_t bits; };
-struct half16 { uint16_t bits; };
-
-struct alignas(16) Vector { uint32_t word[4]; };
 template <class T> constexpr int WIDTH = 16 / sizeof(T);  // elements of a vector
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -54,9 +61,22 @@ DEVICE float exp2_approximate(float x) {
     return y;
 }
 
-DEVICE uint16_t half_bits(float value) { return __half_as_ushort(__float2half_rn(value)); }
+// A product that is rounded before anything is added to it: the compiler may not contract it into a sum.
+DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 DEVICE float half_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+DEVICE uint16_t half_bits(float value) { return __half_as_ushort(__float2half_rn(value)); }
 DEVICE uint16_t bf16_bits(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+DEVICE uint32_t pair_bits(float low, float high, half16) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+DEVICE uint32_t pair_bits(float low, float high, bf16) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
 
 DEVICE char* dynamic_shared() {
     extern __shared__ Vector actscale_shared[];
@@ -69,7 +89,9 @@ DEVICE void copy_async(Vector* shared, const void* global) {
                  "l"(global) : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+template <int PENDING> DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // A kernel that is launched without clusters never calls these; sm_80 has none.
 DEVICE void cluster_arrive() {
@@ -120,11 +142,7 @@ DEVICE Vector pack(const float (&in)[4], float32) {
 template <class T> DEVICE Vector pack(const float (&in)[8], T) {
     Vector v;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        T low, high;
-        narrow(in[2 * i], &low), narrow(in[2 * i + 1], &high);
-        v.word[i] = low.bits | uint32_t(high.bits) << 16;
-    }
+    for (int i = 0; i < 4; i++) v.word[i] = pair_bits(in[2 * i], in[2 * i + 1], T());
     return v;
 }
 

@@ -17,10 +17,11 @@ struct Limits {
 };
 
 struct Scalars {  // their l1 norm and sign ride along with the loss
-    const float* values;  // null: none
+    bool given;
+    const float* values;
     int64_t count;
     float* l1;
-    float* sign;          // null: not wanted
+    float* sign;  // null: not wanted
 };
 
 // How the losses' kernel is laid over the rows; a closed form of their shape and the device.
@@ -41,6 +42,11 @@ struct PartialSums { int64_t dalpha, dshift; };
 Error scale_heads(const ScaleHeads& call, void* stream);
 Error scale_heads_partials(const ScaleHeads& call, PartialSums* floats);
 Error scale_heads_backward(const ScaleHeads& call, float* dalpha_partial, float* dshift_partial, void* stream);
+
+Error dynamic_scale(const DynamicScale& call, void* stream);
+// Partial sums of the backward: this many of dweight's [H, D] and of dbias' [H].
+Error dynamic_scale_chunks(const DynamicScale& call, int64_t* chunks);
+Error dynamic_scale_backward(const DynamicScale& call, float* dweight_partial, float* dbias_partial, void* stream);
 
 Error proximal_adam(const ProximalAdam& call, void* stream);
 

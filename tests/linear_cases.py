@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from op_cases import Inputs, Losses, Rows, textbook_losses
+from op_cases import Inputs, Losses, Rows, assert_as_exact_as_eager, textbook_losses
 from torch import Tensor
+
+from actscale_fast import ops
 
 
 @dataclass
@@ -73,15 +75,61 @@ def textbook(h: Head, upstream: tuple[Tensor, Tensor], dtype: torch.dtype, **opt
 
     16-bit eager PyTorch rounds its logits and their gradient to 16 bits: it is `dtype` bfloat16 or float16.
     """
-    leaf = h.steered.detach().cpu().to(dtype).requires_grad_()
+    h, upstream = h.to(torch.device("cpu")), (upstream[0].cpu(), upstream[1].cpu())
+    leaf = h.steered.detach().to(dtype).requires_grad_()
     logits = logits_of(h, leaf, dtype)
     wide = dtype if dtype == torch.float64 else torch.float32
-    reference = logits_of(h, h.frozen.cpu(), dtype)
-    rows = Rows(logits.detach(), reference, h.correct.cpu(), h.wrong.cpu(), h.direction.cpu())
+    reference = logits_of(h, h.frozen, dtype)
+    rows = Rows(logits.detach(), reference, h.correct, h.wrong, h.direction)
     losses = textbook_losses(rows, upstream, wide, **options)
     (gradient,) = torch.autograd.grad(logits, leaf, losses.gradient.to(logits.dtype))
     # The KL is H(q) − H(p) + s·h·(Wᵀq − Wᵀp): beside the terms of the definition, those of two products of d terms.
-    weight, scale = h.weight.cpu().double(), h.options.get("logit_scale", 1.0)
+    weight, scale, size = h.weight.double(), h.options.get("logit_scale", 1.0), h.steered.detach().double().abs()
     means = sum((t.detach().double().softmax(-1) @ weight).abs() for t in (logits, reference))
-    products = scale * (h.steered.detach().cpu().double().abs() * means).sum(-1)
-    return losses._replace(value_condition=losses.value_condition + products), gradient
+    products = scale * (size * means).sum(-1)
+    return losses._replace(
+        value_condition=losses.value_condition + products,
+        gradient_condition=scale * losses.gradient_condition @ weight.abs(),  # [N, d]
+    ), gradient
+
+
+def run(
+    h: Head,
+    upstream: tuple[Tensor, Tensor] | None = None,
+    *,
+    margin: float = 1.0,
+    chunk_bytes: int = 1 << 28,
+    **how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(effectiveness, faithfulness, gradient of the steered hidden states)."""
+    statistics = ops.reference_statistics(h.frozen, h.weight, *h.answers, **h.of_head, chunk_bytes=chunk_bytes, **how)
+    leaf = h.steered.detach().requires_grad_()
+    losses = ops.linear_intervention_loss(
+        leaf, h.weight, statistics, *h.answers, direction=h.direction, margin=margin, chunk_bytes=chunk_bytes,
+        **h.of_head, **how,
+    )  # fmt: skip
+    ones = torch.ones(len(leaf), device=leaf.device)
+    (gradient,) = torch.autograd.grad(losses, leaf, upstream or (ones, ones))
+    return losses[0].detach(), losses[1].detach(), gradient
+
+
+def size_of_products(h: Head) -> Tensor:
+    """[N]: Σ|h_k·W_k| of the two answers' logits, the terms whose difference the hinge takes."""
+    h = h.to(torch.device("cpu"))
+    rows = h.weight[torch.stack(h.answers, 1)].double().abs()  # [N, 2, d]
+    return h.options.get("logit_scale", 1.0) * torch.einsum("nd,nad->n", h.steered.detach().double().abs(), rows)
+
+
+def check(h: Head, upstream: tuple[Tensor, Tensor], *, margin: float = 1.0, **how: Any) -> None:
+    """Values and gradient against float64, within twice the error of eager PyTorch of the same dtype."""
+    got = run(h, upstream, margin=margin, **how)
+    exact, exact_gradient = textbook(h, upstream, torch.float64, margin=margin, **how)
+    eager, eager_gradient = textbook(h, upstream, h.steered.dtype, margin=margin, **how)
+    assert (got[0].dtype, got[1].dtype, got[2].dtype) == (torch.float32, torch.float32, h.steered.dtype)
+    assert_as_exact_as_eager(
+        "effectiveness", got[0], exact.effectiveness, eager.effectiveness, condition=size_of_products(h)
+    )
+    assert_as_exact_as_eager(
+        "faithfulness", got[1], exact.faithfulness, eager.faithfulness, condition=exact.value_condition
+    )
+    assert_as_exact_as_eager("gradient", got[2], exact_gradient, eager_gradient, condition=exact.gradient_condition)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -41,6 +42,31 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason_and_the_choice_sta
     message = error_of(lambda: ops.set_backend("cpu"), RuntimeError)
     assert message == "backend 'cpu' cannot run here: the C++ extension was not built (no compiler)"
     assert backends.get_backend() == before
+
+
+@pytest.mark.parametrize(
+    ("built", "cuda_version", "gpu", "driver", "reason"),
+    [
+        (False, "13.0", True, "", "the extension was built without CUDA kernels: no nvcc at install time, or "),
+        (True, None, False, "", "this build of PyTorch has no CUDA"),
+        (True, "13.0", False, "", "no GPU was found"),
+        (True, "13.0", True, "driver too old", "CUDA says: driver too old"),
+        (True, "13.0", True, "", ""),
+    ],
+)
+def test_the_cuda_backend_says_why_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, built: bool, cuda_version: str | None, gpu: bool, driver: str, reason: str
+) -> None:
+    extension = types.ModuleType("actscale_fast._C")
+    if built:
+        extension.cuda = types.SimpleNamespace(unavailable=lambda: driver)
+    monkeypatch.setitem(sys.modules, "actscale_fast._C", extension)
+    monkeypatch.setattr(backends, "has_extension", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    said = backends.unavailable.__wrapped__("cuda")
+    assert said.startswith(reason)
+    assert bool(said) == bool(reason)
 
 
 def test_use_backend_restores_the_choice_even_after_an_error() -> None:

@@ -74,6 +74,10 @@ def test_opcheck_passes_for_every_op(backend: Backend, inputs: Inputs) -> None:
     upstream, answer_grad = (inputs.normal(5).to(device) for _ in range(2)), inputs.normal(5, 3).to(device)
     scale = (rows.logits, *upstream, rows.correct, rows.wrong, answer_grad)
     torch.library.opcheck(library.intervention_loss_scale_.default, scale)
+    hidden, weight, bias = (inputs.normal(*shape).to(device) for shape in ((5, 8), (37, 8), (37,)))
+    softmax = (hidden, weight, bias, rows.correct, rows.wrong, True, 0.5, 1 << 20)
+    torch.library.opcheck(library.linear_softmax.default, softmax)
+    torch.library.opcheck(library.linear_softmax.default, (hidden, weight, None, None, None, False, 1.0, 1 << 20))
     adam = [inputs.normal(6).to(device) for _ in range(3)] + [inputs.normal(6).abs().to(device)]
     step = torch.zeros((), device=device)
     torch.library.opcheck(library.proximal_adam_.default, (*adam, step, 0.1, 0.9, 0.999, 1e-8, 0.01))
@@ -156,6 +160,63 @@ def test_kl_div_compiles_into_one_graph_for_every_batch_size(backend: Backend, i
         return [made.logits.requires_grad_()], [made.reference]
 
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "statistics": {"logit_scale": 0.5},
+    "softcap": {"softcap": 5.0},
+    "reverse": {"kl": "reverse"},
+}
+
+
+@pytest.mark.parametrize("options", HEADS)
+@over()
+def test_losses_from_hidden_states_compile_into_one_graph_for_every_batch_size(
+    backend: Backend, options: str, inputs: Inputs
+) -> None:
+    """The frozen model's statistics and the steered model's losses in one graph, and the gradient of both inputs."""
+    weight, bias = (inputs.normal(*shape).to(backend.device) for shape in ((41, 8), (41,)))
+
+    def call(hidden: Tensor, scalars: Tensor, frozen: Tensor, c: Tensor, w: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        head: dict[str, Any] = {"bias": bias, **HEADS[options]}
+        reference = ops.reference_statistics(frozen.sin(), weight, c, w, **head)
+        e, f, l1 = ops.linear_intervention_loss(
+            hidden * 1.5, weight, reference, c, w, direction=s, margin=2.0, scalars=scalars, **head
+        )
+        return (e * u).sum() + (f * u).mean() + 0.1 * l1
+
+    def make(rows: int) -> tuple[list[Tensor], list[Any]]:
+        made = inputs.rows(rows, 41).to(backend.device)
+        hidden, frozen, scalars, u = (
+            inputs.normal(*shape).to(backend.device) for shape in ((rows, 8), (rows, 8), (2, 3), (rows,))
+        )
+        rest = [frozen, made.correct, made.wrong, made.direction, u]
+        for tensor in (hidden, *rest):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        return [hidden.requires_grad_(), scalars.requires_grad_()], rest
+
+    assert_compiles_to_the_same(call, make, compiler="aot_eager")
+
+
+@over(backends=["reference", "cpu"])
+def test_statistics_made_outside_a_compiled_step_serve_inside_it(backend: Backend, inputs: Inputs) -> None:
+    rows, weight = inputs.rows(6, 41), inputs.normal(41, 8)
+    hidden, upstream = inputs.normal(6, 8), inputs.normal(6)
+    reference = ops.reference_statistics(hidden, weight, rows.correct, rows.wrong)
+
+    def step(hidden: Tensor) -> Tensor:
+        e, f = ops.linear_intervention_loss(
+            hidden, weight, reference, rows.correct, rows.wrong, direction=rows.direction, margin=2.0
+        )
+        return ((e + f) * upstream).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for moved in (hidden, hidden + 0.3 * inputs.normal(6, 8)):
+        leaf = moved.clone().requires_grad_()
+        value, expected = compiled(leaf), step(leaf)
+        torch.testing.assert_close(value, expected, rtol=2e-5, atol=2e-6)
+        gradients = [torch.autograd.grad(v, leaf)[0] for v in (value, expected)]
+        torch.testing.assert_close(*gradients, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from linear_cases import Head, head, logits_of, textbook
-from op_cases import DTYPES, Backend, Inputs, assert_as_exact_as_eager, over
+from linear_cases import check, head, logits_of, run
+from op_cases import DTYPES, Backend, Inputs, over
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,40 +25,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(
-    h: Head,
-    upstream: tuple[Tensor, Tensor] | None = None,
-    *,
-    margin: float = 1.0,
-    chunk_bytes: int = 1 << 28,
-    **how: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(effectiveness, faithfulness, gradient of the steered hidden states)."""
-    statistics = ops.reference_statistics(h.frozen, h.weight, *h.answers, **h.of_head, chunk_bytes=chunk_bytes, **how)
-    leaf = h.steered.detach().requires_grad_()
-    losses = ops.linear_intervention_loss(
-        leaf, h.weight, statistics, *h.answers, direction=h.direction, margin=margin, chunk_bytes=chunk_bytes,
-        **h.of_head, **how,
-    )  # fmt: skip
-    ones = torch.ones(len(leaf), device=leaf.device)
-    (gradient,) = torch.autograd.grad(losses, leaf, upstream or (ones, ones))
-    return losses[0].detach(), losses[1].detach(), gradient
-
-
 @over(dtypes=DTYPES, shapes=[(3, 31, 8), (5, 257, 33)], native_shapes=[(33, 5003, 100), (4, 50257, 64)])
 def test_losses_and_gradient_are_as_exact_as_eager(
     backend: Backend, dtype: torch.dtype, shape: tuple[int, int, int], inputs: Inputs
 ) -> None:
     h = head(inputs, shape, dtype)
-    upstream = (inputs.normal(shape[0]), inputs.normal(shape[0]))
-    got = run(h.to(backend.device), tuple(u.to(backend.device) for u in upstream), margin=2.0)  # type: ignore[arg-type]
-    exact, exact_gradient = textbook(h, upstream, torch.float64, margin=2.0)
-    eager, eager_gradient = textbook(h, upstream, dtype, margin=2.0)
-    assert_as_exact_as_eager("effectiveness", got[0], exact.effectiveness, eager.effectiveness)
-    assert_as_exact_as_eager(
-        "faithfulness", got[1], exact.faithfulness, eager.faithfulness, condition=exact.value_condition
-    )
-    assert_as_exact_as_eager("gradient", got[2], exact_gradient, eager_gradient, condition=1.0)
+    upstream = (inputs.normal(shape[0]).to(backend.device), inputs.normal(shape[0]).to(backend.device))
+    check(h.to(backend.device), upstream, margin=2.0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -67,15 +40,8 @@ def test_every_head_and_option_matches_the_definition(backend: Backend, variant:
     options = dict(VARIANTS[variant])
     how = {name: options.pop(name) for name in ("exclude_answers", "kl") if name in options}
     h = head(inputs, (6, 211, 20), **options)
-    upstream = (inputs.normal(6), inputs.normal(6))
-    got = run(h.to(backend.device), tuple(u.to(backend.device) for u in upstream), **how)  # type: ignore[arg-type]
-    exact, exact_gradient = textbook(h, upstream, torch.float64, **how)
-    eager, eager_gradient = textbook(h, upstream, torch.float32, **how)
-    assert_as_exact_as_eager("effectiveness", got[0], exact.effectiveness, eager.effectiveness, condition=4.0)
-    assert_as_exact_as_eager(
-        "faithfulness", got[1], exact.faithfulness, eager.faithfulness, condition=exact.value_condition
-    )
-    assert_as_exact_as_eager("gradient", got[2], exact_gradient, eager_gradient, condition=1.0)
+    upstream = (inputs.normal(6).to(backend.device), inputs.normal(6).to(backend.device))
+    check(h.to(backend.device), upstream, **how)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -149,10 +115,12 @@ def test_chunks_of_one_row_give_what_a_whole_batch_gives(
 ) -> None:
     h = head(inputs, (7, 130, 16), dtype, **VARIANTS[variant]).to(backend.device)
     whole, rows = run(h), run(h, chunk_bytes=1)
-    # 16-bit logits of the soft-cap path are rounded products of another shape; all else is float32
-    tolerance = 4 * torch.finfo(dtype).eps if variant == "softcap" and dtype != torch.float32 else 2e-5
+    # Products of another shape may differ in their last float32 bit, and that decides how a weight of the softmax, the
+    # gradient or, with a soft-cap, a logit is rounded to 16 bits.
+    step = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
     for a, b in zip(whole, rows, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=40 * tolerance if tolerance > 1e-4 else 1e-5)
+        atol = 40 * step if variant == "softcap" else step
+        torch.testing.assert_close(a, b, rtol=max(2e-5, step), atol=max(1e-5, atol))
 
 
 class LargestTensor(TorchDispatchMode):

@@ -31,6 +31,8 @@ KERNELS = {
     "intervention_loss_scan_kernel",
     "intervention_loss_finish_kernel",
     "intervention_loss_scale_kernel",
+    "softmax_rows_scan_kernel",
+    "softmax_rows_finish_kernel",
     "proximal_adam_kernel",
 }
 
@@ -77,6 +79,8 @@ def test_rows_of_any_width_are_read_16_bytes_at_a_time(compiled: Reports) -> Non
         if report["kernel"].startswith("intervention_loss") and not only_combines:
             assert report["vector_loads"] > 0, report
             assert report["vector_stores"] > 0 or report["kernel"] == "intervention_loss_scan_kernel", report
+        if report["kernel"].startswith("softmax_rows"):
+            assert report["vector_loads"] > 0, report
 
 
 @pytest.mark.slow
@@ -95,6 +99,7 @@ def launches(multiprocessors: int) -> list[tuple[Any, tuple[Any, ...], dict[str,
 
     from actscale_fast.ops import triton as kernels
     from actscale_fast.ops.triton import device
+    from actscale_fast.ops.triton.linear_softmax import _softmax_rows
 
     recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     JITFunction.run = lambda self, *arguments, grid, warmup, **rest: recorded.append((self, arguments, rest))  # type: ignore
@@ -132,6 +137,13 @@ def launches(multiprocessors: int) -> list[tuple[Any, tuple[Any, ...], dict[str,
                 )
             kernels.intervention_loss_scale_(z, meta(N), meta(N), ids, ids, answer_grad)
         kernels.intervention_loss(z[:64], z[:64], None, None, None, None, 1.0, 1.0, True, False, False)
+    for R, V in ((64, 128256), (128, 50257), (3, 50257), (1040, 128256)):
+        products, ids, bias = meta(R, V), meta(R, dtype=torch.int64), meta(V)
+        for dtype in (torch.float32, torch.bfloat16):
+            _softmax_rows(products, bias, ids, ids, True, 1.0, dtype)
+            _softmax_rows(products, None, ids, ids, True, 0.0625, dtype)
+        _softmax_rows(products, None, ids, ids, False, 1.0, torch.bfloat16)
+        _softmax_rows(products, bias, None, None, False, 1.0, torch.float16)
     for n in (768, 1 << 20):
         p = meta(n)
         kernels.proximal_adam_(p, p, p, p, meta(1)[0], 0.03, 0.9, 0.999, 1e-8, 0.1)
@@ -144,6 +156,7 @@ def source_of(kernel: Any, arguments: tuple[Any, ...], rest: dict[str, Any]) -> 
     from triton.compiler import ASTSource
 
     names = {
+        torch.float64: "fp64",
         torch.float32: "fp32",
         torch.bfloat16: "bf16",
         torch.float16: "fp16",

@@ -22,12 +22,22 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: floa
     return logits
 
 
-def chunks(hidden: Tensor, weight: Tensor, softcap: float | None, chunk_bytes: int) -> Iterator[slice]:
-    """Slices of rows whose logits fit into `chunk_bytes`; one empty slice where there are no rows."""
-    row_bytes = weight.shape[0] * weight.element_size() * (BUFFERS if softcap is None else BUFFERS_SOFTCAP)
-    step = max(1, chunk_bytes // row_bytes)
-    for begin in range(0, max(hidden.shape[0], 1), step):
+def slices(n_rows: int, step: int) -> Iterator[slice]:
+    """Slices of `step` rows; one, empty, where there are no rows.
+
+    All rows at once are no loop, so that torch.compile makes one graph for every number of them up to `step`.
+    """
+    if n_rows <= step:
+        yield slice(None)
+        return
+    for begin in range(0, n_rows, step):
         yield slice(begin, begin + step)
+
+
+def chunks(hidden: Tensor, weight: Tensor, softcap: float | None, chunk_bytes: int) -> Iterator[slice]:
+    """Slices of rows whose logits fit into `chunk_bytes`."""
+    row_bytes = weight.shape[0] * weight.element_size() * (BUFFERS if softcap is None else BUFFERS_SOFTCAP)
+    return slices(hidden.shape[0], max(1, chunk_bytes // row_bytes))
 
 
 def logits_in_chunks(

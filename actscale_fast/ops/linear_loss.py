@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from . import checks
 from .linear_logits import chunks, logits_of
 from .linear_softmax import CHUNK_BYTES, linear_softmax
-from .linear_statistics import ReferenceStatistics, as_float, check_head, expected_logit, unit_stride
+from .linear_statistics import ReferenceStatistics, centred, check_head, expected_logit, unit_stride
 from .loss import KLDirection, check_answers, intervention_loss, is_reverse
 from .reference import l1_norm
 
@@ -81,14 +81,14 @@ def linear_intervention_loss(
     head_learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     by_logits = softcap is not None or reverse or head_learns or reference.mean is None
     if by_logits and reference.logits is None:
-        reason = "a soft-cap" if softcap is not None else "the reverse KL" if reverse else "a head that learns"
+        reason = "the reverse KL" if reverse else "a head that learns"  # with a soft-cap they are always there
         raise ValueError(
             f"reference: got statistics without logits, which {reason} needs; expected"
             " reference_statistics(..., keep_logits=True)"
         )
     options = {"margin": margin, "exclude_answers": exclude_answers}
     head = (weight, bias, softcap, float(logit_scale))
-    if head_learns:
+    if head_learns or (by_logits and torch.compiler.is_compiling()):  # a graph differentiates the logits itself
         losses = _recomputed(hidden, head, reference, correct, wrong, direction, chunk_bytes, {**options, "kl": kl})
     else:
         losses = _LinearLoss.apply(
@@ -120,7 +120,7 @@ def _check_reference(
 
 
 def _recomputed(hidden, head, reference, correct, wrong, direction, chunk_bytes, options):  # type: ignore[no-untyped-def]
-    """The losses chunk by chunk with the logits made again in the backward pass, for a head that learns."""
+    """The losses chunk by chunk with the logits made again in the backward pass: autograd through the head."""
     weight, bias, softcap, logit_scale = head
 
     def of_rows(h, reference_logits, *rest):  # type: ignore[no-untyped-def]
@@ -170,13 +170,12 @@ def _by_statistics(  # type: ignore[no-untyped-def]
     """(effectiveness, faithfulness, d faithfulness/dh [N, d], d effectiveness/d(W·h) at the two answers [N, 2])."""
     weight, bias, _, scale = head
     log_sum, mean, _, answers = linear_softmax(
-        unit_stride(hidden.detach()), unit_stride(weight.detach()), None if bias is None else as_float(bias),
-        correct, wrong, exclude_answers, scale, chunk_bytes,
+        unit_stride(hidden.detach()), unit_stride(weight.detach()), centred(bias), correct, wrong, exclude_answers,
+        scale, chunk_bytes,
     )  # fmt: skip
     divergence = log_sum - expected_logit(hidden, reference.mean, reference.mean_bias, scale) - reference.entropy
-    divergence = divergence.clamp(min=0)  # rounding
-    if exclude_answers and weight.shape[0] <= 2:  # nothing is left of V
-        divergence = torch.zeros_like(divergence)
+    # Below 0 it is rounding; log_sum is −inf where no token is left.
+    divergence = divergence.clamp(min=0).masked_fill(log_sum == -torch.inf, 0.0)
     missing = margin - direction.to(answers.dtype) * (answers[:, 0] - answers[:, 1])
     effectiveness = missing.clamp(min=0)
     if not need_grad:
@@ -212,7 +211,8 @@ def _by_logits(  # type: ignore[no-untyped-def]
         columns = torch.stack([correct[rows], wrong[rows]], 1).clamp(0, weight.shape[0] - 1)
         answers = logits.detach().gather(1, columns).to(effectiveness.dtype)
         steepness = scale * (1 - (answers / softcap) ** 2) if softcap is not None else torch.full_like(answers, scale)
-        slope = -direction[rows].to(answers.dtype) * (effectiveness > 0) + 0 * effectiveness
+        slope = -direction[rows].to(answers.dtype) * (effectiveness > 0)
+        slope = torch.where(effectiveness.isnan(), effectiveness, slope)
         sides = torch.stack([slope, -slope], 1)
         parts.append([effectiveness, faithfulness, d_hidden.to(answers.dtype), steepness * sides])
     joined = tuple(torch.cat(column).detach() for column in map(list, zip(*parts, strict=True)))

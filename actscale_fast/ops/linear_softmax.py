@@ -16,11 +16,16 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .linear_logits import slices
 from .reference import accumulation_dtype
 from .registry import backend_of, define, is_eager
 
 #: Extra memory of one call, at most (at least one row of logits).
 CHUNK_BYTES = 256 << 20
+#: Columns whose products are added up in one chain of float32 additions, on a CPU and on a GPU (there not measured).
+#: V = 50257, d = 5, fp32, PyTorch on a CPU: h·mean is off by 1.5e-4 in one chain, by 1.4e-5 in chains of 4096, by 3e-6
+#: in chains of 1024; at 32 rows of d = 576 it makes no difference.
+COLUMNS, COLUMNS_ON_GPU = 1024, 16384
 
 #: (raw products [R, V], bias, correct, wrong, exclude_answers, logit_scale, dtype of the weights e) ->
 #: (log_sum, e [R, V], Σ e, Σ e·log e, Σ e·bias, answers [R, 2]); the sums [R] in float64. May overwrite the products.
@@ -75,8 +80,7 @@ def in_chunks(
     narrow = weight.dtype != acc
     step = max(1, chunk_bytes // (weight.shape[0] * (acc.itemsize + (weight.dtype.itemsize if narrow else 0))))
     parts = []
-    for begin in range(0, max(hidden.shape[0], 1), step):
-        here = slice(begin, begin + step)
+    for here in slices(hidden.shape[0], step):
         ids = (None, None) if correct is None or wrong is None else (correct[here], wrong[here])
         products = _products(hidden[here], weight)
         log_sum, weights, total, spread, in_bias, answers = rows(
@@ -84,7 +88,8 @@ def in_chunks(
         )
         nothing = total == 0  # no column is kept: a mean of nothing is 0
         total = total.masked_fill(nothing, 1.0)
-        mean, mean_bias = _products(weights, weight.t()) / total.to(acc)[:, None], in_bias / total
+        sums = _products(weights, weight.t()) if narrow else _sums_of_rows(weights, weight)
+        mean, mean_bias = sums / total.to(acc)[:, None], in_bias / total
         if not narrow:
             # H(q) + s·(h·mean + b·q) is stationary in q: what the products' roundings did to q enters squared.
             entropy = total.log() - spread / total
@@ -92,6 +97,15 @@ def in_chunks(
             log_sum = torch.where(nothing, log_sum, refined)
         parts.append((log_sum, mean, mean_bias, answers))
     return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in map(list, zip(*parts, strict=True)))  # type: ignore[return-value]
+
+
+def _sums_of_rows(weights: Tensor, weight: Tensor) -> Tensor:
+    """weights [R, V] · weight [V, d]; its error moves log_sum by itself times h, so no chain of additions is long."""
+    step = COLUMNS_ON_GPU if weights.device.type == "cuda" else COLUMNS
+    sums = weights.new_zeros(weights.shape[0], weight.shape[1])
+    for columns, rows in zip(weights.split(step, 1), weight.split(step), strict=True):
+        sums += columns @ rows  # added to `sums` inside the product, it would be one chain again
+    return sums
 
 
 def _products(rows: Tensor, weight: Tensor) -> Tensor:

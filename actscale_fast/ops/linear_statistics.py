@@ -23,7 +23,7 @@ class ReferenceStatistics:
     """
 
     mean: Tensor | None  # [N, d] float32, μ₀ = Wᵀp₀
-    mean_bias: Tensor | None  # [N] float64, b·p₀
+    mean_bias: Tensor | None  # [N] float64, (b − max b)·p₀
     entropy: Tensor | None  # [N] float64, H(p₀) in nats
     logits: Tensor | None  # [N, V]
     exclude_answers: bool
@@ -97,11 +97,13 @@ def reference_statistics(
     learned = weight.requires_grad or (bias is not None and bias.requires_grad)
     common = (exclude_answers, float(logit_scale), softcap)
     if softcap is not None or is_reverse(kl) or (learned if keep_logits is None else keep_logits):
+        for name, ids in (("correct", correct), ("wrong", wrong)):  # nothing below reads them
+            checks.ids_in_range(name, ids, weight.shape[0], "token id")
         logits = logits_in_chunks(hidden, weight, bias, softcap, logit_scale, chunk_bytes)
         return ReferenceStatistics(None, None, None, logits, *common)
     log_sum, mean, mean_bias, _ = linear_softmax(
-        unit_stride(hidden), unit_stride(weight), None if bias is None else as_float(bias), correct, wrong,
-        exclude_answers, float(logit_scale), chunk_bytes,
+        unit_stride(hidden), unit_stride(weight), centred(bias), correct, wrong, exclude_answers, float(logit_scale),
+        chunk_bytes,
     )  # fmt: skip
     entropy = log_sum - expected_logit(hidden, mean, mean_bias, logit_scale)
     return ReferenceStatistics(mean, mean_bias, entropy, None, *common)
@@ -116,8 +118,13 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
-def as_float(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+def centred(bias: Tensor | None) -> Tensor | None:
+    """b − max b in float32 (float64 stays): no loss sees the difference, and a common offset costs them no digits."""
+    if bias is None:
+        return None
+    bias = bias.detach().to(torch.float64 if bias.dtype == torch.float64 else torch.float32)
+    largest = bias.amax()
+    return bias - torch.where(largest.isfinite(), largest, 0.0)
 
 
 def check_head(

@@ -21,17 +21,54 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linear_softmax import in_chunks
-from .columns import MAX_SPLITS, Tiling, tile_positions
+from .columns import MAX_SPLITS, Tiling, in_tile, row_shift, row_start, tile_positions
 from .device import on_device_of, processors
 from .softmaxes import LN2, LOG2E, finite
 
 
 @triton.jit
-def _kept(p_x, p_bias, columns, kept):
-    b_z = tl.load(p_x + columns, mask=kept, other=float("-inf"))
+def _answer(p_x, p_bias, column, valid):
+    z = tl.load(p_x + column, mask=valid, other=float("nan"))
     if p_bias is not None:
-        b_z += tl.load(p_bias + columns, mask=kept, other=0.0).to(tl.float32)
-    return b_z
+        z += tl.load(p_bias + column, mask=valid, other=0.0)
+    return z
+
+
+@triton.jit
+def _tile(
+    p_x,  # where the row's first tile begins
+    p_bias,
+    c,
+    w,
+    V,
+    shift,  # columns before the row at which its first tile begins
+    tile,
+    EXCLUDE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """(x + b, b) of a tile, −inf where a column is not kept."""
+    TILE: tl.constexpr = UNROLL * LANES * VECTOR
+    positions = tile_positions(UNROLL, LANES, VECTOR)
+    first = tile * TILE - shift
+    whole = (first >= 0) & (first + TILE <= V)
+    if EXCLUDE:
+        whole = whole & ((in_tile(c, first, TILE) | in_tile(w, first, TILE)) == 0)
+    columns = first + positions
+    inside = (columns >= 0) & (columns < V)
+    if whole:  # a mask a column would break 16-byte accesses up
+        b_z = tl.load(p_x + tile * TILE + positions)
+    else:
+        kept = inside
+        if EXCLUDE:
+            kept = kept & (columns != c) & (columns != w)
+        b_z = tl.load(p_x + tile * TILE + positions, mask=kept, other=float("-inf"))
+    b_bias = b_z
+    if p_bias is not None:
+        b_bias = tl.load(p_bias + columns, mask=inside, other=0.0)
+        b_z += b_bias
+    return b_z, b_bias
 
 
 @triton.jit
@@ -55,30 +92,28 @@ def softmax_rows_scan_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):
-    TILE: tl.constexpr = UNROLL * LANES * VECTOR
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     scale = logit_scale * LOG2E
-    positions = tile_positions(UNROLL, LANES, VECTOR)
-    p_x += row * V
+    c = row
+    w = row
     if p_correct is not None:
         c = tl.load(p_correct + row)
         w = tl.load(p_wrong + row)
         if split == 0:  # here, because the weights may overwrite the products
             valid = _both_inside(c, w, V)
-            tl.store(p_answers + row * 2, logit_scale * _kept(p_x, p_bias, c, valid))
-            tl.store(p_answers + row * 2 + 1, logit_scale * _kept(p_x, p_bias, w, valid))
+            tl.store(p_answers + row * 2, logit_scale * _answer(p_x + row * V, p_bias, c, valid))
+            tl.store(p_answers + row * 2 + 1, logit_scale * _answer(p_x + row * V, p_bias, w, valid))
+    p_x += row_start(row, V, VECTOR, SHIFTED)
+    shift = row_shift(row, V, VECTOR, SHIFTED)
     m = tl.full([LANES], float("-inf"), tl.float32)
     total = tl.zeros([LANES], tl.float32)
     spread = tl.zeros([LANES], tl.float32)
     in_bias = tl.zeros([LANES], tl.float32)
     for tile in range(split * tiles, split * tiles + tiles):
-        columns = tile * TILE + positions
-        kept = columns < V
-        if EXCLUDE:
-            kept = kept & (columns != c) & (columns != w)
-        b_z = _kept(p_x, p_bias, columns, kept)
+        b_z, b_bias = _tile(p_x, p_bias, c, w, V, shift, tile, EXCLUDE, UNROLL, LANES, VECTOR)
         top = tl.maximum(m, tl.max(tl.max(b_z, 2), 0))
         b_z -= finite(top)[None, :, None]
         b_e = tl.exp2(b_z * scale)
@@ -87,7 +122,6 @@ def softmax_rows_scan_kernel(
         spread += tl.sum(tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_z), 2), 0)
         total = total * factor + tl.sum(tl.sum(b_e, 2), 0)
         if p_bias is not None:
-            b_bias = tl.load(p_bias + columns, mask=kept, other=0.0).to(tl.float32)
             in_bias = in_bias * factor + tl.sum(tl.sum(tl.where(b_e == 0.0, 0.0, b_e * b_bias), 2), 0)
         m = top
     top = tl.max(m, 0)
@@ -120,8 +154,8 @@ def softmax_rows_finish_kernel(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):
-    TILE: tl.constexpr = UNROLL * LANES * VECTOR
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     scale = logit_scale * LOG2E
@@ -136,8 +170,9 @@ def softmax_rows_finish_kernel(
     total = tl.sum(sums * factor, 0)
     spread = tl.sum(tl.where(factor == 0.0, 0.0, factor * spreads), 0)
     in_bias = tl.sum(tl.load(p_partials + 3 * splits, mask=here, other=0.0) * factor, 0)
-    p_x += row * V
     poison = tl.zeros([], tl.float32)
+    c = row
+    w = row
     if p_correct is not None:  # an id out of range: the row is NaN
         c = tl.load(p_correct + row)
         w = tl.load(p_wrong + row)
@@ -148,16 +183,21 @@ def softmax_rows_finish_kernel(
         tl.store(p_total + row, total.to(tl.float64) + poison)
         tl.store(p_spread + row, spread.to(tl.float64) * logit_scale + poison)
         tl.store(p_in_bias + row, in_bias.to(tl.float64) + poison)
-    p_weights += row * V
-    positions = tile_positions(UNROLL, LANES, VECTOR)
+    p_x += row_start(row, V, VECTOR, SHIFTED)
+    p_weights += row_start(row, V, VECTOR, SHIFTED)
+    shift = row_shift(row, V, VECTOR, SHIFTED)
+    TILE: tl.constexpr = UNROLL * LANES * VECTOR
     for j in range(tiles):
-        columns = (split * tiles + tiles - 1 - j) * TILE + positions  # what was read last lies in L2
-        inside = columns < V
-        kept = inside
-        if EXCLUDE:
-            kept = kept & (columns != c) & (columns != w)
-        b_e = tl.exp2((_kept(p_x, p_bias, columns, kept) - finite(top)) * scale) + poison
-        tl.store(p_weights + columns, b_e.to(p_weights.dtype.element_ty), mask=inside)
+        tile = split * tiles + tiles - 1 - j  # what was read last lies in L2
+        b_z, _ = _tile(p_x, p_bias, c, w, V, shift, tile, EXCLUDE, UNROLL, LANES, VECTOR)
+        b_e = (tl.exp2((b_z - finite(top)) * scale) + poison).to(p_weights.dtype.element_ty)
+        first = tile * TILE - shift
+        positions = tile_positions(UNROLL, LANES, VECTOR)
+        if (first >= 0) & (first + TILE <= V):
+            tl.store(p_weights + tile * TILE + positions, b_e)
+        else:
+            columns = first + positions
+            tl.store(p_weights + tile * TILE + positions, b_e, mask=(columns >= 0) & (columns < V))
 
 
 def _softmax_rows(
@@ -178,17 +218,16 @@ def _softmax_rows(
     if R == 0:
         return log_sum, weights, total, spread, in_bias, answers
     tiling = Tiling.of(R, V, products.dtype, (V,), processors(device))
-    constants = {name: value for name, value in tiling.constants.items() if name != "SHIFTED"}
     partials = torch.empty((R, 4, tiling.splits), dtype=torch.float32, device=device)
     exclude = exclude_answers and correct is not None
     with on_device_of(products):
         softmax_rows_scan_kernel[(R * tiling.splits,)](
             partials, products, bias, correct, wrong, None if correct is None else answers, V, tiling.splits,
-            tiling.tiles, logit_scale, EXCLUDE=exclude, **constants,
+            tiling.tiles, logit_scale, EXCLUDE=exclude, **tiling.constants,
         )  # fmt: skip
         softmax_rows_finish_kernel[(R * tiling.splits,)](
             partials, products, bias, correct, wrong, log_sum, total, spread, in_bias, weights, V, tiling.splits,
-            tiling.tiles, logit_scale, EXCLUDE=exclude, **constants,
+            tiling.tiles, logit_scale, EXCLUDE=exclude, **tiling.constants,
         )  # fmt: skip
     return log_sum, weights, total, spread, in_bias, answers
 

@@ -1,0 +1,24 @@
+"""The ops as CUDA kernels of the extension (csrc/cuda_*): a `interface.BackendModule`.
+
+Run on an emulated device and compiled for sm_80, sm_90 and sm_100; not run on a GPU yet. `linear_softmax` has no kernel
+of its own here: PyTorch's matrix products, and plain PyTorch between them.
+"""
+
+from __future__ import annotations
+
+from ..linear_softmax import in_chunks as linear_softmax
+from .dynamic import dynamic_scale, dynamic_scale_backward
+from .loss import intervention_loss, intervention_loss_scale_
+from .optimizer import proximal_adam_
+from .scaling import scale_heads, scale_heads_backward
+
+__all__ = [
+    "dynamic_scale",
+    "dynamic_scale_backward",
+    "intervention_loss",
+    "intervention_loss_scale_",
+    "linear_softmax",
+    "proximal_adam_",
+    "scale_heads",
+    "scale_heads_backward",
+]

@@ -1,0 +1,52 @@
+"""The losses from hidden states on the demo model: its own head, its own logits, random scalars on its heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import Inputs
+from torch import Tensor
+
+import actscale_fast as af
+from actscale_fast import ops
+
+PROMPTS = ["The capital of France is", "The sky is", "Two and two make", "A dog is an", "In winter it is", "I live in"]
+
+
+@pytest.mark.real_model
+def test_from_the_real_models_hidden_states_come_the_losses_of_its_logits(inputs: Inputs) -> None:
+    model, tokenizer = af.load_demo_model()
+    scalars = af.ActivScalar.for_model(model)
+    with torch.no_grad():
+        scalars.alpha.copy_(inputs.normal(*scalars.alpha.shape, scale=0.2))
+
+    def last_hidden_state(prompt: str) -> Tensor:
+        with torch.no_grad():
+            batch: Tensor = model.model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0, -1]
+        return batch
+
+    frozen = torch.stack([last_hidden_state(prompt) for prompt in PROMPTS])
+    with af.patch(model, scalars):
+        steered = torch.stack([last_hidden_state(prompt) for prompt in PROMPTS])
+    head = model.get_output_embeddings()
+    assert head.bias is None
+    best = head(frozen).topk(2).indices
+    answers, direction = (best[:, 0].contiguous(), best[:, 1].contiguous()), inputs.signs(len(PROMPTS))
+    upstream = (inputs.normal(len(PROMPTS)), inputs.normal(len(PROMPTS)))
+
+    leaf = steered.requires_grad_()
+    expected = ops.intervention_loss(head(leaf), head(frozen), *answers, direction=direction, margin=4.0)
+    (d_expected,) = torch.autograd.grad(expected, leaf, upstream)
+    for backend in ("reference", "auto"):
+        with ops.use_backend(backend):  # type: ignore[arg-type]
+            statistics = ops.reference_statistics(frozen, head.weight, *answers)
+            losses = ops.linear_intervention_loss(
+                leaf, head.weight, statistics, *answers, direction=direction, margin=4.0
+            )
+            (gradient,) = torch.autograd.grad(losses, leaf, upstream)
+            unmoved = ops.linear_intervention_loss(frozen, head.weight, statistics, *answers, direction=direction)
+        assert expected[1].min() > 1e-3  # the scalars do move the model
+        for got, wanted in zip(losses, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(gradient, d_expected, rtol=1e-4, atol=2e-6)
+        assert not unmoved[1].any()
