@@ -79,7 +79,8 @@ def _list(options: argparse.Namespace) -> int:
         case = cases.load(name)
         print(f"{name}: {case.title}")
         for setting in case.settings:
-            print(f"    {setting.label}{'  (quick)' if setting.quick else ''}")
+            where = "" if len(setting.devices) > 1 else f"  ({setting.devices[0]} alone)"
+            print(f"    {setting.label}{'  (quick)' if setting.quick else ''}{where}")
     return 0
 
 

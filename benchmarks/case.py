@@ -62,6 +62,7 @@ class Setting:
     make: Callable[[torch.device], Problem]
     note: str = ""
     quick: bool = False  # also run by --quick
+    devices: tuple[str, ...] = ("cpu", "cuda")  # the types of device it is run on
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,29 @@ def kernel_backends(device: torch.device) -> Iterator[str]:
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.compile(function)` for fixed shapes."""
     return torch.compile(function, dynamic=False)
+
+
+#: Devices of a setting that is too large for a CPU.
+GPU_ONLY = ("cuda",)
+#: Different rows of a large input, at most; more of them are these over and over, at addresses of their own.
+DISTINCT_ROWS = 512
+
+
+def repeated(rows: Tensor, count: int) -> Tensor:
+    """`count` rows: those of `rows`, over and over."""
+    return rows.repeat(-(-count // len(rows)), 1)[:count]
+
+
+def by_rows(
+    function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, width: int, elements: int = 1 << 27
+) -> tuple[Tensor, ...]:
+    """`function` of some rows of all tensors at a time, its results (a tuple of [rows, ...]) joined.
+
+    For what float64 would not leave memory for; `width` elements of it come with a row.
+    """
+    step = max(1, elements // width)
+    parts = [function(*some) for some in zip(*(tensor.split(step) for tensor in tensors), strict=True)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def generator(seed: int = 0) -> Callable[..., Tensor]:

@@ -37,8 +37,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     """The most that PyTorch's allocator held during one call beyond what it held before, results included.
 
     On a CPU it is read from the profiler's memory events, on a GPU from the allocator's own statistics. Neither sees
-    what a C++ kernel allocates for itself (a few rows at most). A kept gradient would not be seen either: for this
-    call every gradient comes from PyTorch.
+    what a C++ kernel allocates for itself: a few rows, or up to 64 MiB of partial sums for the losses from hidden
+    states. A kept gradient would not be seen either: for this call every gradient comes from PyTorch.
     """
     if device.type == "cuda":
         call()

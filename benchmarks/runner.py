@@ -24,13 +24,13 @@ def run_case(
     only: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The record of a case, ready for JSON.
+    """The record of a case, ready for JSON: of the settings that run on this type of device.
 
     Args:
         quick: only the settings marked quick, few samples.
         only: names of variants to run beside the baseline; all where empty.
     """
-    settings = [setting for setting in case.settings if setting.quick or not quick]
+    settings = [s for s in case.settings if device.type in s.devices and (s.quick or not quick)]
     record: dict[str, Any] = {
         "case": case.name, "title": case.title, "unit": case.unit, "bandwidth": case.bandwidth, "quick": quick,
         "machine": machine.slug(device, torch.get_num_threads()), "environment": machine.environment(device),

@@ -19,7 +19,7 @@ import torch
 from actscale_fast import ops
 from actscale_fast.ops import backends
 from benchmarks.case import Problem, Variant
-from benchmarks.cases import kl_div, loss, overhead, proximal, scale_heads
+from benchmarks.cases import dynamic_scale, kl_div, linear, loss, overhead, proximal, scale_heads
 from benchmarks.verify import verdict
 
 pytest.importorskip("pytest_benchmark")
@@ -29,9 +29,13 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "loss-float32": lambda: loss.make(16, 49152, torch.float32, True, CPU),
     "loss-float32-upstream-by-row": lambda: loss.make(16, 49152, torch.float32, False, CPU),
     "loss-bfloat16": lambda: loss.make(16, 49152, torch.bfloat16, True, CPU),
+    "linear-float32": lambda: linear.make(16, 192, 16384, torch.float32, CPU),
+    "linear-bfloat16": lambda: linear.make(16, 192, 16384, torch.bfloat16, CPU),
     "kl-div-float32": lambda: kl_div.make(16, 49152, torch.float32, CPU),
     "scale-heads-float32": lambda: scale_heads.make((64, 18, 9, 64), torch.float32, "forward + backward", CPU),
     "scale-heads-bfloat16": lambda: scale_heads.make((64, 18, 9, 64), torch.bfloat16, "forward + backward", CPU),
+    "dynamic-scale-float32": lambda: dynamic_scale.make((64, 18, 9, 64), torch.float32, "forward + backward", CPU),
+    "dynamic-scale-bfloat16": lambda: dynamic_scale.make((64, 18, 9, 64), torch.bfloat16, "forward + backward", CPU),
     "proximal": lambda: proximal.make((30, 1, 9), CPU),
     "overhead-scale-heads": lambda: overhead.scaling("forward", 1.0, CPU),
     "overhead-scale-heads-gradient": lambda: overhead.scaling("forward + backward", None, CPU),

@@ -28,6 +28,9 @@ from .case import Variant
 SAMPLE_SECONDS = 2e-3
 #: A call longer than this is warm after one.
 LONG = 1.0
+#: A call that takes a GPU longer than this is not captured: the gaps between its launches are nothing beside it, and a
+#: graph would keep the call's memory to the end (eager PyTorch's losses of 8192 × 262144 logits: seven times 8.6 GB).
+UNCAPTURED = 5e-3
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,9 @@ class DeviceClock:
 
     def _capture(self, rotated: Rotated) -> list[Callable[[], object]]:
         name = rotated[0].name
+        if _device_seconds(rotated[0].call) > UNCAPTURED:
+            self.captured[name] = False
+            return [variant.call for variant in rotated]
         try:
             graphs: list[Callable[[], object]] = []
             for variant in rotated:
@@ -200,6 +206,17 @@ class DeviceClock:
             torch.cuda.synchronize()
             self.captured[name] = False
             return [variant.call for variant in rotated]
+
+
+def _device_seconds(call: Callable[[], object]) -> float:
+    """Seconds between two events around the second of two calls."""
+    call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 @contextmanager

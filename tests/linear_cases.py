@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from op_cases import Inputs, Losses, Rows, assert_as_exact_as_eager, textbook_losses
+from op_cases import ROUNDINGS, Inputs, Losses, Rows, assert_as_exact_as_eager, textbook_losses
 from torch import Tensor
 
 from actscale_fast import ops
@@ -87,10 +87,16 @@ def textbook(h: Head, upstream: tuple[Tensor, Tensor], dtype: torch.dtype, **opt
     weight, scale, size = h.weight.double(), h.options.get("logit_scale", 1.0), h.steered.detach().double().abs()
     means = sum((t.detach().double().softmax(-1) @ weight).abs() for t in (logits, reference))
     products = scale * (size * means).sum(-1)
-    return losses._replace(
-        value_condition=losses.value_condition + products,
-        gradient_condition=scale * losses.gradient_condition @ weight.abs(),  # [N, d]
-    ), gradient
+    value, of_gradient = losses.value_condition + products, scale * losses.gradient_condition @ weight.abs()  # [N, d]
+    if h.steered.dtype in (torch.bfloat16, torch.float16) and ops.get_backend() != "cpu":
+        # The weights of the mean of W's rows are rounded to 16 bits (cut off by Triton's interpreter): an ulp of each,
+        # in the value times the way from the frozen to the steered hidden state.
+        step = torch.finfo(h.steered.dtype).eps / (ROUNDINGS / 4 * torch.finfo(torch.float32).eps)
+        way = (h.steered.detach().double() - h.frozen.double()).abs()
+        value = value + step * scale * (way * (reference.double().softmax(-1) @ weight.abs())).sum(-1)
+        both = sum(t.detach().double().softmax(-1) @ weight.abs() for t in (logits, reference))
+        of_gradient = of_gradient + step * scale * upstream[1].double().abs()[:, None] * both
+    return losses._replace(value_condition=value, gradient_condition=of_gradient), gradient
 
 
 def run(

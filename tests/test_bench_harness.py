@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 from actscale_fast import ops
 from benchmarks import __main__ as command
 from benchmarks import cases, memory, results, runner, timing
-from benchmarks.case import Case, Problem, Setting, Variant
+from benchmarks.case import Case, Problem, Setting, Variant, by_rows, repeated
+from benchmarks.cases import loss
 from benchmarks.verify import verdict
 
 CPU = torch.device("cpu")
@@ -130,11 +132,65 @@ def test_every_case_declares_settings_and_a_quick_one() -> None:
     for name in cases.NAMES:
         case = cases.load(name)
         assert case.name == name
-        assert any(setting.quick for setting in case.settings)
+        for device in ("cpu", "cuda"):
+            assert any(setting.quick and device in setting.devices for setting in case.settings)
         labels = [setting.label for setting in case.settings]
         assert len(set(labels)) == len(labels)
     with pytest.raises(KeyError, match="case: got 'nothing', expected one of loss"):
         cases.load("nothing")
+
+
+def test_a_setting_runs_only_on_the_devices_it_names() -> None:
+    settings = [Setting(label, lambda device: problem(), devices=(label,)) for label in ("cpu", "cuda")]
+    made = runner.run_case(Case("doubling", "Twice x", settings), CPU, say=lambda line: None)
+    assert [setting["label"] for setting in made["settings"]] == ["cpu"]
+
+
+def small(value: Any) -> Any:
+    """A size, or a shape of them, that a CPU computes at once; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(small(part) for part in value)
+    return min(value, 96) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def for_gpus_alone() -> list[Any]:
+    return [
+        pytest.param(setting, id=f"{name}: {setting.label}")
+        for name in cases.NAMES
+        for setting in cases.load(name).settings
+        if "cpu" not in setting.devices
+    ]
+
+
+@pytest.mark.parametrize("setting", for_gpus_alone())
+def test_a_setting_for_gpus_is_right_at_a_small_size(setting: Setting) -> None:
+    make = setting.make
+    assert isinstance(make, functools.partial)
+    made = make.func(*map(small, make.args), CPU)
+    exact, terms = made.exact(), made.terms() if made.terms else None
+    baseline = tuple(result.clone() for result in made.variants[0].call())
+    for variant in made.variants:
+        if variant.checked and variant.name != "torch.compile, cached reference":
+            with timing.chosen_backend(variant):
+                assert not verdict(variant.call(), exact, [baseline], terms).reason, variant.name
+    assert made.n_bytes > 0
+
+
+def test_a_kernel_that_takes_log_probabilities_is_fed_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    divergence = functools.partial(torch.nn.functional.kl_div, reduction="none", log_target=True)
+    monkeypatch.setattr(loss, "liger_divergence", lambda device, reduction: divergence)
+    for uniform in (True, False):
+        made = loss.make(4, 61, torch.float32, uniform, CPU)
+        (variant,) = (v for v in made.variants if v.name == "Liger's KL")
+        assert not verdict(variant.call(), made.exact(), [made.variants[0].call()], made.terms and made.terms()).reason
+
+
+def test_rows_in_parts_are_joined_and_rows_are_repeated() -> None:
+    x, y = torch.arange(14.0).view(7, 2), torch.arange(7)
+    doubled, ids = by_rows(lambda a, b: (a * 2, b), x, y, width=2, elements=6)
+    assert torch.equal(doubled, x * 2)
+    assert torch.equal(ids, y)
+    assert torch.equal(repeated(x[:3], 7), x[[0, 1, 2, 0, 1, 2, 0]])
 
 
 def test_a_record_survives_its_file_and_becomes_the_table_between_the_markers(tmp_path: Path) -> None:

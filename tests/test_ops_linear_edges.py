@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 from typing import Any
 
 import pytest
@@ -39,7 +38,7 @@ def test_rows_of_many_tiles_and_splits_are_as_exact_as_eager(
     module = importlib.import_module("actscale_fast.ops.triton.linear_softmax")
     if backend.interpreted:
         monkeypatch.setattr(module, "processors", lambda device: 1)
-    for n_rows, vocab in ((2, 640), (2, 641), (3, 515), (5, 203)):
+    for n_rows, vocab in ((2, 640), (3, 515), (5, 203)):
         h = head(inputs, (n_rows, vocab, 6), dtype, bias=n_rows != 3)
         h.correct[:2], h.wrong[:2] = torch.tensor([0, 63]), torch.tensor([vocab - 1, 64])
         h = h.to(backend.device)
@@ -191,7 +190,8 @@ def test_slices_transposes_and_unaligned_rows_are_taken(backend: Backend, dtype:
 
     # The bits of a product may depend on the layout where PyTorch's matrix products are called.
     step = torch.finfo(dtype).eps
-    for steered, weight in itertools.product(layouts(h.steered), layouts(h.weight)):
+    weights = layouts(h.weight)
+    for steered, weight in zip(layouts(h.steered), weights[1:] + weights[:1], strict=True):
         moved = Head(**{**vars(h), "steered": steered, "weight": weight})
         check(moved, upstream)
         for got, wanted in zip(run(moved, upstream), expected, strict=True):

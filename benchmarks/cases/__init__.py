@@ -6,7 +6,7 @@ import importlib
 
 from ..case import Case
 
-NAMES = ("loss", "kl_div", "scale_heads", "dynamic_scale", "proximal", "overhead", "step")
+NAMES = ("loss", "linear", "kl_div", "scale_heads", "dynamic_scale", "proximal", "overhead", "step")
 DEFAULT = NAMES[:-1]  # `step` loads a real model and takes minutes: asked for by name
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,14 +32,19 @@ def fused(logits: Tensor, reference: Tensor) -> Tensor:
 
 def rivals(device: torch.device) -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor]]]:
     """Other libraries' kernels for the same result, where they are installed and run."""
-    if device.type != "cuda":
-        return
-    try:
-        from liger_kernel.transformers import LigerKLDIVLoss
-    except ImportError:
-        return
-    loss = LigerKLDIVLoss(reduction="sum", log_target=True)  # takes log-probabilities
-    yield "Liger", lambda z, r: loss(z.float().log_softmax(-1), r.float().log_softmax(-1))
+    liger = liger_divergence(device, "sum")
+    if liger is not None:
+        yield "Liger", lambda z, r: liger(z.float().log_softmax(-1), r.float().log_softmax(-1))
+
+
+def liger_divergence(device: torch.device, reduction: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Liger's KL of two tensors of float32 log-probabilities; None where it is not installed or does not run."""
+    if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return None
+    divergence: Callable[[Tensor, Tensor], Tensor] = importlib.import_module(
+        "liger_kernel.transformers"
+    ).LigerKLDIVLoss(reduction=reduction, log_target=True)
+    return divergence
 
 
 def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Problem:

@@ -15,7 +15,20 @@ from torch import Tensor
 
 from actscale_fast import ops
 
-from ..case import Case, Problem, Setting, Variant, compiled, generator, kernel_backends
+from ..case import (
+    DISTINCT_ROWS,
+    GPU_ONLY,
+    Case,
+    Problem,
+    Setting,
+    Variant,
+    by_rows,
+    compiled,
+    generator,
+    kernel_backends,
+    repeated,
+)
+from .kl_div import liger_divergence
 
 MARGIN = 4.0
 SCALED = "Upstream gradients other than 1 cost the fused op one more pass over the gradient."
@@ -52,6 +65,18 @@ def from_cache(logits: Tensor, log_p: Tensor, *rest: Tensor) -> tuple[Tensor, ..
     return weighted(logits.float(), log_p, *rest)
 
 
+def liger(
+    divergence: Callable[[Tensor, Tensor], Tensor], logits: Tensor, reference: Tensor, answers: Tensor,
+    direction: Tensor, u_e: Tensor, u_f: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Liger's kernel takes log-probabilities and gives a term a token: what makes them, and the rows' sums, count."""
+    z = logits.float()
+    effectiveness = hinge(z, answers, direction)
+    terms = divergence(log_probabilities(z, answers), log_probabilities(reference.float(), answers))
+    faithfulness = terms.sum(-1)
+    return (effectiveness * u_e + faithfulness * u_f).sum(), effectiveness, faithfulness
+
+
 def run(losses: Callable[..., tuple[Tensor, ...]], logits: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     total, effectiveness, faithfulness = losses(logits, *rest)
     (gradient,) = torch.autograd.grad(total, logits)
@@ -68,9 +93,10 @@ def fused(
 
 def make(rows: int, width: int, dtype: torch.dtype, uniform: bool, device: torch.device) -> Problem:
     normal = generator()
-    reference = normal(rows, width, scale=3.0)
-    logits = (reference + normal(rows, width)).to(device, dtype).requires_grad_()
-    reference = reference.to(device, dtype)
+    distinct = min(rows, DISTINCT_ROWS)
+    reference = normal(distinct, width, scale=3.0)
+    logits = repeated((reference + normal(distinct, width)).to(device, dtype), rows).requires_grad_()
+    reference = repeated(reference.to(device, dtype), rows)
     answers = torch.arange(2 * rows).view(rows, 2).mul(37).remainder(width).to(device)  # different in each row
     direction = torch.tensor([1.0, -1.0], device=device).repeat(rows)[:rows]
     upstream = [torch.ones(rows) if uniform else normal(rows).abs() + 0.1 for _ in range(2)]
@@ -78,13 +104,19 @@ def make(rows: int, width: int, dtype: torch.dtype, uniform: bool, device: torch
     log_p = log_probabilities(reference.float(), answers)
 
     def exact() -> tuple[Tensor, ...]:
-        doubled = [t.detach().double() for t in (logits, reference)]
-        return run(from_scratch, doubled[0].requires_grad_(), doubled[1], rest[0], *(t.double() for t in rest[1:]))
+        def of_rows(z: Tensor, r: Tensor, answers: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            return run(from_scratch, z.double().requires_grad_(), r.double(), answers, *(t.double() for t in others))
+
+        return by_rows(of_rows, logits.detach(), reference, *rest, width=width)
 
     def terms() -> tuple[float, ...]:
         """The KL is Σ p·log p − Σ p·log q."""
-        log_p, log_q = (log_probabilities(t.detach().double(), answers) for t in (reference, logits))
-        return (0.0, float((log_p.exp() * (log_p + log_q)).abs().nan_to_num().sum(-1).max()), 0.0)
+
+        def of_rows(z: Tensor, r: Tensor, answers: Tensor) -> tuple[Tensor, ...]:
+            log_p, log_q = (log_probabilities(t.double(), answers) for t in (r, z))
+            return ((log_p.exp() * (log_p + log_q)).abs().nan_to_num().sum(-1),)
+
+        return (0.0, float(by_rows(of_rows, logits.detach(), reference, answers, width=width)[0].max()), 0.0)
 
     compiled_scratch, compiled_cached = compiled(from_scratch), compiled(from_cache)
     variants = [
@@ -93,6 +125,11 @@ def make(rows: int, width: int, dtype: torch.dtype, uniform: bool, device: torch
         Variant("torch.compile", lambda: run(compiled_scratch, logits, reference, *rest)),
         Variant("torch.compile, cached reference", lambda: run(compiled_cached, logits, log_p, *rest)),
     ]
+    divergence = liger_divergence(device, "none")
+    if divergence is not None:
+        variants.append(
+            Variant("Liger's KL", lambda: run(functools.partial(liger, divergence), logits, reference, *rest))
+        )
     for backend in kernel_backends(device):
         variants.append(Variant(f"actscale_fast {backend}", lambda: fused(logits, reference, *rest), backend))
     size = rows * width
@@ -108,4 +145,8 @@ def case() -> Case:
                 build = functools.partial(make, rows, width, dtype, uniform)
                 quick = (rows, width, dtype) == (64, 49152, torch.float32)
                 settings.append(Setting(label, build, note="" if uniform else SCALED, quick=quick))
+    few, widths = [(32, 50257), (128, 50257), (128, 128256)], (32000, 50257, 128256, 151936, 262144)
+    for rows, width in few + [(8192, width) for width in widths]:
+        build = functools.partial(make, rows, width, torch.bfloat16, True)
+        settings.append(Setting(f"{rows} × {width} bfloat16", build, devices=GPU_ONLY))
     return Case("loss", "intervention_loss: both losses and the gradient", settings)

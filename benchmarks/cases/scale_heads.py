@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actscale_fast import ops
 
-from ..case import Case, Problem, Setting, Variant, compiled, generator, kernel_backends
+from ..case import GPU_ONLY, Case, Problem, Setting, Variant, compiled, generator, kernel_backends
 
 Pass = Literal["forward", "backward", "forward + backward"]
 
@@ -86,4 +86,8 @@ def case() -> Case:
                 label = f"{' × '.join(map(str, shape))} {str(dtype).split('.')[1]}, {which}"
                 quick = dtype == torch.float32 and which == "forward + backward"
                 settings.append(Setting(label, functools.partial(make, shape, dtype, which), quick=quick))
+    for which in ("forward", "backward"):
+        label = f"16 × 512 × 32 × 128 bfloat16, {which}"
+        build = functools.partial(make, (16, 512, 32, 128), torch.bfloat16, which)
+        settings.append(Setting(label, build, devices=GPU_ONLY))
     return Case("scale_heads", "scale_heads: one scalar a head, one strength a row; gradients of x and α", settings)
