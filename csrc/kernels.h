@@ -74,7 +74,7 @@ struct LinearSoftmax {  // softmax of z = s·(W·h + b) and its mean of W's rows
     const int64_t* wrong;
     bool exclude_answers;
     float scale;                                // s > 0
-    int64_t bytes;                              // of partial sums, at most (at least those of 64 rows)
+    int64_t bytes;                              // of partial sums and copies, at most (at least those of 64 rows)
     double* log_sum;                            // [N]
     float* mean;                                // [N, d]
     double* mean_bias;                          // [N]

@@ -6,10 +6,10 @@
 // A KL divergence is a small difference of log_sums, and the products' roundings δ move a plain one by Σ q·δ. Therefore
 // log_sum is put together as H(q) + s·(h·mean + mean_bias), which is stationary in q: errors of q enter squared.
 //
-// W is read from memory once. A block of its rows (BLOCK_FLOATS, in L2 from then on) is multiplied with up to GROUP
+// W is read from memory once for every GROUP rows. A block of W (BLOCK_FLOATS, in L2 from then on) is multiplied with the
 // hidden states, the products become powers of two relative to a running maximum, and these weight the same block's
-// rows: 4·N·V·d operations, compute-bound from about 8 rows on. No [N, V] exists; beside the results there are a block
-// of products a thread and d + 4 floats a row and split.
+// rows: 4·N·V·d operations, compute-bound from about 8 rows on. No [N, V] exists; beside the results there are
+// a block of products a thread and d + 16 floats a row and split, for GROUP rows or as many as `bytes` allows.
 //
 // V is cut into splits by its size alone, their sums are joined in order, and a row's products and sums run over the
 // same lanes in the same order whatever rows stand beside it: every number of threads and every batch give the same
@@ -22,7 +22,6 @@ namespace ACTSCALE_LEVEL {
 
 constexpr int64_t GROUP = 64;               // rows whose products are made together
 constexpr int64_t BLOCK_FLOATS = 96 << 10;  // of W: 384 KiB, which leaves room in an L2 of 512 KiB for the products
-constexpr int64_t KEPT_FLOATS = 4 << 20;    // of scratch, for the next call
 // A chain of additions rounds as often as it is long. An error of Σ e moves log_sum by itself times h·mean, one of the
 // mean by its product with h.
 constexpr int64_t CHAIN = 16, ROWS_CHAIN = 32;
@@ -48,7 +47,8 @@ static LinearPlan plan_of(const LinearSoftmax& c) {
     p.block = greater(16, smaller(256, BLOCK_FLOATS / greater(p.depth, 1)));
     p.splits = greater(1, smaller(MOST_SPLITS, c.vocab / SPLIT_COLUMNS));
     p.state = p.depth + 16;  // whole cache lines
-    const int64_t affordable = c.bytes / int64_t(sizeof(float)) / (p.splits * p.state);
+    const int64_t own = c.threads * p.block * (GROUP + p.depth);  // see linear_softmax_of
+    const int64_t affordable = (c.bytes / int64_t(sizeof(float)) - own) / (p.splits * p.state + c.width);
     p.rows = smaller(greater(affordable / GROUP, 1) * GROUP, (c.rows + GROUP - 1) / GROUP * GROUP);
     return p;
 }
@@ -57,19 +57,19 @@ static LinearPlan plan_of(const LinearSoftmax& c) {
 template <int M, int C>
 INLINE void products(const float* w, int64_t stride, const float* h, int64_t depth, float* z) {
     F sums[M][C];
-#pragma GCC unroll 16
+UNROLL
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) sums[i][j] = set1(0);
     for (int64_t k = 0; k < depth; k++) {
         F lanes[C];
         for (int j = 0; j < C; j++) lanes[j] = load(h + k * GROUP + j * W);
-#pragma GCC unroll 16
+UNROLL
         for (int i = 0; i < M; i++) {
             const F weight = set1(w[i * stride + k]);
             for (int j = 0; j < C; j++) sums[i][j] = fmadd(weight, lanes[j], sums[i][j]);
         }
     }
-#pragma GCC unroll 16
+UNROLL
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) store(z + i * GROUP + j * W, sums[i][j]);
 }
@@ -78,19 +78,19 @@ INLINE void products(const float* w, int64_t stride, const float* h, int64_t dep
 template <int M, int C>
 INLINE void weighted_rows(const float* e, const float* w, int64_t stride, int64_t count, float* sums, int64_t state) {
     F total[M][C];
-#pragma GCC unroll 16
+UNROLL
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) total[i][j] = set1(0);
     for (int64_t v = 0; v < count; v++) {
         F row[C];
         for (int j = 0; j < C; j++) row[j] = load(w + v * stride + j * W);
-#pragma GCC unroll 16
+UNROLL
         for (int i = 0; i < M; i++) {
             const F weight = set1(e[v * GROUP + i]);
             for (int j = 0; j < C; j++) total[i][j] = fmadd(weight, row[j], total[i][j]);
         }
     }
-#pragma GCC unroll 16
+UNROLL
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) {
             float* at_sum = sums + i * state + j * W;
@@ -274,7 +274,7 @@ static void linear_softmax_of(const LinearSoftmax& c) {
                 }
             }
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < groups * p.splits; i++) {  // a split's groups one after another: its W is at hand
+            for (int64_t i = 0; i < groups * p.splits; i++) {
                 const int64_t split = i / groups, row = i % groups * GROUP;
                 run_split<T>(c, p, split, first + row, smaller(GROUP, rows - row), packed + i % groups * packed_floats,
                              states + split * split_floats + row * p.state, memory + thread_index() * own);
@@ -283,7 +283,6 @@ static void linear_softmax_of(const LinearSoftmax& c) {
             for (int64_t n = 0; n < rows; n++) join_splits<T>(c, p, first + n, states + n * p.state, split_floats);
         }
     }
-    release_scratch(KEPT_FLOATS);
 }
 
 static void linear_softmax(const LinearSoftmax& c) {

@@ -17,6 +17,11 @@
 namespace actscale {
 namespace ACTSCALE_LEVEL {
 
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static INLINE_MEMBER
 
@@ -109,6 +114,7 @@ template <class T> INLINE void stream(T* p, F v) { _mm_stream_si128((__m128i*)p,
 INLINE void fence() { _mm_sfence(); }
 INLINE F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
+INLINE F lesser(F a, F b) { return _mm256_min_ps(a, b); }
 INLINE F times_power_of_two(F v, F shifted) {
     const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
     return v * _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
@@ -132,6 +138,7 @@ INLINE void fence() {}
 INLINE F fmadd(F a, F b, F c) { return a * b + c; }
 INLINE F choose(Mask mask, F a, F b) { return F((mask & Mask(a)) | (~mask & Mask(b))); }
 INLINE F larger(F a, F b) { return choose(a > b, a, b); }
+INLINE F lesser(F a, F b) { return choose(a < b, a, b); }
 INLINE F times_power_of_two(F v, F shifted) { return v * F((Mask(shifted) + 127) << 23); }
 INLINE Mask not_below(F v, F bound) { return ~(v < bound); }
 INLINE F keep(Mask mask, F v) { return F(mask & Mask(v)); }
@@ -171,12 +178,13 @@ INLINE float largest_of(F v) {
     return result;
 }
 
-// 2^x, at most 1.5 ulp off, for x < 128; 0 where 2^x is no normal number; NaN stays NaN. 2^x = 2^n·2^f, n = x rounded,
-// |f| <= 1/2, 2^f the minimax polynomial of degree 6 that is 1 at 0 (relative error 4e-9).
+// 2^x, at most 1.5 ulp off; below 2^-126 0 or, in AVX-512, the subnormal number; infinite from x = 128 on; NaN stays
+// NaN. 2^x = 2^n·2^f, n = x rounded, |f| <= 1/2, 2^f the minimax polynomial of degree 6 that is 1 at 0 (relative error 4e-9).
 INLINE F exponential2(F x) {
 #if defined(ACTSCALE_AVX512)
     const F f = _mm512_reduce_ps(x, 0), n = x - f;  // f of -inf is 0
 #else
+    x = lesser(set1(128.0f), x);
     const F magic = set1(0x1.8p23f), shifted = x + magic, n = shifted - magic, f = x - n;  // its lowest bits are n
 #endif
     F q = fmadd(set1(0x1.446c7ep-13f), f, set1(0x1.5f88fep-10f));

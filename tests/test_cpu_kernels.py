@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from actscale_fast.ops import reference
+
 _C = pytest.importorskip("actscale_fast._C", reason="the C++ extension was not built", exc_type=ModuleNotFoundError)
 cpu = pytest.importorskip("actscale_fast.ops.cpu")
 TYPES = pytest.importorskip("actscale_fast.ops.cpu.addresses").TYPES
@@ -64,12 +66,38 @@ def test_powers_of_two_are_within_one_and_a_half_ulp_and_vanish_at_minus_infinit
     exact = x.double().exp2()
     ulp = torch.from_numpy(np.spacing(exact.float().numpy())).double()
     assert ((y.double() - exact).abs() / ulp).max() <= 1.5
-    edge = torch.tensor([0.0, -0.0, -150.0, -1e4, -3e38, -torch.inf, torch.nan])
+    edge = torch.tensor(
+        [0.0, -0.0, -150.0, -1e4, -3e38, -torch.inf, 128.0, 129.0, 200.0, 1e9, 1.9e36, torch.inf, torch.nan]
+    )
     out = torch.empty_like(edge)
     _C.powers_of_two(edge.data_ptr(), out.data_ptr(), edge.numel())
     assert out[:2].tolist() == [1, 1]
     assert out[2:6].tolist() == [0] * 4
-    assert out[6].isnan()
+    assert out[6:12].tolist() == [torch.inf] * 6
+    assert out[12].isnan()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 1.3, 2.7])
+@pytest.mark.parametrize("first", [-1e9, torch.finfo(torch.float32).min, -150.0, 3.0])
+def test_logits_far_above_the_first_ones_of_a_row_are_not_lost(
+    level: str, reverse: bool, temperature: float, first: float
+) -> None:
+    """The kernel relates a block's powers to the largest of its first logits, and has to notice where that is wrong."""
+    _C.set_level(level)
+    z, r, *_ = rows(3, 5000, torch.float32)
+    z[:, :64], r[:, :64] = first, first
+    r[1, 2000] = z[1, 3000] = 200.0
+    inverse = 1 / temperature
+    _, got, gradient, _, _, _ = cpu.intervention_loss(z, r, None, None, None, None, 0.0, inverse, False, reverse, True)
+    wide = z.double().requires_grad_()
+    exact = reference.intervention_loss(
+        wide, r.double(), None, None, None, inverse_temperature=inverse, reverse=reverse
+    )[1]
+    torch.testing.assert_close(got.double(), exact.detach(), rtol=1e-5, atol=1e-6)
+    (expected,) = torch.autograd.grad(exact.sum(), wide)
+    torch.testing.assert_close(gradient.double(), expected, rtol=2e-5, atol=1e-9 + 2e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,7 +9,7 @@ from actscale_fast import _C
 
 from .addresses import TYPES, address
 
-#: Partial sums beyond this do not make the kernel faster, whatever the caller allows.
+#: Scratch beyond this is not taken, whatever the caller allows: W is read again for every 64 rows anyway.
 MOST_BYTES = 64 << 20
 
 

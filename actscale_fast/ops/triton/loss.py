@@ -177,13 +177,20 @@ def intervention_loss_finish_kernel(
     shift = row_shift(row, stride_w, VECTOR, SHIFTED)
 
     if p_partials is not None:
+        if p_correct is not None:
+            p_answers += row * 4
+            w_c, w_w = tl.load(p_answers), tl.load(p_answers + 1)
+            o_c, o_w = tl.load(p_answers + 2), tl.load(p_answers + 3)
         top_w, sum_w, top_o, sum_o, a = _partials(p_partials, row, splits, scale)
     else:
+        if p_correct is not None:  # before the scan, whose reductions all warps end before one may overwrite them
+            w_c, w_w, o_c, o_w = _answer_logits(p_first, p_second, c, w)
         top_w, sum_w, top_o, sum_o, a = scan(
             p_w, p_o, c, w, V, shift, 0, tiles, scale, EXCLUDE, UNROLL, LANES, VECTOR
         )  # fmt: skip
     log_w, log_o = tl.log2(sum_w), tl.log2(sum_o)
     faithfulness = inverse_temperature * (a / sum_w) + LN2 * tl.log2(sum_o / sum_w)
+    faithfulness = tl.where(faithfulness < 0.0, 0.0, faithfulness)  # rounding; NaN stays
     if NOTHING_LEFT:
         faithfulness = 0.0 * inverse_temperature
         log_w, log_o = float("inf") + faithfulness, float("inf") + faithfulness
@@ -194,12 +201,6 @@ def intervention_loss_finish_kernel(
         log_o += poison
 
     if p_correct is not None:
-        if p_partials is not None:
-            p_answers += row * 4
-            w_c, w_w = tl.load(p_answers), tl.load(p_answers + 1)
-            o_c, o_w = tl.load(p_answers + 2), tl.load(p_answers + 3)
-        else:
-            w_c, w_w, o_c, o_w = _answer_logits(p_first, p_second, c, w)
         direction = tl.load(p_direction + row)
         if REVERSE:
             difference = w_c - w_w
