@@ -25,16 +25,10 @@ void bind_cuda_loss(py::module_& module) {
                                        bool reverse, Address effectiveness, Address faithfulness, Address grad,
                                        Address answer_grad, Address scalars, bool has_scalars,
                                        int64_t n_scalars, Address l1, Address sign, Address stream) {
-        InterventionLoss c = {};
-        c.type = Type(type), c.rows = rows, c.vocab = vocab;
-        c.logits = pointer<void>(logits), c.reference = pointer<void>(reference);
-        c.logits_stride = logits_stride, c.reference_stride = reference_stride;
-        c.correct = pointer<int64_t>(correct), c.wrong = pointer<int64_t>(wrong);
-        c.direction = pointer<float>(direction);
-        c.margin = margin, c.inverse_temperature = inverse_temperature;
-        c.exclude_answers = exclude_answers, c.reverse = reverse;
-        c.effectiveness = pointer<float>(effectiveness), c.faithfulness = pointer<float>(faithfulness);
-        c.grad = pointer<void>(grad), c.answer_grad = pointer<float>(answer_grad);
+        const InterventionLoss c = loss_call(type, rows, vocab, logits, logits_stride, reference,
+                                             reference_stride, correct, wrong, direction, margin,
+                                             inverse_temperature, exclude_answers, reverse, effectiveness,
+                                             faithfulness, grad, answer_grad);
         const cuda::Scalars s = {has_scalars, pointer<float>(scalars), n_scalars, pointer<float>(l1),
                                  pointer<float>(sign)};
         raise("intervention_loss", cuda::intervention_loss(c, s, stream_of(stream)));
@@ -44,12 +38,9 @@ void bind_cuda_loss(py::module_& module) {
                                     int64_t d_effectiveness_stride, Address d_faithfulness,
                                     int64_t d_faithfulness_stride, Address correct, Address wrong, Address answer_grad,
                                     Address stream) {
-        ScaleGradient c = {};
-        c.type = Type(type), c.rows = rows, c.vocab = vocab, c.grad = pointer<void>(grad);
-        c.d_effectiveness = pointer<float>(d_effectiveness), c.d_effectiveness_stride = d_effectiveness_stride;
-        c.d_faithfulness = pointer<float>(d_faithfulness), c.d_faithfulness_stride = d_faithfulness_stride;
-        c.correct = pointer<int64_t>(correct), c.wrong = pointer<int64_t>(wrong);
-        c.answer_grad = pointer<float>(answer_grad);
+        const ScaleGradient c = scale_gradient_call(type, rows, vocab, grad, d_effectiveness,
+                                                    d_effectiveness_stride, d_faithfulness,
+                                                    d_faithfulness_stride, correct, wrong, answer_grad);
         raise("intervention_loss_scale_", cuda::scale_gradient(c, stream_of(stream)));
     });
 

@@ -26,16 +26,11 @@ void bind_loss(py::module_& module) {
                                        Address direction, float margin, float inverse_temperature, bool exclude_answers,
                                        bool reverse, Address effectiveness, Address faithfulness, Address grad,
                                        Address answer_grad, int threads) {
-        InterventionLoss c = {};
-        c.type = Type(type), c.rows = rows, c.vocab = vocab;
-        c.logits = pointer<void>(logits), c.reference = pointer<void>(reference);
-        c.logits_stride = logits_stride, c.reference_stride = reference_stride;
-        c.correct = pointer<int64_t>(correct), c.wrong = pointer<int64_t>(wrong);
-        c.direction = pointer<float>(direction);
-        c.margin = margin, c.inverse_temperature = inverse_temperature;
-        c.exclude_answers = exclude_answers, c.reverse = reverse;
-        c.effectiveness = pointer<float>(effectiveness), c.faithfulness = pointer<float>(faithfulness);
-        c.grad = pointer<void>(grad), c.answer_grad = pointer<float>(answer_grad), c.threads = threads;
+        InterventionLoss c = loss_call(type, rows, vocab, logits, logits_stride, reference,
+                                       reference_stride, correct, wrong, direction, margin,
+                                       inverse_temperature, exclude_answers, reverse, effectiveness,
+                                       faithfulness, grad, answer_grad);
+        c.threads = threads;
         if (c.correct) check_answers(c);
         unlocked(kernels().intervention_loss, c);
     });
@@ -44,12 +39,10 @@ void bind_loss(py::module_& module) {
                                     int64_t d_effectiveness_stride, Address d_faithfulness,
                                     int64_t d_faithfulness_stride, Address correct, Address wrong, Address answer_grad,
                                     int threads) {
-        ScaleGradient c = {};
-        c.type = Type(type), c.rows = rows, c.vocab = vocab, c.grad = pointer<void>(grad);
-        c.d_effectiveness = pointer<float>(d_effectiveness), c.d_effectiveness_stride = d_effectiveness_stride;
-        c.d_faithfulness = pointer<float>(d_faithfulness), c.d_faithfulness_stride = d_faithfulness_stride;
-        c.correct = pointer<int64_t>(correct), c.wrong = pointer<int64_t>(wrong);
-        c.answer_grad = pointer<float>(answer_grad), c.threads = threads;
+        ScaleGradient c = scale_gradient_call(type, rows, vocab, grad, d_effectiveness,
+                                              d_effectiveness_stride, d_faithfulness,
+                                              d_faithfulness_stride, correct, wrong, answer_grad);
+        c.threads = threads;
         if (c.correct) check_ids("correct", c.correct, rows, vocab, "token id");
         if (c.wrong) check_ids("wrong", c.wrong, rows, vocab, "token id");
         unlocked(kernels().scale_gradient, c);

@@ -39,6 +39,38 @@ inline void check_ids(const char* name, const int64_t* ids, int64_t count, int64
 
 inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
+// The calls that the C++ and the CUDA launchers share, from the arguments that Python gives both.
+inline InterventionLoss loss_call(int type, int64_t rows, int64_t vocab, Address logits, int64_t logits_stride,
+                                  Address reference, int64_t reference_stride, Address correct, Address wrong,
+                                  Address direction, float margin, float inverse_temperature, bool exclude_answers,
+                                  bool reverse, Address effectiveness, Address faithfulness, Address grad,
+                                  Address answer_grad) {
+    InterventionLoss c = {};
+    c.type = Type(type), c.rows = rows, c.vocab = vocab;
+    c.logits = pointer<void>(logits), c.reference = pointer<void>(reference);
+    c.logits_stride = logits_stride, c.reference_stride = reference_stride;
+    c.correct = pointer<int64_t>(correct), c.wrong = pointer<int64_t>(wrong);
+    c.direction = pointer<float>(direction);
+    c.margin = margin, c.inverse_temperature = inverse_temperature;
+    c.exclude_answers = exclude_answers, c.reverse = reverse;
+    c.effectiveness = pointer<float>(effectiveness), c.faithfulness = pointer<float>(faithfulness);
+    c.grad = pointer<void>(grad), c.answer_grad = pointer<float>(answer_grad);
+    return c;
+}
+
+inline ScaleGradient scale_gradient_call(int type, int64_t rows, int64_t vocab, Address grad, Address d_effectiveness,
+                                         int64_t d_effectiveness_stride, Address d_faithfulness,
+                                         int64_t d_faithfulness_stride, Address correct, Address wrong,
+                                         Address answer_grad) {
+    ScaleGradient c = {};
+    c.type = Type(type), c.rows = rows, c.vocab = vocab, c.grad = pointer<void>(grad);
+    c.d_effectiveness = pointer<float>(d_effectiveness), c.d_effectiveness_stride = d_effectiveness_stride;
+    c.d_faithfulness = pointer<float>(d_faithfulness), c.d_faithfulness_stride = d_faithfulness_stride;
+    c.correct = pointer<int64_t>(correct), c.wrong = pointer<int64_t>(wrong);
+    c.answer_grad = pointer<float>(answer_grad);
+    return c;
+}
+
 // Scratch that a thread keeps for its next call: that of a loss on 64 threads. What is larger is given back.
 constexpr int64_t KEPT_FLOATS = 16 << 20;
 

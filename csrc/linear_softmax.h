@@ -57,19 +57,19 @@ static LinearPlan plan_of(const LinearSoftmax& c) {
 template <int M, int C>
 INLINE void products(const float* w, int64_t stride, const float* h, int64_t depth, float* z) {
     F sums[M][C];
-UNROLL
+UNROLL_LOOPS
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) sums[i][j] = set1(0);
     for (int64_t k = 0; k < depth; k++) {
         F lanes[C];
         for (int j = 0; j < C; j++) lanes[j] = load(h + k * GROUP + j * W);
-UNROLL
+UNROLL_LOOPS
         for (int i = 0; i < M; i++) {
             const F weight = set1(w[i * stride + k]);
             for (int j = 0; j < C; j++) sums[i][j] = fmadd(weight, lanes[j], sums[i][j]);
         }
     }
-UNROLL
+UNROLL_LOOPS
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) store(z + i * GROUP + j * W, sums[i][j]);
 }
@@ -78,19 +78,19 @@ UNROLL
 template <int M, int C>
 INLINE void weighted_rows(const float* e, const float* w, int64_t stride, int64_t count, float* sums, int64_t state) {
     F total[M][C];
-UNROLL
+UNROLL_LOOPS
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) total[i][j] = set1(0);
     for (int64_t v = 0; v < count; v++) {
         F row[C];
         for (int j = 0; j < C; j++) row[j] = load(w + v * stride + j * W);
-UNROLL
+UNROLL_LOOPS
         for (int i = 0; i < M; i++) {
             const F weight = set1(e[v * GROUP + i]);
             for (int j = 0; j < C; j++) total[i][j] = fmadd(weight, row[j], total[i][j]);
         }
     }
-UNROLL
+UNROLL_LOOPS
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) {
             float* at_sum = sums + i * state + j * W;

@@ -18,9 +18,9 @@ namespace actscale {
 namespace ACTSCALE_LEVEL {
 
 #if defined(__clang__)
-#define UNROLL _Pragma("unroll")
+#define UNROLL_LOOPS _Pragma("unroll")
 #else
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_LOOPS _Pragma("GCC unroll 16")
 #endif
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static INLINE_MEMBER

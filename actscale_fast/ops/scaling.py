@@ -55,6 +55,7 @@ def scale_heads(
 
     Args:
         x: activations [B, T, H, D]; float32, bfloat16 or float16 (float64 through the reference backend).
+            Any strides over B, T and H: of a slice of heads, `x[:, :, 3:5]`, only its own bytes are touched.
         alpha: scalars [G, P, H], P = 1 (one for all positions) or T; None for a shift alone.
         strength: β, a float or one value per row [B]; 0 is the identity, −1 inverts. Not differentiated.
         shift: vectors v [G, P, H, D], or None.
