@@ -126,9 +126,11 @@ def size_of_products(h: Head) -> Tensor:
     return h.options.get("logit_scale", 1.0) * torch.einsum("nd,nad->n", h.steered.detach().double().abs(), rows)
 
 
-def check(h: Head, upstream: tuple[Tensor, Tensor], *, margin: float = 1.0, **how: Any) -> None:
+def check(
+    h: Head, upstream: tuple[Tensor, Tensor], *, margin: float = 1.0, chunk_bytes: int = 1 << 28, **how: Any
+) -> None:
     """Values and gradient against float64, within twice the error of eager PyTorch of the same dtype."""
-    got = run(h, upstream, margin=margin, **how)
+    got = run(h, upstream, margin=margin, chunk_bytes=chunk_bytes, **how)
     exact, exact_gradient = textbook(h, upstream, torch.float64, margin=margin, **how)
     eager, eager_gradient = textbook(h, upstream, h.steered.dtype, margin=margin, **how)
     assert (got[0].dtype, got[1].dtype, got[2].dtype) == (torch.float32, torch.float32, h.steered.dtype)

@@ -7,13 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_emulation.emulation import HERE, compiled
+from cuda_emulation.emulation import HERE, compiled, skip_where_it_cannot_be_built
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    skip_where_it_cannot_be_built()
     folder = tmp_path_factory.mktemp("bounds")
     (folder / "probe.cpp").write_text("int main() { return 0; }\n")
     probe = ["c++", *SANITIZERS, str(folder / "probe.cpp"), "-o", str(folder / "probe")]

@@ -1,4 +1,6 @@
-"""More than 2³¹ elements through the C++ kernels, in bfloat16; up to 9 GiB. On a GPU: `test_triton_kernels`.
+"""More than 2³¹ elements through the C++ kernels, in bfloat16; up to 9 GiB.
+
+On a GPU: `test_triton_kernels` and `test_cuda_large`.
 
 Every tensor is one small block over and over, so that it is made fast and each part's result is known from the block's.
 The plain PyTorch of `reference` has no offsets of its own and would need float32 copies.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from op_cases import Backend, Inputs, over
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from actscale_fast import ops
 
@@ -112,7 +113,7 @@ def test_scale_heads_compiles_into_one_graph_for_every_batch_size(backend: Backe
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
 
 
-@over(backends=["reference", "cpu", "triton"])  # CUDA has no kernel for it
+@over()
 @pytest.mark.parametrize("penalty", [0.0, 0.1])
 def test_dynamic_scale_compiles_into_one_graph_for_every_batch_size(
     backend: Backend, penalty: float, inputs: Inputs
@@ -148,6 +149,27 @@ def test_the_intervention_loss_compiles_into_one_graph_for_every_batch_size(
         return leaves, [*made[1:], inputs.normal(rows).to(backend.device)]
 
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
+
+
+@over()
+def test_a_gradient_in_place_compiles_into_one_graph_and_leaves_the_logits_alone(
+    backend: Backend, inputs: Inputs
+) -> None:
+    rows = inputs.rows(4, 37).to(backend.device)
+
+    def call(logits: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+        made = logits * 1.0
+        e, f = ops.intervention_loss(
+            made, rows.reference, rows.correct, rows.wrong, direction=rows.direction, inplace_gradient=inplace
+        )
+        return (e + f).sum(), made
+
+    leaf = rows.logits.clone().requires_grad_()
+    value, made = torch.compile(call, fullgraph=True, backend="aot_eager")(leaf, True)
+    expected, _ = call(leaf, False)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, leaf)[0], torch.autograd.grad(expected, leaf)[0])
+    assert torch.equal(made, rows.logits)
 
 
 @over()
@@ -196,6 +218,47 @@ def test_losses_from_hidden_states_compile_into_one_graph_for_every_batch_size(
         return [hidden.requires_grad_(), scalars.requires_grad_()], rest
 
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
+
+
+@over(backends=["reference", "cpu"])
+def test_a_head_that_learns_compiles_into_one_graph(backend: Backend, inputs: Inputs) -> None:
+    rows, hidden, frozen = inputs.rows(6, 41), inputs.normal(6, 8), inputs.normal(6, 8)
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        reference = ops.reference_statistics(frozen, weight, rows.correct, rows.wrong, bias=bias)
+        e, f = ops.linear_intervention_loss(
+            hidden, weight, reference, rows.correct, rows.wrong, direction=rows.direction, bias=bias, chunk_bytes=2000
+        )
+        return (e + 2 * f).sum()
+
+    leaves = [t.requires_grad_() for t in (hidden, inputs.normal(41, 8), inputs.normal(41))]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got, expected = (torch.autograd.grad(function(*leaves), leaves) for function in (compiled, call))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"kl": "reverse"}, {"learned": True}], ids=str)
+@over(backends=["reference", "cpu"])
+def test_tensors_without_values_go_through_every_loss(
+    backend: Backend, options: dict[str, Any], inputs: Inputs
+) -> None:
+    """Under FakeTensorMode only shapes and dtypes are computed: nothing may look at an id."""
+    how = {name: value for name, value in options.items() if name != "learned"}
+    with FakeTensorMode():
+        hidden, weight, ids = torch.randn(4, 8, requires_grad=True), torch.randn(41, 8), torch.arange(4)
+        weight.requires_grad_("learned" in options)
+        answers, direction = (ids, ids + 1), torch.ones(4)
+        reference = ops.reference_statistics(hidden.detach(), weight, *answers, **how)
+        losses = ops.linear_intervention_loss(hidden, weight, reference, *answers, direction=direction, **how)
+        logits = hidden @ weight.t()
+        losses += ops.intervention_loss(
+            logits, logits.detach(), *answers, direction=direction, inplace_gradient=True, kl=how.get("kl", "forward")
+        )
+        (gradient,) = torch.autograd.grad(sum(loss.sum() for loss in losses), hidden)
+    assert [tuple(loss.shape) for loss in losses] == [(4,)] * 4
+    assert {loss.dtype for loss in losses} == {torch.float32}
+    assert (gradient.shape, gradient.dtype) == (hidden.shape, hidden.dtype)
 
 
 @over(backends=["reference", "cpu"])

@@ -126,7 +126,7 @@ def test_only_the_gradients_asked_for_are_made_and_they_are_the_same(
             assert leaf.grad is None
 
 
-@over(backends=["cpu", "triton"])
+@over(backends=["cpu", "triton", "cuda"])
 def test_outputs_not_asked_for_are_empty(backend: Backend, inputs: Inputs) -> None:
     given = arguments(inputs, Shape(3, 4, 2, 9)).to(backend.device)
     kernels: Any = registry.backend_of(given.x)

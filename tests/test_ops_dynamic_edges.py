@@ -157,7 +157,7 @@ def test_on_cpu_tensors_a_group_out_of_range_is_refused_with_its_row(backend: Ba
     assert message == f"group: row 1 has group {wrong}, expected 0 to 1"
 
 
-@over(backends=["triton"])
+@over(backends=["triton", "cuda"])
 @pytest.mark.parametrize("bad", [-1, 2, 2**40, -(2**40)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_in_a_kernel_a_group_out_of_range_makes_its_row_nan_and_no_other(
@@ -185,7 +185,7 @@ def test_in_the_reference_a_group_out_of_range_makes_its_row_nan_and_no_other(in
     assert all(gradient.isfinite().all() for gradient in sums)
 
 
-@over(backends=["cpu", "triton"])
+@over(backends=["cpu", "triton", "cuda"])
 def test_the_bare_op_refuses_channels_that_do_not_lie_side_by_side(backend: Backend, inputs: Inputs) -> None:
     x, weight = inputs.normal(1, 2, 3, 8).to(backend.device)[..., ::2], inputs.normal(1, 3, 4).to(backend.device)
     message = error_of(lambda: torch.ops.actscale.dynamic_scale(x, weight, None, 1.0, None, None), ValueError)

@@ -179,6 +179,23 @@ def test_on_cpu_tensors_wrong_values_are_refused_with_their_row(backend: Backend
         assert error_of(loss_with(h, reference, **changes), ValueError) == message
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+def test_on_cpu_tensors_statistics_without_other_answers_are_refused(backend: Backend, inputs: Inputs) -> None:
+    h = head(inputs, (3, 31, 8))
+    h.correct, h.wrong = torch.tensor([4, 5, 6]), torch.tensor([7, 8, 9])
+    reference = ops.reference_statistics(h.frozen, h.weight, *h.answers)
+    other = torch.tensor([4, 11, 6])
+    message = error_of(loss_with(h, reference, correct=other), ValueError)
+    assert message == "correct: row 1 has token id 11, expected 5 or 8 as the reference was made without"
+    message = error_of(loss_with(h, reference[torch.tensor([1, 0, 2])]), ValueError)
+    assert message == "correct: row 0 has token id 4, expected 5 or 8 as the reference was made without"
+    loss_with(h, reference, correct=h.wrong, wrong=h.correct)()  # the same tokens are left out
+    all_tokens = ops.reference_statistics(h.frozen, h.weight, *h.answers, exclude_answers=False)
+    loss_with(h, all_tokens, correct=other, exclude_answers=False)()
+    kept = ops.reference_statistics(h.frozen, h.weight, *h.answers, kl="reverse")
+    loss_with(h, kept, correct=other, kl="reverse")()
+
+
 @pytest.mark.parametrize("options", [{}, {"exclude_answers": False}, {"kl": "reverse"}], ids=str)
 @over(backends=["reference", "triton", "cuda"], dtypes=DTYPES)
 def test_where_ids_are_not_read_one_out_of_range_makes_its_row_nan_and_no_other(

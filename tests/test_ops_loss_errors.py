@@ -82,7 +82,7 @@ def test_on_cpu_tensors_wrong_values_are_refused_with_their_row(backend: Backend
         assert error_of(changed(rows, **changes), ValueError).startswith(message)
 
 
-@over(backends=["triton"])
+@over(backends=["triton", "cuda"])
 def test_in_a_kernel_an_id_out_of_range_makes_its_row_nan_and_no_other(backend: Backend, inputs: Inputs) -> None:
     rows = inputs.rows(4, 31)
     rows.correct[1], rows.wrong[2] = 31, -1
@@ -113,7 +113,7 @@ def test_kl_div_errors_name_the_argument(backend: Backend, inputs: Inputs) -> No
         assert error_of(lambda a=arguments, o=options: ops.kl_div_from_logits(*a, **o), kind) == message
 
 
-@over(backends=["cpu", "triton"])  # plain PyTorch keeps its own copy of the ids
+@over(backends=["cpu", "triton", "cuda"])  # plain PyTorch keeps its own copy of the ids
 def test_answers_changed_in_place_before_the_backward_are_refused(backend: Backend, inputs: Inputs) -> None:
     rows = inputs.rows(3, 9).to(backend.device)
     e, f = ops.intervention_loss(

@@ -180,7 +180,7 @@ def test_heads_that_overlap_in_memory_are_read_in_place(backend: Backend, dtype:
     check(given._replace(x=inputs.normal(2, 3, 12, dtype=dtype).unfold(-1, 8, 1)).to(backend.device))
 
 
-@over(backends=["cpu", "triton"])
+@over(backends=["cpu", "triton", "cuda"])
 def test_the_bare_op_refuses_channels_that_do_not_lie_side_by_side(backend: Backend, inputs: Inputs) -> None:
     x, alpha = inputs.normal(1, 2, 3, 8).to(backend.device)[..., ::2], inputs.normal(1, 1, 3).to(backend.device)
     message = error_of(lambda: torch.ops.actscale.scale_heads(x, alpha, None, 1.0, None, None), ValueError)
@@ -245,7 +245,7 @@ def test_a_torchscript_trace_computes_what_it_traced(backend: Backend, inputs: I
     assert torch.equal(traced(other), ops.scale_heads(other, alpha))
 
 
-@over(backends=["cpu", "triton"])
+@over(backends=["cpu", "triton", "cuda"])
 @pytest.mark.parametrize("learned", ["x", "shift"])
 def test_x_does_not_outlive_the_forward_where_no_gradient_of_alpha_is_wanted(
     backend: Backend, learned: str, inputs: Inputs
@@ -480,7 +480,7 @@ def test_on_cpu_tensors_a_group_out_of_range_is_refused_with_its_row(backend: Ba
     assert message == f"group: row 1 has group {wrong}, expected 0 to 1"
 
 
-@over(backends=["triton"])
+@over(backends=["triton", "cuda"])
 def test_in_a_kernel_a_group_out_of_range_makes_its_row_nan_and_no_other(backend: Backend, inputs: Inputs) -> None:
     x = inputs.normal(4, 2, 2, 8).to(backend.device).requires_grad_()
     alpha = torch.ones(2, 1, 2, device=backend.device, requires_grad=True)

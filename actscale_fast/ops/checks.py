@@ -7,6 +7,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from .registry import is_eager
+
 
 def floating_tensor(name: str, value: object, shape: str) -> Tensor:
     """`value` as a floating tensor, or a TypeError that says what was expected."""
@@ -85,7 +87,7 @@ def row_groups(group: object, n_groups: int, n_rows: int, device: torch.device) 
 
 def ids_in_range(name: str, ids: Tensor, bound: int, what: str) -> None:
     """The value check that the C++ kernels make themselves, for plain PyTorch on CPU tensors outside a trace."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if ids.device.type != "cpu" or not is_eager(ids):
         return
     outside = ((ids < 0) | (ids >= bound)).nonzero()
     if len(outside):

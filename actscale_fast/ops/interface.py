@@ -1,4 +1,4 @@
-"""What every backend provides: `ops/cpu` (C++), `ops/triton`, and whoever brings kernels of their own.
+"""What every backend provides: `ops/cpu` (C++), `ops/cuda`, `ops/triton`, and whoever brings kernels of their own.
 
 The functions take plain tensors, allocate their outputs and know nothing of autograd. Outputs that are not asked for
 are empty tensors: the number of outputs never changes.

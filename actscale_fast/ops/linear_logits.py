@@ -8,15 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Buffers of [rows, V] that a chunk's logits, their gradient and, with a soft-cap, its steps take at once.
+from . import backends
+from .reference import accumulation_dtype
+
+#: Tensors of [rows, V] that a chunk's logits, their gradient and, with a soft-cap, its steps take at once: of the
+#: logits' dtype around a kernel, of the accumulation dtype in plain PyTorch (the latter counted by PyTorch's profiler).
 BUFFERS, BUFFERS_SOFTCAP = 3, 6
+BUFFERS_PLAIN, BUFFERS_PLAIN_SOFTCAP = 11, 14
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Tensor:
     """[R, V], rounded where a transformers model rounds: in hidden's dtype after each step."""
-    logits = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
-    if logit_scale != 1.0:
-        logits = logits * logit_scale
+    return of_products(F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)), softcap, logit_scale)
+
+
+def of_products(products: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """The logits from W·h + b."""
+    logits = products if logit_scale == 1.0 else products * logit_scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return logits
@@ -35,9 +43,13 @@ def slices(n_rows: int, step: int) -> Iterator[slice]:
 
 
 def chunks(hidden: Tensor, weight: Tensor, softcap: float | None, chunk_bytes: int) -> Iterator[slice]:
-    """Slices of rows whose logits fit into `chunk_bytes`."""
-    row_bytes = weight.shape[0] * weight.element_size() * (BUFFERS if softcap is None else BUFFERS_SOFTCAP)
-    return slices(hidden.shape[0], max(1, chunk_bytes // row_bytes))
+    """Slices of rows whose logits, and what their losses make of them, fit into `chunk_bytes`."""
+    if backends.resolve(hidden.device, hidden.dtype) == "reference":
+        itemsize = accumulation_dtype(hidden.dtype).itemsize
+        buffers = BUFFERS_PLAIN if softcap is None else BUFFERS_PLAIN_SOFTCAP
+    else:
+        itemsize, buffers = hidden.element_size(), BUFFERS if softcap is None else BUFFERS_SOFTCAP
+    return slices(hidden.shape[0], max(1, chunk_bytes // (weight.shape[0] * itemsize * buffers)))
 
 
 def logits_in_chunks(

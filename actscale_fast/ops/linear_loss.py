@@ -3,9 +3,11 @@
 With z = s·(W·h + b), q = softmax(z) over the kept columns, and of the frozen model's hidden states, once and for all,
 μ₀ = Wᵀp₀ (d floats a row) and the entropy of p₀:
     KL(p₀ ‖ q) = log Σ exp(z) − s·(h·μ₀ + b·p₀) − H(p₀)          dKL/dh = s·(Wᵀq − μ₀)
-One primitive (`linear_softmax`) gives both sides' numbers, so the KL of a row to itself is exactly 0. W is frozen,
-therefore the gradient of h is known in the forward pass, and the backward pass scales it row by row with the upstream
-gradients; the hinge adds two rows of W. Saved: [N, d] floats.
+One primitive (`linear_softmax`) gives both sides' numbers, so the KL of a row to itself is exactly 0: with the C++
+backend in every batch, elsewhere where both sides came from the same rows in one call with the same chunk_bytes, since
+the last bit of a matrix product depends on its shape. W is frozen, therefore the gradient of h is known in the forward
+pass, and the backward pass scales it row by row with the upstream gradients; the hinge adds two rows of W. Saved:
+[N, d] floats.
 
 Where these identities do not hold (a soft-cap, the reverse KL, a W that learns) the reference keeps its logits, and the
 loss goes over both some rows at a time.
@@ -18,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from . import checks
+from .linear_learned import Setting, learned_head_loss
 from .linear_logits import chunks, logits_of
 from .linear_softmax import CHUNK_BYTES, linear_softmax
 from .linear_statistics import ReferenceStatistics, centred, check_head, expected_logit, unit_stride
 from .loss import KLDirection, check_answers, intervention_loss, is_reverse
 from .reference import l1_norm
+from .registry import is_eager
 
 
 def linear_intervention_loss(
@@ -49,8 +52,9 @@ def linear_intervention_loss(
 
     Args:
         hidden: [N, d], the last hidden states under the intervention, as the head takes them.
-        weight: [V, d], the head, of hidden's dtype. Frozen; one that requires a gradient gets it, at the cost of the
-            logits once more in the backward pass.
+        weight: [V, d], the head, of hidden's dtype. One that requires a gradient, as `model.lm_head.weight` does by
+            default, gets it, from a reference with [N, V] logits and from logits made once more in the backward pass:
+            pass weight.detach() where the head is frozen.
         reference: `reference_statistics` of the same rows, head and options.
         correct, wrong: int64 [N], the token ids c and w; different in each row.
         direction: [N] of ±1, the sign of the strength each row was run with.
@@ -59,7 +63,8 @@ def linear_intervention_loss(
         exclude_answers: leave c and w out of the KL and renormalise; False: all of V.
         kl: "forward" KL(p₀ ‖ p_s) or "reverse" KL(p_s ‖ p₀), in nats.
         scalars: the learned scalars, any shape; adds a third result.
-        chunk_bytes: extra memory of each pass, at most (at least one row of logits).
+        chunk_bytes: extra memory of each pass beside [N, d] results, at most (at least one row of logits). The C++
+            backend's own buffers stay below 64 MiB.
 
     Returns:
         (effectiveness [N], faithfulness [N]) or (effectiveness [N], faithfulness [N], ‖scalars‖₁ []), float32
@@ -67,9 +72,11 @@ def linear_intervention_loss(
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, or a reference made with other options; on CPU also
-            a token id out of range, equal answers and a direction other than ±1.
+            a token id out of range, equal answers, answers other than those that the reference leaves out, and a
+            direction other than ±1.
 
-    Once differentiable; torch.func transforms are not supported.
+    Once differentiable; torch.func transforms are not supported. Outside the C++ backend float32 products are PyTorch's
+    and follow `torch.set_float32_matmul_precision`: TF32 where that allows it.
     """
     correct, wrong = check_head(hidden, weight, bias, correct, wrong, softcap, logit_scale, chunk_bytes)
     direction = checks.row_values("direction", direction, hidden.shape[0], hidden.device)
@@ -78,6 +85,7 @@ def linear_intervention_loss(
     margin, reverse = checks.number("margin", margin), is_reverse(kl)
     check_answers(correct, wrong, direction, weight.shape[0])
     _check_reference(reference, hidden, weight, exclude_answers, logit_scale, softcap)
+    _check_same_answers(reference, correct, wrong)
     head_learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     by_logits = softcap is not None or reverse or head_learns or reference.mean is None
     if by_logits and reference.logits is None:
@@ -89,7 +97,8 @@ def linear_intervention_loss(
     options = {"margin": margin, "exclude_answers": exclude_answers}
     head = (weight, bias, softcap, float(logit_scale))
     if head_learns or (by_logits and torch.compiler.is_compiling()):  # a graph differentiates the logits itself
-        losses = _recomputed(hidden, head, reference, correct, wrong, direction, chunk_bytes, {**options, "kl": kl})
+        setting = Setting(softcap, float(logit_scale), chunk_bytes, {**options, "kl": kl})
+        losses = learned_head_loss(hidden, weight, bias, reference.logits, correct, wrong, direction, setting)  # type: ignore[arg-type]
     else:
         losses = _LinearLoss.apply(
             hidden, head, reference, correct, wrong, direction, chunk_bytes, by_logits, {**options, "kl": kl},
@@ -112,6 +121,7 @@ def _check_reference(
     ):
         if made != used:
             raise ValueError(f"{name}: got {used}, expected {made} as the reference was made with")
+    checks.same_device("reference", statistics.correct, hidden.device)
     for tensor, width in ((statistics.mean, weight.shape[1]), (statistics.logits, weight.shape[0])):
         if tensor is not None:
             checks.same_device("reference", tensor, hidden.device)
@@ -119,22 +129,18 @@ def _check_reference(
                 raise ValueError(f"reference: got statistics of width {tensor.shape[1]}, expected {width}")
 
 
-def _recomputed(hidden, head, reference, correct, wrong, direction, chunk_bytes, options):  # type: ignore[no-untyped-def]
-    """The losses chunk by chunk with the logits made again in the backward pass: autograd through the head."""
-    weight, bias, softcap, logit_scale = head
-
-    def of_rows(h, reference_logits, *rest):  # type: ignore[no-untyped-def]
-        logits = logits_of(h, weight, bias, softcap, logit_scale)
-        return intervention_loss(logits, reference_logits, rest[0], rest[1], direction=rest[2], **options)
-
-    parts = [
-        checkpoint(
-            of_rows, hidden[rows], reference.logits[rows], correct[rows], wrong[rows], direction[rows],
-            use_reentrant=False,
-        )
-        for rows in chunks(hidden, weight, softcap, chunk_bytes)
-    ]  # fmt: skip
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+def _check_same_answers(statistics: ReferenceStatistics, correct: Tensor, wrong: Tensor) -> None:
+    """Refuses a p₀ that leaves out other tokens; reads CPU tensors alone. Which of the two is correct may change."""
+    if statistics.mean is None or not statistics.exclude_answers or correct.device.type != "cpu":
+        return
+    if not is_eager(correct, wrong, statistics.correct, statistics.wrong):
+        return
+    for name, ids in (("correct", correct), ("wrong", wrong)):
+        for row in ((ids != statistics.correct) & (ids != statistics.wrong)).nonzero().flatten().tolist():
+            made = f"{int(statistics.correct[row])} or {int(statistics.wrong[row])}"
+            raise ValueError(
+                f"{name}: row {row} has token id {int(ids[row])}, expected {made} as the reference was made without"
+            )
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -158,9 +164,11 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, d_effectiveness, d_faithfulness):  # type: ignore[no-untyped-def]
         faithfulness_grad, answers_grad, correct, wrong, weight = ctx.saved_tensors
         d_hidden = d_faithfulness[:, None] * faithfulness_grad
-        rows = torch.stack([correct, wrong], 1).clamp(0, weight.shape[0] - 1)  # [N, 2]
-        factors = d_effectiveness[:, None] * answers_grad  # [N, 2]; NaN where an id is out of range
-        d_hidden += (factors[:, :, None] * weight.detach()[rows].to(factors.dtype)).sum(1)
+        for ids, answer_grad in ((correct, answers_grad[:, 0]), (wrong, answers_grad[:, 1])):
+            factor = d_effectiveness * answer_grad  # NaN where an id is out of range
+            of_answers = weight.detach()[ids.clamp(0, weight.shape[0] - 1)].to(factor.dtype)  # [N, d]
+            d_hidden.addcmul_(factor[:, None], of_answers)
+            del of_answers
         return d_hidden.to(ctx.dtype), *[None] * 9
 
 
@@ -173,7 +181,8 @@ def _by_statistics(  # type: ignore[no-untyped-def]
         unit_stride(hidden.detach()), unit_stride(weight.detach()), centred(bias), correct, wrong, exclude_answers,
         scale, chunk_bytes,
     )  # fmt: skip
-    divergence = log_sum - expected_logit(hidden, reference.mean, reference.mean_bias, scale) - reference.entropy
+    expected = expected_logit(hidden, reference.mean, reference.mean_bias, scale, chunk_bytes)
+    divergence = log_sum - expected - reference.entropy
     # Below 0 it is rounding; log_sum is −inf where no token is left.
     divergence = divergence.clamp(min=0).masked_fill(log_sum == -torch.inf, 0.0)
     missing = margin - direction.to(answers.dtype) * (answers[:, 0] - answers[:, 1])
@@ -184,7 +193,7 @@ def _by_statistics(  # type: ignore[no-untyped-def]
     return (
         effectiveness,
         divergence.to(answers.dtype),
-        scale * (mean - reference.mean),
+        mean.sub_(reference.mean).mul_(scale),
         scale * torch.stack([slope, -slope], 1),
     )
 
@@ -205,11 +214,14 @@ def _by_logits(  # type: ignore[no-untyped-def]
                 margin=margin, exclude_answers=exclude_answers, kl=kl,
             )  # fmt: skip
             if not need_grad:
+                del logits
                 parts.append([effectiveness, faithfulness])
                 continue
             (d_hidden,) = torch.autograd.grad(faithfulness.sum(), h)
+        effectiveness, faithfulness = effectiveness.detach(), faithfulness.detach()
         columns = torch.stack([correct[rows], wrong[rows]], 1).clamp(0, weight.shape[0] - 1)
         answers = logits.detach().gather(1, columns).to(effectiveness.dtype)
+        del logits
         steepness = scale * (1 - (answers / softcap) ** 2) if softcap is not None else torch.full_like(answers, scale)
         slope = -direction[rows].to(answers.dtype) * (effectiveness > 0)
         slope = torch.where(effectiveness.isnan(), effectiveness, slope)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import backends, checks
 from .linear_logits import logits_in_chunks
-from .linear_softmax import CHUNK_BYTES, linear_softmax
+from .linear_softmax import CHUNK_BYTES, inner_products, linear_softmax
 from .loss import KLDirection, is_reverse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # == of tensors is none of their holders
 class ReferenceStatistics:
     """The frozen model's next-token distributions p₀ of N rows, as `reference_statistics` makes them.
 
@@ -26,12 +26,14 @@ class ReferenceStatistics:
     mean_bias: Tensor | None  # [N] float64, (b − max b)·p₀
     entropy: Tensor | None  # [N] float64, H(p₀) in nats
     logits: Tensor | None  # [N, V]
+    correct: Tensor  # [N] int64, the answers that were left out of p₀, or would have been
+    wrong: Tensor  # [N] int64
     exclude_answers: bool
     logit_scale: float
     softcap: float | None
 
     def __len__(self) -> int:
-        return next(t.shape[0] for t in (self.entropy, self.logits) if t is not None)
+        return self.correct.shape[0]
 
     def __getitem__(self, rows: Tensor | slice) -> ReferenceStatistics:
         """The statistics of some rows: a slice or an index tensor."""
@@ -43,7 +45,7 @@ class ReferenceStatistics:
     @property
     def n_bytes(self) -> int:
         """Of memory that the statistics take."""
-        tensors = (self.mean, self.mean_bias, self.entropy, self.logits)
+        tensors = (self.mean, self.mean_bias, self.entropy, self.logits, self.correct, self.wrong)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> ReferenceStatistics:
@@ -51,8 +53,9 @@ class ReferenceStatistics:
             None if t is None else change(t) for t in (self.mean, self.mean_bias, self.entropy, self.logits)
         )
         return ReferenceStatistics(
-            mean, mean_bias, entropy, logits, self.exclude_answers, self.logit_scale, self.softcap
-        )
+            mean, mean_bias, entropy, logits, change(self.correct), change(self.wrong), self.exclude_answers,
+            self.logit_scale, self.softcap,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -77,7 +80,8 @@ def reference_statistics(
 
     Args:
         hidden: [N, d], the last hidden states of the frozen model, as its head takes them (after the final norm).
-        weight: [V, d], the head; of hidden's dtype.
+        weight: [V, d], the head; of hidden's dtype. One that requires a gradient, as `model.lm_head.weight` does by
+            default, makes the result keep [N, V] logits: pass weight.detach() where the head is frozen.
         correct, wrong: int64 [N], the answers' token ids.
         bias: [V] or None.
         softcap: the final logit soft-cap of the model (Gemma 2: 30), or None.
@@ -85,7 +89,8 @@ def reference_statistics(
         exclude_answers: p₀ over V∖{c, w}; False: over all of V.
         kl: the direction that the statistics are for.
         keep_logits: True keeps [N, V] logits, so that a weight or bias can learn; None: where they require a gradient.
-        chunk_bytes: extra memory while it runs, at most (at least one row of logits).
+        chunk_bytes: extra memory while it runs, beside the result, at most (at least one row of logits). Outside the
+            C++ backend the KL of a row to itself is exactly 0 where the loss gets the same rows and chunk_bytes.
 
     Returns:
         ReferenceStatistics of N rows.
@@ -95,7 +100,8 @@ def reference_statistics(
     """
     correct, wrong = check_head(hidden, weight, bias, correct, wrong, softcap, logit_scale, chunk_bytes)
     learned = weight.requires_grad or (bias is not None and bias.requires_grad)
-    common = (exclude_answers, float(logit_scale), softcap)
+    # Copies, since the caller may fill his ids with the next batch's.
+    common = (correct.clone(), wrong.clone(), exclude_answers, float(logit_scale), softcap)
     if softcap is not None or is_reverse(kl) or (learned if keep_logits is None else keep_logits):
         for name, ids in (("correct", correct), ("wrong", wrong)):  # nothing below reads them
             checks.ids_in_range(name, ids, weight.shape[0], "token id")
@@ -105,13 +111,13 @@ def reference_statistics(
         unit_stride(hidden), unit_stride(weight), centred(bias), correct, wrong, exclude_answers, float(logit_scale),
         chunk_bytes,
     )  # fmt: skip
-    entropy = log_sum - expected_logit(hidden, mean, mean_bias, logit_scale)
+    entropy = log_sum - expected_logit(hidden, mean, mean_bias, logit_scale, chunk_bytes)
     return ReferenceStatistics(mean, mean_bias, entropy, None, *common)
 
 
-def expected_logit(hidden: Tensor, mean: Tensor, mean_bias: Tensor, logit_scale: float) -> Tensor:
+def expected_logit(hidden: Tensor, mean: Tensor, mean_bias: Tensor, logit_scale: float, chunk_bytes: int) -> Tensor:
     """Σ p₀·z = s·(h·μ₀ + b·p₀) per row, in float64: the KL is a small difference of it and log-sum-exps."""
-    return logit_scale * ((hidden.double() * mean.double()).sum(-1) + mean_bias)
+    return logit_scale * (inner_products(hidden, mean, chunk_bytes) + mean_bias)
 
 
 def unit_stride(x: Tensor) -> Tensor:

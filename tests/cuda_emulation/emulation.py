@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,13 @@ CSRC = HERE.parent.parent / "csrc"
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS += ["-ffp-contract=fast", "-march=native"]  # products are contracted into sums, as nvcc does it
 FLAGS += ["-DACTSCALE_CUDA", "-DACTSCALE_EMULATE_CUDA", f"-I{CSRC}", f"-I{HERE}"]
+
+
+def skip_where_it_cannot_be_built() -> None:
+    if sys.platform != "linux":
+        pytest.skip(f"the emulated CUDA device needs Linux, this is {sys.platform}")
+    if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):
+        pytest.skip("the emulated CUDA device needs a C++ compiler")
 
 
 def compiled(target: Path, sources: list[Path], *flags: str) -> Path:
@@ -75,9 +83,8 @@ def emulated_kernels() -> ModuleType:
 
 @contextlib.contextmanager
 def emulated_backend(limits: Limits = SMALL) -> Iterator[ModuleType]:
-    """Within the `with` block, the backend "cuda" runs on CPU tensors; skips where there is no compiler."""
-    if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):
-        pytest.skip("the emulated CUDA device needs a C++ compiler")
+    """Within the `with` block, the backend "cuda" runs on CPU tensors; skips where it cannot be built."""
+    skip_where_it_cannot_be_built()
     kernels = emulated_kernels()
     from actscale_fast.ops.cuda import dynamic, launch, scaling
 

@@ -1,4 +1,4 @@
-"""Sums of partial sums over the rows of each group, in a fixed order: the second half of the backward of scale_heads.
+"""Sums of partial sums over each group's rows in a fixed order: the backwards of scale_heads and dynamic_scale.
 
     out[g, p, n] = Σ_{b in g} Σ_c partial[b, p, c, n]
 Rows (b, c) are added block by block in order, by a fixed tree within a block. Bytes: 4 per partial sum, read
