@@ -180,6 +180,22 @@ def test_heads_that_overlap_in_memory_are_read_in_place(backend: Backend, dtype:
     check(given._replace(x=inputs.normal(2, 3, 12, dtype=dtype).unfold(-1, 8, 1)).to(backend.device))
 
 
+@over(dtypes=DTYPES)
+def test_of_a_slice_of_heads_only_its_own_are_read(backend: Backend, dtype: torch.dtype, inputs: Inputs) -> None:
+    alone = inputs.normal(3, 5, 2, 16, dtype=dtype).to(backend.device)
+    whole = torch.full((3, 5, 7, 16), torch.nan, dtype=dtype, device=backend.device)
+    whole[:, :, 3:5] = alone
+    alpha = inputs.normal(1, 1, 2).to(backend.device).requires_grad_()
+    dy = inputs.normal(3, 5, 2, 16, dtype=dtype).to(backend.device)
+    results = []
+    for x in (alone, whole[:, :, 3:5]):
+        leaf = x.detach().requires_grad_()
+        y = ops.scale_heads(leaf, alpha, strength=-0.5)
+        results.append((y, *torch.autograd.grad(y, (leaf, alpha), dy)))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
 @over(backends=["cpu", "triton", "cuda"])
 def test_the_bare_op_refuses_channels_that_do_not_lie_side_by_side(backend: Backend, inputs: Inputs) -> None:
     x, alpha = inputs.normal(1, 2, 3, 8).to(backend.device)[..., ::2], inputs.normal(1, 1, 3).to(backend.device)
