@@ -12,6 +12,7 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from op_cases import Inputs
@@ -20,8 +21,11 @@ from torch import Tensor
 from actscale_fast import ops
 from actscale_fast.ops import backends
 
+ROOM = 12 << 30  # bytes that the largest of these tests needs, and some to spare
+
 pytestmark = [
     pytest.mark.large,
+    pytest.mark.skipif(psutil.virtual_memory().available < ROOM, reason="needs 12 GiB of free memory"),
     pytest.mark.skipif(bool(backends.unavailable("cpu")), reason="the C++ extension was not built"),
 ]
 
