@@ -136,9 +136,9 @@ def test_nothing_outside_of_the_outputs_is_written(inputs: Inputs, device: Modul
         )  # fmt: skip
         assert (memory[:start] == 5).all()
         assert (memory[start + 3 * 421 :] == 5).all()
-        assert torch.equal(
-            memory[start : start + 3 * 421].view(3, 421).nan_to_num(7.0), loss_of(rows)[2].nan_to_num(7.0)
-        )
+        # A row is dealt out by the grid of its gradient: off the grid its sums are added in another order.
+        got, aligned = memory[start : start + 3 * 421].view(3, 421), loss_of(rows)[2]
+        torch.testing.assert_close(got, aligned, rtol=2**-7, atol=1e-6, equal_nan=True)
         written = torch.zeros(64, dtype=torch.bool)
         written[4:7] = written[16:19] = written[32:41] = True
         assert (small[~written] == 5).all()
