@@ -112,31 +112,9 @@ static void dynamic_backward(const DynamicScale& c) {
     sums.groups = c.groups, sums.group = c.group, sums.threads = c.threads;
     sums.alpha_positions = sums.shift_positions = 1, sums.dalpha = c.dbias, sums.dshift = c.dweight;
     const Plan p = plan_of(sums);
-    const int64_t chunks = p.row_chunks * p.position_chunks, chunk_floats = p.alpha_floats + p.shift_floats;
-    const int64_t elements = c.rows * c.positions * c.heads * c.width;
-    const int threads = elements < SERIAL_ELEMENTS ? 1 : int(smaller(c.threads, chunks * c.heads));
-    const int64_t splits = chunks >= 4 * threads || !chunks ? 1 : smaller(c.heads, (4 * threads + chunks - 1) / chunks);
-    const int64_t own = (c.width + 15) / 16 * 16 + 2 * c.groups * (1 + c.width);  // floats: one head of dy, `joined`
-    float* memory = scratch(chunks * chunk_floats + threads * own + 2);
-    float* own_memory = memory + (chunks * chunk_floats + 1) / 2 * 2;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float* gathered = own_memory + thread_index() * own;
-        double* joined = (double*)(gathered + (c.width + 15) / 16 * 16);
-#pragma omp for schedule(static)  // neighbours stay with one thread, the one that had them in the forward pass
-        for (int64_t unit = 0; unit < chunks * splits; unit++) {
-            const int64_t chunk = unit / splits, part = unit % splits;
-            const int64_t begin = c.heads * part / splits, end = c.heads * (part + 1) / splits;
-            float* bias_sums = memory + chunk * chunk_floats;
-            float* weight_sums = bias_sums + p.alpha_floats;
-            if (p.alpha_floats) memset(bias_sums + begin * W, 0, sizeof(float) * (end - begin) * W);
-            if (p.shift_floats) memset(weight_sums + begin * c.width, 0, sizeof(float) * (end - begin) * c.width);
-            dynamic_chunk<T>(c, p, chunk, begin, end, bias_sums, weight_sums, (T*)gathered);
-        }
-#pragma omp for schedule(static)
-        for (int64_t h = 0; h < c.heads; h++)
-            if (chunk_floats) join_head(sums, p, memory, h, joined);
-    }
+    over_chunks(sums, p, [&](int64_t chunk, int64_t begin, int64_t end, float* bias, float* weight, float* own) {
+        dynamic_chunk<T>(c, p, chunk, begin, end, bias, weight, (T*)own);
+    });
 }
 
 static void dynamic_scale(const DynamicScale& c) {

@@ -156,9 +156,10 @@ static void join_head(const ScaleHeads& c, const Plan& p, const float* memory, i
     }
 }
 
-template <class T>
-static void backward_all(const ScaleHeads& c) {
-    const Plan p = plan_of(c);
+// Runs `sum_chunk(chunk, first head, last head, alpha sums, shift sums, memory for a gathered head)` over all chunks,
+// their heads dealt out where there are few, each after its sums were set to 0, and joins the chunks' sums.
+template <class Run>
+INLINE void over_chunks(const ScaleHeads& c, const Plan& p, Run sum_chunk) {
     const int64_t chunks = p.row_chunks * p.position_chunks, chunk_floats = p.alpha_floats + p.shift_floats;
     const int64_t elements = c.rows * c.positions * c.heads * c.width;
     const int threads = elements < SERIAL_ELEMENTS ? 1 : int(smaller(c.threads, chunks * c.heads));
@@ -166,9 +167,6 @@ static void backward_all(const ScaleHeads& c) {
     const int64_t own = (c.width + 15) / 16 * 16 + 2 * c.groups * (1 + c.width);  // floats: one head of dy, `sums`
     float* memory = scratch(chunks * chunk_floats + threads * own + 2);
     float* own_memory = memory + (chunks * chunk_floats + 1) / 2 * 2;
-    const int64_t group_bytes = sizeof(float) * c.groups * c.heads;
-    if (c.dalpha && !p.alpha_floats) memset(c.dalpha, 0, group_bytes * c.alpha_positions);
-    if (c.dshift && !p.shift_floats) memset(c.dshift, 0, group_bytes * c.shift_positions * c.width);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float* gathered = own_memory + thread_index() * own;
@@ -185,12 +183,23 @@ static void backward_all(const ScaleHeads& c) {
                 if (p.shift_floats)
                     memset(shift_sums + (slot * c.heads + begin) * c.width, 0, sizeof(float) * (end - begin) * c.width);
             }
-            backward_chunk<T>(c, p, chunk, begin, end, alpha_sums, shift_sums, (T*)gathered);
+            sum_chunk(chunk, begin, end, alpha_sums, shift_sums, gathered);
         }
 #pragma omp for schedule(static)
         for (int64_t h = 0; h < c.heads; h++)
             if (chunk_floats) join_head(c, p, memory, h, sums);
     }
+}
+
+template <class T>
+static void backward_all(const ScaleHeads& c) {
+    const Plan p = plan_of(c);
+    const int64_t group_bytes = sizeof(float) * c.groups * c.heads;
+    if (c.dalpha && !p.alpha_floats) memset(c.dalpha, 0, group_bytes * c.alpha_positions);
+    if (c.dshift && !p.shift_floats) memset(c.dshift, 0, group_bytes * c.shift_positions * c.width);
+    over_chunks(c, p, [&](int64_t chunk, int64_t begin, int64_t end, float* alpha_sums, float* shift_sums, float* own) {
+        backward_chunk<T>(c, p, chunk, begin, end, alpha_sums, shift_sums, (T*)own);
+    });
 }
 
 static void scale_heads(const ScaleHeads& c) {

@@ -19,7 +19,7 @@ from actscale_fast.ops import reference
 
 _C = pytest.importorskip("actscale_fast._C", reason="the C++ extension was not built", exc_type=ModuleNotFoundError)
 cpu = pytest.importorskip("actscale_fast.ops.cpu")
-TYPES = pytest.importorskip("actscale_fast.ops.cpu.addresses").TYPES
+TYPES = pytest.importorskip("actscale_fast.ops.addresses").TYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from actscale_fast import _C
 
 from .. import layout
-from .addresses import TYPES, address
+from ..addresses import TYPES, address
 
 
 def dynamic_scale(

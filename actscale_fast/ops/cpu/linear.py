@@ -7,7 +7,7 @@ from torch import Tensor
 
 from actscale_fast import _C
 
-from .addresses import TYPES, address
+from ..addresses import TYPES, address
 
 #: Scratch beyond this is not taken, whatever the caller allows: W is read again for every 64 rows anyway.
 MOST_BYTES = 64 << 20

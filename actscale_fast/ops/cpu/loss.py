@@ -7,7 +7,7 @@ from torch import Tensor
 
 from actscale_fast import _C
 
-from .addresses import TYPES, address
+from ..addresses import TYPES, address
 
 #: Bytes of a gradient that is worth keeping for the next one, and of one too large to hold on to.
 KEPT_FROM, KEPT_UP_TO = 1 << 20, 64 << 20

@@ -8,14 +8,7 @@ from torch import Tensor
 from actscale_fast import _C
 
 from .. import layout
-from .addresses import TYPES, address
-
-
-def _groups(alpha: Tensor | None, shift: Tensor | None) -> tuple[int, int, int]:
-    """(G, P of α, P of v); P of one that is absent is 1."""
-    present = alpha if alpha is not None else shift
-    assert present is not None, "the public function asks for one of the two"
-    return present.shape[0], 1 if alpha is None else alpha.shape[1], 1 if shift is None else shift.shape[1]
+from ..addresses import TYPES, address, extents
 
 
 def scale_heads(
@@ -30,7 +23,7 @@ def scale_heads(
     y = layout.empty_like(x)
     _C.scale_heads(
         TYPES[x.dtype], tuple(x.shape), x.data_ptr(), x.stride()[:3], y.data_ptr(), y.stride()[:3],
-        address(alpha), address(shift), _groups(alpha, shift), strength, address(row_strength), address(group),
+        address(alpha), address(shift), extents(alpha, shift), strength, address(row_strength), address(group),
         torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -56,7 +49,7 @@ def scale_heads_backward(
     dshift = torch.empty_like(shift) if need_dshift and shift is not None else x.new_empty(0, dtype=torch.float32)
     _C.scale_heads_backward(
         TYPES[x.dtype], tuple(x.shape), dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride()[:3],
-        dx.data_ptr() if need_dx else 0, dx.stride()[:3], address(alpha), address(shift), _groups(alpha, shift),
+        dx.data_ptr() if need_dx else 0, dx.stride()[:3], address(alpha), address(shift), extents(alpha, shift),
         strength, address(row_strength), address(group), dalpha.data_ptr() if need_dalpha else 0,
         dshift.data_ptr() if need_dshift else 0, torch.get_num_threads(),
     )  # fmt: skip

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import layout
+from ..addresses import TYPES, address
 from . import launch
-from .launch import TYPES, address
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,13 +14,7 @@ from actscale_fast import _C
 #: The submodule of launchers; absent where the extension was built without CUDA (`backends.unavailable` says so first).
 kernels: Any = getattr(_C, "cuda", None)
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = contextlib.nullcontext()
-
-
-def address(tensor: Tensor | None) -> int:
-    """0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..addresses import TYPES, address
 from . import launch
-from .launch import TYPES, address
 
 
 def intervention_loss(

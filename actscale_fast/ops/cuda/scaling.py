@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import layout
+from ..addresses import TYPES, address, extents
 from . import launch
-from .launch import TYPES, address
-
-
-def _groups(alpha: Tensor | None, shift: Tensor | None) -> tuple[int, int, int]:
-    """(G, P of α, P of v); P of one that is absent is 1."""
-    present = alpha if alpha is not None else shift
-    assert present is not None, "the public function asks for one of the two"
-    return present.shape[0], 1 if alpha is None else alpha.shape[1], 1 if shift is None else shift.shape[1]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -41,7 +34,7 @@ def scale_heads(
     with launch.on_device_of(x):
         launch.kernels.scale_heads(
             TYPES[x.dtype], tuple(x.shape), x.data_ptr(), x.stride()[:3], y.data_ptr(), y.stride()[:3],
-            address(alpha), address(shift), _groups(alpha, shift), strength, address(row_strength), address(group),
+            address(alpha), address(shift), extents(alpha, shift), strength, address(row_strength), address(group),
             launch.stream_of(x),
         )  # fmt: skip
     return y
@@ -71,7 +64,7 @@ def scale_heads_backward(
     dshift = fresh(shift) if need_dshift and shift is not None else nothing
     if x.numel() == 0 or not (need_dx or need_dalpha or need_dshift):
         return dx, dalpha, dshift
-    sizes, groups = tuple(x.shape), _groups(alpha, shift)
+    sizes, groups = tuple(x.shape), extents(alpha, shift)
     with launch.on_device_of(x):
         floats = _partials(x.dtype, sizes, groups, x.device) if need_dalpha or need_dshift else (0, 0)
         dalpha_partial = nothing.new_empty(floats[0]) if dalpha is not nothing else nothing
