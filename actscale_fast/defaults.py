@@ -18,3 +18,4 @@ SEED: Final = 0
 SCHEDULE: Final = "cosine"
 ACCUMULATE: Final = 1
 CHECKPOINT_EVERY: Final = 10
+PATIENCE: Final = 5

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import actscale_fast as af
-from actscale_fast.learning import fitting
+from actscale_fast import ops
+from actscale_fast.learning.engine import Engine
+from actscale_fast.learning.settings import FitSettings
 
 CAPITALS = ["Paris", "Berlin", "Rome", "Madrid", "Oslo"]
 
@@ -150,7 +152,7 @@ def test_seeds_decide_the_order_and_nothing_else_is_random() -> None:
 
 
 def test_every_example_is_seen_once_an_epoch() -> None:
-    seen = [row for step in range(7) for row in fitting._batch_rows(14, 4, seed=0, step=step)]
+    seen = [row for step in range(7) for row in FitSettings(batch_size=4, seed=0).rows(14, step)]
     assert sorted(seen[:14]) == sorted(seen[14:]) == list(range(14))
 
 
@@ -179,19 +181,19 @@ def test_a_non_finite_term_stops_the_run_with_its_step_and_name() -> None:
 
 def test_a_resumed_fit_has_the_bits_of_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tiny.llama(), conflicts(9), steps=8)
-    order = fitting._batch_rows
+    order = FitSettings.rows
 
-    def interrupted(n: int, size: int, seed: int, step: int) -> list[int]:
+    def interrupted(self: FitSettings, n: int, step: int) -> list[int]:
         if step == 5:
             raise KeyboardInterrupt
-        return order(n, size, seed, step)
+        return order(self, n, step)
 
     path, model = tmp_path / "fit.safetensors", tiny.llama()
-    monkeypatch.setattr(fitting, "_batch_rows", interrupted)
+    monkeypatch.setattr(FitSettings, "rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model, conflicts(9), steps=8, checkpoint=path)
     assert model.training is False
-    monkeypatch.setattr(fitting, "_batch_rows", order)
+    monkeypatch.setattr(FitSettings, "rows", order)
     resumed = run(tiny.llama(), conflicts(9), steps=8, checkpoint=path)
     assert torch.equal(resumed.intervention.alpha, whole.intervention.alpha)
     assert resumed.history == whole.history
@@ -202,16 +204,16 @@ def test_an_interruption_within_an_update_keeps_the_last_whole_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(tiny.llama(), conflicts(9), steps=8)
-    update = fitting._Parameters.update
+    update = ops.proximal_adam_
 
-    def interrupted(self: fitting._Parameters, *arguments: Any) -> None:
-        update(self, *arguments)
-        if self.steps[0] == 6:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        update(*arguments, **options)
+        if arguments[4] == 6:
             raise KeyboardInterrupt
 
     path = tmp_path / "fit.safetensors"
     with monkeypatch.context() as context:
-        context.setattr(fitting._Parameters, "update", interrupted)
+        context.setattr(ops, "proximal_adam_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tiny.llama(), conflicts(9), steps=8, checkpoint=path, checkpoint_every=4)
     resumed = run(tiny.llama(), conflicts(9), steps=8, checkpoint=path, checkpoint_every=4)
@@ -238,7 +240,7 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path) -
 def test_a_finished_fit_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fit.safetensors"
     first = run(tiny.llama(), conflicts(4), checkpoint=path)
-    monkeypatch.setattr(fitting, "_gradients", None)
+    monkeypatch.setattr(Engine, "gradients", None)
     again = run(tiny.llama(), conflicts(4), checkpoint=path)
     assert torch.equal(first.intervention.alpha, again.intervention.alpha)
 

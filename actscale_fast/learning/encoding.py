@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +27,16 @@ class Batch:
     attention_mask: Tensor  # [B, T] int64
     padded: bool  # whether any row is shorter than T
 
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
     def repeat(self, times: int) -> Batch:
         """The rows `times` over: [B, T] becomes [times·B, T]."""
         return Batch(self.input_ids.repeat(times, 1), self.attention_mask.repeat(times, 1), self.padded)
+
+    def take(self, rows: Tensor) -> Batch:
+        """The rows of an index tensor, int64 [R]."""
+        return Batch(self.input_ids[rows], self.attention_mask[rows], self.padded)
 
 
 class EncodedExamples:
@@ -132,15 +140,33 @@ def _answer_token(
     return int(added[0])
 
 
-def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The logits [B, V] that follow each prompt; no other position goes through the head where the model allows it."""
-    # Wrappers (torch.compile, PEFT) take (*args, **kwargs) and hand them on: the model inside says what it accepts.
-    accepted = inspect.signature(unwrap(model).forward).parameters
-    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = None) -> dict[str, Any]:
+    """What the model is called with, for the last token's logits alone where it allows that.
+
+    Args:
+        model: plain or wrapped.
+        batch: the prompts, whole.
+        width: the last columns that run; those before stand in a cache. None: all columns.
+    """
+    accepted = _accepted(type(unwrap(model)))  # type: ignore[arg-type]
+    ids = batch.input_ids if width is None else batch.input_ids[:, -width:]
+    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if batch.padded:  # without padding the model's own causal path is exact, and faster without a mask
         arguments["attention_mask"] = batch.attention_mask
         if "position_ids" in accepted:
-            arguments["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
+            positions = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
+            arguments["position_ids"] = positions if width is None else positions[:, -width:]
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = 1
-    return model(**arguments).logits[:, -1]
+    return arguments
+
+
+@functools.cache
+def _accepted(cls: Any) -> frozenset[str]:
+    """The names of the arguments of a model's forward pass; wrappers hand theirs on."""
+    return frozenset(inspect.signature(cls.forward).parameters)
+
+
+def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The logits [B, V] that follow each prompt; no other position goes through the head where the model allows it."""
+    return model(**forward_arguments(model, batch)).logits[:, -1]

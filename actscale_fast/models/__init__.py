@@ -2,7 +2,26 @@
 
 from .adapter import ModelLayout, layout
 from .families import FAMILIES, Family
+from .head import OutputHead, read_head
 from .merge import merge, unmerge
 from .patch import Patch, patch
+from .products import fast_products
+from .section import KeysValues, Prefix, Section, keys_and_values
 
-__all__ = ["FAMILIES", "Family", "ModelLayout", "Patch", "layout", "merge", "patch", "unmerge"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "KeysValues",
+    "ModelLayout",
+    "OutputHead",
+    "Patch",
+    "Prefix",
+    "Section",
+    "fast_products",
+    "keys_and_values",
+    "layout",
+    "merge",
+    "patch",
+    "read_head",
+    "unmerge",
+]

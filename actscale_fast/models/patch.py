@@ -98,8 +98,9 @@ class Patch:
         self.context: contexts.Context | None = None
         self._home = device or intervention.device
         self._group = _checked_group(group, intervention.n_groups, self._home)
-        self._rowwise = False
         self._plain = contexts.Context(EVERYWHERE, 1.0)
+        #: While True, a forward pass edits nothing.
+        self.paused = False
         self.strength = strength
         if isinstance(self._strength, Tensor) and not bool(torch.isfinite(self._strength).all()):
             raise ValueError("strength: some of its values are not finite")
@@ -135,8 +136,23 @@ class Patch:
             self._strength: float | Tensor = value.to(self._home, dtype)
         else:
             self._strength = one_strength(value, "a float or a tensor [B]")
-        self._rowwise = isinstance(self._strength, Tensor) or self._group is not None
         self._plain = contexts.Context(EVERYWHERE, self._strength)
+
+    @property
+    def group(self) -> Tensor | None:
+        """Which part of a stacked intervention each row uses, int64 [B]. Set it for the next forward pass.
+
+        A tensor on the CPU is checked there; one on a GPU is waited for.
+        """
+        return self._group
+
+    @group.setter
+    def group(self, value: Tensor | None) -> None:
+        self._group = _checked_group(value, self.intervention.n_groups, self._home)
+
+    @property
+    def _rowwise(self) -> bool:
+        return isinstance(self._strength, Tensor) or self._group is not None
 
     @contextlib.contextmanager
     def prompt(self, length: int, mask: Tensor | None = None) -> Iterator[None]:
@@ -182,6 +198,8 @@ class Patch:
     def enter(self, call: contexts.Call) -> contexts.Context:
         """The context of one forward pass."""
         location = self.intervention.location
+        if self.paused:
+            return contexts.Context(None, 0.0)
         if location.positions is None and not self._rowwise:
             return contexts.Context(EVERYWHERE, self._strength, call.n_rows)
         if call.packed:
@@ -233,4 +251,4 @@ def _checked_group(group: object, n_groups: int | None, device: torch.device) ->
         raise ValueError("group: the intervention is not a stack of several; see Intervention.stack")
     if group.numel() and not (int(group.min()) >= 0 and int(group.max()) < n_groups):
         raise ValueError(f"group: got values {int(group.min())} to {int(group.max())}, expected 0 to {n_groups - 1}")
-    return group.to(device, torch.int64)
+    return group.to(device, torch.int64, non_blocking=True)

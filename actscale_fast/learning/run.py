@@ -1,0 +1,189 @@
+"""The state of one fit: parameters, their moments, history and checkpoint. Knows nothing of models."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..interventions import Intervention
+from . import checkpoint as checkpoints
+from .objective import Objective
+from .settings import FitSettings
+
+#: Steps whose figures a GPU may still owe before the host waits for them.
+_AHEAD = 8
+_FIGURES = ("effectiveness", "faithfulness", "minimality", "n_active", "moved")
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that was taken and whose figures are on their way from the device."""
+
+    number: int
+    lr: float
+    figures: Tensor  # float64 [6] on the host: those of _FIGURES, and whether the gradient was finite
+    ready: Any  # a CUDA event; None: they are there
+    before: dict[str, Tensor]  # the state that the step began with
+
+
+class Run:
+    """One fit under way: `update` takes a step's terms and gradients, `history` tells what came of it.
+
+    Args:
+        intervention: learned in place; its parameters are the starting point.
+        objective, settings: of the fit.
+        rows: the examples of this fit among those of the engine.
+        checkpoint: a file for the state, or None.
+        identity: what else must be the same where that file is resumed.
+        name: for messages.
+    """
+
+    def __init__(
+        self, intervention: Intervention, objective: Objective, settings: FitSettings, rows: Sequence[int], *,
+        checkpoint: str | os.PathLike[str] | None = None, identity: dict[str, Any] | None = None, name: str = "",
+    ) -> None:  # fmt: skip
+        self.intervention, self.objective, self.settings, self.examples = intervention, objective, settings, list(rows)
+        self.checkpoint, self.name = checkpoint, name
+        self.identity = settings.to_dict() | (identity or {})
+        self.named = {name: value for name, value in intervention.named_parameters() if value.requires_grad}
+        if not self.named:
+            raise ValueError(f"intervention: {type(intervention).__name__} has no parameters that require a gradient")
+        self.values = list(self.named.values())
+        self.moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in self.values]
+        self.counters = [torch.zeros((), device=value.device) for value in self.values]
+        self.history: list[dict[str, float]] = []
+        self.taken = 0  # steps, those whose figures are not known yet among them
+        self._l1 = intervention.l1
+        self._owed: deque[_Step] = deque()
+        self._whole = True  # parameters, moments and counters are of one step
+        self._saved = -1
+
+    def done(self) -> bool:
+        """Whether all steps are taken, or `tolerance` and `patience` say that no more are needed."""
+        if self.taken >= self.settings.steps:
+            return True
+        tolerance, patience = self.settings.tolerance, self.settings.patience
+        if tolerance is None or len(self.history) < patience:
+            return False
+        return all(record["moved"] <= tolerance for record in self.history[-patience:])
+
+    def rows(self) -> list[int]:
+        """The examples of the next step."""
+        return [self.examples[row] for row in self.settings.rows(len(self.examples), self.taken)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step changes."""
+        state: dict[str, Tensor] = {}
+        for (name, value), (first, second), step in zip(self.named.items(), self.moments, self.counters, strict=True):
+            state |= {name: value.data, f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": step}
+        return state
+
+    def update(self, terms: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Take a step: Adam and the proximal step of the ℓ1 norm.
+
+        Args:
+            terms: effectiveness and faithfulness [2] of the state that the step begins with.
+            gradients: of E + λ_F·F, one a parameter.
+
+        Raises:
+            FloatingPointError: a term or gradient of this step, or on a GPU of one a few steps ago, is not finite. The
+                parameters are then those that the step began with.
+        """
+        lr = self.settings.rate(self.taken)
+        before = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        self._whole = False
+        for value, gradient, moments, counter in zip(self.values, gradients, self.moments, self.counters, strict=True):
+            ops.proximal_adam_(
+                value.data, gradient, *moments, counter, lr=lr, l1=self.objective.minimality, betas=self.settings.betas
+            )
+        values = torch.cat([value.detach().flatten() for value in self.values]).double()
+        moved = values - torch.cat([before[name].flatten() for name in self.named])
+        figures = torch.stack(
+            [*terms.to(values.device).double().unbind(), values.abs().sum(), values.count_nonzero().double(),
+             moved.abs().max(), finite.double()]
+        )  # fmt: skip
+        self._owed.append(_Step(self.taken, lr, *_to_host(figures), before))
+        self.taken += 1
+        self._whole = True
+        self.read(wait=len(self._owed) > _AHEAD)
+
+    def read(self, *, wait: bool) -> None:
+        """Move the figures that have arrived into the history; `wait` for all of them."""
+        while self._owed and (wait or self._owed[0].ready is None or self._owed[0].ready.query()):
+            step = self._owed.popleft()
+            if step.ready is not None:
+                step.ready.synchronize()
+            *figures, finite = step.figures.tolist()
+            record = dict(zip(_FIGURES, figures, strict=True))
+            self._stop_at_non_finite(step, record, bool(finite))
+            terms = {name: record[name] for name in ("effectiveness", "faithfulness")}
+            objective = self.objective
+            loss = terms["effectiveness"] + objective.faithfulness * terms["faithfulness"]
+            self.history.append(
+                {
+                    "step": step.number,
+                    "loss": loss + objective.minimality * self._l1,
+                    **terms,
+                    "minimality": record["minimality"],
+                    "n_active": int(record["n_active"]),
+                    "moved": record["moved"],
+                    "lr": step.lr,
+                }
+            )
+            self._l1 = record["minimality"]
+
+    def resume(self) -> bool:
+        """Continue from the checkpoint where there is one; whether that was so."""
+        if self.checkpoint is None:
+            return False
+        state = checkpoints.load(self.checkpoint, self.identity, self.tensors())
+        if state is None:
+            return False
+        checkpoints.restore(state, self.tensors())
+        self.history = state.history
+        self.taken = self._saved = len(state.history)
+        self._l1 = self.intervention.l1
+        return True
+
+    def save(self) -> None:
+        """Write the checkpoint. Within an update the file stays the one to resume from."""
+        if self.checkpoint is None or not self._whole:
+            return
+        self.read(wait=True)
+        if self._saved != self.taken:
+            checkpoints.save(
+                self.checkpoint, checkpoints.FitState(self.taken, self.tensors(), self.history), self.identity
+            )
+            self._saved = self.taken
+
+    def _stop_at_non_finite(self, step: _Step, record: dict[str, float], gradient_is_finite: bool) -> None:
+        bad = next((name for name in ("effectiveness", "faithfulness") if not math.isfinite(record[name])), None)
+        if bad is None and gradient_is_finite:
+            return
+        for name, tensor in self.tensors().items():
+            tensor.copy_(step.before[name])
+        self._owed.clear()
+        self.taken = step.number
+        what = f"the {bad} term is {record[bad]}" if bad else "a gradient is not finite"
+        where = f"{self.name}: " if self.name else ""
+        raise FloatingPointError(f"{where}step {step.number}: {what}; the parameters are from the step before")
+
+
+def _to_host(figures: Tensor) -> tuple[Tensor, Any]:
+    """(the figures on the host, the event after which they are there)."""
+    if figures.device.type != "cuda":
+        return figures.cpu(), None
+    there = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+    there.copy_(figures, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return there, event

@@ -1,0 +1,171 @@
+"""Running a part of a frozen model: some of its layers, the tokens after a cached prefix, and no output head.
+
+The model's own forward pass does the work, so that embeddings, masks and rotary tables are those of its family. Each
+layer's `forward` is a gate while the section is open: layers below the first that runs hand stored hidden states on,
+layers from the end of the section on hand on what they get, and the head notes its input instead of making logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import ModelLayout
+
+_HEAD = -1  # the key under which a section notes the head's input
+KeysValues = tuple[Tensor, Tensor]  # [B, key-value heads, S, head_dim] each
+
+
+class Section:
+    """Opens a model for partial runs; a context manager that leaves the model as it was.
+
+    Args:
+        found: the model's layout.
+        head: its output head, as `OutputHead.module`; None: a run returns logits.
+        call: what is called; a compiled wrapper of `found.model`, or that model.
+    """
+
+    def __init__(self, found: ModelLayout, head: nn.Module | None, call: nn.Module | None = None) -> None:
+        self.found, self.head = found, head
+        self.call = found.model if call is None else call
+        self.first = 0
+        self.end = found.n_layers
+        self.hidden: Tensor | None = None
+        self.wanted: tuple[int, ...] = ()
+        self.noted: dict[int, Tensor] = {}
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            for index, layer in enumerate(self.found.layers):
+                undo.enter_context(replaced_forward(layer, _Gate(self, index, layer.forward)))
+            if self.head is not None:
+                undo.enter_context(replaced_forward(self.head, self._note_head))
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+    def run(
+        self,
+        arguments: dict[str, Any],
+        *,
+        first: int = 0,
+        end: int | None = None,
+        hidden: Tensor | None = None,
+        prefix: Prefix | None = None,
+        wanted: Sequence[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """One forward pass of the layers first … end − 1.
+
+        Args:
+            arguments: of the model's forward pass: the ids of the tokens after the prefix, the whole mask, a cache.
+            first: the layers below it do not run; `hidden` [B, T, d] is what the last of them would have returned,
+                before an edit of its output.
+            end: the layers from it on do not run; None: all do, and the head's input is returned.
+            prefix: keys and values of the tokens before.
+            wanted: numbers of layers; what the layer below returned, before an edit of its output, is noted.
+
+        Returns:
+            (what layer end − 1 returned, before an edit of its output, [B, T, d]; without an end the head's input at
+            the last token [B, d], or without a head the logits [B, V]), and the noted tensors [B, T, d].
+        """
+        n_layers = self.found.n_layers
+        self.first, self.end, self.hidden = first, n_layers if end is None else end, hidden
+        self.wanted = tuple(wanted) if end is None else (*wanted, end)
+        self.noted = {}
+        noted = self.noted
+        try:
+            cache = {} if prefix is None else {"past_key_values": prefix.cache(n_layers), "use_cache": True}
+            output = self.call(**arguments | cache)
+            if end is not None:
+                return noted[end], noted
+            return (output.logits[:, -1] if self.head is None else noted.pop(_HEAD)), noted
+        finally:
+            self.first, self.end, self.hidden, self.wanted, self.noted = 0, n_layers, None, (), {}
+
+    def _note_head(self, hidden: Tensor) -> Tensor:
+        self.noted[_HEAD] = hidden[:, -1]
+        return hidden.new_zeros(hidden.shape[0], 1, 1)
+
+
+class _Gate:
+    """A layer's forward pass while a section is open."""
+
+    def __init__(self, section: Section, index: int, original: Callable[..., Any]) -> None:
+        self.section, self.index, self.original = section, index, original
+        self.width = 0  # items of the tuple that the layer returns; 0: a tensor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        section, index = self.section, self.index
+        if section.first <= index < section.end:
+            output = self.original(*args, **kwargs)
+            self.width = len(output) if isinstance(output, tuple) else 0
+            if index + 1 in section.wanted:
+                section.noted[index + 1] = output[0] if self.width else output
+            return output
+        inputs = args[0] if args else kwargs["hidden_states"]
+        if index == section.first - 1:
+            assert section.hidden is not None
+            inputs = section.hidden
+        return (inputs, *[None] * (self.width - 1)) if self.width else inputs
+
+
+class Prefix:
+    """Keys and values of the first S columns of a batch, for the layers first … n_layers − 1.
+
+    Args:
+        first: the lowest layer that runs.
+        layers: what each layer from it on keeps, [B, key-value heads, S, head_dim] twice.
+        n_rows, n_columns: B and S.
+        device: of the embeddings.
+    """
+
+    def __init__(
+        self, first: int, layers: Sequence[KeysValues], n_rows: int, n_columns: int, device: torch.device
+    ) -> None:
+        self.first, self.layers = first, layers
+        # Layers that do not run have a length, which the masks ask for, and no memory.
+        self.of_skipped = torch.zeros((), device=device).expand(n_rows, 1, n_columns, 1)
+
+    def cache(self, n_layers: int) -> Any:
+        """A cache of transformers that holds them; a run adds its own tokens to this cache and not to the prefix."""
+        from transformers import DynamicCache
+
+        # Without a config every layer keeps all columns, sliding windows included; the masks know the window.
+        cache = DynamicCache()
+        for index in range(n_layers):
+            held = (self.of_skipped, self.of_skipped) if index < self.first else self.layers[index - self.first]
+            keys, values = held
+            cache.update(keys[..., :0, :], values[..., :0, :], index)  # makes the layer; it would copy what it got
+            layer: Any = cache.layers[index]
+            layer.keys, layer.values = keys, values
+        return cache
+
+
+def keys_and_values(cache: Any, index: int) -> KeysValues:
+    """What a cache of transformers holds of one layer."""
+    layer = cache.layers[index]
+    return layer.keys, layer.values
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let calls of this module, between its hooks, go to `forward`."""
+    there = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if there is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = there
