@@ -103,10 +103,15 @@ class EncodedExamples:
         order = sorted(range(len(self)), key=lambda row: len(self.prompts[row]))
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The prompts of these rows, padded on the left to the longest of them."""
+    def batch(self, rows: Sequence[int], multiple: int = 1) -> Batch:
+        """The prompts of these rows, padded on the left to the longest of them.
+
+        With a `multiple` to one of it, though to no more than the longest prompt of all: few widths occur.
+        """
         prompts = [self.prompts[row] for row in rows]
         length = max(map(len, prompts))
+        if multiple > 1:
+            length = min(-(-length // multiple) * multiple, max(map(len, self.prompts)))
         ids = [[self.pad_id] * (length - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         padded = any(len(prompt) < length for prompt in prompts)

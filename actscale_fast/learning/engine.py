@@ -2,10 +2,7 @@
 
 A step runs rows: every prompt of every fit under each of its directions. What the interventions cannot reach is
 constant and comes from a store (`constants`); the rest runs as a section of the model, in passes of prompts of similar
-length (`planning`). The last hidden states go to the fused losses, never as logits where the head allows it.
-
-Layers below the lowest scalar that is not zero give both directions the same activations. They run once a prompt, and
-since an edit of parameters that are 0 is linear in β, their gradient is that of Σ_s s·(upstream under β = s).
+length (`planning`, `passes`). The last hidden states go to the fused losses, never as logits where the head allows it.
 """
 
 from __future__ import annotations
@@ -22,12 +19,15 @@ from torch import Tensor
 
 from .. import ops
 from ..interventions import Intervention
-from ..models import OutputHead, Patch, Prefix, Section, fast_products, keys_and_values, layout, patch, read_head
+from ..models import OutputHead, Patch, Section, fast_products, keys_and_values, layout, patch, read_head
+from .capture import COLUMNS, CapturedPasses, check_capturable
 from .constants import CACHE_BYTES, SPILL_BYTES, Extent, RowStore, right_aligned
 from .encoding import Batch, EncodedExamples, forward_arguments
+from .memory import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
 from .modes import frozen
 from .objective import Objective
 from .parallel import ALONE, World
+from .passes import Inputs, LossOptions, Passes, Shape
 from .planning import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, plan
 
 if TYPE_CHECKING:
@@ -64,9 +64,14 @@ class Engine:
         objectives: those that the shares will have.
         cache_bytes: of the model's device for what is constant.
         spill_bytes: of CPU memory for what is over.
-        max_tokens: in one pass; None: bounded on a CPU, where larger passes are not faster, not elsewhere.
+        memory_bytes: for the activations of a pass; None: half of what is free when the engine opens. Passes have as
+            many tokens as fit; on a CPU no more than are faster together.
         accumulate: passes that a step is split into, at least.
+        capture: run passes as CUDA graphs.
         world: the processes that share each step's rows.
+
+    Raises:
+        ValueError: capture of a model that is not on one GPU.
     """
 
     def __init__(
@@ -78,19 +83,26 @@ class Engine:
         *,
         cache_bytes: int = CACHE_BYTES,
         spill_bytes: int = SPILL_BYTES,
-        max_tokens: int | None = None,
+        memory_bytes: int | None = None,
         accumulate: int = 1,
+        capture: bool = False,
         world: World = ALONE,
     ) -> None:
         self.model, self.data, self.intervention = model, data, intervention
         self.found = layout(model, intervention.location.paths)
         self.extent = extent_of(intervention, data)
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
-        self.options = sorted({_loss_options(objective) for objective in objectives})
+        self.objectives = list(objectives)
+        self.options = sorted({_loss_options(objective) for objective in self.objectives})
         self.on_cpu = data.device.type == "cpu"
-        self.max_tokens = PASS_TOKENS_CPU if max_tokens is None and self.on_cpu else max_tokens
-        self.accumulate, self.world = accumulate, world
+        self.memory_bytes = memory_bytes
+        self.max_tokens: int | None = PASS_TOKENS_CPU if self.on_cpu else None
+        self.accumulate, self.world, self.capture = accumulate, world, capture
+        if capture:
+            check_capturable(model)
         self.halved = False
+        self.output_device = data.device  # of the head's inputs, or of the logits
+        self.answers = {"correct": data.correct.cpu(), "wrong": data.wrong.cpu()}
         self.store = RowStore(len(data), cache_bytes, spill_bytes)
         self.statistics: dict[tuple[bool, str], Any] = {}
         self.reference: Tensor | None = None
@@ -108,7 +120,12 @@ class Engine:
             self.patched: Patch = stack.enter_context(
                 patch(self.model, self.intervention, group=_no_rows(self.intervention))
             )
+            self.passes = Passes(
+                self.model, self.section, self.patched, self.head, self.found.n_layers, self.parameters
+            )
             self._prepare()
+            self._bound_passes()
+            self.compute = CapturedPasses(self.passes).compute if self.capture else self.passes.compute
             self._open = stack.pop_all()
         return self
 
@@ -143,10 +160,9 @@ class Engine:
         gradients = [torch.zeros_like(value) for value in self.parameters]
         quiet_below = self._quiet_below(shares)
         for part in passes:
-            losses, loss = self._losses(part, shares, quiet_below)
-            for gradient, added in zip(gradients, torch.autograd.grad(loss, self.parameters), strict=True):
-                gradient += added
-            terms += losses.to(terms.device)
+            found = self.compute(self.inputs(part, shares, quiet_below))
+            for total, added in zip([terms, *gradients], found, strict=True):
+                total += added.to(total.device)
         return terms, gradients
 
     def _halve(self, passes: list[list[_Item]], shares: Sequence[Share]) -> None:
@@ -170,122 +186,54 @@ class Engine:
         weight = max(len(share.objective.directions) for share in shares)
         max_tokens = self.max_tokens
         if self.accumulate > 1:
-            least = -(-len(items) // self.accumulate) * weight * max(lengths)
+            least = -(-len(items) // self.accumulate) * weight * max(lengths, default=0)
             max_tokens = least if max_tokens is None else min(max_tokens, least)
         cost = PASS_COST_CPU if self.on_cpu else PASS_COST_GPU
-        passes = plan(lengths, weight=weight, pass_cost=cost, max_tokens=max_tokens)
+        passes = plan(lengths, weight=weight, pass_cost=cost, max_tokens=max_tokens, at_least=self.accumulate)
         return [[items[place] for place in sorted(places)] for places in passes]
 
-    def _losses(self, part: list[_Item], shares: Sequence[Share], quiet_below: int) -> tuple[Tensor, Tensor]:
-        """(terms [shares, 2] without a graph, the loss) of one pass."""
+    def inputs(self, part: Sequence[_Item], shares: Sequence[Share], quiet_below: int) -> Inputs:
+        """One pass as tensors on the device."""
         item_of, signs = [], []  # of each row
         for index, item in enumerate(part):
             for sign in shares[item.share].objective.directions:
                 item_of.append(index)
                 signs.append(float(sign))
-        rows = [part[index].row for index in item_of]
+        items = [item.row for item in part]
         owners = [part[index].share for index in item_of]
-        output = self._forward(part, item_of, signs, shares, quiet_below)
-        direction = torch.tensor(signs, device=output.device)
-        effectiveness, faithfulness = self._row_losses(output, rows, owners, direction, shares)
-        # One column a share, with 1/n where the row is its own: sums of a share as one product, in a fixed order.
-        mean = torch.zeros(len(shares), len(rows))
+        batch = self.data.batch(items, COLUMNS if self.capture else 1)
+        tensors = {"ids": batch.input_ids, "mask": batch.attention_mask, **self._constants(items, batch)}
+        mean = torch.zeros(len(shares), len(owners))
         for place, owner in enumerate(owners):
             mean[owner, place] = 1 / len(shares[owner].rows)
-        weights = torch.tensor([share.objective.faithfulness for share in shares]) @ mean
-        mean, weights, once = (t.to(output.device, effectiveness.dtype) for t in (mean, weights, mean.sum(0)))
-        loss = (effectiveness * once).sum() + (faithfulness * weights).sum()
-        terms = torch.stack([effectiveness.detach(), faithfulness.detach()], -1)  # [R, 2]
-        own = mean > 0  # a row that is not finite concerns its own share alone
-        kept = torch.where(own[..., None], mean[..., None] * terms, 0.0)
-        return kept.sum(1).to(torch.float32), loss
-
-    def _forward(
-        self, part: list[_Item], item_of: list[int], signs: list[float], shares: Sequence[Share], quiet_below: int
-    ) -> Tensor:
-        """The head's inputs (or logits) of the rows of one pass."""
-        rows = [item.row for item in part]
-        batch = self.data.batch(rows)
-        width = min(self.extent.width, batch.input_ids.shape[1])
-        kept = self._constants(rows, batch)
-        groups = [shares[item.share].group for item in part]
-        expand = torch.tensor(item_of)
-        sign = torch.tensor(signs)
-        first, hidden = self.extent.first, kept.get("hidden")
-        if quiet_below > first:
-            end = None if quiet_below > self.found.n_layers else quiet_below
-            self._rows(batch, 1.0, groups)
-            hidden, _ = self._run(batch, width, kept, first=first, hidden=hidden, end=end)
-            hidden = _SignedRows.apply(hidden, expand.to(hidden.device), sign.to(hidden.device))
-            if end is None:
-                return hidden
-            first = quiet_below
-        elif hidden is not None:
-            hidden = hidden[expand.to(hidden.device)]
-        rows_batch = batch.take(expand.to(batch.input_ids.device))
-        kept = {name: value[expand.to(value.device)] for name, value in kept.items() if name != "hidden"}
-        self._rows(rows_batch, sign, [groups[index] for index in item_of])
-        return self._run(rows_batch, width, kept, first=first, hidden=hidden)[0]
-
-    def _rows(self, batch: Batch, strength: float | Tensor, groups: list[int]) -> None:
-        """Tell the patch what the rows of the next pass are."""
-        self.patched.strength = strength
-        self.patched.group = None if self.intervention.n_groups is None else torch.tensor(groups)
-
-    def _run(
-        self, batch: Batch, width: int, kept: dict[str, Tensor], *, first: int, hidden: Tensor | None,
-        end: int | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
-        n_columns = batch.input_ids.shape[1]
-        prefix = None
-        if width < n_columns:
-            layers = [(kept[f"keys.{index}"], kept[f"values.{index}"]) for index in range(first, self.found.n_layers)]
-            prefix = Prefix(first, layers, len(batch), n_columns - width, self.data.device)
-        arguments = forward_arguments(self.model, batch, width)
-        with self.patched.prompt(n_columns, batch.attention_mask if batch.padded else None):
-            return self.section.run(arguments, first=first, end=end, hidden=hidden, prefix=prefix)
-
-    def _row_losses(
-        self, output: Tensor, rows: list[int], owners: list[int], direction: Tensor, shares: Sequence[Share]
-    ) -> tuple[Tensor, Tensor]:
-        """Effectiveness and faithfulness of each row [R]; one call of the op for all shares with the same options."""
-        places: dict[tuple[Any, ...], list[int]] = {}
+        faithfulness = torch.tensor([share.objective.faithfulness for share in shares])
+        small = {
+            "expand": torch.tensor(item_of),
+            "sign": torch.tensor(signs),
+            "mean": mean,
+            "weight": faithfulness @ mean,
+        }
+        if self.intervention.n_groups is not None:
+            small["groups"] = torch.tensor([shares[item.share].group for item in part])
+        places: dict[LossOptions, list[int]] = {}
         for place, owner in enumerate(owners):
             objective = shares[owner].objective
             places.setdefault((objective.margin, *_loss_options(objective)), []).append(place)
-        parts = []
-        for (margin, exclude, kl), mine in places.items():
-            whole = len(places) == 1
-            chosen = torch.tensor(mine, device=output.device)
-            examples = torch.tensor([rows[place] for place in mine], device=output.device)
-            parts.append(
-                self._losses_of(
-                    output if whole else output[chosen], examples, direction if whole else direction[chosen],
-                    margin, exclude, kl,
-                )
-            )  # fmt: skip
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([place for mine in places.values() for place in mine], device=output.device).argsort()
-        effectiveness, faithfulness = (torch.cat(column)[order] for column in zip(*parts, strict=True))
-        return effectiveness, faithfulness
-
-    def _losses_of(
-        self, output: Tensor, examples: Tensor, direction: Tensor, margin: float, exclude: bool, kl: Any
-    ) -> tuple[Tensor, Tensor]:
-        correct, wrong = (ids.to(output.device)[examples] for ids in (self.data.correct, self.data.wrong))
-        if self.head is None:
-            assert self.reference is not None
-            effectiveness, faithfulness = ops.intervention_loss(
-                output, self.reference[examples], correct, wrong, direction=direction, margin=margin,
-                exclude_answers=exclude, kl=kl,
-            )  # fmt: skip
-        else:
-            effectiveness, faithfulness = ops.linear_intervention_loss(
-                output, self.head.weight, self.statistics[exclude, kl][examples], correct, wrong, direction=direction,
-                margin=margin, exclude_answers=exclude, kl=kl, **self.head.options,
-            )  # fmt: skip
-        return effectiveness, faithfulness
+        references = []
+        for number, ((_, exclude, kl), mine) in enumerate(places.items()):
+            examples = torch.tensor([items[item_of[place]] for place in mine])
+            for name, ids in self.answers.items():
+                small[f"{name}.{number}"] = ids[examples]
+            if len(places) > 1:
+                small[f"places.{number}"] = torch.tensor(mine)
+            known = self.reference if self.head is None else self.statistics[exclude, kl]
+            assert known is not None
+            references.append(known[examples.to(self.output_device)])
+        device = self.data.device
+        tensors |= {name: value.to(device, non_blocking=True) for name, value in small.items()}
+        width = min(self.extent.width, batch.input_ids.shape[1])
+        shape = Shape(width, batch.padded, self.extent.first, quiet_below, tuple(places))
+        return Inputs(shape, tensors, tuple(references))
 
     def _quiet_below(self, shares: Sequence[Share]) -> int:
         """The layers below it give all directions the same; n_layers + 1: all of the model does.
@@ -297,7 +245,7 @@ class Engine:
         location = self.intervention.location
         groups = sorted({share.group for share in shares})
         steered = torch.zeros(len(location.layers), dtype=torch.bool)
-        for value in self.parameters:
+        for value in self.intervention.parameters():  # also those that are not learned
             values = value.detach()
             values = values[None] if self.intervention.n_groups is None else values[groups]
             steered |= values.flatten(2).ne(0).any(-1).any(0).cpu()
@@ -314,7 +262,8 @@ class Engine:
             if kept:
                 self.store.put(rows, kept)
         order = torch.tensor([row for rows, _ in outputs for row in rows]).argsort()
-        output = torch.cat([output for _, output in outputs])[order.to(outputs[0][1].device)]
+        self.output_device = outputs[0][1].device
+        output = torch.cat([output for _, output in outputs])[order.to(self.output_device)]
         if self.head is None:
             self.reference = output
             return
@@ -324,6 +273,17 @@ class Engine:
                 output, self.head.weight, correct, wrong, exclude_answers=exclude, kl=kl,  # type: ignore[arg-type]
                 **self.head.options,
             )  # fmt: skip
+
+    def _bound_passes(self) -> None:
+        """Count what one prompt keeps for its backward, and bound the tokens of a pass by it."""
+        row = max(range(len(self.data)), key=lambda row: len(self.data.prompts[row]))
+        items, shares = [_Item(0, row)], [Share([row], self.objectives[0])]
+        with torch.enable_grad(), KeptBytes([self.found.model]) as kept:
+            self.passes.losses(self.inputs(items, shares, 0))
+        budget = self.memory_bytes or int(SHARE_OF_FREE * free_bytes(self.data.device))
+        fit = tokens_that_fit(kept.n_bytes, self._tokens(items, shares), budget)
+        fit = 1 << (fit.bit_length() - 1)  # a power of two: a little more or less free memory changes no pass
+        self.max_tokens = fit if self.max_tokens is None else min(fit, self.max_tokens)
 
     @torch.no_grad()
     def _frozen(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -366,22 +326,6 @@ class Engine:
             elif n_prefix:
                 cut[name] = value[:, :, -n_prefix:]
         return cut
-
-
-class _SignedRows(torch.autograd.Function):
-    """Rows of items that both directions share: row r is item `expand[r]`; the item's gradient is Σ_r sign[r]·dy[r]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, expand: Tensor, sign: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(expand, sign)
-        ctx.n_items = x.shape[0]
-        return x[expand]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        expand, sign = ctx.saved_tensors
-        signed = dy * sign.to(dy.dtype).view(-1, *[1] * (dy.dim() - 1))
-        return dy.new_zeros(ctx.n_items, *dy.shape[1:]).index_add_(0, expand, signed), None, None
 
 
 def extent_of(intervention: Intervention, data: EncodedExamples) -> Extent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from .. import ops
 from ..interventions import Intervention
-from ..models import patch
-from .encoding import EncodedExamples, next_token_logits
+from ..models import Section, fast_products, layout, patch, read_head
+from .encoding import Batch, EncodedExamples, forward_arguments
 from .examples import Example
 from .modes import frozen
 
@@ -60,8 +61,13 @@ class Evaluation:
         """All fields, the baseline's nested, ready for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`. Raises TypeError where fields are missing or unknown."""
+        baseline = data.get("baseline")
+        return cls(**data | {"baseline": None if baseline is None else cls.from_dict(baseline)})
 
-@torch.no_grad()
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -84,31 +90,66 @@ def evaluate(
         TypeError, ValueError: bad arguments or examples (see `EncodedExamples`), an intervention made for another
             model.
     """
+    return evaluate_all(model, tokenizer, examples, [intervention], batch_size=batch_size, progress=progress)[0]
+
+
+@torch.no_grad()
+def evaluate_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    interventions: Sequence[Intervention],
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[Evaluation]:
+    """`evaluate` for several interventions on the same examples; the frozen model runs once."""
     from tqdm.auto import tqdm
 
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size!r}, expected a positive integer")
-    if not isinstance(intervention, Intervention):
-        raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
-    data = EncodedExamples(examples, tokenizer, model, intervention.location.paths)
-    rows: list[Tensor] = []  # [B, 5] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1
-    with frozen(model):
+    for intervention in interventions:
+        if not isinstance(intervention, Intervention):
+            raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
+    paths = interventions[0].location.paths
+    found = layout(model, paths)
+    data = EncodedExamples(examples, tokenizer, model, paths)
+    rows: list[Tensor] = []  # [B, I, 5] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        head = read_head(found.model, forward_arguments(model, data.batch([0])))
+        if model is found.model:
+            stack.enter_context(fast_products(found.layers))
+        section = stack.enter_context(Section(found, None if head is None else head.module, model))
+
+        def logits(batch: Batch) -> Tensor:
+            output = section.run(forward_arguments(model, batch))[0]
+            return output if head is None else head.logits(output)
+
         for batch_rows in tqdm(data.by_length(batch_size), desc="evaluate", disable=not progress, leave=False):
             batch = data.batch(batch_rows)
-            correct, wrong = data.correct[batch_rows], data.wrong[batch_rows]
-            reference = next_token_logits(model, batch)
+            reference = logits(batch)
             direction = torch.tensor([1.0, -1.0], device=data.device).repeat_interleave(len(batch_rows))
-            with patch(model, intervention, strength=direction):
-                steered = next_token_logits(model, batch.repeat(2))
-            correct, wrong, direction = (t.to(steered.device) for t in (correct, wrong, direction))
-            answers = correct.repeat(2), wrong.repeat(2)
-            kl = ops.intervention_loss(steered, reference.repeat(2, 1), *answers, direction=direction)[1]
-            differences = _difference(steered, *answers).view(2, -1)
-            rows.append(torch.stack([_difference(reference, correct, wrong), *differences, *kl.view(2, -1)], -1))
-    before, plus, minus, kl_correct, kl_wrong = torch.cat(rows).double().cpu().unbind(-1)
-    baseline = _summary(intervention, before, before, torch.zeros(1), torch.zeros(1))
-    after = _summary(intervention, plus, minus, kl_correct, kl_wrong)
-    return replace(after, baseline=replace(baseline, n_active=0, l1=0.0))
+            correct, wrong, signs = (
+                t.to(reference.device) for t in (data.correct[batch_rows], data.wrong[batch_rows], direction)
+            )
+            before, both = _difference(reference, correct, wrong), reference.repeat(2, 1)
+            found_rows = []
+            for intervention in interventions:
+                with patch(model, intervention, strength=direction):
+                    steered = logits(batch.repeat(2))
+                answers = correct.repeat(2), wrong.repeat(2)
+                kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
+                differences = _difference(steered, *answers).view(2, -1)
+                found_rows.append(torch.stack([before, *differences, *kl.view(2, -1)], -1))
+            rows.append(torch.stack(found_rows, 1))
+    evaluations = []
+    for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
+        start, plus, minus, kl_correct, kl_wrong = values.unbind(-1)
+        baseline = _summary(intervention, start, start, torch.zeros(1), torch.zeros(1))
+        after = _summary(intervention, plus, minus, kl_correct, kl_wrong)
+        evaluations.append(replace(after, baseline=replace(baseline, n_active=0, l1=0.0)))
+    return evaluations
 
 
 def _summary(

@@ -58,6 +58,8 @@ def fit(
     accumulate: int = defaults.ACCUMULATE,
     cache_bytes: int = CACHE_BYTES,
     spill_bytes: int = SPILL_BYTES,
+    memory_bytes: int | None = None,
+    capture: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = defaults.CHECKPOINT_EVERY,
     distributed: bool | None = None,
@@ -92,6 +94,8 @@ def fit(
             rounding. Where memory runs out all the same, passes are halved once, with a warning.
         cache_bytes: memory on the model's device for what is computed once; what is over goes to CPU memory, up to
             `spill_bytes`, and is computed again in each step beyond that.
+        memory_bytes: for the activations of one pass; None: half of what is free. Larger batches run in several passes.
+        capture: run passes as CUDA graphs, one launch each. Not run on a GPU yet.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps and at the end.
             Where it exists the fit resumes from it, to the same bits as an uninterrupted one.
         distributed: None: with the other processes of a group that exists or that torchrun describes; False: alone.
@@ -123,12 +127,12 @@ def fit(
     identity = fit_identity(model, data, intervention, objective, range(len(data))) | {"accumulate": accumulate}
     run = Run(intervention, objective, settings, range(len(data)), checkpoint=checkpoint, identity=identity)
     begun = time.perf_counter()
-    run.resume()
+    run.resume(world)
     if run.done():
         return FitResult(intervention, run.history, time.perf_counter() - begun)
     engine = Engine(
         model, data, intervention, [objective], cache_bytes=cache_bytes, spill_bytes=spill_bytes,
-        accumulate=accumulate, world=world,
+        memory_bytes=memory_bytes, accumulate=accumulate, capture=capture, world=world,
     )  # fmt: skip
     with torch.enable_grad(), engine, _bar(steps, run.taken, progress and world.leads) as bar:
         try:

@@ -16,6 +16,7 @@ from .. import ops
 from ..interventions import Intervention
 from . import checkpoint as checkpoints
 from .objective import Objective
+from .parallel import ALONE, World
 from .settings import FitSettings
 
 #: Steps whose figures a GPU may still owe before the host waits for them.
@@ -114,7 +115,8 @@ class Run:
         self._owed.append(_Step(self.taken, lr, *_to_host(figures), before))
         self.taken += 1
         self._whole = True
-        self.read(wait=len(self._owed) > _AHEAD)
+        # An early stop must not depend on when a GPU's figures arrive.
+        self.read(wait=len(self._owed) > _AHEAD or self.settings.tolerance is not None)
 
     def read(self, *, wait: bool) -> None:
         """Move the figures that have arrived into the history; `wait` for all of them."""
@@ -141,18 +143,46 @@ class Run:
             )
             self._l1 = record["minimality"]
 
-    def resume(self) -> bool:
-        """Continue from the checkpoint where there is one; whether that was so."""
-        if self.checkpoint is None:
-            return False
-        state = checkpoints.load(self.checkpoint, self.identity, self.tensors())
+    def resume(self, world: World = ALONE) -> bool:
+        """Continue from the checkpoint where there is one; whether that was so.
+
+        Of several processes on one fit the leading one alone reads the file, and all begin with its state.
+
+        Raises:
+            ValueError: a checkpoint that is damaged or of another fit; processes with different fits.
+        """
+        state, error = None, None
+        if self.checkpoint is not None and world.leads:
+            try:
+                state = checkpoints.load(self.checkpoint, self.identity, self.tensors())
+            except ValueError as found:
+                error = found
+        resumed = state is not None
+        if world.size > 1:
+            state, resumed, error = self._agree(world, state, error)
+        if error is not None:
+            raise error
         if state is None:
             return False
         checkpoints.restore(state, self.tensors())
         self.history = state.history
-        self.taken = self._saved = len(state.history)
+        self.taken = len(state.history)
+        self._saved = self.taken if resumed else -1
         self._l1 = self.intervention.l1
-        return True
+        return resumed
+
+    def _agree(
+        self, world: World, state: checkpoints.FitState | None, error: ValueError | None
+    ) -> tuple[checkpoints.FitState, bool, ValueError | None]:
+        """(where the leading process begins, whether that is its checkpoint, what is wrong), the same in all."""
+        tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+        mine = state or checkpoints.FitState(0, tensors, [])
+        found = world.gather((self.identity, mine if world.leads else None, state is not None, error))
+        identity, first, resumed, error = found[0]
+        others = sorted({name for other, *_ in found for name in other if other[name] != identity.get(name)})
+        if others and error is None:
+            error = ValueError(f"distributed: the processes have different fits: {', '.join(others)} differ")
+        return first, resumed, error
 
     def save(self) -> None:
         """Write the checkpoint. Within an update the file stays the one to resume from."""

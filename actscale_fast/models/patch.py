@@ -150,6 +150,16 @@ class Patch:
     def group(self, value: Tensor | None) -> None:
         self._group = _checked_group(value, self.intervention.n_groups, self._home)
 
+    def set_rows(self, strength: float | Tensor, group: Tensor | None) -> None:
+        """Strength and group of the next forward pass, unchecked: never waits for the device. For a loop of one's own.
+
+        Args:
+            strength: a float, or fp32 [B] on the device of the steered layers.
+            group: int64 [B] there, each below the number of groups; a row of another one becomes NaN.
+        """
+        self._strength, self._group = strength, group
+        self._plain = contexts.Context(EVERYWHERE, strength)
+
     @property
     def _rowwise(self) -> bool:
         return isinstance(self._strength, Tensor) or self._group is not None

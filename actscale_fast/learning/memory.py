@@ -1,0 +1,59 @@
+"""How many tokens fit in a pass: what a pass keeps for its backward is counted once, on one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+#: Of the memory that is free when an engine opens.
+SHARE_OF_FREE = 0.5
+#: What a pass holds at its peak over what autograd keeps for the backward: activations in flight and their gradients.
+PEAK_OVER_KEPT = 1.5
+
+
+class KeptBytes:
+    """Counts the bytes that autograd saves inside the block, each storage once, without those of the modules given."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.known = {
+            tensor.untyped_storage().data_ptr()
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+            if not tensor.is_meta
+        }
+        self.found: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> KeptBytes:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(self.found.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.known:
+            self.found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of memory that nobody uses: on a GPU what the driver and PyTorch's own pool have left, else of the machine."""
+    if device.type == "cuda":
+        pooled = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + pooled
+    return int(psutil.virtual_memory().available)
+
+
+def tokens_that_fit(kept_bytes: int, n_tokens: int, budget: int) -> int:
+    """The largest pass within a budget of bytes, where one of `n_tokens` keeps `kept_bytes`; at least one token."""
+    per_token = max(PEAK_OVER_KEPT * kept_bytes / max(n_tokens, 1), 1.0)
+    return max(int(budget / per_token), 1)

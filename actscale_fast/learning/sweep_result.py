@@ -1,0 +1,228 @@
+"""What a sweep leaves: its fits, in memory and in a folder.
+
+The folder holds one folder a fit: `intervention.safetensors` and `.json`, `history.json`, and last `fit.json`, which
+says that the fit is finished; `evaluation.json` where it was evaluated, `state.safetensors` while it is under way.
+Every file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from .._files import atomic_path
+from ..interventions import Intervention, load_intervention
+from . import checkpoint as checkpoints
+from .evaluation import Evaluation
+from .examples import Example
+from .grid import Point
+
+FIT, HISTORY, EVALUATION, INDEX = "fit.json", "history.json", "evaluation.json", "sweep.json"
+
+Score = Literal["flips", "effectiveness"]
+
+
+@dataclass(slots=True)
+class SweepFit:
+    """One fit of a sweep."""
+
+    label: str
+    chosen: dict[str, Any]  # what the grid says of it
+    task: str | None
+    settings: dict[str, Any]  # of the fit, the objective's fields among them
+    intervention: Intervention = field(repr=False)
+    history: list[dict[str, float]] = field(repr=False)
+    folder: str  # its name in the sweep's folder
+    evaluation: Evaluation | None = field(default=None, repr=False)
+    error: str | None = None  # why it stopped before its end
+
+    @classmethod
+    def of(
+        cls, point: Point, intervention: Intervention, history: list[dict[str, float]], error: str | None = None
+    ) -> Self:
+        objective = asdict(point.objective) | {"directions": list(point.objective.directions)}
+        settings = point.settings.to_dict() | objective
+        chosen = jsonable(point.chosen)
+        return cls(point.label, chosen, point.task, settings, intervention, history, point.folder, error=error)
+
+    @property
+    def n_active(self) -> int:
+        """Scalars that are not exactly zero."""
+        return self.intervention.n_active
+
+    def score(self, by: Score) -> float:
+        """How effective the fit is, larger is better.
+
+        Args:
+            by: "flips": the mean of both flip rates on the held-out examples; "effectiveness": −E of the last step on
+                its training batch, in logits.
+
+        Raises:
+            ValueError: flips of a fit that was not evaluated.
+        """
+        if by == "effectiveness":
+            return -self.history[-1]["effectiveness"]
+        if self.evaluation is None:
+            raise ValueError(f"by: got 'flips', but {self.label} was not evaluated; sweep(..., evaluate_on=…)")
+        return (self.evaluation.flip_to_correct + self.evaluation.flip_to_wrong) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary of the fit, for JSON."""
+        last = self.history[-1] if self.history else {}
+        return {
+            "label": self.label,
+            "chosen": self.chosen,
+            "task": self.task,
+            "settings": self.settings,
+            "folder": self.folder,
+            "steps": len(self.history),
+            "n_active": self.n_active,
+            "n_scalars": self.intervention.n_parameters,
+            "l1": self.intervention.l1,
+            "last": last,
+            "error": self.error,
+            "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
+        }
+
+
+@dataclass(slots=True)
+class SweepResult:
+    """The fits of a sweep, in the order of its grid."""
+
+    fits: list[SweepFit]
+    #: Of this call; fits that were finished before take none.
+    seconds: float
+
+    @property
+    def best_score(self) -> Score:
+        """The score that `pareto` and the plot take by themselves: flips where all fits were evaluated."""
+        return "flips" if all(fit.evaluation is not None for fit in self._whole()) else "effectiveness"
+
+    def pareto(self, by: Score | None = None) -> list[SweepFit]:
+        """The fits that no other one beats in both, sorted by the number of active scalars.
+
+        Args:
+            by: the score set against the number of active scalars (see `SweepFit.score`); default `best_score`.
+        """
+        score = by or self.best_score
+        front: list[SweepFit] = []
+        for fit in sorted(self._whole(), key=lambda fit: (fit.n_active, -fit.score(score))):
+            if not front or fit.score(score) > front[-1].score(score):
+                front.append(fit)
+        return front
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(columns, one row a fit) as text."""
+        evaluated = any(fit.evaluation is not None for fit in self.fits)
+        columns = ["fit", "steps", "E", "F", "active", "ℓ1"]
+        columns += ["correct, β = +1", "wrong, β = −1", "KL"] if evaluated else []
+        rows = []
+        for fit in self.fits:
+            last, found = fit.history[-1] if fit.history else {}, fit.evaluation
+            row = [fit.label, str(len(fit.history))]
+            row += [f"{last[name]:.2f}" if last else "" for name in ("effectiveness", "faithfulness")]
+            row += [str(fit.n_active), f"{fit.intervention.l1:.2f}"]
+            if evaluated:
+                values = (found.flip_to_correct, found.flip_to_wrong, found.kl) if found else ()
+                row += [f"{value:.2f}" for value in values] or ["", "", ""]
+            rows.append(row if fit.error is None else [*row[:2], fit.error, *[""] * (len(columns) - 3)])
+        return columns, rows
+
+    def _whole(self) -> list[SweepFit]:
+        return [fit for fit in self.fits if fit.error is None and fit.history]
+
+
+def finished(root: Path, point: Point) -> SweepFit | None:
+    """The result of a point that is in the folder already.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
+    folder = root / point.folder
+    if not (folder / FIT).is_file():
+        return None
+    try:
+        json.loads((folder / FIT).read_text(encoding="utf-8"))
+        history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"folder: {folder} is damaged ({error}); delete it to fit this point again") from None
+    loaded = load_intervention(folder).to(point.intervention.device)
+    return SweepFit.of(point, loaded, history)
+
+
+def write_finished(root: Path, fit: SweepFit) -> None:
+    """Keep a fit; `fit.json` comes last."""
+    folder = root / fit.folder
+    fit.intervention.save_pretrained(folder)
+    _write_json(folder / HISTORY, fit.history)
+    _write_json(folder / FIT, fit.to_dict())
+
+
+def write_evaluation(root: Path, fit: SweepFit, test_digest: str) -> None:
+    """Keep what a fit does to held-out examples, and which ones these were."""
+    assert fit.evaluation is not None
+    _write_json(root / fit.folder / EVALUATION, {"examples": test_digest, "evaluation": fit.evaluation.to_dict()})
+
+
+def read_evaluation(root: Path, fit: SweepFit, test_digest: str) -> Evaluation | None:
+    """The evaluation that is kept, where it is of these examples."""
+    try:
+        kept = json.loads((root / fit.folder / EVALUATION).read_text(encoding="utf-8"))
+        return Evaluation.from_dict(kept["evaluation"]) if kept["examples"] == test_digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """What tells one set of examples from another."""
+    return checkpoints.digest([asdict(example) for example in examples])
+
+
+def write_index(root: Path, result: SweepResult) -> None:
+    """`sweep.json`: all fits in a list, with their folders."""
+    _write_json(root / INDEX, [fit.to_dict() for fit in result.fits])
+
+
+def load_sweep(folder: str | os.PathLike[str]) -> SweepResult:
+    """Read what a finished sweep left in its folder; interventions are on the CPU.
+
+    Raises:
+        FileNotFoundError: no `sweep.json` there.
+        ValueError: a damaged file.
+    """
+    root = Path(folder)
+    if not (root / INDEX).is_file():
+        raise FileNotFoundError(f"folder: there is no {INDEX} in {root}, expected the folder of a finished sweep")
+    fits = []
+    try:
+        for told in json.loads((root / INDEX).read_text(encoding="utf-8")):
+            place = root / told["folder"]
+            history = json.loads((place / HISTORY).read_text(encoding="utf-8"))
+            evaluation = None if told["evaluation"] is None else Evaluation.from_dict(told["evaluation"])
+            fits.append(
+                SweepFit(
+                    told["label"], told["chosen"], told["task"], told["settings"], load_intervention(place), history,
+                    told["folder"], evaluation, told["error"],
+                )
+            )  # fmt: skip
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"folder: {root} is damaged ({error})") from None
+    return SweepResult(fits, 0.0)
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with ranges and tuples as lists."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [jsonable(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
