@@ -18,7 +18,7 @@ from actscale_fast.cli.values import joined_signed_lists
 from actscale_fast.interventions import ActivScalar, load_intervention
 from actscale_fast.learning import Example, save_examples
 
-COMMANDS = ("demo", "fit", "evaluate", "generate", "plot", "merge", "bench")
+COMMANDS = ("demo", "fit", "sweep", "attribution", "evaluate", "generate", "plot", "merge", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -442,3 +442,57 @@ def test_a_short_fit_on_the_real_model_moves_both_directions(
     before = after["baseline"]
     assert after["logit_difference"] > before["logit_difference"] + 0.5
     assert after["logit_difference_inverted"] < before["logit_difference_inverted"] - 0.5
+
+
+def test_sweep_fits_every_combination_and_goes_on_where_it_stopped(
+    capsys: pytest.CaptureFixture[str], model: str, data: str, tmp_path: Path
+) -> None:
+    words = [
+        "sweep",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--test-data",
+        data,
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "s"),
+    ]
+    assert main([*words, "--minimality", "0.4,0.01", "--seeds", "0-1", "--layers", "1", "--layers", "0,1"]) == 0
+    out = capsys.readouterr().out
+    assert "8 fits" in out
+    told = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert [fit["chosen"]["minimality"] for fit in told] == [0.4] * 4 + [0.01] * 4
+    assert (tmp_path / "s" / "front.png").is_file()
+    first = {place: place.stat().st_mtime_ns for place in (tmp_path / "s").rglob("intervention.safetensors")}
+    assert len(first) == 8
+    assert main([*words, "--minimality", "0.4,0.01", "--seeds", "0-2", "--layers", "1", "--layers", "0,1"]) == 0
+    assert all(place.stat().st_mtime_ns == when for place, when in first.items())
+    assert main([*words[:-1], str(tmp_path / "path"), "--path", "3", "--tolerance", "0.001"]) == 0
+    weights = [fit["chosen"]["minimality"] for fit in json.loads((tmp_path / "path" / "sweep.json").read_text())]
+    assert weights == sorted(weights, reverse=True)
+    error = refused(capsys, *words, "--path", "3", "--minimality", "1")
+    assert "path: it chooses the weights" in error
+
+
+def test_attribution_writes_figures_and_a_picture_and_prints_the_top(
+    capsys: pytest.CaptureFixture[str], model: str, data: str, tmp_path: Path
+) -> None:
+    words = ["attribution", "--model", model, "--out", str(tmp_path), "--threads", "1"]
+    assert main([*words, "--data", data, "--positions", "0,-1", "--top", "3"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("3 prompts", "predicted", "measured", "Pearson", "Spearman", "position"):
+        assert part in printed
+    found = json.loads((tmp_path / "attribution.json").read_text(encoding="utf-8"))
+    assert (found["n_examples"], found["location"]["positions"]) == (3, [0, -1])
+    assert (tmp_path / "attribution.png").read_bytes().startswith(b"\x89PNG")
+
+    assert main([*words, "--task", "indirect-object", "--n-train", "4", "--site", "mlp_out", "--no-knock-out"]) == 0
+    printed = capsys.readouterr().out
+    assert "Pearson" not in printed
+    assert "head" not in printed
+    found = json.loads((tmp_path / "attribution.json").read_text(encoding="utf-8"))
+    assert (found["n_examples"], found["knock_out"]) == (4, None)
+    assert "layers: got 9" in refused(capsys, *words, "--data", data, "--layers", "9")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from actscale_fast import plots
 from actscale_fast.interventions import ActivScalar, Location, ModelFingerprint, SteerVec
+from actscale_fast.learning import Attribution, Objective
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -168,3 +171,65 @@ def test_the_history_is_read_from_a_file_too(tmp_path: Path) -> None:
 def test_an_incomplete_history_is_refused(steps: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plots.history(steps)
+
+
+def attributed(positions: tuple[int, ...] | None = None, site: str = "head", **fields: Any) -> Attribution:
+    """A result of 3 layers with 4 heads: scores 1, 2, … and knock-outs of minus half of them."""
+    location = scalars(positions=positions, site=site).location
+    shape = (3, location.n_slots, location.n_heads)
+    scores = torch.arange(1.0, 1 + math.prod(shape)).view(shape)
+    return replace(Attribution(scores, -0.5 * scores, location, 5, -1.5), **fields)
+
+
+def test_prediction_and_measurement_share_one_scale_and_the_title_states_their_agreement(tmp_path: Path) -> None:
+    figure = plots.attribution(attributed(), tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").read_bytes().startswith(PNG)
+    predicted, measured, bar = figure.axes  # one bar for both
+    assert [axis.get_title(loc="left")[:9] for axis in (predicted, measured)] == ["predicted", "measured"]
+    assert bar.get_ylim() == (-12.0, 12.0)
+    # Removing any of them lowers the difference: blue, and paler where less.
+    strong, weak = (collections_of(axis)[1].get_facecolor()[-1] for axis in (predicted, measured))
+    assert strong[2] > strong[0]
+    assert weak[2] > weak[0]
+    assert weak[0] > strong[0]
+    line = figure.texts[1].get_text()
+    assert line == "5 prompts  ·  z[c] − z[w] = −1.50  ·  Pearson 1.00  ·  Spearman 1.00  ·  3 of the 3 outlined shared"
+
+
+def test_outlines_mark_the_largest_of_each_map() -> None:
+    scores = torch.zeros(3, 1, 4)
+    scores[0, 0, 1], scores[1, 0, 2], scores[2, 0, 3], scores[2, 0, 0] = 3.0, -2.0, 1.0, 0.1
+    figure = plots.attribution(attributed(scores=scores))
+    active = collections_of(figure.axes[0])[1]
+    edges = {
+        tuple(path.get_extents().get_points().mean(0).round().astype(int)): tuple(edge)
+        for path, edge in zip(active.get_paths(), active.get_edgecolor(), strict=True)
+    }
+    assert len(edges) == 4
+    faint = edges.pop((2, 0))
+    assert faint not in set(edges.values())
+    assert len(set(edges.values())) == 1
+
+
+def test_an_attribution_without_knock_outs_or_by_positions_or_at_whole_sites_can_be_drawn() -> None:
+    assert len(plots.attribution(attributed(knock_out=None)).axes) == 2
+    titles = [axis.get_title(loc="left") for axis in plots.attribution(attributed(positions=(0, -1))).axes[:-1]]
+    assert [title.split("  ·  ")[1] for title in titles] == ["position 0", "position -1"] * 2
+    whole = plots.attribution(attributed(positions=(0, -1), site="mlp_out"))
+    assert [label.get_text() for label in whole.axes[0].get_yticklabels()] == ["0", "-1"]
+    assert whole.texts[0].get_text() == "Removing one layer's MLP output at a time"
+
+
+def test_scores_of_an_objective_have_a_scale_of_their_own() -> None:
+    figure = plots.attribution(attributed(objective=Objective()))
+    _, objective, _, change = figure.axes
+    assert (objective.get_title(), change.get_title()) == ("Δ objective", "Δ logits")
+    assert (objective.get_ylim(), change.get_ylim()) == ((-12.0, 12.0), (-6.0, 6.0))
+    assert "Pearson" not in figure.texts[1].get_text()
+
+
+def test_what_is_no_attribution_is_refused() -> None:
+    with pytest.raises(TypeError, match="result: got ActivScalar, expected an Attribution"):
+        plots.attribution(scalars())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="limit: got -1"):
+        plots.attribution(attributed(), limit=-1)

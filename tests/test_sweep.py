@@ -256,7 +256,7 @@ def test_a_damaged_fit_is_refused_by_its_folder(tmp_path: Path) -> None:
     (place / "history.json").write_text("[")
     with pytest.raises(ValueError, match=r"folder: .*seed=0.* is damaged .*delete it"):
         run_sweep({"seed": [0]}, folder=tmp_path)
-    (place / "fit.json").unlink()
+    (place / "summary.json").unlink()
     assert len(run_sweep({"seed": [0]}, folder=tmp_path).fits[0].history) == 6
     assert json.loads((tmp_path / "sweep.json").read_text())[0]["label"] == "seed=0"
 
@@ -281,3 +281,29 @@ def test_bad_grids_are_refused_by_name(grid: Any, options: Any, error: type[Exce
         warnings.simplefilter("error")
         with pytest.raises(error, match=message):
             run_sweep(grid, **options)
+
+
+def test_a_path_begins_where_no_scalar_leaves_zero() -> None:
+    model, examples = tiny.llama(), conflicts(7)
+    objective = af.Objective(margin=2.0, faithfulness=0.7)
+    path = af.minimality_path(model, tiny.tokenizer(), examples, 5, smallest=0.1, objective=objective)
+    assert path == pytest.approx([path[0] * 0.1 ** (i / 4) for i in range(5)])
+    for factor, stays in ((1.001, True), (0.98, False)):
+        scalars = af.ActivScalar.for_model(model)
+        fitted = af.Objective(margin=2.0, faithfulness=0.7, minimality=path[0] * factor)
+        af.fit(model, tiny.tokenizer(), examples, scalars, fitted, steps=1, batch_size=7, progress=False)
+        assert (scalars.n_active == 0) is stays
+    with pytest.raises(ValueError, match="smallest: got 2, expected a number between 0 and 1"):
+        af.minimality_path(model, tiny.tokenizer(), examples, smallest=2)
+
+
+def test_the_front_is_drawn_with_every_fit(tmp_path: Path) -> None:
+    result = run_sweep({"minimality": [0.0, 0.05, 0.3], "seed": [0, 1]})
+    figure = af.plots.pareto(result, tmp_path / "front.png", title="A sweep")
+    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
+    axis = figure.axes[0]
+    drawn = {tuple(point) for points in axis.collections for point in points.get_offsets().tolist()}
+    assert drawn == {(fit.n_active, fit.score("effectiveness")) for fit in result.fits}
+    assert axis.get_title("left") == "A sweep"
+    with pytest.raises(ValueError, match=r"by: got 'flips', but .* was not evaluated"):
+        af.plots.pareto(result, by="flips")

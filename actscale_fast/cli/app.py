@@ -56,6 +56,14 @@ def _command(name: str) -> Command:
         from .demo import demo
 
         return demo
+    if name == "sweep":
+        from .sweep import sweep
+
+        return sweep
+    if name == "attribution":
+        from .attribution import attribution
+
+        return attribution
     from . import commands
 
     return {

@@ -6,7 +6,17 @@ import argparse
 
 from .. import defaults
 from .settings import DEMO
-from .values import layer_list, position_list, positive_float, positive_int, strength_list, weight
+from .values import (
+    layer_list,
+    position_list,
+    positive_float,
+    positive_int,
+    rate_list,
+    seed_list,
+    strength_list,
+    weight,
+    weight_list,
+)
 
 _DEMO_MODEL = "SmolLM2-135M-Instruct, fetched from the Python package index once"
 _SITES = ("head", "attn_out", "mlp_out", "residual")
@@ -34,6 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
             commands, "fit", "(--data FILE | --task TASK) --out FOLDER [options]", "learn an intervention from examples"
         )
     )
+    many = "(--data FILE | --task TASK) --out FOLDER [options]"
+    _sweep(_command(commands, "sweep", many, "fit many interventions at once, and compare them"))
+    heads = "(--data FILE | --task TASK) --out FOLDER [options]"
+    _attribution(_command(commands, "attribution", heads, "find what each head contributes to the answers"))
     examples = "--intervention FOLDER (--data FILE | --task TASK) [options]"
     _evaluate(_command(commands, "evaluate", examples, "measure an intervention on examples, beside the frozen model"))
     prompt = "--intervention FOLDER --prompt TEXT [options]"
@@ -168,6 +182,74 @@ def _fit(command: argparse.ArgumentParser) -> None:
         default=defaults.CHECKPOINT_EVERY,
         metavar="N",
         help="steps between two (default: %(default)s)",
+    )
+
+
+def _sweep(command: argparse.ArgumentParser) -> None:
+    _model(command)
+    _data(command)
+    command.add_argument("--task-seed", type=int, default=defaults.SEED, metavar="N", help="of a task's examples")
+    command.add_argument("--test-data", metavar="FILE", help="JSONL file of held-out examples to measure on afterwards")
+    command.add_argument(
+        "--out", required=True, metavar="FOLDER", help="one folder a fit; an interrupted sweep goes on"
+    )
+    command.add_argument("--plot", metavar="FILE", help="the picture of the front (default: front.png in that folder)")
+    where = command.add_argument_group("where the model is changed")
+    where.add_argument("--site", choices=_SITES, default="head", metavar="SITE", help="default: head")
+    where.add_argument("--positions", type=position_list, metavar="LIST", help="tokens of the prompt (default: every)")
+    grid = command.add_argument_group("the grid: every combination of these lists is fitted")
+    for name, what, default in (
+        ("minimality", "weights of the ℓ1 norm", defaults.MINIMALITY),
+        ("faithfulness", "weights of the KL", defaults.FAITHFULNESS),
+        ("margin", "wanted logit differences", defaults.MARGIN),
+    ):
+        grid.add_argument(f"--{name}", type=weight_list, metavar="LIST", help=f"{what} (default: {default})")
+    grid.add_argument("--lr", type=rate_list, metavar="LIST", help=f"learning rates (default: {defaults.LR})")
+    grid.add_argument(
+        "--seeds", type=seed_list, default=[defaults.SEED], metavar="LIST", help="such as 0-2 (default: 0)"
+    )
+    grid.add_argument(
+        "--layers", type=layer_list, action="append", metavar="LIST", help="such as 10-19; repeat it for several sets"
+    )
+    grid.add_argument(
+        "--path", type=positive_int, metavar="N", help="N weights of the ℓ1 norm, from the one that keeps all at 0 down"
+    )
+    grid.add_argument(
+        "--warm-start", action="store_true", help="fits that differ in --minimality alone start where the larger ended"
+    )
+    steps = command.add_argument_group("the steps")
+    steps.add_argument("--steps", type=positive_int, default=defaults.STEPS, metavar="N", help="default: %(default)s")
+    steps.add_argument(
+        "--batch-size", type=positive_int, default=defaults.BATCH_SIZE, metavar="N", help="default: %(default)s"
+    )
+    steps.add_argument(
+        "--tolerance", type=weight, metavar="X", help="stop a fit whose scalars move by no more than this"
+    )
+    steps.add_argument(
+        "--checkpoint-every",
+        type=positive_int,
+        default=defaults.CHECKPOINT_EVERY,
+        metavar="N",
+        help="steps between two (default: %(default)s)",
+    )
+
+
+def _attribution(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Predicts what removing each head would change in the logit difference of the two answers, from one gradient;\n"
+        "measures it by removing one at a time; writes both to attribution.json and attribution.png."
+    )
+    _model(command)
+    _data(command)
+    command.set_defaults(n_train=32)  # of a task, those that are run: each runs once for every head
+    command.add_argument("--seed", type=int, default=defaults.SEED, metavar="N", help="of a task's examples")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where the figures and the picture are written")
+    command.add_argument("--site", choices=_SITES, default="head", metavar="SITE", help="default: head")
+    command.add_argument("--layers", type=layer_list, metavar="LIST", help="such as 0,3,10-19,-1 (default: all)")
+    command.add_argument("--positions", type=position_list, metavar="LIST", help="tokens of the prompt (default: all)")
+    command.add_argument("--no-knock-out", action="store_true", help="only predict, which takes seconds")
+    command.add_argument(
+        "--top", type=positive_int, default=10, metavar="N", help="lines printed (default: %(default)s)"
     )
 
 

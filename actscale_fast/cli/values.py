@@ -33,6 +33,21 @@ def strength_list(text: str) -> list[float]:
     return numbers
 
 
+def weight_list(text: str) -> list[float]:
+    """ "0.4,0.2" as numbers that are at least 0."""
+    return [weight(part) for part in text.split(",")]
+
+
+def rate_list(text: str) -> list[float]:
+    """ "0.05,0.02" as numbers above 0."""
+    return [positive_float(part) for part in text.split(",")]
+
+
+def seed_list(text: str) -> list[int]:
+    """ "0-4,7" as numbers; a range includes both ends."""
+    return _integers(text, "seeds", ranges=True)
+
+
 def positive_int(text: str) -> int:
     """A whole number that is at least 1."""
     if not text.isdecimal() or int(text) < 1:

@@ -194,11 +194,13 @@ class Engine:
 
     def inputs(self, part: Sequence[_Item], shares: Sequence[Share], quiet_below: int) -> Inputs:
         """One pass as tensors on the device."""
-        item_of, signs = [], []  # of each row
-        for index, item in enumerate(part):
-            for sign in shares[item.share].objective.directions:
-                item_of.append(index)
-                signs.append(float(sign))
+        item_of, signs = [], []  # of each row; all prompts under their first direction, then under their second
+        n_directions = [len(shares[item.share].objective.directions) for item in part]
+        for number in range(max(n_directions)):
+            for index, item in enumerate(part):
+                if number < n_directions[index]:
+                    item_of.append(index)
+                    signs.append(float(shares[item.share].objective.directions[number]))
         items = [item.row for item in part]
         owners = [part[index].share for index in item_of]
         batch = self.data.batch(items, COLUMNS if self.capture else 1)
@@ -232,7 +234,8 @@ class Engine:
         device = self.data.device
         tensors |= {name: value.to(device, non_blocking=True) for name, value in small.items()}
         width = min(self.extent.width, batch.input_ids.shape[1])
-        shape = Shape(width, batch.padded, self.extent.first, quiet_below, tuple(places))
+        regular = len(set(n_directions)) == 1
+        shape = Shape(width, batch.padded, self.extent.first, regular, quiet_below, tuple(places))
         return Inputs(shape, tensors, tuple(references))
 
     def _quiet_below(self, shares: Sequence[Share]) -> int:

@@ -42,7 +42,7 @@ class KeptBytes:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.known:
             self.found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node keeps would be a cycle that nobody frees
 
 
 def free_bytes(device: torch.device) -> int:

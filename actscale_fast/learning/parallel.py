@@ -55,7 +55,7 @@ def join(distributed: bool | None) -> World:
 
     Args:
         distributed: None: the process group that exists, or the one that torchrun or accelerate's environment
-            describes (gloo without GPUs, else nccl); alone without either. False: alone in any case.
+            describes (gloo for the CPU, nccl for GPUs); alone without either. False: alone in any case.
 
     Raises:
         RuntimeError: True without a group and without that environment.
@@ -69,5 +69,7 @@ def join(distributed: bool | None) -> World:
             if distributed:
                 raise RuntimeError("distributed: there is one process only; start several with torchrun or accelerate")
             return ALONE
-        processes.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Both where there are GPUs: the model may be on the CPU all the same, and objects travel by gloo.
+        on_gpus = torch.cuda.is_available() and processes.is_nccl_available()
+        processes.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     return World(processes.get_rank(), processes.get_world_size())

@@ -36,6 +36,7 @@ class Shape:
     width: int  # the last columns that run
     padded: bool
     first: int  # the lowest layer that runs
+    regular: bool  # row r is of prompt r mod I
     quiet_below: int  # layers below it run once for all directions; n_layers + 1: so does the head
     losses: tuple[LossOptions, ...]
 
@@ -112,8 +113,10 @@ class Passes:
             first = shape.quiet_below
         elif hidden is not None:
             hidden = hidden[expand.to(hidden.device)]
-        kept = {name: value for name, value in given.items() if name.startswith(("keys.", "values."))}
-        constant = {name: value[expand.to(value.device)] for name, value in kept.items()}
+        constant = given
+        if not shape.regular:
+            kept = {name: value for name, value in given.items() if name.startswith(("keys.", "values."))}
+            constant = {name: value[expand.to(value.device)] for name, value in kept.items()}
         self.patched.set_rows(sign, None if groups is None else groups[expand])
         return self._run(batch.take(expand), shape, constant, first=first, hidden=hidden)
 

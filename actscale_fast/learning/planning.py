@@ -11,7 +11,9 @@ PASS_COST_CPU, PASS_COST_GPU = 32, 1 << 30
 PASS_TOKENS_CPU = 1024
 
 
-def plan(lengths: Sequence[int], *, weight: int, pass_cost: int, max_tokens: int | None) -> list[list[int]]:
+def plan(
+    lengths: Sequence[int], *, weight: int, pass_cost: int, max_tokens: int | None, at_least: int = 1
+) -> list[list[int]]:
     """The items of each pass, by their place in `lengths`.
 
     Items of one length are kept together where the bound allows it; the split of the sorted lengths into passes has the
@@ -22,6 +24,7 @@ def plan(lengths: Sequence[int], *, weight: int, pass_cost: int, max_tokens: int
         weight: rows of each item (one a direction).
         pass_cost: of one more pass, in tokens.
         max_tokens: of one pass, padding included; None: no bound. A single item may exceed it.
+        at_least: passes to make; the largest ones are halved until there are as many. One an item is the most.
     """
     order = sorted(range(len(lengths)), key=lambda item: lengths[item])
     distinct = sorted(set(lengths))
@@ -44,4 +47,10 @@ def plan(lengths: Sequence[int], *, weight: int, pass_cost: int, max_tokens: int
             size = -(-size // -(-size // most))  # as few passes as the bound allows, of one size
         passes += [items[first : first + size] for first in range(0, len(items), size)]
         k = start
-    return passes[::-1]
+    passes.reverse()
+    while len(passes) < min(at_least, len(lengths)):
+        sizes = [len(items) * lengths[items[-1]] if len(items) > 1 else 0 for items in passes]
+        largest = sizes.index(max(sizes))
+        items = passes[largest]
+        passes[largest : largest + 1] = [items[: len(items) // 2], items[len(items) // 2 :]]
+    return passes

@@ -1,8 +1,8 @@
 """What a sweep leaves: its fits, in memory and in a folder.
 
-The folder holds one folder a fit: `intervention.safetensors` and `.json`, `history.json`, and last `fit.json`, which
-says that the fit is finished; `evaluation.json` where it was evaluated, `state.safetensors` while it is under way.
-Every file appears whole or not at all.
+The folder holds one folder a fit: `intervention.safetensors` and `.json`, `history.json`, and last `summary.json`,
+which says that the fit is finished; `evaluation.json` where it was evaluated, `state.safetensors` while it is under
+way. Every file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .evaluation import Evaluation
 from .examples import Example
 from .grid import Point
 
-FIT, HISTORY, EVALUATION, INDEX = "fit.json", "history.json", "evaluation.json", "sweep.json"
+FIT, HISTORY, EVALUATION, INDEX = "summary.json", "history.json", "evaluation.json", "sweep.json"
 
 Score = Literal["flips", "effectiveness"]
 
@@ -155,7 +155,7 @@ def finished(root: Path, point: Point) -> SweepFit | None:
 
 
 def write_finished(root: Path, fit: SweepFit) -> None:
-    """Keep a fit; `fit.json` comes last."""
+    """Keep a fit; `summary.json` comes last."""
     folder = root / fit.folder
     fit.intervention.save_pretrained(folder)
     _write_json(folder / HISTORY, fit.history)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .section import replaced_forward
+from .surgery import record_of
 
 
 @contextlib.contextmanager
@@ -44,10 +45,10 @@ def _product(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     if weight.requires_grad or "forward" in module.__dict__ or not available():
         return None
-    kind = type(module).__mro__
-    if nn.Linear in kind[:2] and type(module).__name__ == "Linear":  # also marked by a patch
+    kind = type(module) if record_of(module) is None else type(module).__mro__[1]  # a patch marks its modules
+    if kind is nn.Linear:
         return _Product(weight.detach(), module.bias)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' own, for GPT-2: [in, out]
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):  # for GPT-2: [in, out]
         return _Product(weight.detach().t(), module.bias)
     return None
 
@@ -68,7 +69,8 @@ class _Product:
         self.weight, self.bias = weight, None if bias is None else bias.detach()  # [out, in], [out]
 
     def __call__(self, input: Tensor) -> Tensor:
-        if input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        # A compiler has products of its own, and inductor stops at this one.
+        if input.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return nn.functional.linear(input, self.weight, self.bias)
         return _FrozenLinear.apply(input, self.weight, self.bias)  # type: ignore[no-any-return]
 

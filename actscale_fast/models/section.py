@@ -8,6 +8,7 @@ layers from the end of the section on hand on what they get, and the head notes 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -64,7 +65,7 @@ class Section:
         prefix: Prefix | None = None,
         wanted: Sequence[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One forward pass of the layers first … end − 1.
+        """One forward pass of the layers first … end − 1. The first one of a section must be of all layers.
 
         Args:
             arguments: of the model's forward pass: the ids of the tokens after the prefix, the whole mask, a cache.
@@ -102,7 +103,7 @@ class _Gate:
 
     def __init__(self, section: Section, index: int, original: Callable[..., Any]) -> None:
         self.section, self.index, self.original = section, index, original
-        self.width = 0  # items of the tuple that the layer returns; 0: a tensor
+        self.width: int | None = None  # items of the tuple that the layer returns; 0: a tensor; None: not known yet
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         section, index = self.section, self.index
@@ -112,6 +113,8 @@ class _Gate:
             if index + 1 in section.wanted:
                 section.noted[index + 1] = output[0] if self.width else output
             return output
+        if self.width is None:
+            raise RuntimeError("section: its first run must be of all layers, which shows what each of them returns")
         inputs = args[0] if args else kwargs["hidden_states"]
         if index == section.first - 1:
             assert section.hidden is not None
@@ -124,15 +127,15 @@ class Prefix:
 
     Args:
         first: the lowest layer that runs.
-        layers: what each layer from it on keeps, [B, key-value heads, S, head_dim] twice.
-        n_rows, n_columns: B and S.
+        layers: what each layer from it on keeps, [I, key-value heads, S, head_dim] twice, of I prompts.
+        n_rows, n_columns: B and S. Row r is of prompt r mod I: B is I, or a multiple of it.
         device: of the embeddings.
     """
 
     def __init__(
         self, first: int, layers: Sequence[KeysValues], n_rows: int, n_columns: int, device: torch.device
     ) -> None:
-        self.first, self.layers = first, layers
+        self.first, self.layers, self.n_rows = first, layers, n_rows
         # Layers that do not run have a length, which the masks ask for, and no memory.
         self.of_skipped = torch.zeros((), device=device).expand(n_rows, 1, n_columns, 1)
 
@@ -144,11 +147,38 @@ class Prefix:
         cache = DynamicCache()
         for index in range(n_layers):
             held = (self.of_skipped, self.of_skipped) if index < self.first else self.layers[index - self.first]
-            keys, values = held
-            cache.update(keys[..., :0, :], values[..., :0, :], index)  # makes the layer; it would copy what it got
-            layer: Any = cache.layers[index]
-            layer.keys, layer.values = keys, values
+            cache.layers.append(prefix_layer()(*held, self.n_rows))
         return cache
+
+
+@functools.cache
+def prefix_layer() -> Any:
+    """The class of a cache's layer that begins with a prefix; made when it is needed, as transformers is imported."""
+    from transformers.cache_utils import DynamicLayer
+
+    class PrefixLayer(DynamicLayer):
+        """Keys and values [I, ·, S, ·] of a prefix, and those of a run [B, ·, T, ·], B a multiple of I."""
+
+        keys: Tensor
+        values: Tensor
+
+        def __init__(self, keys: Tensor, values: Tensor, n_rows: int) -> None:
+            super().__init__()
+            self.lazy_initialization(keys, values)
+            self.keys, self.values, self.times = keys, values, n_rows // keys.shape[0]
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> KeysValues:
+            # One copy of the prefix, whatever the number of directions that share it.
+            self.keys = self._behind(self.keys, key_states)
+            self.values = self._behind(self.values, value_states)
+            self.times = 1
+            return self.keys, self.values
+
+        def _behind(self, kept: Tensor, new: Tensor) -> Tensor:
+            shared = kept.expand(self.times, *kept.shape)
+            return torch.cat([shared, new.unflatten(0, (self.times, -1))], 3).flatten(0, 1)
+
+    return PrefixLayer
 
 
 def keys_and_values(cache: Any, index: int) -> KeysValues:

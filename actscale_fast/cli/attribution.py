@@ -1,0 +1,58 @@
+"""`actscale-fast attribution`: what each head contributes, predicted and measured."""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import learning
+from .loading import load_file, load_model, load_task, output_folder
+from .output import print_table, say, write_json
+
+
+def attribution(options: argparse.Namespace) -> int:
+    """Attribute the answers of examples to heads; print the top ones, write all figures and the picture."""
+    examples = load_file(options.data, "data")
+    out = output_folder(options.out)
+    model, tokenizer = load_model(options)
+    if options.task is not None:
+        examples, _ = load_task(options, tokenizer, options.seed)
+    result = learning.attribution(
+        model,
+        tokenizer,
+        examples,
+        site=options.site,
+        layers=options.layers,
+        positions=options.positions,
+        knock_out=not options.no_knock_out,
+    )
+    _print_top(result, options.top)
+    write_json(out / "attribution.json", result.to_dict())
+    result.heatmap(out / "attribution.png")
+    say(f"wrote attribution.json and attribution.png in {out}")
+    return 0
+
+
+def _print_top(result: learning.Attribution, n: int) -> None:
+    """The largest predictions beside what was measured, and how well all of them agree."""
+    location = result.location
+    shown = {"layer": True, "position": location.positions is not None, "head": location.site == "head"}
+    columns = [name for name, is_shown in shown.items() if is_shown]
+    measured = result.knock_out is not None
+    rows = []
+    for place in result.top(n):
+        position = "" if location.positions is None else str(location.positions[place.slot])
+        cells = {"layer": str(place.layer), "position": position, "head": str(place.head)}
+        figures = [-place.score] + ([] if place.knock_out is None else [place.knock_out])
+        rows.append([cells[name] for name in columns] + [f"{figure:+.3f}" for figure in figures])
+    print_table(
+        f"Removing one ({result.n_examples} prompts)",
+        [*columns, "predicted", *(["measured"] if measured else [])],
+        rows,
+    )
+    say(f"changes of the mean z[c] − z[w], which is {result.logit_difference:+.2f}")
+    found = result.agreement
+    if found is not None:
+        say(
+            f"agreement over {result.scores.numel()}: Pearson {found.pearson:.2f}, Spearman {found.spearman:.2f}, "
+            f"{round(found.overlap * found.n_top)} of the {found.n_top} largest in both"
+        )

@@ -1,0 +1,53 @@
+"""`actscale-fast sweep`: many fits at once, a table of them, and the front of effectiveness against minimality."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import learning, plots
+from ..interventions import ActivScalar
+from .loading import check_file, load_file, load_model, load_task, output_folder
+from .output import print_table, say
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Fit every combination of the lists, keep the fits in a folder, evaluate them, and draw the front."""
+    if options.test_data is not None and options.task is not None:
+        raise ValueError("test-data: a task brings held-out examples of its own; give --data instead of --task")
+    if options.path is not None and options.minimality is not None:
+        raise ValueError("path: it chooses the weights of the ℓ1 norm itself; give it without --minimality")
+    train, test = load_file(options.data, "data"), load_file(options.test_data, "test-data")
+    check_file(options.plot, "plot")
+    out = output_folder(options.out)
+    model, tokenizer = load_model(options)
+    if options.task is not None:
+        train, test = load_task(options, tokenizer, options.task_seed)
+    template = ActivScalar.for_model(model, site=options.site, positions=options.positions)
+    grid: dict[str, list[Any]] = {}
+    for name in ("minimality", "faithfulness", "margin", "lr", "layers"):
+        if getattr(options, name) is not None:
+            grid[name] = getattr(options, name)
+    grid["seed"] = options.seeds
+    if options.path is not None:
+        grid["minimality"] = learning.minimality_path(model, tokenizer, train, options.path, intervention=template)
+    result = learning.sweep(
+        model,
+        tokenizer,
+        train,
+        grid,
+        intervention=template,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        tolerance=options.tolerance,
+        warm_start=options.path is not None or options.warm_start,
+        evaluate_on=test or None,
+        folder=out,
+        checkpoint_every=options.checkpoint_every,
+    )
+    columns, rows = result.table()
+    print_table(f"{len(rows)} fits", columns, rows)
+    picture = options.plot or out / "front.png"
+    plots.pareto(result, picture)
+    say(f"saved in {out}: a folder for each fit, sweep.json; the front is drawn in {picture}")
+    return 0
