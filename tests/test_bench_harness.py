@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -14,9 +15,13 @@ from torch import Tensor
 
 from actscale_fast import ops
 from benchmarks import __main__ as command
-from benchmarks import cases, memory, results, runner, timing
+from benchmarks import cases, memory, models, results, runner, timing
 from benchmarks.case import Case, Problem, Setting, Variant, by_rows, repeated
 from benchmarks.cases import loss
+from benchmarks.cases import sweep as sweep_case
+from benchmarks.head_gating import HeadGating
+from benchmarks.plain import Exact, Plain, PlainFits
+from benchmarks.steps import Ours, Work, products, twin
 from benchmarks.verify import verdict
 
 CPU = torch.device("cpu")
@@ -100,6 +105,43 @@ def test_the_verdict_allows_twice_the_baseline_and_no_more() -> None:
     assert not verdict((torch.full((3,), 1 + 3e-3),), exact, base, (1e4,)).reason  # float32 sums of terms of that size
 
 
+def test_the_verdict_counts_the_roundings_of_the_terms_in_their_own_dtype() -> None:
+    exact, base = (torch.ones(3, dtype=torch.float64),), [(torch.ones(3),)]
+    off = (torch.full((3,), 1.03),)
+    assert verdict(off, exact, base, (1.0,)).reason
+    assert not verdict(off, exact, base, (1.0,), torch.bfloat16).reason  # 4 ulps of 2^-7
+    assert verdict((torch.full((3,), 1.04),), exact, base, (1.0,), torch.bfloat16).reason
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_setting_holds_open_is_closed_after_it_also_where_it_fails(fails: bool) -> None:
+    seen = []
+    resources = contextlib.ExitStack()
+    resources.callback(seen.append, "closed")
+
+    def call() -> tuple[Tensor]:
+        if fails:
+            raise ArithmeticError
+        seen.append("called")
+        return (torch.ones(1),)
+
+    made = Problem([Variant("eager", call)], lambda: (torch.ones(1),), 4, 1, resources=resources)
+    setting = Setting("one", lambda device: made, quick=True)
+    with pytest.raises(ArithmeticError) if fails else contextlib.nullcontext():
+        runner.run_case(Case("ones", "Ones", [setting]), CPU, quick=True, say=lambda line: None)
+    assert seen.count("closed") == 1
+    assert seen[-1] == "closed"
+
+
+def test_a_case_whose_calls_take_seconds_takes_fewer_samples_of_them() -> None:
+    def slow() -> tuple[Tensor]:
+        time.sleep(0.2)
+        return (double(torch.linspace(-1, 1, 1000)),)
+
+    found = entries(record(Variant("slow", slow), fewest_samples=2))
+    assert found["slow"]["seconds"]["call"]["samples"] == 2
+
+
 def test_variants_take_turns_under_their_own_backend() -> None:
     seen: list[tuple[str, str]] = []
 
@@ -150,6 +192,8 @@ def small(value: Any) -> Any:
     """A size, or a shape of them, that a CPU computes at once; anything else as it is."""
     if isinstance(value, tuple):
         return tuple(small(part) for part in value)
+    if isinstance(value, models.Shape):
+        return value.tiny()
     return min(value, 96) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -167,13 +211,100 @@ def test_a_setting_for_gpus_is_right_at_a_small_size(setting: Setting) -> None:
     make = setting.make
     assert isinstance(make, functools.partial)
     made = make.func(*map(small, make.args), CPU)
-    exact, terms = made.exact(), made.terms() if made.terms else None
-    baseline = tuple(result.clone() for result in made.variants[0].call())
-    for variant in made.variants:
-        if variant.checked and variant.name != "torch.compile, cached reference":
+    with made.resources:
+        exact, terms = made.exact(), made.terms() if made.terms else None
+        baseline = tuple(result.clone() for result in made.variants[0].call())
+        for variant in made.variants:
             with timing.chosen_backend(variant):
-                assert not verdict(variant.call(), exact, [baseline], terms).reason, variant.name
+                if not variant.checked:
+                    assert all(torch.isfinite(result).all() for result in variant.call()), variant.name
+                elif variant.name != "torch.compile, cached reference":
+                    assert not verdict(variant.call(), exact, [baseline], terms, made.dtype).reason, variant.name
     assert made.n_bytes > 0
+
+
+def tiny_work(fits: int = 1, *, layers: tuple[int, ...] = (0, 1, 2), last_only: bool = False) -> Work:
+    """Prompts of 3 to 7 tokens of a tiny Llama; the fits differ in prompts, scalars and λ_M."""
+    model = models.random_model(models.LLAMA_3_8B.tiny(), CPU).float()
+    data = models.RandomPrompts(8, 7, 96, CPU)
+    data.prompts = [prompt[row % 5 :] for row, prompt in enumerate(data.prompts)]
+    starts = torch.randn(fits, len(layers), 1, 4, generator=torch.Generator().manual_seed(1))
+    rows = [[(row + fit) % 8 for row in range(6)] for fit in range(fits)]
+    return Work(model, data, rows, starts, [0.1 * (fit + 1) for fit in range(fits)], layers, last_only)
+
+
+@pytest.mark.parametrize(("layers", "last_only"), [((0, 1, 2), False), ((1, 2), False), ((0, 1, 2), True)])
+def test_all_ways_of_a_step_give_the_terms_and_gradients_of_float64(layers: tuple[int, ...], last_only: bool) -> None:
+    work = tiny_work(2, layers=layers, last_only=last_only)
+    exact = Exact(work)
+    baselines = [PlainFits(work)(), PlainFits(work, stacked=True)()]
+    with contextlib.ExitStack() as resources:
+        for together in (False, True):
+            ours = Ours(work, resources, together=together)
+            for _ in range(2):  # every call starts from the same scalars
+                assert not verdict(ours(), exact.results(), baselines, exact.terms()).reason
+        assert not verdict(baselines[1], exact.results(), baselines[:1], exact.terms()).reason
+    for result, size in zip(exact.results(), exact.terms(), strict=True):
+        assert result.abs().max() <= size
+    assert exact.results()[2].abs().min() > 0
+
+
+def test_an_engine_on_a_twin_leaves_the_model_and_its_weights_alone() -> None:
+    work = tiny_work()
+    before = Plain(work)()
+    with contextlib.ExitStack() as resources:
+        ours = Ours(work, resources)
+        ours()
+        assert all("forward" not in module.__dict__ for module in work.model.modules())
+        pairs = zip(work.model.parameters(), twin(work.model).parameters(), strict=True)
+        assert all(own is other for own, other in pairs)
+        assert all(torch.equal(a, b) for a, b in zip(before, Plain(work)(), strict=True))
+
+
+def test_the_yardstick_is_every_linear_layer_once_forward_and_once_back() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    work = tiny_work()
+    with FlopCounterMode(display=False) as counted:
+        products(work)()
+    head = work.model.lm_head.weight.numel()
+    weights = sum(module.weight.numel() for module in work.model.modules() if isinstance(module, torch.nn.Linear))
+    padded_tokens, prompts = 2 * 6 * 7, 2 * 6
+    assert counted.get_total_flops() == 4 * ((weights - head) * padded_tokens + head * prompts)
+
+
+def test_open_gates_leave_the_model_as_it_is_and_an_update_closes_none_that_lambda_holds() -> None:
+    work = tiny_work()
+    gating = HeadGating(work)
+    with torch.no_grad():
+        gating.gates.fill_(40.0)  # σ(40) is 1 in float32
+        log_p = work.model(**gating.arguments).logits[:, -2].log_softmax(-1)
+    expected = -log_p.gather(1, gating.target[:, None]).mean() - 0.1 * 4.0 * gating.gates.numel()
+    rounding = 4 * torch.finfo(torch.float32).eps * float(-log_p.min() + 4.8)  # of the terms' size
+    assert abs(float(gating()[0]) - float(expected)) <= rounding
+    gating.gates.data.fill_(0.0)
+    gating()
+    assert (gating.gates > 0).all()
+
+
+def test_prompts_of_the_demo_are_made_as_long_as_wanted() -> None:
+    from tiny import tokenizer
+
+    texts = ["The capital of A is Paris", "what is the answer"]
+    whole = models._led_up_to(tokenizer(), "The capital of B is", texts, 12)
+    assert len(whole.split()) == 12
+    assert whole.endswith(" The capital of B is")
+    with pytest.raises(ValueError, match="tokens: got 50, and no text"):
+        models._led_up_to(tokenizer(), "The capital of B is", texts, 50)
+
+
+def test_a_sweep_has_every_seed_with_every_weight() -> None:
+    work = tiny_work()
+    made = sweep_case.grid(work.model, work.data, 8, 4, 0.1)
+    points = {(tuple(rows), weight) for rows, weight in zip(made.rows, made.minimality, strict=True)}
+    assert len(points) == 8
+    assert len({rows for rows, _ in points}) == 2
+    assert len({tuple(start.flatten().tolist()) for start in made.starts}) == 8
 
 
 def test_a_kernel_that_takes_log_probabilities_is_fed_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:

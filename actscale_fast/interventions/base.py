@@ -105,6 +105,9 @@ class Intervention(nn.Module):
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
         """The edited activation.
 
+        Where all parameters are 0 it is x itself, and its derivative by the parameters is linear in β: rows of opposite
+        strength then share their passes in a fit.
+
         Args:
             x: [B, T, H, D] in the model's dtype (H = 1 at a whole site).
             layer: index among the chosen layers.

@@ -259,7 +259,10 @@ class _Sweep:
         run, point = slot.run, slot.point
         assert run is not None
         assert point is not None
-        run.read(wait=True)
+        try:
+            run.read(wait=True)
+        except FloatingPointError as late:  # a GPU's figures arrive some steps late
+            error = error or str(late)
         fit = SweepFit.of(point, run.intervention, run.history, error)
         if self.root is not None and error is None:
             run.save()
