@@ -103,6 +103,15 @@ def without_memory(rank: int) -> Any:
         ops.linear_intervention_loss = loss
 
 
+def swept(folder: Path | None = None, **options: Any) -> Any:
+    """(scalars, history, share of answers flipped) of each fit of a sweep."""
+    result = af.sweep(
+        tiny.llama(), tiny.tokenizer(), conflicts(5), {"minimality": [0.2, 0.02, 0.1], "seed": [0, 1]}, OBJECTIVE,
+        steps=4, batch_size=3, folder=folder, evaluate_on=conflicts(4, seed=3), progress=False, **options,
+    )  # fmt: skip
+    return [(fit.intervention.alpha.detach(), fit.history, fit.score("flips")) for fit in result.fits]
+
+
 def work(rank: int, port: int, folder: Path) -> None:
     """What each process does, in the same order."""
     torch.set_num_threads(1)
@@ -119,6 +128,9 @@ def work(rank: int, port: int, folder: Path) -> None:
     found["other examples"] = error_of(lambda: fitted(5 + rank))
     found["resumed"] = interrupted_and_resumed(rank, folder)
     found["memory"] = without_memory(rank)
+    found["swept"] = swept(folder / "sweep")
+    found["swept again"] = swept(folder / "sweep")
+    found["swept along paths"] = swept(warm_start=True)
     found["alone later"] = fitted(5, seed=rank, distributed=False)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -200,6 +212,19 @@ def test_one_process_without_memory_halves_its_own_passes(ranks: list[dict[str, 
     assert_same_bits([found["memory"][0] for found in ranks])
     assert [found["memory"][1] for found in ranks] == [0, 1]
     torch.testing.assert_close(ranks[0]["memory"][0][0], fitted(8, batch_size=8)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"warm_start": True}])
+def test_a_sweep_is_split_by_fits_and_every_process_has_all(
+    options: dict[str, Any], ranks: list[dict[str, Any]]
+) -> None:
+    for name in ["swept along paths"] if options else ["swept", "swept again"]:
+        for found in ranks:
+            assert len(found[name]) == 6
+            for (scalars, history, flips), (expected, single, share) in zip(found[name], swept(**options), strict=True):
+                torch.testing.assert_close(scalars, expected, rtol=1e-4, atol=1e-5)
+                assert [record["step"] for record in history] == [record["step"] for record in single]
+                assert flips == share
 
 
 def test_several_processes_that_were_asked_for_must_be_there() -> None:

@@ -148,10 +148,11 @@ def sweep(
     }
     work = _Sweep(model, data, ends, root, checkpoint_every, engine)
     fits = work.run(world.part(chains), len(chains) if at_once is None else at_once, progress and world.leads)
-    gathered = {index: fit for some in world.gather(_numbered(made, fits)) for index, fit in some.items()}
-    result = SweepResult([gathered[index] for index in sorted(gathered)], time.perf_counter() - begun)
+    own = _numbered(made, fits)
     if tests is not None:
-        _evaluate(model, tokenizer, tests, result, root if world.leads else None, progress and world.leads)
+        _evaluate(model, tokenizer, tests, list(own.values()), root, progress and world.leads)
+    gathered = {index: fit for some in world.gather(own) for index, fit in some.items()}
+    result = SweepResult([gathered[index] for index in range(len(made))], time.perf_counter() - begun)
     if root is not None and world.leads:
         write_index(root, result)
     return result
@@ -246,7 +247,9 @@ class _Sweep:
         if slot.error is not None:
             warnings.warn(f"sweep: {slot.error}; the other fits go on", stacklevel=4)
             self._finish(slot, bar, slot.error)
-            slot.chain, slot.error = iter(()), None  # what would start from it has no start
+            for point in slot.chain:
+                self.fits[id(point)] = SweepFit.of(point, point.intervention, [], f"not begun: {slot.error}")
+            slot.error = None
             self._advance(slot, waiting, bar)
             return
         if run.taken % self.checkpoint_every == 0:
@@ -356,10 +359,10 @@ def _ends(sets: dict[str | None, Sequence[Example]]) -> dict[str | None, tuple[i
 
 def _evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: dict[str | None, Sequence[Example]],
-    result: SweepResult, root: Path | None, progress: bool,
+    fits: list[SweepFit], root: Path | None, progress: bool,
 ) -> None:  # fmt: skip
     for task, held_out in tests.items():
-        mine = [fit for fit in result.fits if fit.task == task and fit.error is None]
+        mine = [fit for fit in fits if fit.task == task and fit.error is None]
         digest = digest_of(held_out)
         if root is not None:
             for fit in mine:
