@@ -31,7 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks", description="Time the ops and the fit step against PyTorch.")
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="check and time cases, print their tables, write their JSON (the default)")
-    run.add_argument("--case", nargs="+", choices=list(cases.NAMES), metavar="NAME", help="default: all but `step`")
+    run.add_argument(
+        "--case", nargs="+", choices=list(cases.NAMES), metavar="NAME", help="default: all but `fit` and `sweep`"
+    )
     run.add_argument(
         "--quick", action="store_true", help="fewer settings and samples; writes nothing unless --out is given"
     )

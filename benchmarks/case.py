@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class Problem:
         flops: the operations of the formula, an exp counted as one.
         terms: for each result the size of the terms whose sum or difference it is (Σ of magnitudes, float64), 0 where
             it is none: adding them in another order moves the result by a rounding at that size.
+        dtype: what those terms are computed in; that of the model where they come out of one.
+        resources: what the variants hold open; closed once the setting is done.
     """
 
     variants: list[Variant]
@@ -52,6 +55,8 @@ class Problem:
     n_bytes: int
     flops: int
     terms: Callable[[], tuple[float, ...]] | None = None
+    dtype: torch.dtype = torch.float32
+    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Case:
     settings: list[Setting] = field(default_factory=list)
     unit: str = "ms"  # of the times in the table: "ms", "us" or "s"
     bandwidth: bool = True  # whether GB/s and the share of the copy bandwidth say anything about it
+    clocks: tuple[str, ...] = ("device", "call", "step")  # on a GPU; ratios are taken from the first
+    fewest_samples: int | None = None  # of a variant whose call takes seconds; None: as of all others
 
 
 def kernel_backends(device: torch.device) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -48,13 +49,23 @@ def _run_setting(
     setting: Setting, device: torch.device, case: Case, budget: timing.Budget, only: Sequence[str]
 ) -> dict[str, Any]:
     problem = setting.make(device)
+    if case.fewest_samples is not None:
+        budget = dataclasses.replace(budget, fewest=min(budget.fewest, case.fewest_samples))
+    with problem.resources:
+        return _measured(problem, setting, device, case, budget, only)
+
+
+def _measured(
+    problem: Problem, setting: Setting, device: torch.device, case: Case, budget: timing.Budget, only: Sequence[str]
+) -> dict[str, Any]:
     variants = [v for i, v in enumerate(problem.variants) if i == 0 or not only or v.name in only]
     results, accepted = _check(problem, variants)
     problems = [problem, *(setting.make(device) for _ in range(_copies(problem, device) - 1))]
     rotated = [[_named(p, name) for p in problems] for name in accepted]
     if case.bandwidth:
         rotated.append([_copy(problem, device) for _ in problems])
-    for clock, sampler in _clocks(device).items():
+    clocks = _clocks(device, case)
+    for clock, sampler in clocks.items():
         for turns, times in zip(rotated, timing.in_turns(rotated, sampler, budget), strict=True):
             name = turns[0].name
             values = {"median": times.median, "low": times.low, "high": times.high, "samples": times.samples}
@@ -65,7 +76,7 @@ def _run_setting(
     for name in accepted:
         with timing.chosen_backend(_named(problem, name)):
             results[name]["peak_bytes"] = memory.peak_bytes(_named(problem, name).call, device)
-    main = next(iter(_clocks(device)))
+    main = next(iter(clocks))
     _ratios(results, problem, main)
     return {
         "label": setting.label, "note": setting.note, "bytes": problem.n_bytes, "flops": problem.flops, "clock": main,
@@ -94,7 +105,7 @@ def _check(problem: Problem, variants: Sequence[Variant]) -> tuple[dict[str, dic
             continue
         if variant.name.startswith("eager"):
             baselines.append(got)
-        found = verdict(got, exact, baselines, terms)
+        found = verdict(got, exact, baselines, terms, problem.dtype)
         entry["error"], entry["error_allowed"] = found.error, found.allowed
         if found.reason:
             entry["status"] = f"wrong: {found.reason}"
@@ -119,11 +130,14 @@ def _copy(problem: Problem, device: torch.device) -> Variant:
     return Variant(COPY, lambda: (target.copy_(source),), checked=False)
 
 
-def _clocks(device: torch.device) -> dict[str, timing.Sampler]:
+def _clocks(device: torch.device, case: Case) -> dict[str, timing.Sampler]:
     """The first one is what the table's ratios are taken from."""
-    if device.type == "cuda":
-        return {"device": timing.DeviceClock(device), "call": timing.CallClock(), "step": timing.StepClock()}
-    return {"call": timing.WallClock()}
+    if device.type != "cuda":
+        return {"call": timing.WallClock()}
+    make: dict[str, Callable[[], timing.Sampler]] = {
+        "device": lambda: timing.DeviceClock(device), "call": timing.CallClock, "step": timing.StepClock,
+    }  # fmt: skip
+    return {name: make[name]() for name in case.clocks}
 
 
 def _ratios(results: dict[str, dict[str, Any]], problem: Problem, clock: str) -> None:

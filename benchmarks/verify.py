@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Float32 roundings, half an ulp each, on the way of a term of a sum (as in the tests of the ops).
+#: Roundings, half an ulp each, on the way of a term of a sum (as in the tests of the ops).
 ROUNDINGS = 8
 #: A variant may be this many times as far from float64 as the baseline, beside one rounding of its dtype and
-#: the float32 roundings of the terms it sums.
+#: the roundings of the terms it sums.
 ALLOWED_RATIO = 2.0
 
 
@@ -43,8 +43,9 @@ def verdict(
     exact: tuple[Tensor, ...],
     baselines: Sequence[tuple[Tensor, ...]],
     terms: tuple[float, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Verdict:
-    """Whether each result is as exact as the least exact baseline, by the rule above; `terms` as in `Problem`."""
+    """Whether each result is as exact as the least exact baseline, by the rule above; the last two are `Problem`'s."""
     terms = terms or (0.0,) * len(exact)
     if len(got) != len(exact):
         return Verdict(math.inf, 0.0, f"{len(got)} results, expected {len(exact)}")
@@ -58,7 +59,7 @@ def verdict(
         plain = max(relative_error(results[index], truth) for results in baselines)
         allowed = ALLOWED_RATIO * plain + torch.finfo(value.dtype).eps
         if size and truth.numel():
-            allowed += ROUNDINGS / 2 * torch.finfo(torch.float32).eps * size / largest_value(truth)
+            allowed += ROUNDINGS / 2 * torch.finfo(dtype).eps * size / largest_value(truth)
         if not error <= allowed:
             return Verdict(error, allowed, f"result {index} is off by {error:.2g}, allowed {allowed:.2g}")
         if error / allowed >= worst.error / worst.allowed:

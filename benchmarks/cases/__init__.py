@@ -6,8 +6,8 @@ import importlib
 
 from ..case import Case
 
-NAMES = ("loss", "linear", "kl_div", "scale_heads", "dynamic_scale", "proximal", "overhead", "step")
-DEFAULT = NAMES[:-1]  # `step` loads a real model and takes minutes: asked for by name
+NAMES = ("loss", "linear", "kl_div", "scale_heads", "dynamic_scale", "proximal", "overhead", "fit", "sweep")
+DEFAULT = NAMES[:-2]  # the last two load a real model and take minutes: asked for by name
 
 
 def load(name: str) -> Case:

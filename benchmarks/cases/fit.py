@@ -1,0 +1,104 @@
+"""One step of a fit, end to end: the prompts of a batch under both directions, the losses, their gradient, the update.
+
+Baselines: `eager` is what one writes with PyTorch and transformers alone (hooks on the output projections, a forward
+pass a direction with the logits of all tokens, F.kl_div, Adam), and the same with both directions in one batch. The
+engine of `fit` is open while the clock runs, as it is in a fit: what it keeps between steps was made before. Asked for
+by name; takes minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+
+from ..case import GPU_ONLY, Case, Problem, Setting, Variant, generator, kernel_backends
+from ..head_gating import HeadGating
+from ..models import GPT2_SMALL, LLAMA_3_8B, RandomPrompts, Shape, conflicts, random_model
+from ..plain import Exact, PlainFits
+from ..steps import Work, engine_variants, losses, products
+
+PROMPTS = 16
+GATING = "causal head gating is another objective: one direction and full-vocabulary logits, its update as published"
+PRODUCTS = (
+    "matrix products alone: PyTorch's own of the padded batch under both directions, forward and one back; ours runs "
+    "prompts of one length together, with less padding, by oneDNN"
+)
+
+
+def demo(
+    device: torch.device, *, tokens: int | None = None, layers: range | None = None, last_only: bool = False,
+    beside: bool = False,
+) -> Problem:  # fmt: skip
+    """A step on the demo model."""
+    model, data = conflicts(PROMPTS, device, tokens=tokens)
+    chosen = tuple(range(model.config.num_hidden_layers) if layers is None else layers)
+    starts = generator()(1, len(chosen), 1, model.config.num_attention_heads, scale=0.05)
+    return problem(Work(model, data, [list(range(PROMPTS))], starts, [0.12], chosen, last_only), beside=beside)
+
+
+def random(shape: Shape, prompts: int, tokens: int, device: torch.device) -> Problem:
+    """A step on a random model with its yardsticks."""
+    model = random_model(shape, device)
+    data = RandomPrompts(prompts, tokens, shape.vocab, device)
+    starts = generator()(1, shape.layers, 1, shape.heads)  # random heads say little: 0.05 of them would change nothing
+    work = Work(model, data, [list(range(prompts))], starts, [0.12], tuple(range(shape.layers)))
+    return problem(work, beside=True)
+
+
+def problem(work: Work, *, beside: bool) -> Problem:
+    """The ways to take the step; `beside`: with the yardsticks, which are other work."""
+    device, resources = work.data.device, contextlib.ExitStack()
+    exact = Exact(work)
+    variants = [
+        Variant("eager", PlainFits(work)),
+        Variant("eager, directions in one batch", PlainFits(work, stacked=True)),
+    ]
+    variants += engine_variants(work, resources)
+    if beside:
+        variants.append(Variant("matrix products alone", products(work), checked=False))
+        backend = next(kernel_backends(device), None)
+        variants.append(Variant("our losses alone", losses(work), backend, checked=False))
+        variants.append(Variant("causal head gating", HeadGating(work), checked=False))
+    return Problem(
+        variants, exact.results, n_bytes=least_bytes(work), flops=operations(work), terms=exact.terms,
+        dtype=work.model.dtype, resources=resources,
+    )  # fmt: skip
+
+
+def least_bytes(work: Work) -> int:
+    """Every weight but the embeddings once forward and once back, for all fits together."""
+    return 2 * sum(p.numel() * p.element_size() for name, p in work.model.named_parameters() if "embed" not in name)
+
+
+def operations(work: Work) -> int:
+    """Of a plain step: two a weight and token forward, and as many back to the inputs."""
+    return 4 * work.tokens * sum(p.numel() for name, p in work.model.named_parameters() if "embed" not in name)
+
+
+def case() -> Case:
+    partial = functools.partial
+    settings = [
+        Setting(
+            "SmolLM2-135M, all heads, 16 prompts",
+            partial(demo, beside=True),
+            note=f"{PRODUCTS}; {GATING}",
+            quick=True,
+        ),
+        Setting("last position only, 48-token prompts", partial(demo, tokens=48, last_only=True)),
+        Setting("upper half of the layers", partial(demo, layers=range(15, 30))),
+        Setting(
+            "GPT-2 small's size (random weights), 32 prompts × 20 tokens",
+            partial(random, GPT2_SMALL, 32, 20),
+            devices=GPU_ONLY,
+        ),
+        Setting(
+            "Llama-3-8B's shape (random weights), bfloat16, 32 prompts × 64 tokens",
+            partial(random, LLAMA_3_8B, 32, 64),
+            devices=GPU_ONLY,
+        ),
+    ]
+    return Case(
+        "fit", "One step of a fit, end to end", settings, bandwidth=False, clocks=("step", "call"), fewest_samples=5
+    )
