@@ -112,9 +112,9 @@ def swept(folder: Path | None = None, **options: Any) -> Any:
     return [(fit.intervention.alpha.detach(), fit.history, fit.score("flips")) for fit in result.fits]
 
 
-def work(rank: int, port: int, folder: Path) -> None:
+def work(rank: int, port: int, folder: Path, n_threads: int) -> None:
     """What each process does, in the same order."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(n_threads)  # the bits of a product depend on it
     found: dict[str, Any] = {"before": torch.distributed.is_initialized()}
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not have an address
@@ -143,7 +143,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = torch.multiprocessing.spawn(work, (port, folder), nprocs=N_RANKS, join=False)
+    started = torch.multiprocessing.spawn(work, (port, folder, torch.get_num_threads()), nprocs=N_RANKS, join=False)
     deadline = time.monotonic() + PATIENCE
     while not started.join(timeout=1):
         if time.monotonic() > deadline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import subprocess
 import sys
@@ -87,7 +86,7 @@ import actscale_fast as af
 from actscale_fast.learning.run import Run
 from test_fit import conflicts
 
-torch.set_num_threads(1)
+torch.set_num_threads({threads})
 path, pause = sys.argv[1], float(sys.argv[2])
 update = Run.update
 
@@ -110,9 +109,14 @@ def whole_fit(**options: Any) -> af.FitResult:
 
 def interrupted(path: Path, after: int, how: signal.Signals) -> int:
     """Start the fit in a process of its own and send it a signal once it has taken `after` steps; steps it printed."""
-    command = [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent)), str(path), "0.1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT.format(tests=str(Path(__file__).parent), threads=torch.get_num_threads()),
+        str(path),
+        "0.1",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     taken = 0
     for line in process.stdout:

@@ -16,7 +16,7 @@ import actscale_fast as af
 from actscale_fast.learning import capture
 from actscale_fast.learning.capture import CapturedPasses, tensors_of, with_tensors
 from actscale_fast.learning.encoding import EncodedExamples
-from actscale_fast.learning.engine import Engine, Share, _Item
+from actscale_fast.learning.engine import Engine, Item, Share
 from actscale_fast.learning.passes import Inputs, Passes
 
 OBJECTIVES = [af.Objective(), af.Objective(margin=1.0, faithfulness=0.3)]
@@ -36,7 +36,9 @@ def open_engine(place: dict[str, Any], groups: int | None) -> tuple[Engine, list
 
 
 def one_pass(engine: Engine, shares: list[Share], shift: int = 0) -> Inputs:
-    return engine.inputs([_Item(i, row + shift) for i, share in enumerate(shares) for row in share.rows], shares, 0)
+    items = [Item(i, row + shift) for i, share in enumerate(shares) for row in share.rows]
+    (units,) = engine.plan(items, shares)
+    return engine.inputs(units, shares, 0)
 
 
 @pytest.mark.parametrize("groups", [None, 3])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .. import ops
 from .passes import Inputs, Passes
 
-#: Columns that prompts are padded to, so that few shapes occur.
-COLUMNS = 8
+#: Prompts are padded to a multiple of it, so that few widths occur.
+WIDTHS = 8
 #: Passes before a capture: libraries choose their kernels and allocate their workspaces in them.
 _WARM_UP = 3
 

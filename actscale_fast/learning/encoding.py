@@ -153,7 +153,7 @@ def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = 
         batch: the prompts, whole.
         width: the last columns that run; those before stand in a cache. None: all columns.
     """
-    accepted = _accepted(type(unwrap(model)))  # type: ignore[arg-type]
+    accepted = accepted_arguments(model)
     ids = batch.input_ids if width is None else batch.input_ids[:, -width:]
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if batch.padded:  # without padding the model's own causal path is exact, and faster without a mask
@@ -166,9 +166,13 @@ def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = 
     return arguments
 
 
+def accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """The names of the arguments of a model's forward pass; wrappers hand theirs on."""
+    return _accepted(type(unwrap(model)))  # type: ignore[arg-type]
+
+
 @functools.cache
 def _accepted(cls: Any) -> frozenset[str]:
-    """The names of the arguments of a model's forward pass; wrappers hand theirs on."""
     return frozenset(inspect.signature(cls.forward).parameters)
 
 

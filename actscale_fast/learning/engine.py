@@ -20,12 +20,13 @@ from torch import Tensor
 from .. import ops
 from ..interventions import Intervention
 from ..models import OutputHead, Patch, Section, fast_products, keys_and_values, layout, patch, read_head
-from .capture import COLUMNS, CapturedPasses, check_capturable
+from .capture import WIDTHS, CapturedPasses, check_capturable
 from .constants import CACHE_BYTES, SPILL_BYTES, Extent, RowStore, right_aligned
-from .encoding import Batch, EncodedExamples, forward_arguments
+from .encoding import Batch, EncodedExamples, accepted_arguments, forward_arguments
 from .memory import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
 from .modes import frozen
 from .objective import Objective
+from .packing import COLUMNS, Tree, additive, rows_of, tree_of
 from .parallel import ALONE, World
 from .passes import Inputs, LossOptions, Passes, Shape
 from .planning import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, plan
@@ -47,11 +48,20 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
+class Item:
     """One prompt of one share."""
 
     share: int
     row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What stands in one row of a pass: a prompt, or several of one share as the paths of a tree."""
+
+    items: tuple[Item, ...]
+    width: int  # columns that run
+    tree: Tree | None = None
 
 
 class Engine:
@@ -101,6 +111,7 @@ class Engine:
         if capture:
             check_capturable(model)
         self.halved = False
+        self.packs = False  # until the model has shown that it allows it
         self.output_device = data.device  # of the head's inputs, or of the logits
         self.answers = {"correct": data.correct.cpu(), "wrong": data.wrong.cpu()}
         self.store = RowStore(len(data), cache_bytes, spill_bytes)
@@ -141,21 +152,21 @@ class Engine:
             Effectiveness and faithfulness of each share (means over its prompts, sums over its directions) [shares, 2],
             and the gradient of each parameter; nothing here waits for a GPU but the choice of rows.
         """
-        items = [_Item(index, row) for index, share in enumerate(shares) for row in share.rows]
-        items = self.world.part(items)
+        items = self.world.part([Item(index, row) for index, share in enumerate(shares) for row in share.rows])
         while True:
             passes = self.plan(items, shares)
             try:
                 terms, gradients = self._sums(passes, shares)
                 break
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or self.halved or max(map(len, passes)) == 1:
+                divisible = any(len(part) > 1 or len(part[0].items) > 1 for part in passes)
+                if not out_of_memory(error) or self.halved or not divisible:
                     raise
                 self._halve(passes, shares)
         self.world.sum_([terms, *gradients])
         return terms, gradients
 
-    def _sums(self, passes: list[list[_Item]], shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
+    def _sums(self, passes: list[list[Unit]], shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
         terms = torch.zeros(len(shares), 2, device=self.intervention.device)
         gradients = [torch.zeros_like(value) for value in self.parameters]
         quiet_below = self._quiet_below(shares)
@@ -165,7 +176,7 @@ class Engine:
                 total += added.to(total.device)
         return terms, gradients
 
-    def _halve(self, passes: list[list[_Item]], shares: Sequence[Share]) -> None:
+    def _halve(self, passes: list[list[Unit]], shares: Sequence[Share]) -> None:
         """Bound all further passes by half of the largest one; once, and said aloud."""
         self.halved = True
         sizes = [self._tokens(part, shares) for part in passes]
@@ -175,55 +186,101 @@ class Engine:
             stacklevel=4,
         )
 
-    def _tokens(self, part: list[_Item], shares: Sequence[Share]) -> int:
+    def _tokens(self, part: Sequence[Unit], shares: Sequence[Share]) -> int:
         """Tokens of one pass, padding included."""
-        longest = max(min(len(self.data.prompts[item.row]), self.extent.width) for item in part)
-        return longest * sum(len(shares[item.share].objective.directions) for item in part)
+        return max(unit.width for unit in part) * sum(self._n_directions(unit, shares) for unit in part)
 
-    def plan(self, items: Sequence[_Item], shares: Sequence[Share]) -> list[list[_Item]]:
-        """The passes of a step."""
-        lengths = [min(len(self.data.prompts[item.row]), self.extent.width) for item in items]
+    def _n_directions(self, unit: Unit, shares: Sequence[Share]) -> int:
+        return len(shares[unit.items[0].share].objective.directions)
+
+    def plan(self, items: Sequence[Item], shares: Sequence[Share]) -> list[list[Unit]]:
+        """The passes of a step: the cheapest of its prompts one by one, and packed to several widths."""
+        if not items:
+            return []
         weight = max(len(share.objective.directions) for share in shares)
+        single = [Unit((item,), min(len(self.data.prompts[item.row]), self.extent.width)) for item in items]
         max_tokens = self.max_tokens
         if self.accumulate > 1:
-            least = -(-len(items) // self.accumulate) * weight * max(lengths, default=0)
+            least = -(-len(items) // self.accumulate) * weight * max(unit.width for unit in single)
             max_tokens = least if max_tokens is None else min(max_tokens, least)
-        cost = PASS_COST_CPU if self.on_cpu else PASS_COST_GPU
-        passes = plan(lengths, weight=weight, pass_cost=cost, max_tokens=max_tokens, at_least=self.accumulate)
-        return [[items[place] for place in sorted(places)] for places in passes]
+        arrangements = [single]
+        if self.packs:
+            arrangements += [
+                self._packed(items, columns)
+                for columns in COLUMNS
+                if max_tokens is None or weight * columns <= max_tokens
+            ]
+        pass_cost = PASS_COST_CPU if self.on_cpu else PASS_COST_GPU
+        best: tuple[float, list[list[Unit]]] | None = None
+        for units in arrangements:
+            places = plan(
+                [unit.width for unit in units], weight=weight, pass_cost=pass_cost, max_tokens=max_tokens,
+                at_least=self.accumulate,
+            )  # fmt: skip
+            passes = [[units[place] for place in sorted(some)] for some in places]
+            cost = sum(self._cost(part, weight) + pass_cost for part in passes)
+            if best is None or cost < best[0]:
+                best = cost, passes
+        assert best is not None
+        return best[1]
 
-    def inputs(self, part: Sequence[_Item], shares: Sequence[Share], quiet_below: int) -> Inputs:
+    def _cost(self, part: Sequence[Unit], weight: int) -> float:
+        """Of a pass, in tokens: attention adds a share that grows with the columns, by operations width/(6·d) of the
+        linear layers' and some three times that in time."""
+        width = max(unit.width for unit in part)
+        return len(part) * weight * width * (1 + width / (2 * self.found.hidden_size))
+
+    def _packed(self, items: Sequence[Item], columns: int) -> list[Unit]:
+        """The prompts of each share in rows of about that many columns."""
+        of_share: dict[int, list[Item]] = {}
+        for item in items:
+            of_share.setdefault(item.share, []).append(item)
+        units = []
+        for mine in of_share.values():
+            for places in rows_of([self.data.prompts[item.row] for item in mine], columns):
+                tree = tree_of([self.data.prompts[mine[place].row] for place in places])
+                units.append(Unit(tuple(mine[place] for place in places), tree.width, tree))
+        return units
+
+    def inputs(self, part: Sequence[Unit], shares: Sequence[Share], quiet_below: int) -> Inputs:
         """One pass as tensors on the device."""
-        item_of, signs = [], []  # of each row; all prompts under their first direction, then under their second
-        n_directions = [len(shares[item.share].objective.directions) for item in part]
+        packed = part[0].tree is not None
+        unit_of, signs = [], []  # of each row; all units under their first direction, then under their second
+        n_directions = [self._n_directions(unit, shares) for unit in part]
         for number in range(max(n_directions)):
-            for index, item in enumerate(part):
+            for index, unit in enumerate(part):
                 if number < n_directions[index]:
-                    item_of.append(index)
-                    signs.append(float(shares[item.share].objective.directions[number]))
-        items = [item.row for item in part]
-        owners = [part[index].share for index in item_of]
-        batch = self.data.batch(items, COLUMNS if self.capture else 1)
-        tensors = {"ids": batch.input_ids, "mask": batch.attention_mask, **self._constants(items, batch)}
-        mean = torch.zeros(len(shares), len(owners))
-        for place, owner in enumerate(owners):
-            mean[owner, place] = 1 / len(shares[owner].rows)
+                    unit_of.append(index)
+                    signs.append(float(shares[unit.items[0].share].objective.directions[number]))
+        items = [item for unit in part for item in unit.items]
+        # A loss is of an item under one direction: its row, and the column of its last token.
+        losses = [
+            (row, part[index].items[place], tree.paths[place][-1] if (tree := part[index].tree) else -1)
+            for row, index in enumerate(unit_of)
+            for place in range(len(part[index].items))
+        ]
+        mean = torch.zeros(len(shares), len(losses))
+        for place, (_, item, _) in enumerate(losses):
+            mean[item.share, place] = 1 / len(shares[item.share].rows)
         faithfulness = torch.tensor([share.objective.faithfulness for share in shares])
         small = {
-            "expand": torch.tensor(item_of),
+            "expand": torch.tensor(unit_of),
             "sign": torch.tensor(signs),
             "mean": mean,
             "weight": faithfulness @ mean,
         }
+        if packed:
+            small["row_of"] = torch.tensor([row for row, _, _ in losses])
+            small["column_of"] = torch.tensor([column for _, _, column in losses])
         if self.intervention.n_groups is not None:
-            small["groups"] = torch.tensor([shares[item.share].group for item in part])
+            small["groups"] = torch.tensor([shares[unit.items[0].share].group for unit in part])
         places: dict[LossOptions, list[int]] = {}
-        for place, owner in enumerate(owners):
-            objective = shares[owner].objective
+        for place, (_, item, _) in enumerate(losses):
+            objective = shares[item.share].objective
             places.setdefault((objective.margin, *_loss_options(objective)), []).append(place)
         references = []
         for number, ((_, exclude, kl), mine) in enumerate(places.items()):
-            examples = torch.tensor([items[item_of[place]] for place in mine])
+            examples = torch.tensor([losses[place][1].row for place in mine])
             for name, ids in self.answers.items():
                 small[f"{name}.{number}"] = ids[examples]
             if len(places) > 1:
@@ -231,12 +288,48 @@ class Engine:
             known = self.reference if self.head is None else self.statistics[exclude, kl]
             assert known is not None
             references.append(known[examples.to(self.output_device)])
+        rows = [item.row for item in items]
+        if packed:
+            tensors, width, padded = self._packed_tokens(part, rows), max(unit.width for unit in part), False
+        else:
+            batch = self.data.batch(rows, WIDTHS if self.capture else 1)
+            tensors = {"ids": batch.input_ids, "mask": batch.attention_mask, **self._constants(rows, batch)}
+            width, padded = min(self.extent.width, batch.input_ids.shape[1]), batch.padded
         device = self.data.device
         tensors |= {name: value.to(device, non_blocking=True) for name, value in small.items()}
-        width = min(self.extent.width, batch.input_ids.shape[1])
         regular = len(set(n_directions)) == 1
-        shape = Shape(width, batch.padded, self.extent.first, regular, quiet_below, tuple(places))
+        shape = Shape(width, padded, packed, self.extent.first, regular, quiet_below, tuple(places))
         return Inputs(shape, tensors, tuple(references))
+
+    def _packed_tokens(self, part: Sequence[Unit], rows: list[int]) -> dict[str, Tensor]:
+        """Ids, positions, mask and constant hidden states of packed units, left-aligned."""
+        width = max(unit.width for unit in part)
+        ids = torch.full((len(part), width), self.data.pad_id)
+        positions = torch.zeros(len(part), width, dtype=torch.int64)
+        mask = torch.empty(len(part), 1, width, width, dtype=torch.bool)
+        item_of = torch.zeros(len(part), width, dtype=torch.int64)  # where each token's hidden state is kept
+        column_of = torch.zeros_like(item_of)
+        before = 0
+        for index, unit in enumerate(part):
+            assert unit.tree is not None
+            ids[index, : unit.width] = torch.tensor(unit.tree.tokens)
+            positions[index, : unit.width] = torch.tensor(unit.tree.depths)
+            mask[index, 0] = unit.tree.allowed(width)
+            for column, (place, position) in enumerate(unit.tree.sources):
+                item_of[index, column] = before + place
+                column_of[index, column] = position - len(self.data.prompts[rows[before + place]])  # from the end
+            before += len(unit.items)
+        device = self.data.device
+        additive_mask = additive(mask, self._embedding.dtype)
+        tensors = {"ids": ids.to(device), "positions": positions.to(device), "mask": additive_mask.to(device)}
+        if self.extent.first:
+            hidden = self.store.get(rows, lambda again: self._frozen(again)[1])["hidden"]
+            tensors["hidden"] = hidden[item_of.to(hidden.device), column_of.to(hidden.device)]
+        return tensors
+
+    @property
+    def _embedding(self) -> Tensor:
+        return self.found.model.get_input_embeddings().weight  # type: ignore[operator, no-any-return]
 
     def _quiet_below(self, shares: Sequence[Share]) -> int:
         """The layers below it give all directions the same; n_layers + 1: all of the model does.
@@ -270,6 +363,7 @@ class Engine:
         if self.head is None:
             self.reference = output
             return
+        self.packs = self._packing_agrees(output)
         correct, wrong = (ids.to(output.device) for ids in (self.data.correct, self.data.wrong))
         for exclude, kl in self.options:
             self.statistics[exclude, kl] = ops.reference_statistics(
@@ -277,14 +371,50 @@ class Engine:
                 **self.head.options,
             )  # fmt: skip
 
+    def _packing_agrees(self, output: Tensor) -> bool:
+        """Whether prompts may be packed: all tokens steered alike, on a CPU, and the frozen model says the same.
+
+        On a GPU a mask in four dimensions costs the fast kernels of attention (not measured there).
+        """
+        if (
+            not self.on_cpu
+            or self.accumulate > 1
+            or self.intervention.location.positions is not None
+            or not self.patched.alone  # another one may tell rows and positions apart
+            or self.model is not self.found.model  # compiled: every width would be compiled anew
+            or len(self.data) < 2
+            or "position_ids" not in accepted_arguments(self.model)
+            or not may_pack(self.model.config.get_text_config(), self.extent.longest)
+        ):
+            return False
+        items = [Item(0, row) for row in self.data.by_length(_REFERENCE_ROWS)[-1]]
+        unit = max(self._packed(items, COLUMNS[0]), key=lambda unit: len(unit.items))
+        assert unit.tree is not None
+        rows = [item.row for item in unit.items]
+        given = self._packed_tokens([unit], rows)
+        arguments = {"input_ids": given["ids"], "attention_mask": given["mask"], "position_ids": given["positions"]}
+        self.patched.paused = True
+        try:
+            found, _ = self.section.run(arguments | {"use_cache": False}, every_token=True)
+        finally:
+            self.patched.paused = False
+        expected = output[rows]
+        last = found[0, [path[-1] for path in unit.tree.paths]]
+        # Half of the digits: another mask or another position is far beyond that, rounding far below. Some models
+        # compute their attention in float32 whatever their dtype.
+        digits = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
+        largest = digits**0.5 * expected.abs().amax()
+        return bool((last - expected).abs().amax() <= largest)
+
     def _bound_passes(self) -> None:
         """Count what one prompt keeps for its backward, and bound the tokens of a pass by it."""
         row = max(range(len(self.data)), key=lambda row: len(self.data.prompts[row]))
-        items, shares = [_Item(0, row)], [Share([row], self.objectives[0])]
+        units = [Unit((Item(0, row),), min(len(self.data.prompts[row]), self.extent.width))]
+        shares = [Share([row], self.objectives[0])]
         with torch.enable_grad(), KeptBytes([self.found.model]) as kept:
-            self.passes.losses(self.inputs(items, shares, 0))
+            self.passes.losses(self.inputs(units, shares, 0))
         budget = self.memory_bytes or int(SHARE_OF_FREE * free_bytes(self.data.device))
-        fit = tokens_that_fit(kept.n_bytes, self._tokens(items, shares), budget)
+        fit = tokens_that_fit(kept.n_bytes, self._tokens(units, shares), budget)
         fit = 1 << (fit.bit_length() - 1)  # a power of two: a little more or less free memory changes no pass
         self.max_tokens = fit if self.max_tokens is None else min(fit, self.max_tokens)
 
@@ -347,6 +477,13 @@ def _reach(length: int, positions: Sequence[int]) -> int:
     """Tokens from the first steered one to the last of a prompt; 1 where none is steered."""
     from_end = [length - position if position >= 0 else -position for position in positions]
     return max((tokens for tokens in from_end if 0 < tokens <= length), default=1)
+
+
+def may_pack(config: Any, longest: int) -> bool:
+    """Whether attention takes a mask of one's own, and no window counts columns instead of a prompt's tokens."""
+    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window")]
+    narrow = any(isinstance(window, int) and window < longest for window in windows)
+    return config._attn_implementation in ("sdpa", "eager") and not narrow
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -35,20 +35,23 @@ class Shape:
 
     width: int  # the last columns that run
     padded: bool
+    packed: bool  # several prompts stand in a row
     first: int  # the lowest layer that runs
-    regular: bool  # row r is of prompt r mod I
+    regular: bool  # row r is of unit r mod I
     quiet_below: int  # layers below it run once for all directions; n_layers + 1: so does the head
     losses: tuple[LossOptions, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A pass: I prompts, R rows (one a prompt and direction), S shares.
+    """A pass: I units (a prompt, or several packed), B rows (one a unit and direction), R losses, S shares.
 
-    Its tensors: "ids", "mask" int64 [I, T]; "expand" int64 [R], the prompt of each row; "sign" [R] of ±1; "groups"
-    int64 [I] where the intervention is a stack; "hidden" [I, width, d] and "keys.l", "values.l" [I, ·, S, ·] where they
-    are constant; "mean" [S, R], 1/n of the share where a row is its own; "weight" [R], λ_F/n. Of the i-th loss:
-    "places.i" int64, its rows, where there are several losses; "correct.i", "wrong.i", and its reference.
+    A loss is of a prompt under one direction; R is B but where units are packed. Tensors: "ids" int64 [I, T]; "mask"
+    int64 [I, T], packed additive [I, 1, T, T] and then also "positions" [I, T], "row_of", "column_of" int64 [R], where
+    each loss's last token is; "expand" int64 [B], the unit of each row; "sign" [B] of ±1; "groups" int64 [I] where the
+    intervention is a stack; "hidden" [I, width, d] and "keys.l", "values.l" [I, ·, S, ·] where they are constant;
+    "mean" [S, R], 1/n of the share where a loss is its own; "weight" [R], λ_F/n. Of the i-th kind of loss: "places.i"
+    int64, which ones, where there are several kinds; "correct.i", "wrong.i", and its reference.
     """
 
     shape: Shape
@@ -88,8 +91,11 @@ class Passes:
     def losses(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(the terms [S, 2], float32 without a graph; the loss with its graph)."""
         given = inputs.tensors
-        output = self._forward(inputs)
-        effectiveness, faithfulness = self._row_losses(output, inputs)
+        output, direction = self._forward(inputs), given["sign"]
+        if inputs.shape.packed:
+            output = output[given["row_of"].to(output.device), given["column_of"].to(output.device)]
+            direction = direction[given["row_of"]]
+        effectiveness, faithfulness = self._row_losses(output, direction.to(output.device), inputs)
         mean, weight = (given[name].to(output.device, effectiveness.dtype) for name in ("mean", "weight"))
         loss = (effectiveness * mean.sum(0)).sum() + (faithfulness * weight).sum()
         rows = torch.stack([effectiveness.detach(), faithfulness.detach()], -1)  # [R, 2]
@@ -98,15 +104,14 @@ class Passes:
         return own.sum(1).to(given["mean"].device, torch.float32), loss
 
     def _forward(self, inputs: Inputs) -> Tensor:
-        """The head's inputs (or logits) of the rows."""
+        """The head's inputs (or logits) of the rows [B, ·], packed at every token [B, T, d]."""
         shape, given = inputs.shape, inputs.tensors
-        batch = Batch(given["ids"], given["mask"], shape.padded)
         groups, expand, sign = given.get("groups"), given["expand"], given["sign"]
         first, hidden = shape.first, given.get("hidden")
         if shape.quiet_below > first:
             end = None if shape.quiet_below > self.n_layers else shape.quiet_below
             self.patched.set_rows(1.0, groups)
-            shared = self._run(batch, shape, given, first=first, hidden=hidden, end=end)
+            shared = self._run(given, shape, given, None, first=first, hidden=hidden, end=end)
             hidden = _SignedRows.apply(shared, expand.to(shared.device), sign.to(shared.device))
             if end is None:
                 return hidden
@@ -118,12 +123,22 @@ class Passes:
             kept = {name: value for name, value in given.items() if name.startswith(("keys.", "values."))}
             constant = {name: value[expand.to(value.device)] for name, value in kept.items()}
         self.patched.set_rows(sign, None if groups is None else groups[expand])
-        return self._run(batch.take(expand), shape, constant, first=first, hidden=hidden)
+        return self._run(given, shape, constant, expand, first=first, hidden=hidden)
 
     def _run(
-        self, batch: Batch, shape: Shape, constant: dict[str, Tensor], *, first: int, hidden: Tensor | None,
-        end: int | None = None,
+        self, given: dict[str, Tensor], shape: Shape, constant: dict[str, Tensor], rows: Tensor | None, *, first: int,
+        hidden: Tensor | None, end: int | None = None,
     ) -> Tensor:  # fmt: skip
+        """The units, or the rows of them (their numbers int64 [B])."""
+        if shape.packed:
+            names = {"ids": "input_ids", "mask": "attention_mask", "positions": "position_ids"}
+            arguments: dict[str, Any] = {
+                argument: given[name] if rows is None else given[name][rows] for name, argument in names.items()
+            }
+            arguments["use_cache"] = False
+            return self.section.run(arguments, first=first, end=end, hidden=hidden, every_token=True)[0]
+        batch = Batch(given["ids"], given["mask"], shape.padded)
+        batch = batch if rows is None else batch.take(rows)
         n_columns = batch.input_ids.shape[1]
         prefix = None
         if shape.width < n_columns:
@@ -133,9 +148,8 @@ class Passes:
         with self.patched.prompt(n_columns, batch.attention_mask if batch.padded else None):
             return self.section.run(arguments, first=first, end=end, hidden=hidden, prefix=prefix)[0]
 
-    def _row_losses(self, output: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Effectiveness and faithfulness of each row [R]."""
-        direction = inputs.tensors["sign"].to(output.device)
+    def _row_losses(self, output: Tensor, direction: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Effectiveness and faithfulness of each loss [R]."""
         parts = []
         for number, options in enumerate(inputs.shape.losses):
             places = inputs.tensors.get(f"places.{number}")

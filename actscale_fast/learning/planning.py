@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: What one more pass costs, in tokens: below it, padding is cheaper. SmolLM2-135M on two cores: 0.1 s of Python and
-#: small ops a pass, 3 ms a token. A GPU is bound by launches at such sizes and pads instead (not measured).
-PASS_COST_CPU, PASS_COST_GPU = 32, 1 << 30
+#: What one more pass costs, in tokens: below it, padding is cheaper. SmolLM2-135M on two cores: 0.15 s of Python, small
+#: ops and weights read once more a pass, 2.5 ms a token. A GPU is bound by launches at such sizes and pads instead (not
+#: measured).
+PASS_COST_CPU, PASS_COST_GPU = 64, 1 << 30
 #: Tokens in one pass on a CPU, where larger products are not faster and larger activations leave the caches.
 PASS_TOKENS_CPU = 1024
 

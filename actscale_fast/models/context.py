@@ -123,6 +123,12 @@ def join(decoder: nn.Module, model: nn.Module, patch: Contextual) -> Calls:
     return calls
 
 
+def patches_of(decoder: nn.Module) -> tuple[Contextual, ...]:
+    """The patches of a model, in the order in which they were applied."""
+    calls: Calls | None = surgery.record_of(decoder)
+    return () if calls is None else calls.patches
+
+
 def part(decoder: nn.Module, patch: Contextual) -> bool:
     """Take a patch out of the calls; with the last one the decoder is as it was. Whether that is so now."""
     calls: Calls | None = surgery.record_of(decoder)

@@ -201,6 +201,12 @@ class Patch:
     ) -> None:
         self.remove()
 
+    @property
+    def alone(self) -> bool:
+        """Whether the model has no other patch."""
+        decoder = self._decoder()
+        return decoder is not None and contexts.patches_of(decoder) == (self,)
+
     def carriers(self) -> list[nn.Module]:
         """The layers whose recomputation under gradient checkpointing needs this patch's context."""
         return [layer for layer in (reference() for reference in self._layers) if layer is not None]

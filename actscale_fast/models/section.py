@@ -39,6 +39,7 @@ class Section:
         self.hidden: Tensor | None = None
         self.wanted: tuple[int, ...] = ()
         self.noted: dict[int, Tensor] = {}
+        self.every_token = False
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -64,6 +65,7 @@ class Section:
         hidden: Tensor | None = None,
         prefix: Prefix | None = None,
         wanted: Sequence[int] = (),
+        every_token: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """One forward pass of the layers first … end − 1. The first one of a section must be of all layers.
 
@@ -74,6 +76,7 @@ class Section:
             end: the layers from it on do not run; None: all do, and the head's input is returned.
             prefix: keys and values of the tokens before.
             wanted: numbers of layers; what the layer below returned, before an edit of its output, is noted.
+            every_token: without an end the head's input at every token, [B, T, d]; needs a head.
 
         Returns:
             (what layer end − 1 returned, before an edit of its output, [B, T, d]; without an end the head's input at
@@ -82,7 +85,7 @@ class Section:
         n_layers = self.found.n_layers
         self.first, self.end, self.hidden = first, n_layers if end is None else end, hidden
         self.wanted = tuple(wanted) if end is None else (*wanted, end)
-        self.noted = {}
+        self.noted, self.every_token = {}, every_token
         noted = self.noted
         try:
             cache = {} if prefix is None else {"past_key_values": prefix.cache(n_layers), "use_cache": True}
@@ -94,7 +97,7 @@ class Section:
             self.first, self.end, self.hidden, self.wanted, self.noted = 0, n_layers, None, (), {}
 
     def _note_head(self, hidden: Tensor) -> Tensor:
-        self.noted[_HEAD] = hidden[:, -1]
+        self.noted[_HEAD] = hidden if self.every_token else hidden[:, -1]
         return hidden.new_zeros(hidden.shape[0], 1, 1)
 
 
