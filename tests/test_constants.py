@@ -15,9 +15,9 @@ from model_zoo import randomised, tiny_model
 from torch import Tensor
 
 import actscale_fast as af
-from actscale_fast.learning.constants import Extent, RowStore, right_aligned
 from actscale_fast.learning.engine import Engine, Share, extent_of
-from actscale_fast.learning.planning import plan
+from actscale_fast.learning.engine.constants import Extent, RowStore, right_aligned
+from actscale_fast.learning.engine.planning import plan
 
 OBJECTIVE = af.Objective(margin=3.0, faithfulness=0.7)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import actscale_fast as af
 from actscale_fast import ops
 from actscale_fast.learning.engine import Engine
+from actscale_fast.learning.run import Run
 from actscale_fast.learning.settings import FitSettings
 
 CAPITALS = ["Paris", "Berlin", "Rome", "Madrid", "Oslo"]
@@ -237,6 +238,32 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path) -
         )  # fmt: skip
 
 
+def test_an_interruption_between_a_record_and_its_release_counts_the_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tiny.llama(), conflicts(4))
+    record = Run.read
+
+    class Interrupted(list[Any]):
+        def append(self, item: Any) -> None:
+            super().append(item)
+            if item["step"] == 2:
+                raise KeyboardInterrupt
+
+    seen: list[Run] = []
+
+    def read(self: Run, *, wait: bool) -> None:
+        if not seen:
+            seen.append(self)
+            self.history = Interrupted()
+        record(self, wait=wait)
+
+    monkeypatch.setattr(Run, "read", read)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny.llama(), conflicts(4))
+    seen[0].history = list(seen[0].history)
+    record(seen[0], wait=True)
+    assert seen[0].history == whole.history[:3]
+
+
 def test_a_finished_fit_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fit.safetensors"
     first = run(tiny.llama(), conflicts(4), checkpoint=path)
@@ -283,6 +310,8 @@ def test_a_broken_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
         ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), expected two numbers in \[0, 1\)"),
         ({"betas": 0.9}, "betas: got 0.9"),
         ({"seed": 1.5}, "seed: got 1.5, expected an integer"),
+        ({"cache_bytes": 2e9}, "cache_bytes: got 2000000000.0, expected an integer that is at least 0"),
+        ({"tolerance": -1}, "tolerance: got -1, expected None or a number >= 0"),
     ],
 )
 def test_bad_settings_are_refused_by_name(options: dict[str, Any], message: str) -> None:

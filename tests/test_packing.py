@@ -12,26 +12,32 @@ from engine_cases import TokenExamples, assert_equal_to_rounding, full
 from model_zoo import CONFIGS, randomised, tiny_model
 
 import actscale_fast as af
-from actscale_fast.learning import engine as engines
-from actscale_fast.learning.engine import Engine, Item, Share
-from actscale_fast.learning.packing import additive, rows_of, tree_of
+from actscale_fast.learning.engine import Engine, Item, Share, may_pack
+from actscale_fast.learning.engine.arrangement import Arrangement
+from actscale_fast.learning.engine.packing import COLUMNS, additive, rows_of, tree_of
 
 #: Common beginnings of several depths, one prompt that begins another one, two that are the same, one of one token.
 PROMPTS = [[5, 9, 12, 7], [5, 9, 12, 8, 3], [5, 9, 4], [5, 9, 12], [6, 2, 9], [6, 2, 9], [7], [5, 9, 12, 7, 7, 7]]
 ALL = range(len(PROMPTS))
 OBJECTIVE = af.Objective(margin=3.0, faithfulness=0.7)
-#: Families whose positions or masks do not come from arguments alone; GPT-Neo counts its window (8 here) in columns.
-NOT_PACKED = {"bloom", "mpt", "gpt_neo"}
+#: Families whose positions or masks do not come from arguments alone.
+NOT_PACKED = {"bloom", "mpt"}
+#: Windows wide enough for a row of several prompts; those of the tiny models are as narrow as a prompt.
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 256},
+    "gemma3_text": {"sliding_window": 256},
+    "gpt_neo": {"window_size": 256, "max_position_embeddings": 256},
+}
 
 
 @pytest.fixture(autouse=True)
 def packing_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models would not pay for it: their attention weighs more."""
-    monkeypatch.setattr(Engine, "_cost", lambda self, part, weight: 0 if part[0].tree else 1e9)
+    monkeypatch.setattr(Arrangement, "cost", lambda self, part, weight: 0 if part[0].tree else 1e9)
 
 
 def packed(opened: Engine) -> bool:
-    passes = opened.plan([Item(0, row) for row in ALL], [Share(ALL, OBJECTIVE)])
+    passes = opened.arrangement.passes([Item(0, row) for row in ALL], [Share(ALL, OBJECTIVE)])
     return all(unit.tree is not None for part in passes for unit in part)
 
 
@@ -81,7 +87,7 @@ def test_a_mask_forbids_without_infinities(dtype: torch.dtype) -> None:
 def test_packed_prompts_have_the_gradients_of_the_full_computation(family: str, place: dict[str, Any]) -> None:
     # Gemma 2 takes the softmax of float64 scores in float32, where padding's mask is −inf.
     dtype, tolerance = (torch.float32, 2e-4) if family == "gemma2" else (torch.float64, 2e-6)
-    model = tiny_model(family, dtype=dtype)
+    model = tiny_model(family, dtype=dtype, **WINDOWS.get(family, {}))
     data = TokenExamples(PROMPTS)
     for still in (True, False):
         intervention = af.ActivScalar.for_model(model, **place)
@@ -112,7 +118,7 @@ def test_shares_are_packed_apart_and_keep_their_own_scalars_and_directions() -> 
     ]
     with Engine(model, data, stack, objectives) as opened:
         items = [Item(index, row) for index, share in enumerate(shares) for row in share.rows]
-        units = [unit for part in opened.plan(items, shares) for unit in part]
+        units = [unit for part in opened.arrangement.passes(items, shares) for unit in part]
         assert all(unit.tree and len({item.share for item in unit.items}) == 1 for unit in units)
         terms, gradients = opened.gradients(shares)
     for group, (single, objective, mine) in enumerate(zip(singles, objectives, rows, strict=True)):
@@ -144,18 +150,36 @@ def test_prompts_stay_apart_where_packing_would_be_wrong_or_of_no_use(reason: st
         other.remove()
     options = {"accumulate": 2} if reason == "accumulate" else {}
     with Engine(called, data, intervention, [OBJECTIVE], **options) as opened:
-        assert not opened.packs
+        assert not opened.arrangement.packs
 
 
 def test_only_attention_that_takes_masks_may_be_packed() -> None:
     config = tiny_model("llama").config
-    assert engines.may_pack(config, 12)
+    assert may_pack(config, 12)
+    config.sliding_window = 12 + max(COLUMNS) - 1  # a row may be as wide as that
+    assert not may_pack(config, 12)
+    assert may_pack(config, 11)
     config._attn_implementation = "flash_attention_2"
-    assert not engines.may_pack(config, 12)
+    assert not may_pack(config, 11)
 
 
-def test_a_model_whose_attention_ignores_the_mask_is_found_out() -> None:
-    model = tiny_model("llama")
+def test_biases_that_are_made_from_a_mask_of_tokens_are_not_packed() -> None:
+    model = tiny_model("falcon", alibi=True)
+    intervention = randomised(af.ActivScalar.for_model(model))
+    expected = full(model, TokenExamples(PROMPTS), intervention, OBJECTIVE)
+    with Engine(model, TokenExamples(PROMPTS), intervention, [OBJECTIVE]) as opened:
+        assert not opened.arrangement.packs
+        terms, gradients = opened.gradients([Share(ALL, OBJECTIVE)])
+    assert_equal_to_rounding((terms[0], gradients), expected, 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [3, 50])
+def test_a_model_whose_attention_ignores_the_mask_is_found_out(length: int, dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    prompts = [[5 + row] * (length + row) for row in range(3)]
+    with Engine(model, TokenExamples(prompts), af.ActivScalar.for_model(model), [OBJECTIVE]) as opened:
+        assert opened.arrangement.packs
     for layer in model.model.layers:
         attention = layer.self_attn
         original = attention.forward
@@ -164,5 +188,5 @@ def test_a_model_whose_attention_ignores_the_mask_is_found_out() -> None:
             return original(*args, **kwargs | {"attention_mask": None})
 
         attention.forward = causal
-    with Engine(model, TokenExamples(PROMPTS), af.ActivScalar.for_model(model), [OBJECTIVE]) as opened:
-        assert not opened.packs
+    with Engine(model, TokenExamples(prompts), af.ActivScalar.for_model(model), [OBJECTIVE]) as opened:
+        assert not opened.arrangement.packs

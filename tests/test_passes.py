@@ -13,11 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import actscale_fast as af
-from actscale_fast.learning import capture
-from actscale_fast.learning.capture import CapturedPasses, tensors_of, with_tensors
 from actscale_fast.learning.encoding import EncodedExamples
-from actscale_fast.learning.engine import Engine, Item, Share
-from actscale_fast.learning.passes import Inputs, Passes
+from actscale_fast.learning.engine import Engine, Item, Share, capture
+from actscale_fast.learning.engine.capture import CapturedPasses, tensors_of, with_tensors
+from actscale_fast.learning.engine.passes import Inputs, Passes
 
 OBJECTIVES = [af.Objective(), af.Objective(margin=1.0, faithfulness=0.3)]
 PLACES: list[dict[str, Any]] = [{}, {"positions": [-1]}, {"layers": [1, 2]}, {"positions": [-2], "layers": [2]}]
@@ -37,8 +36,8 @@ def open_engine(place: dict[str, Any], groups: int | None) -> tuple[Engine, list
 
 def one_pass(engine: Engine, shares: list[Share], shift: int = 0) -> Inputs:
     items = [Item(i, row + shift) for i, share in enumerate(shares) for row in share.rows]
-    (units,) = engine.plan(items, shares)
-    return engine.inputs(units, shares, 0)
+    (units,) = engine.arrangement.passes(items, shares)
+    return engine.assembly.inputs(units, shares, 0)
 
 
 @pytest.mark.parametrize("groups", [None, 3])

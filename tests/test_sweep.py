@@ -207,6 +207,33 @@ def test_a_fit_that_is_no_longer_finite_leaves_the_others_alone() -> None:
     assert result.pareto() == [result.fits[1]]
 
 
+def test_what_a_failed_fit_had_come_to_is_kept_and_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Run.update
+
+    def breaks(self: Run, terms: Tensor, gradients: Any) -> None:
+        if self.name == "minimality=0.3" and self.taken == 3:
+            terms = terms * torch.nan
+        update(self, terms, gradients)
+
+    grid = {"minimality": [0.3, 0.1]}
+    with monkeypatch.context() as context:
+        context.setattr(Run, "update", breaks)
+        with pytest.warns(UserWarning, match="step 3: the effectiveness term is nan"):
+            first = run_sweep(grid, folder=tmp_path, warm_start=True)
+    assert "step 3" in (first.fits[0].error or "")
+    assert (first.fits[1].error or "").startswith("not begun: ")
+    read = af.load_sweep(tmp_path)
+    assert [fit.error for fit in read.fits] == [fit.error for fit in first.fits]
+    assert torch.equal(values(read.fits[0].intervention), values(first.fits[0].intervention))
+    assert [len(fit.history) for fit in read.fits] == [3, 0]
+    again = run_sweep(grid, folder=tmp_path, warm_start=True)
+    assert [fit.error for fit in again.fits] == [None, None]
+    with pytest.raises(ValueError, match="by: got 'flip', expected one of flips, effectiveness"):
+        again.fits[0].score("flip")  # type: ignore[arg-type]
+
+
 def test_held_out_examples_are_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid, test = {"minimality": [0.3, 0.05]}, conflicts(5, seed=9)
     first = run_sweep(grid, evaluate_on=test, folder=tmp_path)
@@ -273,7 +300,11 @@ def test_a_damaged_fit_is_refused_by_its_folder(tmp_path: Path) -> None:
         ([], {}, ValueError, "grid: got no points"),
         (3, {}, TypeError, "grid: got int, expected a dict of lists"),
         ({"seed": [0]}, {"at_once": 0}, ValueError, "at_once: got 0"),
-        ({"seed": [0]}, {"evaluate_on": {"a": []}}, ValueError, "evaluate_on: got the sets"),
+        ({"seed": [0]}, {"evaluate_on": {"a": []}}, ValueError, r"evaluate_on\['a'\]: got none, expected at least one"),
+        ({"seed": [0]}, {"evaluate_on": {"a": conflicts(2)}}, ValueError, "evaluate_on: got the sets"),
+        ({"seed": [0]}, {"evaluate_on": 3}, TypeError, "evaluate_on: got int, expected examples"),
+        ({"seed": [0]}, {"evaluate_on": [af.Example("A", " B C", " D")]}, ValueError, "row 0, correct: ' B C' is 2"),
+        ({"seed": [0]}, {"memory_bytes": -1}, ValueError, "memory_bytes: got -1, expected an integer"),
     ],
 )
 def test_bad_grids_are_refused_by_name(grid: Any, options: Any, error: type[Exception], message: str) -> None:

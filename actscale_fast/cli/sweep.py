@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .. import learning, plots
+from .. import defaults, learning, plots
 from ..interventions import ActivScalar
 from .loading import check_file, load_file, load_model, load_task, output_folder
 from .output import print_table, say
@@ -30,7 +30,14 @@ def sweep(options: argparse.Namespace) -> int:
             grid[name] = getattr(options, name)
     grid["seed"] = options.seeds
     if options.path is not None:
-        grid["minimality"] = learning.minimality_path(model, tokenizer, train, options.path, intervention=template)
+        grid["minimality"] = learning.minimality_path(
+            model,
+            tokenizer,
+            train,
+            options.path,
+            objective=learning.Objective(margin=max(options.margin or [defaults.MARGIN])),
+            intervention=template,
+        )
     result = learning.sweep(
         model,
         tokenizer,

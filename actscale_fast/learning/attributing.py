@@ -13,15 +13,14 @@ from torch import Tensor
 
 from ..interventions import ActivScalar, Location
 from ..models import patch
-from .constants import CACHE_BYTES
 from .encoding import EncodedExamples
-from .engine import Engine, Share
+from .engine import CACHE_BYTES, Engine, Share
 from .examples import Example
 from .fitting import checked_location, checked_objective, refuse_inference_mode
 from .knock_out import Removals
 from .modes import frozen
 from .objective import Objective
-from .settings import check_counts
+from .settings import check_bytes, check_counts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,8 +174,7 @@ def attribution(
         >>> result.heatmap("attribution.png")
     """
     check_counts(batch_size=batch_size)
-    if not isinstance(cache_bytes, int) or isinstance(cache_bytes, bool) or cache_bytes < 0:
-        raise ValueError(f"cache_bytes: got {cache_bytes!r}, expected an integer that is at least 0")
+    check_bytes(cache_bytes=cache_bytes)
     refuse_inference_mode("attribution")
     if intervention is None:
         scalars = ActivScalar.for_model(model, site=site, layers=layers, positions=positions)  # type: ignore[arg-type]

@@ -15,13 +15,12 @@ from ..interventions import Intervention, Location
 from ..models import layout, patch
 from . import checkpoint as checkpoints
 from . import parallel
-from .constants import CACHE_BYTES, SPILL_BYTES
 from .encoding import EncodedExamples
-from .engine import Engine, Share
+from .engine import CACHE_BYTES, SPILL_BYTES, Engine, Share
 from .examples import Example
 from .objective import Objective
 from .run import Run
-from .settings import FitSettings, Schedule, check_counts
+from .settings import FitSettings, Schedule, check_bytes, check_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +106,8 @@ def fit(
     Raises:
         TypeError, ValueError: bad arguments or examples, an intervention or a checkpoint of another model or fit, an
             intervention on generated tokens alone.
-        RuntimeError: under torch.inference_mode(), which gradients cannot be enabled in.
+        RuntimeError: under torch.inference_mode(), which gradients cannot be enabled in, or distributed=True with one
+            process only.
         FloatingPointError: a term became NaN or infinite; names the step and the term. The parameters are those of the
             step before.
 
@@ -118,6 +118,7 @@ def fit(
     objective = checked_objective(objective)
     settings = FitSettings(steps, lr, batch_size, seed, schedule, betas, tolerance, patience)
     check_counts(accumulate=accumulate, checkpoint_every=checkpoint_every)
+    check_bytes(cache_bytes=cache_bytes, spill_bytes=spill_bytes, memory_bytes=memory_bytes)
     refuse_inference_mode("fit")
     location = checked_location(intervention)
     data = EncodedExamples(examples, tokenizer, model, location.paths)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..interventions import ActivScalar
 from ..models import Patch, Section, fast_products, layout, patch, read_head
 from .encoding import Batch, EncodedExamples, forward_arguments
-from .planning import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, plan
+from .engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -32,8 +32,9 @@ def minimality_path(
 ) -> list[float]:
     """Weights λ_M from the one that keeps every scalar at 0 down, evenly spread on a logarithmic scale.
 
-    At α = 0 the objective's gradient is g; no scalar leaves 0 where λ_M ≥ max |g|. A lasso's path begins there too
-    (Friedman, Hastie and Tibshirani 2010, section 2.5).
+    At α = 0 the objective's gradient over all examples is g; a step of all of them leaves every scalar at 0 where λ_M ≥
+    max |g|, and one of a smaller batch may not. A lasso's path begins there too (Friedman, Hastie and Tibshirani 2010,
+    section 2.5).
 
     Args:
         model, tokenizer, examples: as `fit` takes them.
@@ -42,13 +43,20 @@ def minimality_path(
         objective: its other fields count; `Objective()` where None.
         intervention: what is to be fitted, default `ActivScalar.for_model(model)`; its values do not matter.
 
+    Returns:
+        n numbers, the largest first.
+
+    Raises:
+        TypeError, ValueError: bad arguments or examples, a gradient that is 0.
+        RuntimeError: under torch.inference_mode().
+
     Example:
         >>> path = af.minimality_path(model, tokenizer, train)
         >>> af.sweep(model, tokenizer, train, {"minimality": path}, warm_start=True)
     """
     check_counts(n=n)
     refuse_inference_mode("minimality_path")
-    if not 0 < smallest < 1:
+    if not isinstance(smallest, int | float) or not 0 < smallest < 1:
         raise ValueError(f"smallest: got {smallest!r}, expected a number between 0 and 1")
     objective = checked_objective(objective)
     given = ActivScalar.for_model(model) if intervention is None else intervention

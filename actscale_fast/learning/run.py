@@ -121,7 +121,10 @@ class Run:
     def read(self, *, wait: bool) -> None:
         """Move the figures that have arrived into the history; `wait` for all of them."""
         while self._owed and (wait or self._owed[0].ready is None or self._owed[0].ready.query()):
-            step = self._owed.popleft()
+            step = self._owed[0]
+            if self.history and self.history[-1]["step"] == step.number:  # interrupted right here before
+                self._owed.popleft()
+                continue
             if step.ready is not None:
                 step.ready.synchronize()
             *figures, finite = step.figures.tolist()
@@ -142,6 +145,7 @@ class Run:
                 }
             )
             self._l1 = record["minimality"]
+            self._owed.popleft()
 
     def resume(self, world: World = ALONE) -> bool:
         """Continue from the checkpoint where there is one; whether that was so.

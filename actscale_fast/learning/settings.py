@@ -73,5 +73,12 @@ def check_counts(**settings: int) -> None:
             raise ValueError(f"{name}: got {value!r}, expected a positive integer")
 
 
+def check_bytes(**budgets: int | None) -> None:
+    """ValueError that names the first budget which is no integer >= 0; None stands for the default."""
+    for name, value in budgets.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ValueError(f"{name}: got {value!r}, expected an integer that is at least 0")
+
+
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from .._files import atomic_path
 from ..interventions import Intervention, load_intervention
@@ -62,8 +62,10 @@ class SweepFit:
                 its training batch, in logits.
 
         Raises:
-            ValueError: flips of a fit that was not evaluated.
+            ValueError: an unknown score, or flips of a fit that was not evaluated.
         """
+        if by not in get_args(Score):
+            raise ValueError(f"by: got {by!r}, expected one of {', '.join(get_args(Score))}")
         if by == "effectiveness":
             return -self.history[-1]["effectiveness"]
         if self.evaluation is None:
@@ -140,7 +142,7 @@ def finished(root: Path, point: Point) -> SweepFit | None:
     """The result of a point that is in the folder already.
 
     Raises:
-        ValueError: its files are damaged.
+        ValueError: its files are damaged or missing.
     """
     folder = root / point.folder
     if not (folder / FIT).is_file():
@@ -148,9 +150,9 @@ def finished(root: Path, point: Point) -> SweepFit | None:
     try:
         json.loads((folder / FIT).read_text(encoding="utf-8"))
         history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+        loaded = load_intervention(folder).to(point.intervention.device)
     except (OSError, ValueError) as error:
         raise ValueError(f"folder: {folder} is damaged ({error}); delete it to fit this point again") from None
-    loaded = load_intervention(folder).to(point.intervention.device)
     return SweepFit.of(point, loaded, history)
 
 
@@ -183,7 +185,11 @@ def digest_of(examples: Sequence[Example]) -> str:
 
 
 def write_index(root: Path, result: SweepResult) -> None:
-    """`sweep.json`: all fits in a list, with their folders."""
+    """`sweep.json`: all fits in a list, with their folders; those that failed keep what they had come to."""
+    for fit in result.fits:
+        if fit.error is not None:
+            fit.intervention.save_pretrained(root / fit.folder)
+            _write_json(root / fit.folder / HISTORY, fit.history)
     _write_json(root / INDEX, [fit.to_dict() for fit in result.fits])
 
 

@@ -97,7 +97,9 @@ class Section:
             self.first, self.end, self.hidden, self.wanted, self.noted = 0, n_layers, None, (), {}
 
     def _note_head(self, hidden: Tensor) -> Tensor:
-        self.noted[_HEAD] = hidden if self.every_token else hidden[:, -1]
+        noted = hidden if self.every_token else hidden[:, -1]
+        weight = getattr(self.head, "weight", noted)  # of a sharded model it may lie elsewhere
+        self.noted[_HEAD] = noted if weight.is_meta else noted.to(weight.device)
         return hidden.new_zeros(hidden.shape[0], 1, 1)
 
 

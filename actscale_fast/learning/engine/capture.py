@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from ... import ops
 from .passes import Inputs, Passes
 
 #: Prompts are padded to a multiple of it, so that few widths occur.

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...interventions import Intervention
+from ..encoding import EncodedExamples
+
 #: Default budgets in bytes.
 CACHE_BYTES, SPILL_BYTES = 2 << 30, 8 << 30
 
@@ -35,6 +38,22 @@ class Extent:
     def whole(self) -> bool:
         """Whether everything runs and nothing is kept."""
         return self.first == 0 and self.n_prefix == 0
+
+
+def extent_of(intervention: Intervention, data: EncodedExamples) -> Extent:
+    """The part of the computation that the intervention can change on these examples."""
+    location = intervention.location
+    longest = max(map(len, data.prompts))
+    first = min(location.layers) + (location.site == "residual")
+    if location.positions is None:
+        return Extent(first, longest, longest)
+    return Extent(first, max(_reach(len(prompt), location.positions) for prompt in data.prompts), longest)
+
+
+def _reach(length: int, positions: Sequence[int]) -> int:
+    """Tokens from the first steered one to the last of a prompt; 1 where none is steered."""
+    from_end = [length - position if position >= 0 else -position for position in positions]
+    return max((tokens for tokens in from_end if 0 < tokens <= length), default=1)
 
 
 class RowStore:

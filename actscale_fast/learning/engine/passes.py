@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops
-from ..models import OutputHead, Patch, Prefix, Section
-from .encoding import Batch, forward_arguments
+from ... import ops
+from ...models import OutputHead, Patch, Prefix, Section
+from ..encoding import Batch, forward_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,211 @@
+"""The engine: opens a frozen model for the steps of one fit or of many, and takes their gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from ...interventions import Intervention
+from ...models import FAMILIES, Section, fast_products, layout, patch, read_head
+from ..encoding import EncodedExamples, accepted_arguments, forward_arguments
+from ..modes import frozen
+from ..objective import Objective
+from ..parallel import ALONE, World
+from .arrangement import Arrangement, Item, Share, Unit, may_pack, tokens
+from .capture import CapturedPasses, check_capturable
+from .constants import CACHE_BYTES, SPILL_BYTES, RowStore, extent_of
+from .frozen_side import FrozenSide
+from .inputs import Assembly
+from .memory import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
+from .passes import Passes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+#: Prompts that show whether a model takes several in a row.
+_PROBED = 3
+
+
+class Engine:
+    """Terms and gradients of an intervention on a frozen model; a context manager.
+
+    Args:
+        model: a causal language model, plain or compiled; frozen and in evaluation mode while the engine is open.
+        data: its examples, encoded.
+        intervention: a single one, or a stack for several fits at once.
+        objectives: those that the shares will have.
+        cache_bytes: of the model's device for what is constant.
+        spill_bytes: of CPU memory for what is over.
+        memory_bytes: for the activations of a pass; None: half of what is free when the engine opens. Passes have as
+            many tokens as fit; on a CPU no more than are faster together.
+        accumulate: passes that a step is split into, at least.
+        capture: run passes as CUDA graphs.
+        world: the processes that share each step's rows.
+
+    Raises:
+        ValueError: capture of a model that is not on one GPU.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        data: EncodedExamples,
+        intervention: Intervention,
+        objectives: Iterable[Objective],
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        spill_bytes: int = SPILL_BYTES,
+        memory_bytes: int | None = None,
+        accumulate: int = 1,
+        capture: bool = False,
+        world: World = ALONE,
+    ) -> None:
+        if capture:
+            check_capturable(model)
+        self.model, self.data, self.intervention, self.world, self.capture = model, data, intervention, world, capture
+        self.found = layout(model, intervention.location.paths)
+        self.extent = extent_of(intervention, data)
+        self.parameters = [value for value in intervention.parameters() if value.requires_grad]
+        self.objectives = list(objectives)
+        self.on_cpu = data.device.type == "cpu"
+        self.memory_bytes = memory_bytes
+        self.arrangement = Arrangement(data, self.extent, self.found.hidden_size, self.on_cpu, accumulate)
+        self.store = RowStore(len(data), cache_bytes, spill_bytes)
+        self.halved = False
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        plain = self.model is self.found.model
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(frozen(self.model))
+            self.head = read_head(self.found.model, forward_arguments(self.model, self.data.batch([0])))
+            if plain:  # a compiled model brings kernels of its own
+                stack.enter_context(fast_products(self.found.layers))
+            module = None if self.head is None else self.head.module
+            section = stack.enter_context(Section(self.found, module, self.model))
+            grouped = self.intervention.n_groups is not None
+            nobody = torch.zeros(0, dtype=torch.int64) if grouped else None
+            patched = stack.enter_context(patch(self.model, self.intervention, group=nobody))
+            side = FrozenSide(
+                self.model, self.found, self.data, self.extent, section, patched, self.head, self.store
+            )  # fmt: skip
+            self.assembly = Assembly(self.data, side, grouped, self.capture)
+            self.passes = Passes(self.model, section, patched, self.head, self.found.n_layers, self.parameters)
+            self.compute = CapturedPasses(self.passes).compute if self.capture else self.passes.compute
+            options = {(objective.exclude_answers, objective.kl) for objective in self.objectives}
+            output = side.prepare(sorted(options))
+            # Another patch may tell rows and positions apart; a compiled model would be compiled for every width.
+            if plain and patched.alone:
+                self.arrangement.packs = self._packing_agrees(side, output)
+            self._bound_passes()
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def gradients(self, shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
+        """The terms and gradients of E + λ_F·F.
+
+        Returns:
+            Effectiveness and faithfulness of each share (means over its prompts, sums over its directions) [shares, 2],
+            and the gradient of each parameter; nothing here waits for a GPU but the choice of rows.
+        """
+        items = self.world.part([Item(index, row) for index, share in enumerate(shares) for row in share.rows])
+        while True:
+            passes = self.arrangement.passes(items, shares)
+            try:
+                terms, gradients = self._sums(passes, shares)
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                divisible = any(len(part) > 1 or len(part[0].items) > 1 for part in passes)
+                if not out_of_memory(error) or self.halved or not divisible:
+                    raise
+            self.halved = True  # once
+            largest = self.arrangement.halve(passes, shares)
+            warnings.warn(
+                f"out of memory with {largest} tokens in a pass; going on with at most {self.arrangement.max_tokens}",
+                stacklevel=3,
+            )
+        self.world.sum_([terms, *gradients])
+        return terms, gradients
+
+    def _sums(self, passes: list[list[Unit]], shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
+        terms = torch.zeros(len(shares), 2, device=self.intervention.device)
+        gradients = [torch.zeros_like(value) for value in self.parameters]
+        quiet_below = self._quiet_below(shares)
+        for part in passes:
+            found = self.compute(self.assembly.inputs(part, shares, quiet_below))
+            for total, added in zip([terms, *gradients], found, strict=True):
+                total += added.to(total.device)
+        return terms, gradients
+
+    def _quiet_below(self, shares: Sequence[Share]) -> int:
+        """The layers below it give all directions the same; n_layers + 1: all of the model does.
+
+        It reads the parameters, which on a GPU would wait for the step before: there nothing is taken for quiet.
+        """
+        if not self.on_cpu or all(len(share.objective.directions) == 1 for share in shares):
+            return 0
+        location = self.intervention.location
+        groups = sorted({share.group for share in shares})
+        steered = torch.zeros(len(location.layers), dtype=torch.bool)
+        for value in self.intervention.parameters():  # also those that are not learned
+            values = value.detach()
+            values = values[None] if self.intervention.n_groups is None else values[groups]
+            steered |= values.flatten(2).ne(0).any(-1).any(0).cpu()
+        lowest = min((location.layers[index] for index in steered.nonzero().flatten().tolist()), default=None)
+        return self.found.n_layers + 1 if lowest is None else lowest + (location.site == "residual")
+
+    def _packing_agrees(self, side: FrozenSide, output: Tensor) -> bool:
+        """Whether prompts may be packed: every token is steered alike, and the frozen model says the same.
+
+        Not on a GPU: a mask of one's own costs the fast kernels of attention there (not measured).
+        """
+        if (
+            not self.on_cpu
+            or self.head is None
+            or self.found.model_type not in FAMILIES  # another one may not take such a mask
+            or self.arrangement.accumulate > 1
+            or self.intervention.location.positions is not None
+            or "position_ids" not in accepted_arguments(self.model)
+            or not may_pack(self.model.config.get_text_config(), self.extent.longest)
+        ):
+            return False
+        different = {tuple(prompt): row for row, prompt in enumerate(self.data.prompts)}
+        if len(different) < 2:
+            return False
+        shortest = sorted(different, key=len)[:_PROBED]
+        (unit,) = self.arrangement.packed([Item(0, different[prompt]) for prompt in shortest], sum(map(len, shortest)))
+        assert unit.tree is not None
+        columns = [path[-1] for path in unit.tree.paths]
+        expected = output[[item.row for item in unit.items]]
+        return side.says_the_same(self.assembly.packed_tokens([unit]), columns, expected)
+
+    def _bound_passes(self) -> None:
+        """Count what one prompt keeps for its backward, and bound the tokens of a pass by it."""
+        row = max(range(len(self.data)), key=lambda row: len(self.data.prompts[row]))
+        units, shares = [self.arrangement.single(Item(0, row))], [Share([row], self.objectives[0])]
+        with torch.enable_grad(), KeptBytes([self.found.model]) as kept:
+            self.passes.losses(self.assembly.inputs(units, shares, 0))
+        budget = self.memory_bytes
+        if budget is None:
+            budget = int(SHARE_OF_FREE * free_bytes(self.data.device))
+        fit = tokens_that_fit(kept.n_bytes, tokens(units, shares), budget)
+        fit = 1 << (fit.bit_length() - 1)  # a power of two: a little more or less free memory changes no pass
+        bound = self.arrangement.max_tokens
+        self.arrangement.max_tokens = fit if bound is None else min(fit, bound)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
