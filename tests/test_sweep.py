@@ -330,7 +330,7 @@ def test_a_path_begins_where_no_scalar_leaves_zero() -> None:
 
 def test_the_front_is_drawn_with_every_fit(tmp_path: Path) -> None:
     result = run_sweep({"minimality": [0.0, 0.05, 0.3], "seed": [0, 1]})
-    figure = af.plots.pareto(result, tmp_path / "front.png", title="A sweep")
+    figure = result.plot(tmp_path / "front.png", title="A sweep")
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
     axis = figure.axes[0]
     drawn = {tuple(point) for points in axis.collections for point in points.get_offsets().tolist()}

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from .._files import atomic_path
 from ..interventions import Intervention, load_intervention
@@ -20,6 +20,9 @@ from . import checkpoint as checkpoints
 from .evaluation import Evaluation
 from .examples import Example
 from .grid import Point
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FIT, HISTORY, EVALUATION, INDEX = "summary.json", "history.json", "evaluation.json", "sweep.json"
 
@@ -116,6 +119,12 @@ class SweepResult:
             if not front or fit.score(score) > front[-1].score(score):
                 front.append(fit)
         return front
+
+    def plot(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
+        """Draw the fits and the front; see `plots.pareto`."""
+        from .. import plots
+
+        return plots.pareto(self, path, **options)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """(columns, one row a fit) as text."""
