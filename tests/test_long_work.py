@@ -81,7 +81,8 @@ def test_the_processs_memory_does_not_grow_with_its_steps() -> None:
 SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}]
-import time, tiny, torch
+import signal, time, tiny, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 import actscale_fast as af
 from actscale_fast.learning.run import Run
 from test_fit import conflicts
@@ -111,6 +112,7 @@ def interrupted(path: Path, after: int, how: signal.Signals) -> int:
     """Start the fit in a process of its own and send it a signal once it has taken `after` steps; steps it printed."""
     command = [
         sys.executable,
+        "-P",  # the installed package with its kernels, not the checkout
         "-c",
         SCRIPT.format(tests=str(Path(__file__).parent), threads=torch.get_num_threads()),
         str(path),
