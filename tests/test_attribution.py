@@ -19,7 +19,7 @@ from torch import Tensor
 import actscale_fast as af
 from actscale_fast.learning import knock_out as passes
 from actscale_fast.learning.engine import Engine
-from actscale_fast.models import layout
+from actscale_fast.models import layout, opening
 
 NEAR = {"rtol": 1e-5, "atol": 1e-6}  # float64 inside, float32 in the result
 FLOAT32 = {"rtol": 1e-4, "atol": 2e-5}
@@ -253,7 +253,7 @@ def test_less_memory_gives_the_same(bounds: dict[str, int], monkeypatch: pytest.
 def test_a_head_that_is_not_known_leaves_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = model_zoo.tiny_model("gemma2", dtype=torch.float64), sentences(6, 6)
     expected = measured(model, words(), examples)
-    monkeypatch.setattr(passes, "read_head", lambda *_: None)
+    monkeypatch.setattr(opening, "read_head", lambda *_: None)
     found = measured(model, words(), examples)
     torch.testing.assert_close(found.scores, expected.scores, **NEAR)
     torch.testing.assert_close(found.knock_out, expected.knock_out, **NEAR)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from .. import learning
+from .._files import write_json
 from .loading import load_file, load_model, load_task, output_folder
-from .output import print_table, say, write_json
+from .output import print_table, say
 
 
 def attribution(options: argparse.Namespace) -> int:

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from .. import learning, models, plots
+from .._files import write_json
 from ..interventions import ActivScalar, load_intervention
-from .loading import check_file, check_folder, load_file, load_model, load_task, output_folder
-from .output import continuations, print_continuations, print_evaluation, say, write_json
+from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
+from .output import continuations, print_continuations, print_evaluation, say
 from .record import save_record, task_seed
 
 
@@ -22,9 +23,7 @@ def fit(options: argparse.Namespace) -> int:
         kl=options.kl,
         directions=(1,) if options.one_direction else (1, -1),
     )
-    if options.test_data is not None and options.task is not None:
-        raise ValueError("test-data: a task brings held-out examples of its own; give --data instead of --task")
-    train, test = load_file(options.data, "data"), load_file(options.test_data, "test-data")
+    train, test = load_files(options)
     check_file(options.checkpoint, "checkpoint")
     out = output_folder(options.out)
     model, tokenizer = load_model(options)

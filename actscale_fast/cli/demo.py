@@ -11,9 +11,10 @@ import time
 from dataclasses import asdict
 
 from .. import defaults, learning, plots
+from .._files import write_json
 from ..interventions import ActivScalar
 from .loading import load_model, output_folder
-from .output import continuations, print_continuations, print_evaluation, say, write_json
+from .output import continuations, print_continuations, print_evaluation, say
 from .record import save_record
 from .settings import DEMO
 

@@ -49,6 +49,17 @@ def load_file(name: str | None, option: str) -> list[Example]:
     return load_examples(name)
 
 
+def load_files(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    """The examples of `--data` and of `--test-data`, before any model is loaded.
+
+    Raises:
+        ValueError: held-out examples beside a task, which brings its own; or as `load_file` does.
+    """
+    if options.test_data is not None and options.task is not None:
+        raise ValueError("test-data: a task brings held-out examples of its own; give --data instead of --task")
+    return load_file(options.data, "data"), load_file(options.test_data, "test-data")
+
+
 def load_task(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[list[Example], list[Example]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from .._files import atomic_path
 from ..models import layout, patch
 
 if TYPE_CHECKING:
@@ -45,12 +42,6 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 def print_evaluation(title: str, evaluation: Evaluation) -> None:
     """Before and after, side by side."""
     print_table(f"{title} ({evaluation.n_examples} prompts)", ("", "before", "after"), evaluation.rows())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """JSON that a person can read, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def continuations(

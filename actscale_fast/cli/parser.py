@@ -39,15 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _demo(_command(commands, "demo", "[options]", "learn scalars on a small real model, and see that they work"))
-    _fit(
-        _command(
-            commands, "fit", "(--data FILE | --task TASK) --out FOLDER [options]", "learn an intervention from examples"
-        )
-    )
-    many = "(--data FILE | --task TASK) --out FOLDER [options]"
-    _sweep(_command(commands, "sweep", many, "fit many interventions at once, and compare them"))
-    heads = "(--data FILE | --task TASK) --out FOLDER [options]"
-    _attribution(_command(commands, "attribution", heads, "find what each head contributes to the answers"))
+    learned = "(--data FILE | --task TASK) --out FOLDER [options]"
+    _fit(_command(commands, "fit", learned, "learn an intervention from examples"))
+    _sweep(_command(commands, "sweep", learned, "fit many interventions at once, and compare them"))
+    _attribution(_command(commands, "attribution", learned, "find what each head contributes to the answers"))
     examples = "--intervention FOLDER (--data FILE | --task TASK) [options]"
     _evaluate(_command(commands, "evaluate", examples, "measure an intervention on examples, beside the frozen model"))
     prompt = "--intervention FOLDER --prompt TEXT [options]"
@@ -150,13 +145,9 @@ def _fit(command: argparse.ArgumentParser) -> None:
         help="let the KL count the two answers (default: the other tokens only)",
     )
     objective.add_argument("--one-direction", action="store_true", help="only towards the correct answer (β = +1)")
-    steps = command.add_argument_group("the steps")
-    steps.add_argument("--steps", type=positive_int, default=defaults.STEPS, metavar="N", help="default: %(default)s")
+    steps = _steps(command)
     steps.add_argument(
         "--lr", type=positive_float, default=defaults.LR, metavar="X", help="learning rate (default: %(default)s)"
-    )
-    steps.add_argument(
-        "--batch-size", type=positive_int, default=defaults.BATCH_SIZE, metavar="N", help="default: %(default)s"
     )
     steps.add_argument(
         "--schedule",
@@ -175,13 +166,6 @@ def _fit(command: argparse.ArgumentParser) -> None:
     steps.add_argument("--seed", type=int, default=defaults.SEED, metavar="N", help="default: %(default)s")
     steps.add_argument(
         "--checkpoint", metavar="FILE", help="kept up to date while fitting; resumed from where it exists"
-    )
-    steps.add_argument(
-        "--checkpoint-every",
-        type=positive_int,
-        default=defaults.CHECKPOINT_EVERY,
-        metavar="N",
-        help="steps between two (default: %(default)s)",
     )
 
 
@@ -217,13 +201,18 @@ def _sweep(command: argparse.ArgumentParser) -> None:
     grid.add_argument(
         "--warm-start", action="store_true", help="fits that differ in --minimality alone start where the larger ended"
     )
+    steps = _steps(command)
+    steps.add_argument(
+        "--tolerance", type=weight, metavar="X", help="stop a fit whose scalars move by no more than this"
+    )
+
+
+def _steps(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options of every loop of steps."""
     steps = command.add_argument_group("the steps")
     steps.add_argument("--steps", type=positive_int, default=defaults.STEPS, metavar="N", help="default: %(default)s")
     steps.add_argument(
         "--batch-size", type=positive_int, default=defaults.BATCH_SIZE, metavar="N", help="default: %(default)s"
-    )
-    steps.add_argument(
-        "--tolerance", type=weight, metavar="X", help="stop a fit whose scalars move by no more than this"
     )
     steps.add_argument(
         "--checkpoint-every",
@@ -232,6 +221,7 @@ def _sweep(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps between two (default: %(default)s)",
     )
+    return steps
 
 
 def _attribution(command: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import defaults
-from .output import write_json
+from .._files import write_json
 
 FILE = "fit.json"
 _KEPT = (

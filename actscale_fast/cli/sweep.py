@@ -7,17 +7,15 @@ from typing import Any
 
 from .. import defaults, learning, plots
 from ..interventions import ActivScalar
-from .loading import check_file, load_file, load_model, load_task, output_folder
+from .loading import check_file, load_files, load_model, load_task, output_folder
 from .output import print_table, say
 
 
 def sweep(options: argparse.Namespace) -> int:
     """Fit every combination of the lists, keep the fits in a folder, evaluate them, and draw the front."""
-    if options.test_data is not None and options.task is not None:
-        raise ValueError("test-data: a task brings held-out examples of its own; give --data instead of --task")
     if options.path is not None and options.minimality is not None:
         raise ValueError("path: it chooses the weights of the ℓ1 norm itself; give it without --minimality")
-    train, test = load_file(options.data, "data"), load_file(options.test_data, "test-data")
+    train, test = load_files(options)
     check_file(options.plot, "plot")
     out = output_folder(options.out)
     model, tokenizer = load_model(options)

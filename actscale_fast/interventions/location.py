@@ -58,6 +58,10 @@ class Location:
         """P: one for every token alike, or one a listed position, and one more for the generated tokens."""
         return 1 if self.positions is None else len(self.positions) + self.generated
 
+    def first_changed(self, layer: int) -> int:
+        """The lowest layer whose computation an edit at `layer` changes: the site residual is that layer's output."""
+        return layer + (self.site == "residual")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""
         return asdict(self)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..interventions import Intervention
-from ..models import Section, fast_products, layout, patch, read_head
+from ..models import layout, opened, patch
 from .encoding import Batch, EncodedExamples, forward_arguments
 from .examples import Example
 from .modes import frozen
@@ -117,10 +117,7 @@ def evaluate_all(
     rows: list[Tensor] = []  # [B, I, 5] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
-        head = read_head(found.model, forward_arguments(model, data.batch([0])))
-        if model is found.model:
-            stack.enter_context(fast_products(found.layers))
-        section = stack.enter_context(Section(found, None if head is None else head.module, model))
+        head, section = stack.enter_context(opened(found, model, forward_arguments(model, data.batch([0]))))
 
         def logits(batch: Batch) -> Tensor:
             output = section.run(forward_arguments(model, batch))[0]

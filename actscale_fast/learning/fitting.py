@@ -125,8 +125,10 @@ def fit(
     # Refuses another model's intervention before any work, and moves the parameters to this model's device.
     patch(model, intervention).remove()
     world = parallel.join(distributed)
-    identity = fit_identity(model, data, intervention, objective, range(len(data))) | {"accumulate": accumulate}
-    run = Run(intervention, objective, settings, range(len(data)), checkpoint=checkpoint, identity=identity)
+    every = range(len(data))
+    identity = fit_identity(intervention, objective) | examples_identity(data, every)
+    identity |= model_identity(model, location.paths) | {"accumulate": accumulate}
+    run = Run(intervention, objective, settings, every, checkpoint=checkpoint, identity=identity)
     begun = time.perf_counter()
     run.resume(world)
     if run.done():
@@ -152,22 +154,29 @@ def fit(
     return FitResult(intervention, run.history, time.perf_counter() - begun)
 
 
-def fit_identity(
-    model: PreTrainedModel, data: EncodedExamples, intervention: Intervention, objective: Objective, rows: Sequence[int]
-) -> dict[str, Any]:
-    """What makes a fit this fit and not another one, beside its settings: JSON."""
-    correct, wrong = data.correct.tolist(), data.wrong.tolist()
-    location = intervention.location
+def fit_identity(intervention: Intervention, objective: Objective) -> dict[str, Any]:
+    """What makes a fit this fit and not another one, beside its settings, examples and model: JSON."""
     return {
         "objective": asdict(objective) | {"directions": list(objective.directions)},
         "intervention": type(intervention).__name__,
-        "location": location.to_dict(),
+        "location": intervention.location.to_dict(),
+    }
+
+
+def examples_identity(data: EncodedExamples, rows: Sequence[int]) -> dict[str, Any]:
+    """What tells these examples, and the tokens that they are for a tokenizer, from others."""
+    correct, wrong = data.correct.tolist(), data.wrong.tolist()
+    return {
         "examples": checkpoints.digest([asdict(data.examples[row]) for row in rows]),
         "tokens": checkpoints.digest(
             [[data.prompts[row] for row in rows], [correct[row] for row in rows], [wrong[row] for row in rows]]
         ),
-        "model": checkpoints.weights_digest(layout(model, location.paths).projections),
     }
+
+
+def model_identity(model: PreTrainedModel, paths: dict[str, str]) -> dict[str, Any]:
+    """What tells this model from others of its shape."""
+    return {"model": checkpoints.weights_digest(layout(model, paths).projections)}
 
 
 def checked_objective(objective: Any) -> Objective:

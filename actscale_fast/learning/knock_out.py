@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..interventions import ActivScalar
-from ..models import Patch, Section, fast_products, layout, patch, read_head
+from ..models import Patch, layout, opened, patch
 from .encoding import Batch, EncodedExamples, forward_arguments
-from .engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, plan
+from .engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,18 +58,14 @@ class Removals:
         self.found = layout(model, self.location.paths)
         self.on_cpu = data.device.type == "cpu"
         self.max_tokens = PASS_TOKENS_CPU if self.on_cpu else _PASS_TOKENS_GPU
-        above = self.location.site == "residual"  # that site is the layer's output: the next layer is the first to run
-        self.starts = [layer + above for layer in self.location.layers]
+        self.starts = [self.location.first_changed(layer) for layer in self.location.layers]
         #: Slots of the prompt times heads; no example has generated tokens.
         self.n_groups = (self.location.n_slots - self.location.generated) * self.location.n_heads
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        with contextlib.ExitStack() as stack:
-            self.head = read_head(self.found.model, forward_arguments(self._model, self.data.batch([0])))
-            stack.enter_context(fast_products(self.found.layers))
-            self.section = stack.enter_context(Section(self.found, None if self.head is None else self.head.module))
-            self._open = stack.pop_all()
+        arguments = forward_arguments(self._model, self.data.batch([0]))
+        self.head, self.section = self._open.enter_context(opened(self.found, self._model, arguments))
         return self
 
     def __exit__(
@@ -125,7 +121,7 @@ class Removals:
             if knock_out:
                 kept = len({start for start in self.starts if start}) * longest * self._token_bytes()
                 most = min(most, self.cache_bytes // max(kept, 1))
-            size = -(-len(rows) // -(-len(rows) // max(most, 1)))
+            size = even_size(len(rows), most)
             pieces += [rows[first : first + size] for first in range(0, len(rows), size)]
         return pieces
 
@@ -149,8 +145,7 @@ class Removals:
     def _removed(self, index: int, rows: Sequence[int], batch: Batch, hidden: dict[int, Tensor]) -> Tensor:
         """z[c] − z[w] [B, n_groups] with one (slot, head) of the index-th chosen layer removed."""
         n_items = len(rows) * self.n_groups
-        size = max(self.max_tokens // batch.input_ids.shape[1], 1)
-        size = -(-n_items // -(-n_items // size))  # as few passes as the bound allows, of one size
+        size = even_size(n_items, self.max_tokens // batch.input_ids.shape[1])
         start = self.starts[index]
         differences = []
         with patch(self._model, self._one_hot(index), group=torch.zeros(0, dtype=torch.int64)) as patched:

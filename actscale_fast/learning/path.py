@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,7 +60,7 @@ def minimality_path(
     objective = checked_objective(objective)
     given = ActivScalar.for_model(model) if intervention is None else intervention
     location = checked_location(given)
-    start = type(given)(replace(location), device=given.device)  # at 0
+    start = type(given)(location, device=given.device)  # at 0
     data = EncodedExamples(examples, tokenizer, model, location.paths)
     with torch.enable_grad(), Engine(model, data, start, [objective]) as engine:
         _, gradients = engine.gradients([Share(range(len(data)), objective)])

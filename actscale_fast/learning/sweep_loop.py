@@ -53,7 +53,7 @@ class SweepLoop:
         together: dict[Any, list[Sequence[Point]]] = {}
         for chain in chains:
             together.setdefault(self._kind(chain[0].intervention), []).append(chain)
-        with _bar(total, sum(map(len, chains)), progress) as bar:
+        with _Bar(total, sum(map(len, chains)), progress) as bar:
             for same in together.values():
                 self._run_together(same, min(at_once, len(same)), bar)
         return self.fits
@@ -73,10 +73,7 @@ class SweepLoop:
             return
         all_points = [point for chain in chains for point in chain]
         stack = _union([point.intervention for point in all_points], n_slots)
-        engine = Engine(
-            self.model, self.data, stack, [point.objective for point in all_points],
-            **self.engine,
-        )  # fmt: skip
+        engine = Engine(self.model, self.data, stack, [point.objective for point in all_points], **self.engine)
         with torch.enable_grad(), engine:
             try:
                 while busy := [(number, slot) for number, slot in enumerate(slots) if slot.run is not None]:
@@ -91,21 +88,20 @@ class SweepLoop:
                             slot.run.save()
 
     def _step(self, engine: Engine, stack: Intervention, busy: list[tuple[int, _Slot]]) -> None:
-        shares = []
+        shares, places = [], []
         with torch.no_grad():
             for number, slot in busy:
                 assert slot.run is not None
-                place = _places(stack, slot.run.intervention)
+                places.append(_places(stack, slot.run.intervention))
                 for name, parameter in stack.named_parameters():
                     parameter[number].zero_()
-                    parameter[number, place] = slot.run.intervention.get_parameter(name).detach()
+                    parameter[number, places[-1]] = slot.run.intervention.get_parameter(name).detach()
                 shares.append(Share(slot.run.rows(), slot.run.objective, number))
         terms, gradients = engine.gradients(shares)
-        for share, (number, slot) in enumerate(busy):
+        for (number, slot), place, of_share in zip(busy, places, terms, strict=True):
             assert slot.run is not None
-            place = _places(stack, slot.run.intervention)
             try:
-                slot.run.update(terms[share], [gradient[number, place] for gradient in gradients])
+                slot.run.update(of_share, [gradient[number, place] for gradient in gradients])
             except FloatingPointError as error:
                 slot.error = str(error)
 
@@ -226,7 +222,3 @@ class _Bar:
     def fits_done(self) -> None:
         self.done += 1
         self.bar.set_postfix_str(f"{self.done}/{self.n_fits} fits", refresh=False)
-
-
-def _bar(total: int, n_fits: int, show: bool) -> _Bar:
-    return _Bar(total, n_fits, show)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from .._files import atomic_path
+from .._files import write_json
 from ..interventions import Intervention, load_intervention
 from . import checkpoint as checkpoints
 from .evaluation import Evaluation
@@ -169,14 +169,14 @@ def write_finished(root: Path, fit: SweepFit) -> None:
     """Keep a fit; `summary.json` comes last."""
     folder = root / fit.folder
     fit.intervention.save_pretrained(folder)
-    _write_json(folder / HISTORY, fit.history)
-    _write_json(folder / FIT, fit.to_dict())
+    write_json(folder / HISTORY, fit.history)
+    write_json(folder / FIT, fit.to_dict())
 
 
 def write_evaluation(root: Path, fit: SweepFit, test_digest: str) -> None:
     """Keep what a fit does to held-out examples, and which ones these were."""
     assert fit.evaluation is not None
-    _write_json(root / fit.folder / EVALUATION, {"examples": test_digest, "evaluation": fit.evaluation.to_dict()})
+    write_json(root / fit.folder / EVALUATION, {"examples": test_digest, "evaluation": fit.evaluation.to_dict()})
 
 
 def read_evaluation(root: Path, fit: SweepFit, test_digest: str) -> Evaluation | None:
@@ -198,8 +198,8 @@ def write_index(root: Path, result: SweepResult) -> None:
     for fit in result.fits:
         if fit.error is not None:
             fit.intervention.save_pretrained(root / fit.folder)
-            _write_json(root / fit.folder / HISTORY, fit.history)
-    _write_json(root / INDEX, [fit.to_dict() for fit in result.fits])
+            write_json(root / fit.folder / HISTORY, fit.history)
+    write_json(root / INDEX, [fit.to_dict() for fit in result.fits])
 
 
 def load_sweep(folder: str | os.PathLike[str]) -> SweepResult:
@@ -236,8 +236,3 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple | range):
         return [jsonable(item) for item in value]
     return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,7 +17,14 @@ from .encoding import EncodedExamples
 from .engine import CACHE_BYTES, SPILL_BYTES
 from .evaluation import evaluate_all
 from .examples import Example, check_examples
-from .fitting import checked_location, checked_objective, fit_identity, refuse_inference_mode
+from .fitting import (
+    checked_location,
+    checked_objective,
+    examples_identity,
+    fit_identity,
+    model_identity,
+    refuse_inference_mode,
+)
 from .grid import Grid, Point, chain_by_minimality, points
 from .objective import Objective
 from .settings import FitSettings, Schedule, check_bytes, check_counts
@@ -121,14 +128,15 @@ def sweep(
     ends = _ends(sets)
     root = None if folder is None else Path(folder)
     chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
+    of_model = model_identity(model, paths)
+    of_task = {task: examples_identity(data, range(*rows)) for task, rows in ends.items()}
     for point in (point for chain in chains for point in chain):
-        location = checked_location(point.intervention)
+        checked_location(point.intervention)
         if point.intervention.n_groups is not None:
             raise ValueError("grid: got a stack of interventions, expected single ones")
         patch(model, point.intervention).remove()  # refuses another model's before any work
-        rows = range(*ends[point.task])
-        point.identity = point.settings.to_dict() | fit_identity(model, data, point.intervention, point.objective, rows)
-        point.identity["location"] = location.to_dict()
+        point.identity = point.settings.to_dict() | fit_identity(point.intervention, point.objective)
+        point.identity |= of_task[point.task] | of_model
         point.identity["start"] = point.after.folder if point.after else _values(point.intervention)
 
     world = parallel.join(distributed)

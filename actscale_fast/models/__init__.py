@@ -4,6 +4,7 @@ from .adapter import ModelLayout, layout
 from .families import FAMILIES, Family
 from .head import OutputHead, read_head
 from .merge import merge, unmerge
+from .opening import opened
 from .patch import Patch, patch
 from .products import fast_products
 from .section import KeysValues, Prefix, Section, keys_and_values
@@ -21,6 +22,7 @@ __all__ = [
     "keys_and_values",
     "layout",
     "merge",
+    "opened",
     "patch",
     "read_head",
     "unmerge",

@@ -37,10 +37,10 @@ class ReferenceStatistics:
 
     def __getitem__(self, rows: Tensor | slice) -> ReferenceStatistics:
         """The statistics of some rows: a slice or an index tensor."""
-        return self._each(lambda tensor: tensor[rows])
+        return self.each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> ReferenceStatistics:
-        return self._each(lambda tensor: tensor.to(device))
+        return self.each(lambda tensor: tensor.to(device))
 
     @property
     def n_bytes(self) -> int:
@@ -48,7 +48,8 @@ class ReferenceStatistics:
         tensors = (self.mean, self.mean_bias, self.entropy, self.logits, self.correct, self.wrong)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> ReferenceStatistics:
+    def each(self, change: Callable[[Tensor], Tensor]) -> ReferenceStatistics:
+        """The statistics with every tensor changed, in the order of the fields."""
         mean, mean_bias, entropy, logits = (
             None if t is None else change(t) for t in (self.mean, self.mean_bias, self.entropy, self.logits)
         )

@@ -10,7 +10,7 @@ logits where the head allows it.
 from .arrangement import Item, Share, Unit, may_pack
 from .constants import CACHE_BYTES, SPILL_BYTES, Extent, extent_of
 from .engine import Engine
-from .planning import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, plan
+from .planning import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
 
 __all__ = [
     "CACHE_BYTES",
@@ -23,6 +23,7 @@ __all__ = [
     "Item",
     "Share",
     "Unit",
+    "even_size",
     "extent_of",
     "may_pack",
     "plan",

@@ -7,7 +7,8 @@ into the graph's own memory, its outputs are read from there. Not run on a GPU y
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,26 +74,26 @@ def check_capturable(model: nn.Module) -> None:
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
     """All tensors of a pass's inputs, in a fixed order."""
-    return [*inputs.tensors.values(), *(tensor for reference in inputs.references for tensor in _parts(reference))]
+    found = list(inputs.tensors.values())
+
+    def noted(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _each_reference(inputs, noted)
+    return found
 
 
 def with_tensors(inputs: Inputs, tensors: list[Tensor]) -> Inputs:
     """The inputs with other tensors in the order of `tensors_of`."""
     given = iter(tensors)
     named = {name: next(given) for name in inputs.tensors}
-    references: list[ops.ReferenceStatistics | Tensor] = []
-    for reference in inputs.references:
-        if isinstance(reference, Tensor):
-            references.append(next(given))
-        else:
-            names = [item.name for item in fields(reference) if isinstance(getattr(reference, item.name), Tensor)]
-            held: dict[str, Any] = {name: next(given) for name in names}
-            references.append(replace(reference, **held))
-    return replace(inputs, tensors=named, references=tuple(references))
+    return replace(inputs, tensors=named, references=_each_reference(inputs, lambda _: next(given)))
 
 
-def _parts(reference: ops.ReferenceStatistics | Tensor) -> list[Tensor]:
-    if isinstance(reference, Tensor):
-        return [reference]
-    values = (getattr(reference, item.name) for item in fields(reference))
-    return [value for value in values if isinstance(value, Tensor)]
+def _each_reference(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> tuple[ops.ReferenceStatistics | Tensor, ...]:
+    """The references with every tensor of theirs changed."""
+    return tuple(
+        change(reference) if isinstance(reference, Tensor) else reference.each(change)
+        for reference in inputs.references
+    )

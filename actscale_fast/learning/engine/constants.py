@@ -44,7 +44,7 @@ def extent_of(intervention: Intervention, data: EncodedExamples) -> Extent:
     """The part of the computation that the intervention can change on these examples."""
     location = intervention.location
     longest = max(map(len, data.prompts))
-    first = min(location.layers) + (location.site == "residual")
+    first = location.first_changed(min(location.layers))
     if location.positions is None:
         return Extent(first, longest, longest)
     return Extent(first, max(_reach(len(prompt), location.positions) for prompt in data.prompts), longest)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...interventions import Intervention
-from ...models import FAMILIES, Section, fast_products, layout, patch, read_head
+from ...models import FAMILIES, layout, opened, patch
 from ..encoding import EncodedExamples, accepted_arguments, forward_arguments
 from ..modes import frozen
 from ..objective import Objective
@@ -82,14 +82,10 @@ class Engine:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        plain = self.model is self.found.model
         with contextlib.ExitStack() as stack:
             stack.enter_context(frozen(self.model))
-            self.head = read_head(self.found.model, forward_arguments(self.model, self.data.batch([0])))
-            if plain:  # a compiled model brings kernels of its own
-                stack.enter_context(fast_products(self.found.layers))
-            module = None if self.head is None else self.head.module
-            section = stack.enter_context(Section(self.found, module, self.model))
+            arguments = forward_arguments(self.model, self.data.batch([0]))
+            self.head, section = stack.enter_context(opened(self.found, self.model, arguments))
             grouped = self.intervention.n_groups is not None
             nobody = torch.zeros(0, dtype=torch.int64) if grouped else None
             patched = stack.enter_context(patch(self.model, self.intervention, group=nobody))
@@ -102,7 +98,7 @@ class Engine:
             options = {(objective.exclude_answers, objective.kl) for objective in self.objectives}
             output = side.prepare(sorted(options))
             # Another patch may tell rows and positions apart; a compiled model would be compiled for every width.
-            if plain and patched.alone:
+            if self.model is self.found.model and patched.alone:
                 self.arrangement.packs = self._packing_agrees(side, output)
             self._bound_passes()
             self._open = stack.pop_all()
@@ -164,7 +160,7 @@ class Engine:
             values = values[None] if self.intervention.n_groups is None else values[groups]
             steered |= values.flatten(2).ne(0).any(-1).any(0).cpu()
         lowest = min((location.layers[index] for index in steered.nonzero().flatten().tolist()), default=None)
-        return self.found.n_layers + 1 if lowest is None else lowest + (location.site == "residual")
+        return self.found.n_layers + 1 if lowest is None else location.first_changed(lowest)
 
     def _packing_agrees(self, side: FrozenSide, output: Tensor) -> bool:
         """Whether prompts may be packed: every token is steered alike, and the frozen model says the same.

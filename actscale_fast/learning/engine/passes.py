@@ -58,11 +58,6 @@ class Inputs:
     tensors: dict[str, Tensor]
     references: tuple[ops.ReferenceStatistics | Tensor, ...]  # of each loss: statistics, or logits without a head
 
-    @property
-    def n_columns(self) -> int:
-        """T, columns of the prompts, padding included."""
-        return self.tensors["ids"].shape[1]
-
 
 class Passes:
     """The computation of passes on an open model.

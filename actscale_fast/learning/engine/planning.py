@@ -42,10 +42,8 @@ def plan(
     while k:
         start = best[k][1]
         items = order[ends[start - 1] if start else 0 : ends[k - 1]]
-        size = len(items)
-        if max_tokens is not None:
-            most = max(max_tokens // (weight * distinct[k - 1]), 1)
-            size = -(-size // -(-size // most))  # as few passes as the bound allows, of one size
+        most = len(items) if max_tokens is None else max_tokens // (weight * distinct[k - 1])
+        size = even_size(len(items), most)
         passes += [items[first : first + size] for first in range(0, len(items), size)]
         k = start
     passes.reverse()
@@ -55,3 +53,9 @@ def plan(
         items = passes[largest]
         passes[largest : largest + 1] = [items[: len(items) // 2], items[len(items) // 2 :]]
     return passes
+
+
+def even_size(count: int, most: int) -> int:
+    """The size of equal pieces of `count` things, as few as `most` in a piece allows (one, where it allows none)."""
+    n_pieces = -(-count // max(most, 1))
+    return -(-count // n_pieces)
