@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actscale_fast.learning.encoding import next_token_logits
-from actscale_fast.models import layout
+from actscale_fast.models import layout, next_token_logits
 
 from .steps import BETAS, LR, Results, Work
 

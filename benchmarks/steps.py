@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import actscale_fast as af
 from actscale_fast import ops
-from actscale_fast.learning.encoding import EncodedExamples, next_token_logits
+from actscale_fast.learning.encoding import EncodedExamples
 from actscale_fast.learning.engine import Engine, Share
 from actscale_fast.learning.run import Run
 from actscale_fast.learning.settings import FitSettings
+from actscale_fast.models import next_token_logits
 
 from .case import Variant, kernel_backends
 

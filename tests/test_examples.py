@@ -11,7 +11,8 @@ import tiny
 import torch
 
 import actscale_fast as af
-from actscale_fast.learning.encoding import EncodedExamples, next_token_logits
+from actscale_fast.learning.encoding import EncodedExamples
+from actscale_fast.models import next_token_logits
 
 GOOD = af.Example("The capital of A is", " Paris", " Berlin")
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ..interventions import ActivScalar, Location
-from ..models import patch
+from ..models import frozen, patch
 from .encoding import EncodedExamples
 from .engine import CACHE_BYTES, Engine, Share
 from .examples import Example
 from .fitting import checked_location, checked_objective, refuse_inference_mode
 from .knock_out import Removals
-from .modes import frozen
 from .objective import Objective
 from .settings import check_bytes, check_counts
 

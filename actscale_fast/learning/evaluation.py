@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .. import ops
 from ..interventions import Intervention
-from ..models import layout, opened, patch
-from .encoding import Batch, EncodedExamples, forward_arguments
+from ..models import Batch, forward_arguments, frozen, layout, opened, patch
+from .encoding import EncodedExamples
 from .examples import Example
-from .modes import frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

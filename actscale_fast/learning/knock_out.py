@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..interventions import ActivScalar
-from ..models import Patch, layout, opened, patch
-from .encoding import Batch, EncodedExamples, forward_arguments
+from ..models import Batch, Patch, forward_arguments, layout, opened, patch
+from .encoding import EncodedExamples
 from .engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
 
 if TYPE_CHECKING:

@@ -1,9 +1,19 @@
 """Where interventions act: the sites of Hugging Face models, patching and merging."""
 
 from .adapter import ModelLayout, layout
+from .calling import (
+    Batch,
+    accepted_arguments,
+    forward_arguments,
+    left_padded,
+    next_token_logits,
+    open_ids,
+    pad_id_of,
+)
 from .families import FAMILIES, Family
 from .head import OutputHead, read_head
 from .merge import merge, unmerge
+from .modes import frozen
 from .opening import opened
 from .patch import Patch, patch
 from .products import fast_products
@@ -11,6 +21,7 @@ from .section import KeysValues, Prefix, Section, keys_and_values
 
 __all__ = [
     "FAMILIES",
+    "Batch",
     "Family",
     "KeysValues",
     "ModelLayout",
@@ -18,11 +29,18 @@ __all__ = [
     "Patch",
     "Prefix",
     "Section",
+    "accepted_arguments",
     "fast_products",
+    "forward_arguments",
+    "frozen",
     "keys_and_values",
     "layout",
+    "left_padded",
     "merge",
+    "next_token_logits",
+    "open_ids",
     "opened",
+    "pad_id_of",
     "patch",
     "read_head",
     "unmerge",

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ...interventions import Intervention
-from ...models import FAMILIES, layout, opened, patch
-from ..encoding import EncodedExamples, accepted_arguments, forward_arguments
-from ..modes import frozen
+from ...models import FAMILIES, accepted_arguments, forward_arguments, frozen, layout, opened, patch
+from ..encoding import EncodedExamples
 from ..objective import Objective
 from ..parallel import ALONE, World
 from .arrangement import Arrangement, Item, Share, Unit, may_pack, tokens

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...models import ModelLayout, OutputHead, Patch, Section, keys_and_values
-from ..encoding import EncodedExamples, forward_arguments
+from ...models import ModelLayout, OutputHead, Patch, Section, forward_arguments, keys_and_values
+from ..encoding import EncodedExamples
 from .constants import Extent, RowStore, right_aligned
 from .packing import additive
 

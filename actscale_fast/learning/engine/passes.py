@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import ops
-from ...models import OutputHead, Patch, Prefix, Section
-from ..encoding import Batch, forward_arguments
+from ...models import Batch, OutputHead, Patch, Prefix, Section, forward_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,100 @@
+"""Calling a model on prompts: token ids that a text opens with, left-padded batches, the last token's logits alone."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .adapter import unwrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Left-padded prompts: the last column is every prompt's last token."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64
+    padded: bool  # whether any row is shorter than T
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def repeat(self, times: int) -> Batch:
+        """The rows `times` over: [B, T] becomes [times·B, T]."""
+        return Batch(self.input_ids.repeat(times, 1), self.attention_mask.repeat(times, 1), self.padded)
+
+    def take(self, rows: Tensor) -> Batch:
+        """The rows of an index tensor, int64 [R]."""
+        return Batch(self.input_ids[rows], self.attention_mask[rows], self.padded)
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, length: int | None = None
+) -> Batch:
+    """Prompts as one batch, `length` columns wide or as wide as the longest of them."""
+    length = max(map(len, prompts)) if length is None else length
+    ids = [[pad_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    padded = any(len(prompt) < length for prompt in prompts)
+    return Batch(torch.tensor(ids, device=device), torch.tensor(mask, device=device), padded)
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that padding gets; it is masked out, so that any serves where the tokenizer has none."""
+    found = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return int(found)
+
+
+def open_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The text's token ids with the special tokens that open it, without those that close it: the text goes on."""
+    ids = list(tokenizer(text)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for end in range(len(ids), len(plain) - 1, -1):
+        if ids[end - len(plain) : end] == plain:
+            return ids[:end]
+    return ids  # a tokenizer that splits a text without its special tokens in another way
+
+
+def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = None) -> dict[str, Any]:
+    """What the model is called with, for the last token's logits alone where it allows that.
+
+    Args:
+        model: plain or wrapped.
+        batch: the prompts, whole.
+        width: the last columns that run; those before stand in a cache. None: all columns.
+    """
+    accepted = accepted_arguments(model)
+    ids = batch.input_ids if width is None else batch.input_ids[:, -width:]
+    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if batch.padded:  # without padding the model's own causal path is exact, and faster without a mask
+        arguments["attention_mask"] = batch.attention_mask
+        if "position_ids" in accepted:
+            positions = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
+            arguments["position_ids"] = positions if width is None else positions[:, -width:]
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = 1
+    return arguments
+
+
+def accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """The names of the arguments of a model's forward pass; wrappers hand theirs on."""
+    return _accepted(type(unwrap(model)))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _accepted(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)
+
+
+def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The logits [B, V] that follow each prompt; no other position goes through the head where the model allows it."""
+    return model(**forward_arguments(model, batch)).logits[:, -1]
