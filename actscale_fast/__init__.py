@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops, plots
     from .demo_model import load_demo_model
-    from .interventions import ActivScalar, Intervention, SteerVec, load_intervention
+    from .interventions import (
+        ActivScalar,
+        Composite,
+        DynScalar,
+        Intervention,
+        Projection,
+        SteerVec,
+        load_intervention,
+        stack,
+    )
     from .learning import (
         Attribution,
         Evaluation,
@@ -44,7 +53,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "ops": ("get_backend", "set_backend", "use_backend"),
     "demo_model": ("load_demo_model",),
-    "interventions": ("ActivScalar", "Intervention", "SteerVec", "load_intervention"),
+    "interventions": (
+        "ActivScalar", "Composite", "DynScalar", "Intervention", "Projection", "SteerVec", "load_intervention", "stack",
+    ),
     "learning": (
         "Attribution", "Evaluation", "Example", "FitResult", "Objective", "SweepFit", "SweepResult", "attribution",
         "evaluate", "fit", "load_examples", "load_sweep", "minimality_path", "save_examples",
@@ -57,11 +68,14 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "ActivScalar",
     "Attribution",
+    "Composite",
+    "DynScalar",
     "Evaluation",
     "Example",
     "FitResult",
     "Intervention",
     "Objective",
+    "Projection",
     "SteerVec",
     "SweepFit",
     "SweepResult",
@@ -80,6 +94,7 @@ __all__ = [
     "plots",
     "save_examples",
     "set_backend",
+    "stack",
     "sweep",
     "tasks",
     "unmerge",

@@ -220,14 +220,14 @@ def test_a_save_that_fails_leaves_the_older_files(tmp_path: Path, monkeypatch: p
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_stacks_need_one_class_and_one_location() -> None:
+def test_stacks_need_one_class_and_one_site() -> None:
     model = tiny_model("llama")
-    one, other = ActivScalar.for_model(model), ActivScalar.for_model(model, layers=[0])
+    one, other = ActivScalar.for_model(model), ActivScalar.for_model(model, site="mlp_out")
     assert tuple(ActivScalar.stack([one, one, one]).alpha.shape) == (3, 2, 1, 4)
-    with pytest.raises(ValueError, match="layers, positions or models differ"):
+    with pytest.raises(ValueError, match="sites 'head' and 'mlp_out'"):
         ActivScalar.stack([one, other])
     for wrong in ([], [one, SteerVec.for_model(model)], [ActivScalar.stack([one])]):
-        with pytest.raises(ValueError, match="expected at least one unstacked ActivScalar"):
+        with pytest.raises(ValueError, match="expected (unstacked ones of one class|ActivScalar alone)"):
             ActivScalar.stack(wrong)
 
 

@@ -65,7 +65,7 @@ def continuations(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError(f"prompt: got {prompt!r}, which has no tokens")
-    context = layout(model, intervention.location.paths).max_context
+    context = layout(model, intervention.paths).max_context
     if context is not None and length + max_new_tokens > context:
         raise ValueError(f"prompt: {length} tokens and {max_new_tokens} new ones, but the model's context is {context}")
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -1,20 +1,29 @@
-"""What is done to an activation: small modules whose parameters are learned."""
+"""What is done to an activation: small modules whose parameters are learned or taken from other activations."""
 
 from .base import Intervention, load_intervention
+from .composite import Composite, stack
+from .dynamic import DynScalar, Produced, produced_l1
 from .location import SITES, Location, ModelFingerprint
 from .positions import Placement, Prompt, slot_index
+from .projection import Projection
 from .scalar import ActivScalar
 from .vector import SteerVec
 
 __all__ = [
     "SITES",
     "ActivScalar",
+    "Composite",
+    "DynScalar",
     "Intervention",
     "Location",
     "ModelFingerprint",
     "Placement",
+    "Produced",
+    "Projection",
     "Prompt",
     "SteerVec",
     "load_intervention",
+    "produced_l1",
     "slot_index",
+    "stack",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ class Intervention(nn.Module):
     """
 
     classes: ClassVar[dict[str, type[Intervention]]] = {}
+    #: Whether parameters β·p under strength 1 do what parameters p do under strength β.
+    homogeneous: ClassVar[bool] = True
+    #: Whether an edit needs the activations of a second prompt for each row.
+    needs_source: ClassVar[bool] = False
     _wanted: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -97,9 +101,14 @@ class Intervention(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def n_parameter_slots(cls, location: Location) -> int:
+        """P of the parameters: the location's, or 1 where its positions share them."""
+        return location.n_slots
+
+    @classmethod
     def parameter_shapes(cls, location: Location, n_groups: int | None = None) -> dict[str, tuple[int, ...]]:
         """The full shape of each parameter: [L, P, ...], or [G, L, P, ...] where interventions are stacked."""
-        lead = (() if n_groups is None else (n_groups,)) + (len(location.layers), location.n_slots)
+        lead = (() if n_groups is None else (n_groups,)) + (len(location.layers), cls.n_parameter_slots(location))
         return {name: lead + tail for name, tail in cls.parameter_tails(location).items()}
 
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
@@ -123,21 +132,39 @@ class Intervention(nn.Module):
 
     @classmethod
     def stack(cls, interventions: Iterable[Intervention]) -> Self:
-        """Several interventions at one location as one, [G, L, P, ...]; `patch(..., group=)` chooses among them by row.
+        """Several interventions of this class as one, [G, L, P, ...]; see `interventions.stack`."""
+        from .composite import stack
 
-        Raises:
-            ValueError: none given, different locations, or one that is a stack already.
-        """
         parts = list(interventions)
-        if not parts or any(type(part) is not cls or part.n_groups is not None for part in parts):
-            raise ValueError(f"interventions: expected at least one unstacked {cls.__name__}, got {len(parts)} modules")
-        if any(part.location != parts[0].location for part in parts):
-            raise ValueError("interventions: their sites, layers, positions or models differ, expected one location")
-        stacked = cls(parts[0].location, n_groups=len(parts), device=parts[0].device)
-        with torch.no_grad():
-            for name, parameter in stacked.named_parameters():
-                parameter.copy_(torch.stack([part.get_parameter(name).to(parameter.device) for part in parts]))
-        return stacked
+        if any(type(part) is not cls for part in parts):
+            names = ", ".join(sorted({type(part).__name__ for part in parts}))
+            raise ValueError(f"interventions: got {names}, expected {cls.__name__} alone")
+        return cast(Self, stack(parts))
+
+    def __add__(self, other: Intervention) -> Intervention:
+        """Both, this one first; steering vectors at one site and its positions become one vector."""
+        from .composite import added
+
+        return added(self, other)
+
+    def __mul__(self, factor: float) -> Intervention:
+        """The same under β·factor."""
+        from .composite import scaled
+
+        return scaled(self, factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Intervention:
+        return self * -1.0
+
+    def __sub__(self, other: Intervention) -> Intervention:
+        return self + -1.0 * other
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Module paths of a model of an unlisted family."""
+        return self.location.paths
 
     @property
     def wanted_positions(self) -> Tensor:
@@ -179,6 +206,37 @@ class Intervention(nn.Module):
         """
         saving.save(self, Path(folder))
 
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What `save_pretrained` writes."""
+        return dict(self.named_parameters())
+
+    @classmethod
+    def saved_shapes(cls, location: Location, n_groups: int | None = None) -> dict[str, tuple[int, ...]]:
+        """The shapes of `saved_tensors`."""
+        return cls.parameter_shapes(location, n_groups)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `saved_tensors` gave."""
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                self.get_parameter(name).copy_(tensor)
+
+    @classmethod
+    def read(cls, folder: Path, description: dict[str, Any]) -> Self:
+        """The intervention in a folder whose `intervention.json` says that it is of this class."""
+        location, n_groups, tensors = saving.load(folder, description)
+        shapes = cls.saved_shapes(location, n_groups)
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if found != shapes:
+            raise ValueError(f"{folder}: holds tensors {found}, expected {shapes}")
+        intervention = cls(location, n_groups=n_groups)
+        intervention.restore(tensors)
+        try:
+            intervention.check_finite()
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        return intervention
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read what `save_pretrained` wrote; see `load_intervention` for the errors."""
@@ -201,23 +259,11 @@ def load_intervention(folder: str | Path) -> Intervention:
     """Read an intervention of any class from the folder that `save_pretrained` wrote, onto the CPU.
 
     Raises:
-        FileNotFoundError: the folder or one of its two files is missing.
+        FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is damaged, of an unknown class or format, of a wrong shape, or holds non-finite values.
     """
-    name, location, n_groups, tensors = saving.load(Path(folder))
+    description = saving.read_description(Path(folder))
+    name = description["class"]
     if name not in Intervention.classes:
         raise ValueError(f"{folder}: unknown class {name!r}, expected one of {', '.join(sorted(Intervention.classes))}")
-    cls = Intervention.classes[name]
-    shapes = cls.parameter_shapes(location, n_groups)
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if found != shapes:
-        raise ValueError(f"{folder}: holds tensors {found}, expected {shapes}")
-    intervention = cls(location, n_groups=n_groups)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            intervention.get_parameter(key).copy_(tensor)
-    try:
-        intervention.check_finite()
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    return intervention
+    return Intervention.classes[name].read(Path(folder), description)

@@ -45,6 +45,10 @@ class Placement:
             return values[:, self.slot : self.slot + 1]
         return values
 
+    def steered(self, n_slots: int) -> Tensor | None:
+        """Which tokens have a slot, bool [R, T]; None: all of them."""
+        return None if self.index is None else self.index % (n_slots + 1) < n_slots
+
     def to(self, device: torch.device) -> Placement:
         """The same placement on another device."""
         move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731

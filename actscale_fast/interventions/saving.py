@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -29,43 +29,69 @@ TENSORS, DESCRIPTION = "intervention.safetensors", "intervention.json"
 def save(intervention: Intervention, folder: Path) -> None:
     """Write both files; raises ValueError before anything is written where a parameter is not finite."""
     intervention.check_finite()
-    payload = save_tensors({name: p.detach().cpu().contiguous() for name, p in intervention.named_parameters()})
-    description = {
-        "format": FORMAT,
-        "class": type(intervention).__name__,
-        "n_groups": intervention.n_groups,
-        "location": intervention.location.to_dict(),
-        "sha256": hashlib.sha256(payload).hexdigest(),
-    }
+    payload = save_tensors({name: t.detach().cpu().contiguous() for name, t in intervention.saved_tensors().items()})
+    made_folder(folder)
+    with atomic_path(folder / TENSORS) as temporary:
+        temporary.write_bytes(payload)
+    write_description(
+        folder,
+        {
+            "class": type(intervention).__name__,
+            "n_groups": intervention.n_groups,
+            "location": intervention.location.to_dict(),
+            "sha256": hashlib.sha256(payload).hexdigest(),
+        },
+    )
+
+
+def made_folder(folder: Path) -> Path:
+    """The folder, made where it is not there."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder: {folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((TENSORS, payload), (DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())):
-        with atomic_path(folder / name) as temporary:
-            temporary.write_bytes(content)
+    return folder
 
 
-def load(folder: Path) -> tuple[str, Location, int | None, dict[str, Tensor]]:
-    """(class name, location, number of groups, tensors); see `base.load_intervention` for the errors."""
-    for name in (DESCRIPTION, TENSORS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: not found, expected a folder written by save_pretrained")
-    payload = (folder / TENSORS).read_bytes()
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Write `intervention.json`."""
+    with atomic_path(folder / DESCRIPTION) as temporary:
+        temporary.write_text(json.dumps({"format": FORMAT, **description}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `intervention.json` says; see `base.load_intervention` for the errors."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, expected a folder written by save_pretrained")
     try:
-        description = json.loads((folder / DESCRIPTION).read_bytes())
+        description = json.loads(path.read_bytes())
         if not isinstance(description, dict):
             raise ValueError(f"a JSON {type(description).__name__}, expected an object")
         if description.get("format") != FORMAT:
             raise ValueError(f"format {description.get('format')!r}, this version reads {FORMAT}")
+        if not isinstance(description.get("class"), str):
+            raise ValueError("no class")
+    except ValueError as error:  # JSON and Unicode errors are ValueErrors
+        raise ValueError(f"{path}: damaged or not an intervention ({error})") from None
+    return description
+
+
+def load(folder: Path, description: dict[str, Any]) -> tuple[Location, int | None, dict[str, Tensor]]:
+    """(location, number of groups, tensors); see `base.load_intervention` for the errors."""
+    path = folder / TENSORS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, expected a folder written by save_pretrained")
+    payload = path.read_bytes()
+    try:
         location, n_groups = Location.from_dict(description["location"]), description["n_groups"]
         if n_groups is not None and (type(n_groups) is not int or n_groups < 1):
             raise ValueError(f"n_groups: got {n_groups!r}, expected null or a positive integer")
-        name, checksum = description["class"], description["sha256"]
-    except (ValueError, KeyError, TypeError) as error:  # JSON and Unicode errors are ValueErrors
+        checksum = description["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / DESCRIPTION}: damaged or not an intervention ({error})") from None
     if hashlib.sha256(payload).hexdigest() != checksum:
-        raise ValueError(f"{folder / TENSORS}: damaged or truncated, its checksum is not the one in {DESCRIPTION}")
+        raise ValueError(f"{path}: damaged or truncated, its checksum is not the one in {DESCRIPTION}")
     try:
-        return name, location, n_groups, load_tensors(payload)
+        return location, n_groups, load_tensors(payload)
     except SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS}: not a safetensors file ({error})") from None
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None

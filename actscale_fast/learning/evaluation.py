@@ -110,7 +110,7 @@ def evaluate_all(
     for intervention in interventions:
         if not isinstance(intervention, Intervention):
             raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
-    paths = interventions[0].location.paths
+    paths = interventions[0].paths
     found = layout(model, paths)
     data = EncodedExamples(examples, tokenizer, model, paths)
     rows: list[Tensor] = []  # [B, I, 5] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import defaults
-from ..interventions import Intervention, Location
+from ..interventions import Composite, Intervention, Location
 from ..models import layout, patch
 from . import checkpoint as checkpoints
 from . import parallel
@@ -191,6 +191,10 @@ def checked_location(intervention: Any) -> Location:
     """Where the intervention acts, refused where no example reaches it."""
     if not isinstance(intervention, Intervention):
         raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
+    if isinstance(intervention, Composite):
+        raise TypeError("intervention: got a Composite, expected one of a single place; fit its parts one by one")
+    if intervention.needs_source:
+        raise TypeError(f"intervention: a {type(intervention).__name__} is learned by fit_interchange")
     if intervention.location.positions == ():
         raise ValueError(
             "intervention: it acts on generated tokens alone (positions=[], generated=True), and examples have none: "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..interventions import ActivScalar
-from ..models import Batch, Patch, forward_arguments, layout, opened, patch
+from ..models import Batch, Patch, forward_arguments, layout, opened
 from .encoding import EncodedExamples
 from .engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
 
@@ -135,7 +135,7 @@ class Removals:
     ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
         """Of the frozen model: z[c] − z[w] [B], the gradient of its sum, hidden states by the layer that they enter."""
         wanted = sorted({start for start in self.starts if start}) if knock_out else []
-        with torch.set_grad_enabled(gradient), patch(self._model, self.scalars) as patched:
+        with torch.set_grad_enabled(gradient), Patch(self._model, self.scalars) as patched:
             output, noted = self._pass(patched, batch, wanted=wanted)
             difference = self._difference(output, rows)
             added = torch.autograd.grad(difference.sum(), self.scalars.alpha)[0] if gradient else None
@@ -148,7 +148,7 @@ class Removals:
         size = even_size(n_items, self.max_tokens // batch.input_ids.shape[1])
         start = self.starts[index]
         differences = []
-        with patch(self._model, self._one_hot(index), group=torch.zeros(0, dtype=torch.int64)) as patched:
+        with Patch(self._model, self._one_hot(index), group=torch.zeros(0, dtype=torch.int64)) as patched:
             for items in torch.arange(n_items).split(size):
                 place, patched.group = items // self.n_groups, items % self.n_groups
                 part = batch.take(place.to(batch.input_ids.device))

@@ -1,6 +1,7 @@
 """Where interventions act: the sites of Hugging Face models, patching and merging."""
 
 from .adapter import ModelLayout, layout
+from .applying import Patches, patch
 from .calling import (
     Batch,
     accepted_arguments,
@@ -15,8 +16,10 @@ from .head import OutputHead, read_head
 from .merge import merge, unmerge
 from .modes import frozen
 from .opening import opened
-from .patch import Patch, patch
+from .patch import Patch
+from .perplexity import perplexity
 from .products import fast_products
+from .reading import Reader
 from .section import KeysValues, Prefix, Section, keys_and_values
 
 __all__ = [
@@ -27,7 +30,9 @@ __all__ = [
     "ModelLayout",
     "OutputHead",
     "Patch",
+    "Patches",
     "Prefix",
+    "Reader",
     "Section",
     "accepted_arguments",
     "fast_products",
@@ -42,6 +47,7 @@ __all__ = [
     "opened",
     "pad_id_of",
     "patch",
+    "perplexity",
     "read_head",
     "unmerge",
 ]

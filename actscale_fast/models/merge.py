@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interventions import ActivScalar, Intervention, SteerVec
+from ..interventions import ActivScalar, Composite, Intervention, SteerVec
 from .adapter import ModelLayout, layout, unwrap
 from .families import FAMILIES
 from .patch import one_strength
@@ -22,11 +22,12 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
 
     Exact up to one rounding of each changed weight to its dtype (about 3 significant digits in bfloat16, where `patch`
     rounds the activation instead). ActivScalar scales the projection's input columns (site head) or its output rows and
-    bias (attn_out, mlp_out); SteerVec adds to the bias. The originals are kept on the CPU for `unmerge`.
+    bias (attn_out, mlp_out); SteerVec adds to the bias; a Composite of such is merged part by part, with a rounding
+    each. The originals are kept on the CPU for `unmerge`.
 
     Args:
         model: the model that the intervention was made for.
-        intervention: an unstacked ActivScalar or SteerVec with positions=None.
+        intervention: an unstacked ActivScalar or SteerVec with positions=None, or a Composite of such.
         strength: β, one number.
 
     Raises:
@@ -39,6 +40,37 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
     if isinstance(strength, Tensor) and strength.dim() > 0:
         raise ValueError("strength: got one value per row, expected one number: the weights serve all rows")
     beta = one_strength(strength, "one number")
+    parts = intervention.pairs if isinstance(intervention, Composite) else [(1.0, intervention)]
+    for _, part in parts:
+        _check_mergeable(part)
+    found = layout(model, intervention.paths)
+    if _MERGED in found.model.__dict__:
+        raise ValueError("model: an intervention is merged already; unmerge it first")
+    names = {module: name for name, module in found.model.named_modules()}
+    updates: dict[str, tuple[nn.Parameter, Tensor]] = {}
+    for factor, part in parts:
+        part.location.model.require(found.fingerprint)
+        part.check_finite()
+        for index, layer in enumerate(part.location.layers):
+            module = _projection(found, part.location.site, layer)
+            name = names[module]
+            before = {key: updates[f"{name}.{key}"][1] for key in ("weight", "bias") if f"{name}.{key}" in updates}
+            for key, value in _updated(module, name, before, part, index, factor * beta).items():
+                updates[f"{name}.{key}"] = (getattr(module, key), value)
+    _refuse_shared(found.model, updates)
+    originals = {name: parameter.detach().to("cpu", copy=True) for name, (parameter, _) in updates.items()}
+    try:
+        with torch.no_grad():
+            for parameter, value in updates.values():
+                parameter.copy_(value)
+    except BaseException:
+        _restore(found.model, originals)
+        raise
+    found.model.__dict__[_MERGED] = originals
+
+
+def _check_mergeable(intervention: Intervention) -> None:
+    """Refuse what weights cannot express."""
     location = intervention.location
     if location.positions is not None:
         raise ValueError("intervention: it has positions, but weights act on every token; use patch")
@@ -50,27 +82,6 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
         )
     if not isinstance(intervention, ActivScalar | SteerVec):
         raise ValueError(f"intervention: {type(intervention).__name__} depends on the activation; use patch")
-    found = layout(model, location.paths)
-    if _MERGED in found.model.__dict__:
-        raise ValueError("model: an intervention is merged already; unmerge it first")
-    location.model.require(found.fingerprint)
-    intervention.check_finite()
-    names = {module: name for name, module in found.model.named_modules()}
-    updates: dict[str, tuple[nn.Parameter, Tensor]] = {}
-    for index, layer in enumerate(location.layers):
-        module = _projection(found, location.site, layer)
-        for part, value in _updated(module, names[module], intervention, index, beta).items():
-            updates[f"{names[module]}.{part}"] = (getattr(module, part), value)
-    _refuse_shared(found.model, updates)
-    originals = {name: parameter.detach().to("cpu", copy=True) for name, (parameter, _) in updates.items()}
-    try:
-        with torch.no_grad():
-            for parameter, value in updates.values():
-                parameter.copy_(value)
-    except BaseException:
-        _restore(found.model, originals)
-        raise
-    found.model.__dict__[_MERGED] = originals
 
 
 def unmerge(model: nn.Module) -> None:
@@ -123,11 +134,18 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _updated(
-    module: Any, name: str, intervention: ActivScalar | SteerVec, index: int, strength: float
+    module: Any, name: str, before: dict[str, Tensor], intervention: Intervention, index: int, strength: float
 ) -> dict[str, Tensor]:
-    """The new weight and bias of one projection, computed in float32 or wider and rounded once."""
-    weight: Tensor = module.weight.detach()
-    bias: Tensor | None = None if module.bias is None else module.bias.detach()
+    """The new weight and bias of one projection, computed in float32 or wider and rounded once.
+
+    Args:
+        module, name: the projection.
+        before: its weight and bias as earlier parts have changed them already.
+        intervention, index: an ActivScalar or SteerVec, and the layer's number in it.
+        strength: β.
+    """
+    weight: Tensor = before.get("weight", module.weight.detach())
+    bias: Tensor | None = None if module.bias is None else before.get("bias", module.bias.detach())
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     location = intervention.location
     if isinstance(intervention, SteerVec):
@@ -136,6 +154,7 @@ def _updated(
             raise ValueError(f"intervention: a steering vector adds to a bias, but {reason}; use patch")
         vector = intervention.vectors.detach()[index].reshape(-1).to(bias.device, wide)
         return {"bias": (bias.to(wide) + strength * vector).to(bias.dtype)}
+    assert isinstance(intervention, ActivScalar)
     scale = 1 + strength * intervention.alpha.detach()[index].reshape(-1).to(weight.device, wide)  # [H] or [1]
     inputs_first = _is_conv1d(module)  # Conv1D keeps [in, out], nn.Linear [out, in]
     if location.site == "head":

@@ -1,4 +1,4 @@
-"""Applying interventions to a model while it runs."""
+"""One intervention at work in a model: its edits, its strength, and the context of each forward pass."""
 
 from __future__ import annotations
 
@@ -19,40 +19,6 @@ from . import surgery
 from .adapter import execution_device, layout
 from .placement import per_row, place
 from .recompute import Carrier
-
-
-def patch(
-    model: nn.Module,
-    intervention: Intervention,
-    strength: float | Tensor = 1.0,
-    group: Tensor | None = None,
-) -> Patch:
-    """Apply an intervention to this model: until the `with` block ends, or until `.remove()`.
-
-    The model's weights, module names and state_dict stay as they are. Patches nest, in the order in which they were
-    applied. Compiled models see the patch, its removal, and every change of the parameters' values. Parameters are
-    moved to the model's device if they are elsewhere, and stay fp32 whatever the model's dtype. One forward pass at a
-    time, and under gradient checkpointing the backward pass inside the `with` block.
-
-    Args:
-        model: the model that the intervention was made for, or another of its type and shape.
-        intervention: its parameters get gradients; the model's weights may be frozen.
-        strength: β, a float, or one value per row of the batch [B]; 0 is the identity, −1 inverts. In generate() a
-            row's value serves all its beams or returned sequences. `Patch.strength` can be set anew at any time.
-        group: int64 [B], for a stacked intervention: which of its G parts each row uses.
-
-    Returns:
-        The handle: a context manager with `.remove()`, `.strength` and `.prompt()`.
-
-    Raises:
-        TypeError, ValueError: an intervention of another model, non-finite parameters, or a bad strength or group. The
-            model is then as it was.
-
-    Example:
-        >>> with patch(model, intervention, strength=-1.0):
-        ...     model.generate(**inputs)
-    """
-    return Patch(model, intervention, strength, group)
 
 
 class _Edit:
@@ -81,10 +47,14 @@ class _Edit:
 
 
 class Patch:
-    """An applied intervention; see `patch`."""
+    """An applied intervention; see `applying.patch`."""
 
     def __init__(
-        self, model: nn.Module, intervention: Intervention, strength: float | Tensor, group: Tensor | None
+        self,
+        model: nn.Module,
+        intervention: Intervention,
+        strength: float | Tensor = 1.0,
+        group: Tensor | None = None,
     ) -> None:
         if not isinstance(intervention, Intervention):
             raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")

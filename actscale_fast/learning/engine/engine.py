@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...interventions import Intervention
-from ...models import FAMILIES, accepted_arguments, forward_arguments, frozen, layout, opened, patch
+from ...models import FAMILIES, Patch, accepted_arguments, forward_arguments, frozen, layout, opened
 from ..encoding import EncodedExamples
 from ..objective import Objective
 from ..parallel import ALONE, World
@@ -87,7 +87,7 @@ class Engine:
             self.head, section = stack.enter_context(opened(self.found, self.model, arguments))
             grouped = self.intervention.n_groups is not None
             nobody = torch.zeros(0, dtype=torch.int64) if grouped else None
-            patched = stack.enter_context(patch(self.model, self.intervention, group=nobody))
+            patched = stack.enter_context(Patch(self.model, self.intervention, group=nobody))
             side = FrozenSide(
                 self.model, self.found, self.data, self.extent, section, patched, self.head, self.store
             )  # fmt: skip

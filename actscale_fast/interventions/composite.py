@@ -1,0 +1,222 @@
+"""Interventions together: one after the other, under a factor of the strength, or side by side in row groups."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import nn
+
+from . import saving
+from .base import Intervention, load_intervention
+from .location import Location
+from .vector import SteerVec
+
+
+class Composite(Intervention):
+    """Several interventions, each under a factor of its own, applied as nested patches are: the first one first.
+
+    Two scalings of one head multiply, (1 + β·α₁)(1 + β·α₂); vectors add. `a + b`, `a - b` and `0.5 * a` make one where
+    the sum or multiple is no intervention of the parts' own class. It is patched, evaluated and saved as any other;
+    `fit` learns its parts one by one.
+
+    Args:
+        parts: pairs of factor and intervention; all stacked alike, or none.
+
+    Raises:
+        TypeError, ValueError: no parts, one that is no intervention, a factor that is not finite, other models, or
+            stacks of different sizes.
+    """
+
+    parts: nn.ModuleList
+
+    def __init__(self, parts: Iterable[tuple[float, Intervention]]) -> None:
+        nn.Module.__init__(self)
+        flat: list[tuple[float, Intervention]] = []
+        for factor, part in parts:
+            _check_part(part)
+            _check_factor(factor)
+            inner = part.pairs if isinstance(part, Composite) else [(1.0, part)]
+            flat += [(factor * other, one) for other, one in inner]
+        if not flat:
+            raise ValueError("parts: got none, expected at least one intervention")
+        for _, part in flat[1:]:
+            flat[0][1].location.model.require(part.location.model)
+        sizes = {part.n_groups for _, part in flat}
+        if len(sizes) > 1:
+            raise ValueError(f"parts: got stacks of {sorted(map(str, sizes))}, expected one number of row groups")
+        self.factors = tuple(float(factor) for factor, _ in flat)
+        self.parts = nn.ModuleList(part for _, part in flat)
+        self.n_groups = sizes.pop()
+
+    @property
+    def pairs(self) -> list[tuple[float, Intervention]]:
+        """(factor, part) in the order in which they are applied."""
+        return list(zip(self.factors, self.parts, strict=True))  # type: ignore[arg-type]
+
+    @property
+    def location(self) -> NoReturn:  # type: ignore[override]
+        raise TypeError(f"intervention: a Composite of {len(self.parts)} has no single location; see its .parts")
+
+    @property
+    def paths(self) -> dict[str, str]:
+        return self.pairs[0][1].paths
+
+    @property
+    def device(self) -> torch.device:
+        return self.pairs[0][1].device
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write each part into a folder of its own, `part-0` first, and `intervention.json`, which comes last."""
+        self.check_finite()
+        folder = saving.made_folder(Path(folder))
+        names = [f"part-{index}" for index in range(len(self.parts))]
+        for name, (_, part) in zip(names, self.pairs, strict=True):
+            part.save_pretrained(folder / name)
+        listed = [{"folder": name, "factor": factor} for name, factor in zip(names, self.factors, strict=True)]
+        saving.write_description(folder, {"class": type(self).__name__, "parts": listed})
+        (folder / saving.TENSORS).unlink(missing_ok=True)  # of another intervention that this one replaces
+        for other in folder.glob("part-*"):
+            if other.name not in names:
+                shutil.rmtree(other)
+
+    @classmethod
+    def read(cls, folder: Path, description: dict[str, Any]) -> Self:
+        try:
+            listed = [(float(part["factor"]), str(part["folder"])) for part in description["parts"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / saving.DESCRIPTION}: damaged or not an intervention ({error})") from None
+        return cls((factor, load_intervention(folder / name)) for factor, name in listed)
+
+    def extra_repr(self) -> str:
+        return f"factors={list(self.factors)}"
+
+
+def added(first: Intervention, second: Intervention) -> Intervention:
+    """`first + second`: a SteerVec where both are one at the same place, else a Composite."""
+    _check_part(second)
+    vectors = type(first) is SteerVec and type(second) is SteerVec and first.n_groups is second.n_groups is None
+    if vectors and first.location.model == second.location.model:
+        try:
+            location = common_location([first.location, second.location])
+        except ValueError:
+            return Composite([(1.0, first), (1.0, second)])
+        total = SteerVec(location, device=first.device)
+        with torch.no_grad():
+            for part in (first, second):
+                _place(part, total, None)
+        return total
+    return Composite([(1.0, first), (1.0, second)])
+
+
+def scaled(intervention: Intervention, factor: float) -> Intervention:
+    """`factor * intervention`, of its own class where its parameters can say so."""
+    _check_factor(factor)
+    if isinstance(intervention, Composite) or not intervention.homogeneous:
+        return Composite([(factor, intervention)])
+    copy = type(intervention)(intervention.location, n_groups=intervention.n_groups, device=intervention.device)
+    with torch.no_grad():
+        for name, value in intervention.named_parameters():
+            copy.get_parameter(name).copy_(factor * value)
+    return copy
+
+
+def stack(interventions: Iterable[Intervention]) -> Intervention:
+    """Interventions of one class as one whose parts serve rows: `patch(..., group=)` says which row uses which.
+
+    They may differ in layers, and in positions that are all counted from the same end: where a part has no parameter of
+    its own it does nothing.
+
+    Args:
+        interventions: at one site of one model, none a stack.
+
+    Raises:
+        ValueError: none given, several classes, stacks among them, or places that cannot stand in one table.
+
+    Example:
+        >>> both = stack([love, hate])
+        >>> with patch(model, both, group=torch.tensor([0, 1])):  # row 0 gets the first, row 1 the second
+        ...     model.generate(**two_prompts)
+    """
+    parts = list(interventions)
+    for part in parts:
+        _check_part(part)
+    kinds = {type(part) for part in parts}
+    if len(kinds) != 1 or any(part.n_groups is not None for part in parts):
+        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise ValueError(f"interventions: got {names}, expected unstacked ones of one class")
+    cls = kinds.pop()
+    if cls is Composite or cls.needs_source:
+        raise ValueError(f"interventions: a {cls.__name__} cannot be stacked")
+    locations = [part.location for part in parts]
+    shared = cls.n_parameter_slots(locations[0]) != locations[0].n_slots
+    if shared and len({(location.positions, location.generated) for location in locations}) > 1:
+        raise ValueError("interventions: their positions differ, but this class shares its parameters between them")
+    stacked = cls(common_location(locations), n_groups=len(parts), device=parts[0].device)
+    with torch.no_grad():
+        for number, part in enumerate(parts):
+            _place(part, stacked, number)
+    return stacked
+
+
+def common_location(locations: Sequence[Location]) -> Location:
+    """The smallest place that holds all of these.
+
+    Raises:
+        ValueError: several sites or models, some with positions and some without, or positions counted from both ends
+            that are not the same: in a short prompt two of them could be one token.
+    """
+    first = locations[0]
+    if all(location == first for location in locations):
+        return first
+    for location in locations[1:]:
+        first.model.require(location.model)
+        if (location.site, location.paths) != (first.site, first.paths):
+            raise ValueError(f"interventions: got the sites {first.site!r} and {location.site!r}, expected one")
+    layers = first.layers
+    if any(location.layers != layers for location in locations):
+        layers = tuple(sorted({layer for location in locations for layer in location.layers}))
+    positions = first.positions
+    if any(location.positions != positions for location in locations):
+        if any(location.positions is None for location in locations):
+            raise ValueError("interventions: some steer every token and some listed positions, expected one of both")
+        every = sorted({position for location in locations for position in location.positions or ()})
+        if any(position < 0 for position in every) and any(position >= 0 for position in every):
+            raise ValueError("interventions: their positions differ and are counted from both ends of the prompt")
+        positions = tuple(every)
+    return replace(
+        first, layers=layers, positions=positions, generated=any(location.generated for location in locations)
+    )
+
+
+def _place(part: Intervention, whole: Intervention, group: int | None) -> None:
+    """Add the parameters of a part to those of a larger place, in one of its groups."""
+    there, here = whole.location, part.location
+    layers = [there.layers.index(layer) for layer in here.layers]
+    slots = [0]
+    if part.n_parameter_slots(here) == here.n_slots and here.positions is not None:
+        assert there.positions is not None
+        slots = [there.positions.index(position) for position in here.positions]
+        slots += [there.n_slots - 1] * here.generated
+    rows, columns = torch.tensor(layers)[:, None], torch.tensor(slots)[None]
+    for name, value in part.named_parameters():
+        target = whole.get_parameter(name).data
+        target = target if group is None else target[group]
+        target[rows, columns] += value.to(target.device)
+
+
+def _check_part(part: object) -> None:
+    if not isinstance(part, Intervention):
+        raise TypeError(f"interventions: got {type(part).__name__}, expected an Intervention")
+
+
+def _check_factor(factor: object) -> None:
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
+        raise TypeError(f"factor: got {type(factor).__name__}, expected a number")
+    if not math.isfinite(factor):
+        raise ValueError(f"factor: got {factor}, expected a finite number")

@@ -1,0 +1,104 @@
+"""patch(): an intervention, or several as one, applied to a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor, nn
+
+from ..interventions import Composite, Intervention
+from .patch import Patch
+
+
+def patch(
+    model: nn.Module, intervention: Intervention, strength: float | Tensor = 1.0, group: Tensor | None = None
+) -> Patch | Patches:
+    """Apply an intervention to this model: until the `with` block ends, or until `.remove()`.
+
+    The model's weights, module names and state_dict stay as they are. Patches nest, in the order in which they were
+    applied; a `Composite` is applied as its parts would be one by one. Compiled models see the patch, its removal, and
+    every change of the parameters' values. Parameters are moved to the model's device if they are elsewhere, and stay
+    fp32 whatever the model's dtype. One forward pass at a time, and under gradient checkpointing the backward pass
+    inside the `with` block.
+
+    Args:
+        model: the model that the intervention was made for, or another of its type and shape.
+        intervention: its parameters get gradients; the model's weights may be frozen.
+        strength: β, a float, or one value per row of the batch [B]; 0 is the identity, −1 inverts. In generate() a
+            row's value serves all its beams or returned sequences. `Patch.strength` can be set anew at any time.
+        group: int64 [B], for a stacked intervention: which of its G parts each row uses.
+
+    Returns:
+        The handle: a context manager with `.remove()`, `.strength` and `.prompt()`.
+
+    Raises:
+        TypeError, ValueError: an intervention of another model, non-finite parameters, or a bad strength or group. The
+            model is then as it was.
+
+    Example:
+        >>> with patch(model, intervention, strength=-1.0):
+        ...     model.generate(**inputs)
+    """
+    if isinstance(intervention, Composite):
+        return Patches(model, intervention, strength, group)
+    return Patch(model, intervention, strength, group)
+
+
+class Patches:
+    """The applied parts of a `Composite`, as one handle; see `patch`."""
+
+    def __init__(self, model: nn.Module, composite: Composite, strength: float | Tensor, group: Tensor | None) -> None:
+        self.intervention = composite
+        self._strength = strength
+        self.parts: list[Patch] = []
+        try:
+            for factor, part in composite.pairs:
+                self.parts.append(Patch(model, part, strength, group))
+                self.parts[-1].strength = factor * self.parts[-1].strength
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def strength(self) -> float | Tensor:
+        """β of the whole: a float, or one value per row [B]. Setting it takes effect with the next forward pass."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float | Tensor) -> None:
+        for part, factor in zip(self.parts, self.intervention.factors, strict=True):
+            part.strength = value
+            part.strength = factor * part.strength
+        self._strength = value
+
+    @property
+    def group(self) -> Tensor | None:
+        """Which part of stacked interventions each row uses, int64 [B]. Set it for the next forward pass."""
+        return self.parts[0].group
+
+    @group.setter
+    def group(self, value: Tensor | None) -> None:
+        for part in self.parts:
+            part.group = value
+
+    @contextlib.contextmanager
+    def prompt(self, length: int, mask: Tensor | None = None) -> Iterator[None]:
+        """Say how much of the sequence is prompt; see `Patch.prompt`."""
+        with self.parts[0].prompt(length, mask):
+            yield
+
+    def remove(self) -> None:
+        """Take all parts out of the model; nothing happens where they are out already."""
+        for part in reversed(self.parts):
+            part.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
