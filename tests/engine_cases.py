@@ -73,7 +73,7 @@ def engine(
     rows = range(len(data)) if rows is None else rows
     with Engine(model, data, intervention, [objective], **options) as opened:
         terms, gradients = opened.gradients([Share(list(rows), objective)])
-    return terms[0], gradients
+    return terms[0, :2], gradients
 
 
 def assert_equal_to_rounding(

@@ -110,12 +110,12 @@ IDS = torch.tensor([[5, 9, 12, 7, 30, 2], [8, 8, 41, 3, 19, 60], [4, 6, 10, 11, 
 SITES = ["head", "attn_out", "mlp_out", "residual"]
 
 
-def randomised(intervention: Intervention, seed: int = 1) -> Intervention:
+def randomised(intervention: Intervention, seed: int = 1, scale: float = 1.0) -> Intervention:
     """The intervention with normally distributed parameters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in intervention.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return intervention
 
 

@@ -28,6 +28,8 @@ class Intervention(nn.Module):
     classes: ClassVar[dict[str, type[Intervention]]] = {}
     #: Whether parameters β·p under strength 1 do what parameters p do under strength β.
     homogeneous: ClassVar[bool] = True
+    #: Whether all positions of a location use the same parameters, P = 1.
+    shares_positions: ClassVar[bool] = False
     #: Whether an edit needs the activations of a second prompt for each row.
     needs_source: ClassVar[bool] = False
     _wanted: Tensor
@@ -101,14 +103,10 @@ class Intervention(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def n_parameter_slots(cls, location: Location) -> int:
-        """P of the parameters: the location's, or 1 where its positions share them."""
-        return location.n_slots
-
-    @classmethod
     def parameter_shapes(cls, location: Location, n_groups: int | None = None) -> dict[str, tuple[int, ...]]:
         """The full shape of each parameter: [L, P, ...], or [G, L, P, ...] where interventions are stacked."""
-        lead = (() if n_groups is None else (n_groups,)) + (len(location.layers), cls.n_parameter_slots(location))
+        n_slots = 1 if cls.shares_positions else location.n_slots
+        lead = (() if n_groups is None else (n_groups,)) + (len(location.layers), n_slots)
         return {name: lead + tail for name, tail in cls.parameter_tails(location).items()}
 
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:

@@ -154,8 +154,7 @@ def stack(interventions: Iterable[Intervention]) -> Intervention:
     if cls is Composite or cls.needs_source:
         raise ValueError(f"interventions: a {cls.__name__} cannot be stacked")
     locations = [part.location for part in parts]
-    shared = cls.n_parameter_slots(locations[0]) != locations[0].n_slots
-    if shared and len({(location.positions, location.generated) for location in locations}) > 1:
+    if cls.shares_positions and len({(location.positions, location.generated) for location in locations}) > 1:
         raise ValueError("interventions: their positions differ, but this class shares its parameters between them")
     stacked = cls(common_location(locations), n_groups=len(parts), device=parts[0].device)
     with torch.no_grad():
@@ -199,7 +198,7 @@ def _place(part: Intervention, whole: Intervention, group: int | None) -> None:
     there, here = whole.location, part.location
     layers = [there.layers.index(layer) for layer in here.layers]
     slots = [0]
-    if part.n_parameter_slots(here) == here.n_slots and here.positions is not None:
+    if here.positions is not None and not part.shares_positions:
         assert there.positions is not None
         slots = [there.positions.index(position) for position in here.positions]
         slots += [there.n_slots - 1] * here.generated

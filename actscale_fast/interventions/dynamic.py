@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,9 @@ class DynScalar(Intervention):
     A list of positions says which tokens are scaled; they share the probe, generated ones included. Eq. 10 has no bias.
     """
 
+    shares_positions: ClassVar[bool] = True
     probes: nn.Parameter
     _produced: list[Produced] | None = None
-
-    @classmethod
-    def n_parameter_slots(cls, location: Location) -> int:
-        return 1
 
     @classmethod
     def parameter_tails(cls, location: Location) -> dict[str, tuple[int, ...]]:

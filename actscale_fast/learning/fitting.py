@@ -33,7 +33,8 @@ class FitResult:
     intervention: Intervention
     #: One record a step: step, loss, effectiveness, faithfulness, minimality, n_active, moved, lr. The two terms and
     #: the loss are those of the parameters that the step began with; minimality (‖α‖₁) and n_active those that it left,
-    #: so that the last record tells the fitted intervention's; moved is the largest change of a scalar.
+    #: so that the last record tells the fitted intervention's; moved is the largest change of a scalar. Under
+    #: sparsity="scalars" minimality is the norm of the produced scalars, of the step's beginning.
     history: list[dict[str, float]] = field(repr=False)
     #: Of this call; a resumed fit counts its own steps only.
     seconds: float

@@ -21,6 +21,10 @@ class Objective:
         margin: m of the hinge max(0, m − s·(z[c] − z[w])), in logits.
         faithfulness: λ_F, the weight of the KL divergence from the frozen model.
         minimality: λ_M, the weight of the ℓ1 norm; applied as a proximal step, so that zeros are exact.
+        sparsity: what the ℓ1 norm is of. "parameters": of what is learned. "scalars", for a DynScalar: of the scalars
+            that it produces, Σ over layers and heads of the mean |⟨u, h⟩| over the steered tokens, averaged over
+            prompts and directions; a subgradient, which makes scalars small but no probe exactly 0. The paper says
+            neither.
         exclude_answers: the KL is over V∖{c, w}, renormalised; False: over all of V.
         kl: "forward" KL(p₀ ‖ p_s) or "reverse" KL(p_s ‖ p₀).
         directions: the strengths' signs: (1, −1) flips to the correct and to the wrong answer, (1,) to the correct.
@@ -35,6 +39,7 @@ class Objective:
     exclude_answers: bool = True
     kl: Literal["forward", "reverse"] = "forward"
     directions: tuple[int, ...] = (1, -1)
+    sparsity: Literal["parameters", "scalars"] = "parameters"
 
     def __post_init__(self) -> None:
         for name in ("margin", "faithfulness", "minimality"):
@@ -43,6 +48,8 @@ class Objective:
                 raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
         if self.kl not in ("forward", "reverse"):
             raise ValueError(f"kl: got {self.kl!r}, expected 'forward' or 'reverse'")
+        if self.sparsity not in ("parameters", "scalars"):
+            raise ValueError(f"sparsity: got {self.sparsity!r}, expected 'parameters' or 'scalars'")
         directions = tuple(self.directions) if isinstance(self.directions, Iterable) else ()
         if directions not in ((1,), (-1,), (1, -1), (-1, 1)):
             raise ValueError(f"directions: got {self.directions!r}, expected (1, -1), (1,) or (-1,)")

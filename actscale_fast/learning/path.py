@@ -58,6 +58,8 @@ def minimality_path(
     if not isinstance(smallest, int | float) or not 0 < smallest < 1:
         raise ValueError(f"smallest: got {smallest!r}, expected a number between 0 and 1")
     objective = checked_objective(objective)
+    if objective.sparsity != "parameters":
+        raise ValueError("objective: sparsity='scalars' makes no parameter exactly 0, so that no path begins there")
     given = ActivScalar.for_model(model) if intervention is None else intervention
     location = checked_location(given)
     start = type(given)(location, device=given.device)  # at 0

@@ -91,7 +91,8 @@ class Run:
         """Take a step: Adam and the proximal step of the ℓ1 norm.
 
         Args:
-            terms: effectiveness and faithfulness [2] of the state that the step begins with.
+            terms: effectiveness, faithfulness and the ℓ1 norm of produced scalars [3] of the state that the step begins
+                with.
             gradients: of E + λ_F·F, one a parameter.
 
         Raises:
@@ -100,16 +101,18 @@ class Run:
         """
         lr = self.settings.rate(self.taken)
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        of_parameters = self.objective.sparsity == "parameters"
+        l1 = self.objective.minimality if of_parameters else 0.0
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         self._whole = False
         for value, gradient, moments, counter in zip(self.values, gradients, self.moments, self.counters, strict=True):
-            ops.proximal_adam_(
-                value.data, gradient, *moments, counter, lr=lr, l1=self.objective.minimality, betas=self.settings.betas
-            )
+            ops.proximal_adam_(value.data, gradient, *moments, counter, lr=lr, l1=l1, betas=self.settings.betas)
         values = torch.cat([value.detach().flatten() for value in self.values]).double()
         moved = values - torch.cat([before[name].flatten() for name in self.named])
+        effectiveness, faithfulness, produced = terms.to(values.device).double().unbind()
+        norm = values.abs().sum() if of_parameters else produced
         figures = torch.stack(
-            [*terms.to(values.device).double().unbind(), values.abs().sum(), values.count_nonzero().double(),
+            [effectiveness, faithfulness, norm, values.count_nonzero().double(),
              moved.abs().max(), finite.double()]
         )  # fmt: skip
         self._owed.append(_Step(self.taken, lr, *_to_host(figures), before))
@@ -133,10 +136,11 @@ class Run:
             terms = {name: record[name] for name in ("effectiveness", "faithfulness")}
             objective = self.objective
             loss = terms["effectiveness"] + objective.faithfulness * terms["faithfulness"]
+            l1 = self._l1 if objective.sparsity == "parameters" else record["minimality"]
             self.history.append(
                 {
                     "step": step.number,
-                    "loss": loss + objective.minimality * self._l1,
+                    "loss": loss + objective.minimality * l1,
                     **terms,
                     "minimality": record["minimality"],
                     "n_active": int(record["n_active"]),

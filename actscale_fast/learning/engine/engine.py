@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from ...interventions import Intervention
+from ...interventions import DynScalar, Intervention
 from ...models import FAMILIES, Patch, accepted_arguments, forward_arguments, frozen, layout, opened
 from ..encoding import EncodedExamples
 from ..objective import Objective
@@ -66,13 +66,19 @@ class Engine:
         capture: bool = False,
         world: World = ALONE,
     ) -> None:
+        self.objectives = list(objectives)
+        of_scalars = [objective.sparsity == "scalars" for objective in self.objectives]
+        if any(of_scalars) and not isinstance(intervention, DynScalar):
+            name = type(intervention).__name__
+            raise ValueError(f"objective: sparsity='scalars' is of a DynScalar, which produces them; got a {name}")
+        #: Whether rows have to stand for one prompt each, from the first layer on.
+        self.notes_rows = any(of_scalars)
         if capture:
             check_capturable(model)
         self.model, self.data, self.intervention, self.world, self.capture = model, data, intervention, world, capture
         self.found = layout(model, intervention.location.paths)
         self.extent = extent_of(intervention, data)
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
-        self.objectives = list(objectives)
         self.on_cpu = data.device.type == "cpu"
         self.memory_bytes = memory_bytes
         self.arrangement = Arrangement(data, self.extent, self.found.hidden_size, self.on_cpu, accumulate)
@@ -112,8 +118,9 @@ class Engine:
         """The terms and gradients of E + λ_F·F.
 
         Returns:
-            Effectiveness and faithfulness of each share (means over its prompts, sums over its directions) [shares, 2],
-            and the gradient of each parameter; nothing here waits for a GPU but the choice of rows.
+            Effectiveness, faithfulness (means over a share's prompts, sums over its directions) and the ℓ1 norm of the
+            produced scalars where it is penalised (a mean over both, else 0), [shares, 3]; and the gradient of each
+            parameter. Nothing here waits for a GPU but the choice of rows.
         """
         items = self.world.part([Item(index, row) for index, share in enumerate(shares) for row in share.rows])
         while True:
@@ -135,13 +142,15 @@ class Engine:
         return terms, gradients
 
     def _sums(self, passes: list[list[Unit]], shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
-        terms = torch.zeros(len(shares), 2, device=self.intervention.device)
+        terms = torch.zeros(len(shares), 3, device=self.intervention.device)
         gradients = [torch.zeros_like(value) for value in self.parameters]
         quiet_below = self._quiet_below(shares)
         for part in passes:
             found = self.compute(self.assembly.inputs(part, shares, quiet_below))
             for total, added in zip([terms, *gradients], found, strict=True):
                 total += added.to(total.device)
+        if self.notes_rows:  # a mean over directions, as the norm of parameters has one value for both
+            terms[:, 2] /= torch.tensor([len(share.objective.directions) for share in shares]).to(terms)
         return terms, gradients
 
     def _quiet_below(self, shares: Sequence[Share]) -> int:
@@ -149,7 +158,7 @@ class Engine:
 
         It reads the parameters, which on a GPU would wait for the step before: there nothing is taken for quiet.
         """
-        if not self.on_cpu or all(len(share.objective.directions) == 1 for share in shares):
+        if not self.on_cpu or self.notes_rows or all(len(share.objective.directions) == 1 for share in shares):
             return 0
         location = self.intervention.location
         groups = sorted({share.group for share in shares})
@@ -168,6 +177,7 @@ class Engine:
         """
         if (
             not self.on_cpu
+            or self.notes_rows
             or self.head is None
             or self.found.model_type not in FAMILIES  # another one may not take such a mask
             or self.arrangement.accumulate > 1

@@ -128,9 +128,16 @@ class Assembly:
 
 
 def _weights(losses: Sequence[_Loss], shares: Sequence[Share]) -> dict[str, Tensor]:
-    """ "mean" [S, R] and "weight" [R] of `Inputs`."""
+    """ "mean" [S, R], "weight" and "sparsity" [R] of `Inputs`."""
     mean = torch.zeros(len(shares), len(losses))
     for place, loss in enumerate(losses):
         mean[loss.item.share, place] = 1 / len(shares[loss.item.share].rows)
     faithfulness = torch.tensor([share.objective.faithfulness for share in shares])
-    return {"mean": mean, "weight": faithfulness @ mean}
+    weights = {"mean": mean, "weight": faithfulness @ mean}
+    if any(share.objective.sparsity == "scalars" for share in shares):
+        sparse = [
+            share.objective.minimality / len(share.objective.directions) * (share.objective.sparsity == "scalars")
+            for share in shares
+        ]
+        weights["sparsity"] = torch.tensor(sparse) @ mean
+    return weights

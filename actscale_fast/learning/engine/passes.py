@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import ops
+from ...interventions import DynScalar, produced_l1
 from ...models import Batch, OutputHead, Patch, Prefix, Section, forward_arguments
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ class Inputs:
     int64 [I, T], packed additive [I, 1, T, T] and then also "positions" [I, T], "row_of", "column_of" int64 [R], where
     each loss's last token is; "expand" int64 [B], the unit of each row; "sign" [B] of ±1; "groups" int64 [I] where the
     intervention is a stack; "hidden" [I, width, d] and "keys.l", "values.l" [I, ·, S, ·] where they are constant;
-    "mean" [S, R], 1/n of the share where a loss is its own; "weight" [R], λ_F/n. Of the i-th kind of loss: "places.i"
-    int64, which ones, where there are several kinds; "correct.i", "wrong.i", and its reference.
+    "mean" [S, R], 1/n of the share where a loss is its own; "weight" [R], λ_F/n; "sparsity" [R], λ_M/n a direction,
+    where produced scalars are penalised (a row is then of one prompt). Of the i-th kind of loss: "places.i" int64,
+    which ones, where there are several kinds; "correct.i", "wrong.i", and its reference.
     """
 
     shape: Shape
@@ -78,24 +80,38 @@ class Passes:
         self.n_layers, self.parameters = n_layers, list(parameters)
 
     def compute(self, inputs: Inputs) -> list[Tensor]:
-        """The terms of each share [S, 2] and the gradient of each parameter, of E + λ_F·F."""
+        """The terms of each share [S, 3] and the gradient of each parameter, of E + λ_F·F (+ λ_M·‖produced‖₁)."""
         terms, loss = self.losses(inputs)
         return [terms, *torch.autograd.grad(loss, self.parameters)]
 
     def losses(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """(the terms [S, 2], float32 without a graph; the loss with its graph)."""
+        """(the terms [S, 3], float32 without a graph; the loss with its graph)."""
         given = inputs.tensors
-        output, direction = self._forward(inputs), given["sign"]
+        (output, produced), direction = self._noted_forward(inputs), given["sign"]
         if inputs.shape.packed:
             output = output[given["row_of"].to(output.device), given["column_of"].to(output.device)]
             direction = direction[given["row_of"]]
         effectiveness, faithfulness = self._row_losses(output, direction.to(output.device), inputs)
         mean, weight = (given[name].to(output.device, effectiveness.dtype) for name in ("mean", "weight"))
         loss = (effectiveness * mean.sum(0)).sum() + (faithfulness * weight).sum()
-        rows = torch.stack([effectiveness.detach(), faithfulness.detach()], -1)  # [R, 2]
+        produced = torch.zeros_like(effectiveness) if produced is None else produced.to(effectiveness)
+        if "sparsity" in given:
+            loss = loss + (produced * given["sparsity"].to(produced)).sum()
+        rows = torch.stack([effectiveness.detach(), faithfulness.detach(), produced.detach()], -1)  # [R, 3]
         # Not as a product: a row that is not finite concerns its own share alone.
-        own = torch.where((mean > 0)[..., None], mean[..., None] * rows, 0.0)  # [S, R, 2]
+        own = torch.where((mean > 0)[..., None], mean[..., None] * rows, 0.0)  # [S, R, 3]
         return own.sum(1).to(given["mean"].device, torch.float32), loss
+
+    def _noted_forward(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        """(`_forward`, ‖produced scalars‖₁ of each row [B] where it is penalised)."""
+        probe = self.patched.intervention
+        if "sparsity" not in inputs.tensors or not isinstance(probe, DynScalar):
+            return self._forward(inputs), None
+        with probe.noting() as noted:
+            output = self._forward(inputs)
+        shape, given = inputs.shape, inputs.tensors
+        real = given["mask"][given["expand"]][:, -shape.width :] != 0 if shape.padded else None
+        return output, produced_l1(noted, real)
 
     def _forward(self, inputs: Inputs) -> Tensor:
         """The head's inputs (or logits) of the rows [B, ·], packed at every token [B, T, d]."""
