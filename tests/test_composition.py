@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from engine_cases import TokenExamples, assert_equal_to_rounding, engine, full
 from model_zoo import randomised, tiny_model
 from torch import Tensor
 
@@ -203,15 +204,45 @@ def test_what_is_no_sum_or_multiple_is_refused_by_name() -> None:
         _ = (scalars + scalars).location
 
 
-def test_a_composite_is_evaluated_and_not_fitted_as_a_whole() -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("positions", [None, [-2, -1]])
+def test_the_sites_of_a_composite_are_learned_together(family: str, positions: list[int] | None) -> None:
+    """Gradients of a step against the full computation; SteerVec and the lower site are 0, where directions share."""
+    model, data = tiny_model(family), TokenExamples()
+    whole = Composite(
+        [
+            (1.0, af.SteerVec.for_model(model, site="attn_out", layers=[0], positions=positions)),
+            (1.0, randomised(af.ActivScalar.for_model(model, site="mlp_out", layers=[1], positions=positions), 1, 0.3)),
+            (-0.5, randomised(af.ActivScalar.for_model(model, layers=[1], positions=positions), 2, 0.3)),
+        ]
+    )
+    objective = af.Objective(margin=3.0, faithfulness=0.7)
+    assert_equal_to_rounding(engine(model, data, whole, objective), full(model, data, whole, objective), 5e-6)
+
+
+def test_a_composite_is_fitted_evaluated_and_resumed(tmp_path: Path) -> None:
     model, tokens = tiny.llama(), tiny.tokenizer()
     examples = [af.Example("The capital of A is", " Rome", " Oslo"), af.Example("what is B", " Paris", " one")]
-    whole = randomised(af.ActivScalar.for_model(model)) + randomised(af.ActivScalar.for_model(model), 2)
+
+    def both() -> Intervention:
+        return af.ActivScalar.for_model(model, site="attn_out") + af.ActivScalar.for_model(model, site="mlp_out")
+
+    options: dict[str, Any] = {"lr": 0.1, "progress": False, "schedule": "constant"}
+    whole, resumed = both(), both()
+    file = tmp_path / "fit.safetensors"
+    history = af.fit(model, tokens, examples, whole, steps=20, checkpoint=file, **options).history
+    assert af.fit(model, tokens, examples, resumed, steps=20, checkpoint=file, **options).history == history
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    elsewhere = af.ActivScalar.for_model(model, site="attn_out") + af.ActivScalar.for_model(model, site="residual")
+    with pytest.raises(ValueError, match="location"):
+        af.fit(model, tokens, examples, elsewhere, steps=20, checkpoint=file, **options)
     evaluation = af.evaluate(model, tokens, examples, whole)
-    assert evaluation.n_scalars == 24
-    assert evaluation.kl > 0
+    assert evaluation.baseline is not None
+    assert evaluation.logit_difference > evaluation.baseline.logit_difference
+    assert evaluation.n_scalars == 6
     with pytest.raises(TypeError, match="got a Composite, expected one of a single place"):
-        af.fit(model, tokens, examples, whole, progress=False)
+        af.sweep(model, tokens, examples, {"seed": [0]}, intervention=whole, progress=False)
 
 
 def test_a_composite_generates_with_padding_and_cache_as_nested_patches_do() -> None:

@@ -160,9 +160,14 @@ class Intervention(nn.Module):
         return self + -1.0 * other
 
     @property
+    def singles(self) -> tuple[Intervention, ...]:
+        """The interventions of one place each that this one is made of."""
+        return (self,)
+
+    @property
     def paths(self) -> dict[str, str]:
         """Module paths of a model of an unlisted family."""
-        return self.location.paths
+        return self.singles[0].location.paths
 
     @property
     def wanted_positions(self) -> Tensor:

@@ -22,8 +22,8 @@ class Composite(Intervention):
     """Several interventions, each under a factor of its own, applied as nested patches are: the first one first.
 
     Two scalings of one head multiply, (1 + β·α₁)(1 + β·α₂); vectors add. `a + b`, `a - b` and `0.5 * a` make one where
-    the sum or multiple is no intervention of the parts' own class. It is patched, evaluated and saved as any other;
-    `fit` learns its parts one by one.
+    the sum or multiple is no intervention of the parts' own class. It is patched, fitted, evaluated and saved as any
+    other: `for_model(..., site="attn_out") + for_model(..., site="mlp_out")` are learned together.
 
     Args:
         parts: pairs of factor and intervention; all stacked alike, or none.
@@ -64,12 +64,12 @@ class Composite(Intervention):
         raise TypeError(f"intervention: a Composite of {len(self.parts)} has no single location; see its .parts")
 
     @property
-    def paths(self) -> dict[str, str]:
-        return self.pairs[0][1].paths
+    def singles(self) -> tuple[Intervention, ...]:
+        return tuple(part for _, part in self.pairs)
 
     @property
     def device(self) -> torch.device:
-        return self.pairs[0][1].device
+        return self.singles[0].device
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write each part into a folder of its own, `part-0` first, and `intervention.json`, which comes last."""

@@ -17,7 +17,7 @@ from . import checkpoint as checkpoints
 from . import parallel
 from .encoding import EncodedExamples
 from .engine import CACHE_BYTES, SPILL_BYTES, Engine, Share
-from .examples import Example
+from .examples import Example, example_fields
 from .objective import Objective
 from .run import Run
 from .settings import FitSettings, Schedule, check_bytes, check_counts
@@ -121,14 +121,14 @@ def fit(
     check_counts(accumulate=accumulate, checkpoint_every=checkpoint_every)
     check_bytes(cache_bytes=cache_bytes, spill_bytes=spill_bytes, memory_bytes=memory_bytes)
     refuse_inference_mode("fit")
-    location = checked_location(intervention)
-    data = EncodedExamples(examples, tokenizer, model, location.paths)
+    paths = checked_intervention(intervention).paths
+    data = EncodedExamples(examples, tokenizer, model, paths)
     # Refuses another model's intervention before any work, and moves the parameters to this model's device.
     patch(model, intervention).remove()
     world = parallel.join(distributed)
     every = range(len(data))
     identity = fit_identity(intervention, objective) | examples_identity(data, every)
-    identity |= model_identity(model, location.paths) | {"accumulate": accumulate}
+    identity |= model_identity(model, paths) | {"accumulate": accumulate}
     run = Run(intervention, objective, settings, every, checkpoint=checkpoint, identity=identity)
     begun = time.perf_counter()
     run.resume(world)
@@ -160,7 +160,7 @@ def fit_identity(intervention: Intervention, objective: Objective) -> dict[str, 
     return {
         "objective": asdict(objective) | {"directions": list(objective.directions)},
         "intervention": type(intervention).__name__,
-        "location": intervention.location.to_dict(),
+        "location": _places(intervention),
     }
 
 
@@ -168,7 +168,7 @@ def examples_identity(data: EncodedExamples, rows: Sequence[int]) -> dict[str, A
     """What tells these examples, and the tokens that they are for a tokenizer, from others."""
     correct, wrong = data.correct.tolist(), data.wrong.tolist()
     return {
-        "examples": checkpoints.digest([asdict(data.examples[row]) for row in rows]),
+        "examples": checkpoints.digest([example_fields(data.examples[row]) for row in rows]),
         "tokens": checkpoints.digest(
             [[data.prompts[row] for row in rows], [correct[row] for row in rows], [wrong[row] for row in rows]]
         ),
@@ -188,20 +188,31 @@ def checked_objective(objective: Any) -> Objective:
     return objective
 
 
+def _places(intervention: Intervention) -> Any:
+    places = [single.location.to_dict() for single in intervention.singles]
+    return [list(intervention.factors), places] if isinstance(intervention, Composite) else places[0]
+
+
 def checked_location(intervention: Any) -> Location:
-    """Where the intervention acts, refused where no example reaches it."""
+    """Where an intervention of one place acts, refused where no example reaches it."""
+    if isinstance(intervention, Composite):
+        raise TypeError("intervention: got a Composite, expected one of a single place")
+    return checked_intervention(intervention).location
+
+
+def checked_intervention(intervention: Any) -> Intervention:
+    """The intervention, refused where no example reaches it."""
     if not isinstance(intervention, Intervention):
         raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
-    if isinstance(intervention, Composite):
-        raise TypeError("intervention: got a Composite, expected one of a single place; fit its parts one by one")
-    if intervention.needs_source:
-        raise TypeError(f"intervention: a {type(intervention).__name__} is learned by fit_interchange")
-    if intervention.location.positions == ():
+    for single in intervention.singles:
+        if single.needs_source:
+            raise TypeError(f"intervention: a {type(single).__name__} is learned by fit_interchange")
+    if all(single.location.positions == () for single in intervention.singles):
         raise ValueError(
             "intervention: it acts on generated tokens alone (positions=[], generated=True), and examples have none: "
             "nothing to learn"
         )
-    return intervention.location
+    return intervention
 
 
 def refuse_inference_mode(what: str) -> None:

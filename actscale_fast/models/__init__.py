@@ -1,7 +1,7 @@
 """Where interventions act: the sites of Hugging Face models, patching and merging."""
 
 from .adapter import ModelLayout, layout
-from .applying import Patches, patch
+from .applying import AnyPatch, Patches, patch
 from .calling import (
     Batch,
     accepted_arguments,
@@ -24,6 +24,7 @@ from .section import KeysValues, Prefix, Section, keys_and_values
 
 __all__ = [
     "FAMILIES",
+    "AnyPatch",
     "Batch",
     "Family",
     "KeysValues",

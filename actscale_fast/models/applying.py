@@ -95,6 +95,26 @@ class Patches:
         for part in reversed(self.parts):
             part.remove()
 
+    def set_rows(self, strength: float | Tensor, group: Tensor | None) -> None:
+        """Strength and group of the next forward pass, unchecked; see `Patch.set_rows`."""
+        for part, factor in zip(self.parts, self.intervention.factors, strict=True):
+            part.set_rows(strength if factor == 1.0 else factor * strength, group)
+
+    @property
+    def paused(self) -> bool:
+        """While True, a forward pass edits nothing."""
+        return self.parts[0].paused
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        for part in self.parts:
+            part.paused = value
+
+    @property
+    def alone(self) -> bool:
+        """Whether the model has no patch but these."""
+        return self.parts[0].neighbours == tuple(self.parts)
+
     def __enter__(self) -> Self:
         return self
 
@@ -102,3 +122,6 @@ class Patches:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+AnyPatch = Patch | Patches

@@ -172,10 +172,15 @@ class Patch:
         self.remove()
 
     @property
+    def neighbours(self) -> tuple[contexts.Contextual, ...]:
+        """All patches of the model, in the order in which they were applied."""
+        decoder = self._decoder()
+        return () if decoder is None else contexts.patches_of(decoder)
+
+    @property
     def alone(self) -> bool:
         """Whether the model has no other patch."""
-        decoder = self._decoder()
-        return decoder is not None and contexts.patches_of(decoder) == (self,)
+        return self.neighbours == (self,)
 
     def carriers(self) -> list[nn.Module]:
         """The layers whose recomputation under gradient checkpointing needs this patch's context."""

@@ -42,12 +42,15 @@ class Extent:
 
 def extent_of(intervention: Intervention, data: EncodedExamples) -> Extent:
     """The part of the computation that the intervention can change on these examples."""
-    location = intervention.location
+    places = [single.location for single in intervention.singles]
     longest = max(map(len, data.prompts))
-    first = location.first_changed(min(location.layers))
-    if location.positions is None:
-        return Extent(first, longest, longest)
-    return Extent(first, max(_reach(len(prompt), location.positions) for prompt in data.prompts), longest)
+    first = min(place.first_changed(min(place.layers)) for place in places)
+    positions: list[int] = []
+    for place in places:
+        if place.positions is None:
+            return Extent(first, longest, longest)
+        positions += place.positions
+    return Extent(first, max(_reach(len(prompt), positions) for prompt in data.prompts), longest)
 
 
 def _reach(length: int, positions: Sequence[int]) -> int:

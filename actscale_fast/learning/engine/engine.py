@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...interventions import DynScalar, Intervention
-from ...models import FAMILIES, Patch, accepted_arguments, forward_arguments, frozen, layout, opened
+from ...models import FAMILIES, accepted_arguments, forward_arguments, frozen, layout, opened, patch
 from ..encoding import EncodedExamples
 from ..objective import Objective
 from ..parallel import ALONE, World
@@ -76,7 +76,7 @@ class Engine:
         if capture:
             check_capturable(model)
         self.model, self.data, self.intervention, self.world, self.capture = model, data, intervention, world, capture
-        self.found = layout(model, intervention.location.paths)
+        self.found = layout(model, intervention.paths)
         self.extent = extent_of(intervention, data)
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
         self.on_cpu = data.device.type == "cpu"
@@ -93,7 +93,8 @@ class Engine:
             self.head, section = stack.enter_context(opened(self.found, self.model, arguments))
             grouped = self.intervention.n_groups is not None
             nobody = torch.zeros(0, dtype=torch.int64) if grouped else None
-            patched = stack.enter_context(Patch(self.model, self.intervention, group=nobody))
+            patched = patch(self.model, self.intervention, group=nobody)
+            stack.callback(patched.remove)
             side = FrozenSide(
                 self.model, self.found, self.data, self.extent, section, patched, self.head, self.store
             )  # fmt: skip
@@ -160,15 +161,17 @@ class Engine:
         """
         if not self.on_cpu or self.notes_rows or all(len(share.objective.directions) == 1 for share in shares):
             return 0
-        location = self.intervention.location
         groups = sorted({share.group for share in shares})
-        steered = torch.zeros(len(location.layers), dtype=torch.bool)
-        for value in self.intervention.parameters():  # also those that are not learned
-            values = value.detach()
-            values = values[None] if self.intervention.n_groups is None else values[groups]
-            steered |= values.flatten(2).ne(0).any(-1).any(0).cpu()
-        lowest = min((location.layers[index] for index in steered.nonzero().flatten().tolist()), default=None)
-        return self.found.n_layers + 1 if lowest is None else location.first_changed(lowest)
+        starts = [self.found.n_layers + 1]
+        for single in self.intervention.singles:
+            location = single.location
+            steered = torch.zeros(len(location.layers), dtype=torch.bool)
+            for value in single.parameters():  # also those that are not learned
+                values = value.detach()
+                values = values[None] if single.n_groups is None else values[groups]
+                steered |= values.flatten(2).ne(0).any(-1).any(0).cpu()
+            starts += [location.first_changed(location.layers[index]) for index in steered.nonzero().flatten().tolist()]
+        return min(starts)
 
     def _packing_agrees(self, side: FrozenSide, output: Tensor) -> bool:
         """Whether prompts may be packed: every token is steered alike, and the frozen model says the same.
@@ -181,7 +184,7 @@ class Engine:
             or self.head is None
             or self.found.model_type not in FAMILIES  # another one may not take such a mask
             or self.arrangement.accumulate > 1
-            or self.intervention.location.positions is not None
+            or any(single.location.positions is not None for single in self.intervention.singles)
             or "position_ids" not in accepted_arguments(self.model)
             or not may_pack(self.model.config.get_text_config(), self.extent.longest)
         ):

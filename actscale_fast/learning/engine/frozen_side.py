@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...models import ModelLayout, OutputHead, Patch, Section, forward_arguments, keys_and_values
+from ...models import AnyPatch, ModelLayout, OutputHead, Section, forward_arguments, keys_and_values
 from ..encoding import EncodedExamples
 from .constants import Extent, RowStore, right_aligned
 from .packing import additive
@@ -36,7 +36,7 @@ class FrozenSide:
 
     def __init__(
         self, model: PreTrainedModel, found: ModelLayout, data: EncodedExamples, extent: Extent, section: Section,
-        patched: Patch, head: OutputHead | None, store: RowStore,
+        patched: AnyPatch, head: OutputHead | None, store: RowStore,
     ) -> None:  # fmt: skip
         self.model, self.found, self.data, self.extent = model, found, data, extent
         self.section, self.patched, self.head, self.store = section, patched, head, store

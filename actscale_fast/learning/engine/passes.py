@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import ops
 from ...interventions import DynScalar, produced_l1
-from ...models import Batch, OutputHead, Patch, Prefix, Section, forward_arguments
+from ...models import AnyPatch, Batch, OutputHead, Prefix, Section, forward_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ class Passes:
     """
 
     def __init__(
-        self, model: PreTrainedModel, section: Section, patched: Patch, head: OutputHead | None, n_layers: int,
+        self, model: PreTrainedModel, section: Section, patched: AnyPatch, head: OutputHead | None, n_layers: int,
         parameters: Sequence[Tensor],
     ) -> None:  # fmt: skip
         self.model, self.section, self.patched, self.head = model, section, patched, head
