@@ -14,6 +14,7 @@ import torch
 from actscale_fast import plots
 from actscale_fast.interventions import ActivScalar, Location, ModelFingerprint, SteerVec
 from actscale_fast.learning import Attribution, Objective
+from actscale_fast.plots import Measured, PathPoint
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -79,6 +80,69 @@ def test_heads_with_positions_have_a_panel_each_and_whole_sites_one_row_each() -
 def test_an_intervention_that_does_nothing_can_be_drawn() -> None:
     figure = plots.heatmap(scalars())
     assert len(collections_of(figure.axes[0])[1].get_paths()) == 0
+
+
+def test_tokens_label_the_rows_of_a_whole_site_and_the_panels_of_heads() -> None:
+    tokens = ["ĠParis", "Ċ", "▁", "$5"]
+    whole = plots.heatmap(scalars(site="mlp_out", positions=(0, 1, 2, -1), generated=True), tokens=tokens)
+    labels = [label.get_text().replace("\u2007", "") for label in whole.axes[0].get_yticklabels()]
+    assert labels == ["Paris  0", "↵  1", "␣  2", r"\$5  -1", "generated"]
+    heads = plots.heatmap(scalars(positions=(0, 3)), tokens=["The", " capital"])
+    assert [axis.get_title(loc="left") for axis in heads.axes[:-1]] == ["position The  0", "position capital  3"]
+
+
+def test_every_position_is_labelled_where_there_are_tokens() -> None:
+    long = scalars(site="mlp_out", positions=tuple(range(40)))
+    assert len(plots.heatmap(long, tokens=["a"] * 40).axes[0].get_yticklabels()) == 40
+    assert len(plots.heatmap(long).axes[0].get_yticklabels()) < 40
+
+
+@pytest.mark.parametrize(
+    ("positions", "tokens", "message"),
+    [
+        (None, ["a"], "tokens: the intervention has no positions"),
+        ((0, 1), ["a"], "tokens: got 1, expected a list of one for each of the 2 positions"),
+        ((0, 1), "ab", "tokens: got ab, expected a list"),
+    ],
+)
+def test_tokens_for_other_positions_are_refused(positions: Any, tokens: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.heatmap(scalars(site="mlp_out", positions=positions), tokens=tokens)
+
+
+def test_several_sites_stand_side_by_side_in_one_scale() -> None:
+    attention, mlp = (scalars(site=site, positions=(0, 1, 2)) for site in ("attn_out", "mlp_out"))
+    with torch.no_grad():
+        attention.alpha[0, 1, 0], mlp.alpha[2, 2, 0] = 3.0, -1.0
+    for given, limit in (([attention, mlp], 3.0), (attention + 4.0 * mlp, 4.0)):
+        figure = plots.heatmap(given)
+        left, right, bar = figure.axes
+        assert [axis.get_title(loc="left") for axis in (left, right)] == ["attention outputs", "MLP outputs"]
+        assert left.get_position().x1 < right.get_position().x0
+        assert left.get_position().y0 == right.get_position().y0
+        assert bar.get_ylim() == (-limit, limit)
+        cells = [collections_of(axis)[1].get_paths()[0].get_extents().get_points().mean(0) for axis in (left, right)]
+        assert [tuple(cell.round()) for cell in cells] == [(0, 1), (2, 2)]  # (layer, position)
+        assert figure.texts[1].get_text().startswith("2 of 18 active")
+
+
+def test_heads_of_several_interventions_have_a_column_each_and_a_row_a_position() -> None:
+    figure = plots.heatmap([scalars(positions=(0, -1)), scalars(positions=(0, -1))])
+    titles = [axis.get_title(loc="left") for axis in figure.axes[:-1]]
+    assert titles == ["attention heads  ·  position 0"] * 2 + ["attention heads  ·  position -1"] * 2
+    places = [tuple(axis.get_position().min.round(3)) for axis in figure.axes[:-1]]
+    assert len(set(places)) == 4
+    assert places[0][1] == places[1][1] > places[2][1]
+
+
+def test_interventions_of_different_places_cannot_share_a_picture() -> None:
+    for other in (scalars(layers=(0, 1)), scalars(positions=(0,)), scalars(site="mlp_out")):
+        with pytest.raises(ValueError, match="intervention: got several of different layers, positions or heads"):
+            plots.heatmap([scalars(), other])
+    with pytest.raises(ValueError, match="intervention: got none"):
+        plots.heatmap([])
+    with pytest.raises(TypeError, match="got SteerVec, expected an ActivScalar"):
+        plots.heatmap([scalars(), SteerVec(scalars().location)])
 
 
 def test_a_file_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -233,3 +297,148 @@ def test_what_is_no_attribution_is_refused() -> None:
         plots.attribution(scalars())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="limit: got -1"):
         plots.attribution(attributed(), limit=-1)
+
+
+def run(*points: tuple[float, float, float]) -> list[PathPoint]:
+    return [PathPoint(n, to_correct, to_wrong, kl=n / 100) for n, to_correct, to_wrong in points]
+
+
+def test_one_path_has_both_directions_in_one_panel_by_the_number_of_active_scalars(tmp_path: Path) -> None:
+    figure = plots.path({"heads": run((8, 0.9, 0.95), (0, 0.1, 0.8), (3, 0.5, 0.9))}, tmp_path / "path.png")
+    assert (tmp_path / "path.png").read_bytes().startswith(PNG)
+    (axis,) = figure.axes
+    assert [list(line.get_xdata()) for line in axis.lines] == [[0, 3, 8]] * 2
+    assert [list(line.get_ydata()) for line in axis.lines] == [[0.1, 0.5, 0.9], [0.8, 0.9, 0.95]]
+
+
+def test_several_paths_have_a_panel_for_each_direction_and_one_for_kl() -> None:
+    figure = plots.path({"heads": run((0, 0, 1), (9, 1, 1)), "sites": run((0, 0, 1), (5, 1, 1))}, kl=True)
+    assert [len(axis.lines) for axis in figure.axes] == [2, 2, 2]
+    assert list(figure.axes[2].lines[1].get_ydata()) == [0.0, 0.05]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["heads", "sites"]
+
+
+def test_runs_of_a_path_are_averaged_where_all_of_them_have_points() -> None:
+    seeds = [run((0, 0.0, 1), (4, 0.4, 1), (8, 0.8, 1)), run((2, 0.4, 1), (6, 0.8, 1))]
+    (axis,) = plots.path({"heads": seeds}).axes
+    line, band = axis.lines[0], axis.collections[0].get_paths()[0].vertices
+    assert list(line.get_xdata()) == [2, 4, 6]
+    assert list(line.get_ydata()) == pytest.approx([0.3, 0.5, 0.7])
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.2, 0.8))
+
+
+def test_a_logarithmic_path_shows_zero_too() -> None:
+    (axis,) = plots.path({"heads": run((0, 0, 1), (10, 0.5, 1), (1000, 1, 1))}, log=True).axes
+    left, one, ten, hundred = axis.transData.transform([(x, 0) for x in (0, 1, 10, 100)])[:, 0]
+    assert left < one < ten
+    assert hundred - ten == pytest.approx(ten - one)
+
+
+@pytest.mark.parametrize(
+    ("curves", "options", "error", "message"),
+    [
+        ({}, {}, ValueError, "curves: got none"),
+        ({"heads": []}, {}, ValueError, "curves: 'heads' has a run without points"),
+        ({"heads": [run((0, 0, 1)), []]}, {}, ValueError, "curves: 'heads' has a run without points"),
+        ({"heads": [(0, 1, 1)]}, {}, TypeError, "curves: got int, expected a PathPoint"),
+        ({"heads": [PathPoint(0, 1, 1)]}, {"kl": True}, ValueError, "curves: 'heads' has points without kl"),
+    ],
+)
+def test_paths_without_points_are_refused(curves: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plots.path(curves, **options)
+
+
+def test_strengths_are_drawn_in_their_order_with_the_spread_of_their_seeds(tmp_path: Path) -> None:
+    curves = {"a": ([1, -1, 0], [30.0, 10.0, 20.0]), "b": ([0, 1], [[1.0, 2.0], [3.0, 6.0]])}
+    figure = plots.strengths(curves, tmp_path / "s.png", ylabel="perplexity", baseline=12.0)
+    (axis,) = figure.axes
+    assert list(axis.lines[0].get_xdata()) == [-1, 0, 1]
+    assert list(axis.lines[0].get_ydata()) == [10, 20, 30]
+    assert list(axis.lines[1].get_ydata()) == [2, 4]
+    (band,) = axis.collections
+    assert sorted(set(band.get_paths()[0].vertices[:, 1])) == [1, 2, 3, 6]
+    assert [text.get_text() for text in axis.texts] == ["frozen model"]
+    assert axis.get_yscale() == "linear"
+    assert plots.strengths(curves, ylabel="perplexity", log=True).axes[0].get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("curves", "message"),
+    [
+        ({}, "curves: got none"),
+        ({"a": ([0, 1], [1.0])}, "curves: 'a' has 2 strengths and values of shape"),
+        ({"a": ([], [])}, "curves: 'a' has 0 strengths"),
+        ({"a": ([0], [0.0])}, "curves: 'a' has values of 0 or less"),
+    ],
+)
+def test_strengths_without_their_values_are_refused(curves: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.strengths(curves, ylabel="perplexity", log=True)
+
+
+def test_a_comparison_shows_mean_least_and_largest_in_the_row_of_the_system(tmp_path: Path) -> None:
+    rows = [
+        Measured("heads", "flipped", (0.8, 1.0, 0.9)),
+        Measured("vectors", "flipped", (0.5,)),
+        Measured("vectors", "active", (0, 900)),
+    ]
+    figure = plots.comparison(rows, tmp_path / "c.png", log=["active"])
+    assert (tmp_path / "c.png").read_bytes().startswith(PNG)
+    flipped, active = figure.axes
+    assert [axis.get_title(loc="left") for axis in (flipped, active)] == ["flipped", "active"]
+    assert [label.get_text() for label in flipped.get_yticklabels()] == ["heads", "vectors"]
+    spread, mean = flipped.lines[:2]
+    assert list(spread.get_xdata()) == [0.8, 1.0]
+    assert list(mean.get_xdata()) == pytest.approx([0.9])
+    assert list(mean.get_ydata()) == [0]
+    assert [line.get_ydata()[0] for line in active.lines] == [1, 1]
+    assert active.get_xscale() == "symlog"  # it has a 0
+    assert not figure.legends
+
+
+def test_groups_of_a_comparison_share_a_row_and_are_told_apart() -> None:
+    rows = [Measured("heads", "flipped", (value,), group) for value, group in ((0.9, "training"), (0.8, "held out"))]
+    figure = plots.comparison(rows)
+    above, below = figure.axes[0].lines[1::2]
+    assert -0.5 < above.get_ydata()[0] < 0 < below.get_ydata()[0] < 0.5
+    assert above.get_marker() != below.get_marker()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training", "held out"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "log", "message"),
+    [
+        ([], (), "rows: got none"),
+        ([Measured("a", "m", ())], (), "rows: 'a', 'm' has the values"),
+        ([Measured("a", "m", (math.nan,))], (), "expected finite ones"),
+        ([Measured("a", "m", (1.0,))], ["n"], r"log: got \['n'\], expected some of \['m'\]"),
+        ([Measured("a", "m", (-1.0,))], ["m"], "log: 'm' has values below 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(rows: Any, log: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.comparison(rows, log=log)
+
+
+def test_an_overlap_shows_every_number_and_darker_cells_for_more(tmp_path: Path) -> None:
+    matrix = torch.tensor([[1.0, 0.25], [0.25, math.nan]])
+    figure = plots.overlap(matrix, ["seed 0", "seed 1"], tmp_path / "o.png", title="Seeds")
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.texts] == ["1.00", "0.25", "0.25", "–"]
+    full, quarter = (sum(axis.patches[i].get_facecolor()[:3]) for i in (0, 1))
+    assert full < quarter
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["seed 0", "seed 1"]
+    assert figure.texts[0].get_text() == "Seeds"
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([[1.0]], r"matrix: got shape \(1, 1\) for 2 labels"),
+        ([[1.0, 2.0], [2.0, 1.0]], "matrix: got values outside 0 to 1"),
+    ],
+)
+def test_what_is_no_overlap_is_refused(matrix: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.overlap(matrix, ["a", "b"])

@@ -167,6 +167,114 @@ def test_held_out_sentences_have_templates_of_their_own(words: Any) -> None:
     assert len(skeletons(train)) + len(skeletons(test)) == len(tasks.INDIRECT_OBJECT_TEMPLATES)
 
 
+def template_of(example: Any, templates: tuple[str, ...] = tasks.CONFLICT_TEMPLATES) -> str:
+    """The template that made a conflict's prompt."""
+    country, claim = COUNTRY_OF[example.correct[1:]], example.wrong[1:]
+    made = {text.format(country=country, claim=claim).lower(): text for text in templates}
+    return made[example.prompt.lower()]
+
+
+def test_held_out_templates_ask_for_any_country(words: Any) -> None:
+    train, test = tasks.country_capital_conflicts(words, n_train=2000, n_test=600, split="template", seed=2)
+    used = [{template_of(example) for example in side} for side in (train, test)]
+    assert used[0].isdisjoint(used[1])
+    assert (len(used[0]), len(used[1])) == (6, 2)
+    assert {example.correct for example in train} == {example.correct for example in test}
+
+
+def test_neither_countries_nor_templates_are_shared_when_both_are_held_out(words: Any) -> None:
+    train, test = tasks.country_capital_conflicts(words, n_train=2000, n_test=600, split="both", seed=2)
+    used, answers = (
+        [{of(example) for example in side} for side in (train, test)] for of in (template_of, lambda e: e.correct)
+    )
+    assert used[0].isdisjoint(used[1])
+    assert answers[0].isdisjoint(answers[1])
+    by_country = tasks.country_capital_conflicts(words, n_train=2000, n_test=600, seed=2)
+    assert answers == [{example.correct for example in side} for side in by_country]
+
+
+def test_a_split_by_template_needs_two_of_them_and_a_known_name(words: Any) -> None:
+    only = tasks.CONFLICT_TEMPLATES[:1]
+    with pytest.raises(ValueError, match="templates: got 1, expected at least two"):
+        tasks.country_capital_conflicts(words, templates=only, split="both")
+    with pytest.raises(ValueError, match="split: got 'city', expected one of 'country', 'template', 'both'"):
+        tasks.country_capital_conflicts(words, split="city")  # type: ignore[arg-type]
+
+
+def test_aligned_takes_a_length_that_leaves_enough_on_both_sides(words: Any) -> None:
+    # Three templates of one length, of which one may be held out, and one shorter that may be held out as well.
+    long = [f"{word} : the capital of {{country}} is {{claim}} . The capital of {{country}} is" for word in "ABC"]
+    short = "Capital of {country} : {claim} . Capital of {country} :"
+    for seed in range(6):
+        options = {"templates": [*long, short], "split": "template", "aligned": True, "seed": seed}
+        train, test = tasks.country_capital_conflicts(words, n_train=50, n_test=50, **options)
+        assert len({len(words(example.prompt)["input_ids"]) for example in train + test}) == 1
+
+
+def test_aligned_conflicts_have_country_and_claim_at_the_same_tokens(words: Any) -> None:
+    templates = tasks.ALIGNED_CONFLICT_TEMPLATES
+    task = tasks.country_capital_conflicts(words, n_train=200, n_test=60, templates=templates, aligned=True)
+    for example in task.train + task.test:
+        tokens = words.tokenize(example.prompt)
+        assert tokens.index(example.wrong[1:]) == tokens.index("is") + 1
+        assert len(tokens) == len(words.tokenize(task.train[0].prompt))
+        assert tokens.index("is") == words.tokenize(task.train[0].prompt).index("is")
+
+
+def test_aligned_sentences_have_names_place_and_thing_at_the_same_tokens(words: Any) -> None:
+    kinds = [set(kind) for kind in (word_models.words._NAMES, word_models.words._PLACES, word_models.words._THINGS)]
+    train, test = tasks.indirect_object_identification(words, n_train=300, n_test=100, aligned=True)
+    places = set()
+    for example in train + test:
+        tokens = re.findall(r"\w+|,", example.prompt)
+        places.add((len(tokens), *(i for kind in kinds for i, token in enumerate(tokens) if token in kind)))
+    assert len(places) == 1
+    assert len(places.pop()) == 1 + 3 + 1 + 1
+
+
+@pytest.mark.parametrize(("orders", "receiver_first"), [("ABBA", {True}), (["BABA"], {False})])
+def test_one_order_of_names_can_be_asked_for(words: Any, orders: Any, receiver_first: set[bool]) -> None:
+    for side in tasks.indirect_object_identification(words, n_train=60, n_test=20, orders=orders):
+        found = {e.prompt.index(e.correct) < e.prompt.index(e.wrong) for e in side}
+        assert found == receiver_first
+
+
+@pytest.mark.parametrize("orders", [(), ("ABBA", "ABBA"), ("ABAB",), "AB"])
+def test_unknown_orders_are_refused(words: Any, orders: Any) -> None:
+    with pytest.raises(ValueError, match=r"orders: got .*, expected 'ABBA', 'BABA' or both"):
+        tasks.indirect_object_identification(words, orders=orders)
+
+
+SENTENCE = "When {first} and {second} came to the {place}, {giver} gave a {thing} to"
+
+
+def test_own_sentences_are_split_between_the_sides(words: Any) -> None:
+    own = [SENTENCE, SENTENCE.replace("When", "Since")]
+    train, test = tasks.indirect_object_identification(words, n_train=60, n_test=20, templates=own)
+    begun = [{example.prompt.split()[0] for example in side} for side in (train, test)]
+    assert begun in ([{"When"}, {"Since"}], [{"Since"}, {"When"}])
+
+
+@pytest.mark.parametrize(
+    ("templates", "error", "message"),
+    [
+        ([SENTENCE], ValueError, "templates: got 1, expected at least two"),
+        ([SENTENCE, SENTENCE.replace("{thing}", "pen")], ValueError, r"\{place\} and \{thing\} and no others"),
+        ([SENTENCE, SENTENCE + " "], ValueError, "ends with a space"),
+        (SENTENCE, TypeError, "expected a list of strings"),
+    ],
+)
+def test_bad_sentences_are_refused(words: Any, templates: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tasks.indirect_object_identification(words, templates=templates)
+
+
+def test_sentences_of_different_shapes_cannot_be_aligned(words: Any) -> None:
+    own = [SENTENCE, "Then " + SENTENCE]
+    with pytest.raises(ValueError, match="aligned: with this tokenizer no two templates"):
+        tasks.indirect_object_identification(words, templates=own, aligned=True)
+
+
 def test_no_capital_belongs_to_two_countries_and_none_stands_in_its_countrys_name() -> None:
     assert len(CAPITALS) > 180
     assert len(set(CAPITALS.values())) == len(CAPITALS)

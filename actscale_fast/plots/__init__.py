@@ -1,10 +1,24 @@
-"""Pictures: where an intervention acts, what each head contributes, and how an intervention was learned.
+"""Pictures: where an intervention acts, what each head contributes, how it was learned, how systems compare.
 
 Figures are built without pyplot, so that no global state changes and no display is needed.
 """
 
 from .curves import history
+from .dots import Measured, comparison
 from .fronts import pareto
+from .lines import PathPoint, path, strengths
 from .maps import attribution, heatmap
+from .matrices import overlap
 
-__all__ = ["attribution", "heatmap", "history", "pareto"]
+__all__ = [
+    "Measured",
+    "PathPoint",
+    "attribution",
+    "comparison",
+    "heatmap",
+    "history",
+    "overlap",
+    "pareto",
+    "path",
+    "strengths",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._files import atomic_path
 
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, BLANK, EDGE, HAIR = "#22252b", "#8a909c", "#eceef1", "#3b3f47", "#d5d8de"
+
+#: Colours and marks of several curves: their lightness differs too, so that they are told apart in grey.
+SERIES = (("#1b3f7a", "o"), ("#d2553f", "s"), ("#7fb069", "^"), ("#8e6bb0", "D"), ("#e3b23c", "v"), ("#5b6270", "P"))
+
+
+def series(number: int) -> tuple[str, str]:
+    """Colour and mark of the curve of this number; they repeat after six."""
+    return SERIES[number % len(SERIES)]
 
 
 def plain(axis: Axes) -> None:
@@ -24,6 +33,18 @@ def plain(axis: Axes) -> None:
     axis.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
     axis.xaxis.label.set(color=INK, fontsize=9)
     axis.yaxis.label.set(color=INK, fontsize=9)
+
+
+def headed(figure: Figure, title: str | None, handles: Sequence[Any] = (), labels: Sequence[str] = ()) -> None:
+    """A title and one line of names above all panels of a constrained figure, each where there is one."""
+    if labels:
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols=min(len(labels), 4), frameon=False, fontsize=8.5,
+            labelcolor=INK, columnspacing=1.6, title=title, alignment="left",
+            title_fontproperties={"weight": "bold", "size": 10.5},
+        )  # fmt: skip
+    elif title:
+        figure.suptitle(title, x=0.012, ha="left", fontsize=10.5, fontweight="bold", color=INK)
 
 
 def written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:

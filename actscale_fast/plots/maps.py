@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .drawing import written
@@ -11,7 +12,7 @@ from .panels import Panel, panels_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..interventions import Intervention, Location
+    from ..interventions import ActivScalar, Intervention, Location
     from ..learning import Attribution
 
 _PLACES = {
@@ -23,9 +24,10 @@ _PLACES = {
 
 
 def heatmap(
-    intervention: Intervention,
+    intervention: Intervention | Sequence[Intervention],
     path: str | os.PathLike[str] | None = None,
     *,
+    tokens: Sequence[str] | None = None,
     title: str | None = None,
     limit: float | None = None,
     dpi: int = 160,
@@ -33,12 +35,16 @@ def heatmap(
     """Draw the scalars of an ActivScalar, layers from left to right: red amplifies, blue suppresses, blank is 0.
 
     Rows are heads (one panel a position, where there are several) or, at a whole site, positions. Every scalar that is
-    not exactly 0 has an outline, so that a small one is told from none.
+    not exactly 0 has an outline, so that a small one is told from none. Several interventions, as those at the outputs
+    of attention and MLP, stand side by side in one scale of colours.
 
     Args:
-        intervention: an ActivScalar that is not a stack.
+        intervention: an ActivScalar that is not a stack; or several of the same layers and positions, as a list or a
+            Composite (whose factors multiply the scalars).
         path: where to write the picture, in the format of its suffix (.png, .pdf, .svg); None: nowhere. The file
             appears whole or not at all.
+        tokens: for an intervention with positions the token that stands at each of them, which then label the rows (or
+            panels); as text, or as `convert_ids_to_tokens` gives them.
         title: the first line of the title; default "Activation scalars".
         limit: the |α| of full colour; default the largest one.
         dpi: dots an inch of a .png.
@@ -48,29 +54,59 @@ def heatmap(
 
     Raises:
         TypeError: not an ActivScalar.
-        ValueError: a stack of several, a limit that is not positive, or a suffix that is no format of pictures.
+        ValueError: a stack of several, interventions of different layers, positions or rows, tokens for another number
+            of positions, a limit that is not positive, or a suffix that is no format of pictures.
 
     Example::
 
         heatmap(intervention, "heads.png")
     """
-    from ..interventions import ActivScalar
-
-    if not isinstance(intervention, ActivScalar):
-        raise TypeError(f"intervention: got {type(intervention).__name__}, expected an ActivScalar")
-    if intervention.n_groups is not None:
-        raise ValueError(f"intervention: got a stack of {intervention.n_groups}, expected a single intervention")
-    location = intervention.location
+    parts = _parts(intervention)
+    location = parts[0][1].location
+    labels = _labels(location, tokens)
+    columns = []
+    for factor, part in parts:
+        place = _PLACES[part.location.site] if len(parts) > 1 else None
+        named = _maps(factor * part.alpha.detach(), location, labels)
+        columns.append(
+            [Panel(values, "α", "  ·  ".join(filter(None, (place, name))) or None) for name, values in named]
+        )
+    l1 = sum(abs(factor) * part.l1 for factor, part in parts)
+    n_active = sum(part.n_active for factor, part in parts if factor)
+    summary = f"{n_active} of {sum(part.n_parameters for _, part in parts)} active  ·  ‖α‖₁ = {l1:.2f}"
     figure = panels_figure(
-        [Panel(values, "α", name) for name, values in _maps(intervention.alpha.detach(), location)],
-        **_axes_of(location),
+        [panel for row in zip(*columns, strict=True) for panel in row],
+        **_axes_of(location, labels),
         title=title or "Activation scalars",
-        summary=f"{intervention.n_active} of {intervention.n_parameters} active  ·  ‖α‖₁ = {intervention.l1:.2f}  ·  "
-        f"{_PLACES[location.site]}",
+        summary=summary if len(parts) > 1 else f"{summary}  ·  {_PLACES[location.site]}",
         limit=_checked(limit),
         dpi=dpi,
+        columns=len(parts),
+        every_row=tokens is not None and location.site != "head",
     )
     return written(figure, path)
+
+
+def _parts(given: Any) -> list[tuple[float, ActivScalar]]:
+    """(factor, intervention) of each column, all drawable beside each other."""
+    from ..interventions import ActivScalar
+
+    several = isinstance(given, list | tuple)
+    pairs = [pair for one in (given if several else [given]) for pair in getattr(one, "pairs", [(1.0, one)])]
+    if not pairs:
+        raise ValueError("intervention: got none, expected at least one ActivScalar")
+    for _, part in pairs:
+        if not isinstance(part, ActivScalar):
+            raise TypeError(f"intervention: got {type(part).__name__}, expected an ActivScalar")
+        if part.n_groups is not None:
+            raise ValueError(f"intervention: got a stack of {part.n_groups}, expected a single intervention")
+    kinds = {
+        (part.location.layers, part.location.positions, part.location.generated, part.location.n_heads)
+        for _, part in pairs
+    }
+    if len(kinds) > 1:
+        raise ValueError("intervention: got several of different layers, positions or heads, expected the same of all")
+    return pairs
 
 
 def attribution(
@@ -109,18 +145,18 @@ def attribution(
     location = result.location
     change = "Δ logits"
     predicted = ("predicted: the gradient at α = 0", change if result.objective is None else "Δ objective")
-    panels = []
+    panels, slots = [], _labels(location)
     for tensor, (label, quantity) in ((-result.scores, predicted), (result.knock_out, ("measured", change))):
         if tensor is not None:
             largest = torch.zeros(tensor.numel(), dtype=torch.bool)
             largest[tensor.flatten().abs().topk(result.n_top).indices] = True
-            marks = _maps(largest.view(tensor.shape), location)
-            for (name, values), (_, marked) in zip(_maps(tensor, location), marks, strict=True):
+            marks = _maps(largest.view(tensor.shape), location, slots)
+            for (name, values), (_, marked) in zip(_maps(tensor, location, slots), marks, strict=True):
                 panels.append(Panel(values, quantity, f"{label}  ·  {name}" if name else label, marked > 0))
     thing = "head" if location.site == "head" else "layer's " + _PLACES[location.site].removesuffix("s")
     figure = panels_figure(
         panels,
-        **_axes_of(location),
+        **_axes_of(location, slots),
         title=title or f"Removing one {thing} at a time",
         summary=_agreement(result),
         limit=_checked(limit),
@@ -129,28 +165,45 @@ def attribution(
     return written(figure, path)
 
 
-def _maps(values: Any, location: Location) -> list[tuple[str | None, Any]]:
+def _maps(values: Any, location: Location, slots: Sequence[str]) -> list[tuple[str | None, Any]]:
     """A tensor [L, P, H] as named maps, numpy [rows, layers] each."""
     array = values.float().cpu().numpy()
     if location.site != "head":
         return [(None, array[:, :, 0].T)]
-    slots = _slot_names(location)
     names = [name if name == "generated" else f"position {name}" for name in slots] if len(slots) > 1 else [None]
     return [(name, array[:, slot].T) for slot, name in enumerate(names)]
 
 
-def _axes_of(location: Location) -> dict[str, Any]:
+def _axes_of(location: Location, slots: Sequence[str]) -> dict[str, Any]:
     if location.site == "head":
         rows, row_label = [str(head) for head in range(location.n_heads)], "head"
     else:
-        rows, row_label = _slot_names(location), "position"
+        rows, row_label = list(slots), "position"
     return {"layers": location.layers, "rows": rows, "row_label": row_label}
 
 
-def _slot_names(location: Location) -> list[str]:
+def _labels(location: Location, tokens: Sequence[str] | None = None) -> list[str]:
+    """The name of each slot: a position's number, behind its token where tokens are given."""
     if location.positions is None:
+        if tokens is not None:
+            raise ValueError("tokens: the intervention has no positions, expected none")
         return ["all"]
-    return [str(position) for position in location.positions] + ["generated"] * location.generated
+    names = [str(position) for position in location.positions]
+    if tokens is not None:
+        if isinstance(tokens, str) or len(tokens) != len(names):
+            raise ValueError(
+                f"tokens: got {tokens if isinstance(tokens, str) else len(tokens)}, expected a list of one for each of "
+                f"the {len(names)} positions"
+            )
+        wide = max(map(len, names), default=0)
+        names = [f"{_readable(token)}  {name:\u2007>{wide}}" for token, name in zip(tokens, names, strict=True)]
+    return names + ["generated"] * location.generated
+
+
+def _readable(token: str) -> str:
+    """A token as a label: without the marks of its space, line breaks seen."""
+    text = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
+    return text.replace("\n", "↵").replace("$", r"\$").strip() or "␣"
 
 
 def _agreement(result: Attribution) -> str:

@@ -1,4 +1,4 @@
-"""Signed maps of cells: panels one below the other, layers from left to right, a colour bar for each quantity."""
+"""Signed maps of cells: panels in one or several columns, layers from left to right, a colour bar for each quantity."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from .drawing import BLANK, EDGE, FAINT, HAIR, INK, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+_BETWEEN = 0.25  # inches between two columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +37,60 @@ def panels_figure(
     summary: str,
     limit: float | None,
     dpi: int,
+    columns: int = 1,
+    every_row: bool = False,
 ) -> Figure:
     """Draw maps of the same rows and layers; red is above 0, blue below, blank exactly 0.
 
     Args:
-        panels: from top to bottom.
+        panels: from top to bottom; with several columns row by row, all of one quantity.
         layers, rows: the names of the columns and rows; `row_label` names the rows' axis.
         title, summary: the two lines above, the first in bold.
         limit: the magnitude of full colour; None: the largest one of each quantity.
         dpi: dots an inch.
+        columns: panels beside each other.
+        every_row: label all rows, in cells that leave room for it.
     """
     from matplotlib.figure import Figure
 
-    n_layers, n_rows, n_panels = len(layers), len(rows), len(panels)
-    cell = max(0.07, min(0.3, 9.0 / n_layers, 12.0 / (n_rows * n_panels)))  # all lengths here are inches
-    gap, left, right, top, bottom = 0.32, 0.7, 0.95, 0.95 if panels[0].title else 0.8, 0.55
-    across, down = cell * (n_layers + 0.2), cell * (n_rows + 0.2)
+    n_layers, n_rows, n_panels = len(layers), len(rows), len(panels) // columns
+    # All lengths here are inches.
+    cell = max(0.15 if every_row else 0.07, min(0.3, 9.0 / (n_layers * columns), 12.0 / (n_rows * n_panels)))
+    gap, right, top, bottom = 0.32, 0.95, 0.95 if panels[0].title else 0.8, 0.55
+    left = max(0.7, 0.45 + 0.065 * max(map(len, rows)))
+    one, down = cell * (n_layers + 0.2), cell * (n_rows + 0.2)
+    across = columns * one + (columns - 1) * _BETWEEN
     tall = n_panels * down + (n_panels - 1) * gap
     # A character of the panels' titles takes 0.065, one of the two lines above 0.065 and 0.09.
     beside = left + max(across, *(0.065 * len(panel.title or "") for panel in panels)) + 0.2
     width = max(beside + right - 0.2, left + 0.065 * len(summary) + 0.1, left + 0.09 * len(title) + 0.1, 4.6)
     height = max(tall, 0.9) + top + bottom
     figure = Figure(figsize=(width, height), dpi=dpi)
-    index = 0
+    index = 0  # of the row of panels
     for quantity, group in itertools.groupby(panels, key=lambda panel: panel.quantity):
         alike = list(group)
         largest = limit or max(float(abs(panel.values).max(initial=0.0)) for panel in alike) or 1.0
         above = top + index * (down + gap)
-        for panel in alike:
+        for number, panel in enumerate(alike):
             foot = height - top - down - index * (down + gap)
-            axis = figure.add_axes((left / width, foot / height, across / width, down / height))
+            column = number % columns
+            start = left + column * (one + _BETWEEN)
+            axis = figure.add_axes((start / width, foot / height, one / width, down / height))
             _cells(axis, panel, largest)
             last = index == n_panels - 1
-            _ticks(axis, [str(layer) for layer in layers] if last else None, n_layers, rows)
-            axis.set_ylabel(row_label)
+            shown = 1 if every_row else 1 + (n_rows - 1) // 16
+            _ticks(axis, [str(layer) for layer in layers] if last else None, n_layers, rows, shown, one)
+            if column == 0:
+                axis.set_ylabel(row_label)
+            else:
+                axis.set_yticklabels([])
             if last:
                 axis.set_xlabel("layer")
             if panel.title:
                 axis.set_title(panel.title, loc="left", fontsize=8.5, color=FAINT)
-            index += 1
-        long = min(max(len(alike) * (down + gap) - gap, 0.9 if len(alike) == n_panels else down), 3.2)
+            index += column == columns - 1
+        spread = len(alike) // columns
+        long = min(max(spread * (down + gap) - gap, 0.9 if spread == n_panels else down), 3.2)
         place = (beside / width, (height - above - long) / height, 0.13 / width, long / height)
         _bar(figure, place, quantity, largest, 6 if long > 1.5 else 4)
     words: dict[str, Any] = {"x": (left + 0.1 * cell) / width, "ha": "left", "va": "top", "color": INK}
@@ -123,11 +140,12 @@ def _cells(axis: Axes, panel: Panel, limit: float) -> None:
     axis.set_aspect("equal")
 
 
-def _ticks(axis: Axes, columns: list[str] | None, n_columns: int, rows: Sequence[str]) -> None:
-    every = 1 + (n_columns - 1) // 24
+def _ticks(
+    axis: Axes, columns: list[str] | None, n_columns: int, rows: Sequence[str], every_row: int, width: float
+) -> None:
+    every = 1 + (n_columns - 1) // max(min(24, int(width / 0.2)), 1)
     axis.set_xticks(range(0, n_columns, every), columns[::every] if columns else [""] * len(range(0, n_columns, every)))
-    every = 1 + (len(rows) - 1) // 16
-    axis.set_yticks(range(0, len(rows), every), rows[::every])
+    axis.set_yticks(range(0, len(rows), every_row), rows[::every_row])
     plain(axis)
     for spine in axis.spines.values():
         spine.set_visible(False)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..examples import Example
 from .countries import CAPITALS
-from .split import TaskSplit, answer_tokens, check_count, most_common, prompt_lengths
+from .split import TaskSplit, answer_tokens, check_count, checked_templates, held_out_templates, prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,22 @@ CONFLICT_TEMPLATES: tuple[str, ...] = (
 wordings that it does not believe ("A guide book says that ...": 3 %) leave nothing to flip and are not here. After the
 last three and the second, the most likely next token is mostly one of the two answers: generation shows it."""
 
+ALIGNED_CONFLICT_TEMPLATES: tuple[str, ...] = (
+    "The capital of {country} is {claim}. As I said, the capital of {country} is",
+    "The capital of {country} is {claim}. I repeat it: the capital of {country} is",
+    "The capital of {country} is {claim}. Let me repeat: the capital of {country} is",
+    "The capital of {country} is {claim}. You heard it: the capital of {country} is",
+    "The capital of {country} is {claim}. Mark it down: the capital of {country} is",
+    "The capital of {country} is {claim}. So once again, the capital of {country} is",
+    "The capital of {country} is {claim}. So remember this: the capital of {country} is",
+    "The capital of {country} is {claim}. And to repeat: the capital of {country} is",
+)
+"""Eight that differ in three words only: with `aligned`, country and claim stand at the same tokens in all of them.
+
+On each, SmolLM2-135M-Instruct ranks the claim above the true capital for 75-100 % of prompts (32 a template)."""
+
+Split = Literal["country", "template", "both"]
+
 MIN_COUNTRIES = 8  # fewer leave less than two countries, and so no false claim, on one side of the split
 _SHORTEST_FRAGMENT = 3  # letters: a shorter first token names no city (" K", " Ma")
 
@@ -48,12 +64,17 @@ def country_capital_conflicts(
     test_fraction: float = 0.3,
     whole_names: bool = True,
     aligned: bool = False,
+    split: Split = "country",
 ) -> TaskSplit:
     """Prompts that claim a false capital, split so that no test country, nor its capital, occurs in training.
 
-    Countries are split first; a false claim is always the capital of another country on the same side. Every
-    country is asked for equally often, every false claim is made equally often (give or take one round), and no
-    prompt occurs twice.
+    Countries (or templates, or both: see `split`) are split first; a false claim is always the capital of another
+    country on the same side. Every country is asked for equally often, every false claim is made equally often (give or
+    take one round), and no prompt occurs twice.
+
+    How many of the 184 countries take part depends on the tokenizer: those whose capital is one token, and in brackets
+    those with `whole_names=False`. SmolLM2 46 (107), GPT-2 52 (111), Llama 3 and Qwen 3 54 (116), Gemma 3 91 (142),
+    Mistral 7B 19 (82).
 
     Args:
         tokenizer: decides which capitals are one token with their leading space.
@@ -61,10 +82,14 @@ def country_capital_conflicts(
         seed: the same seed gives the same examples, in the same order.
         templates: texts with the fields `{country}` and `{claim}`, ending where the answer begins (no trailing
             space); default `CONFLICT_TEMPLATES`. A prompt's first letter is made a capital one.
-        test_fraction: share of the countries held out.
+        test_fraction: share of the countries held out; of templates it is a quarter.
         whole_names: False also takes capitals of several tokens, whose answer is then their first token
             (" Buenos"), if no other capital begins with that token and the country's name does not hold it.
-        aligned: keep only prompts of the most common length in tokens.
+        aligned: keep only prompts of the most common length in tokens that leaves enough of them. With one template and
+            whole names the country and the claim then stand at the same tokens in all of them; with several templates
+            not, unless they are of one shape as `ALIGNED_CONFLICT_TEMPLATES` are.
+        split: what training never sees. "country": the held-out countries and their capitals, in any template;
+            "template": the held-out templates, with any country; "both": neither of them.
 
     Returns:
         TaskSplit, which unpacks as `train, test`.
@@ -82,7 +107,9 @@ def country_capital_conflicts(
     check_count("n_test", n_test)
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction: got {test_fraction}, expected a number between 0 and 1")
-    texts = _checked_templates(CONFLICT_TEMPLATES if templates is None else templates)
+    if split not in get_args(Split):
+        raise ValueError(f"split: got {split!r}, expected one of {', '.join(map(repr, get_args(Split)))}")
+    texts = checked_templates(CONFLICT_TEMPLATES if templates is None else templates, ("country", "claim"))
     answers = _answers(tokenizer, whole_names)
     if len(answers) < MIN_COUNTRIES:
         raise ValueError(
@@ -93,9 +120,11 @@ def country_capital_conflicts(
     rng = random.Random(seed)
     rng.shuffle(order)
     held_out = min(max(round(test_fraction * len(order)), 2), len(order) - 2)
+    countries = (order, order) if split == "template" else (order[held_out:], order[:held_out])
+    of_train, of_test = (texts, texts) if split == "country" else held_out_templates(texts, rng)
     sides = {
-        "n_test": (n_test, _conflicts(order[:held_out], answers, texts, rng)),
-        "n_train": (n_train, _conflicts(order[held_out:], answers, texts, rng)),
+        "n_test": (n_test, _conflicts(countries[1], answers, of_test, rng)),
+        "n_train": (n_train, _conflicts(countries[0], answers, of_train, rng)),
     }
     if aligned:
         sides = _aligned(tokenizer, sides)
@@ -103,24 +132,6 @@ def country_capital_conflicts(
         if wanted > len(made):
             raise ValueError(f"{name}: got {wanted}, but these templates and countries make only {len(made)} prompts")
     return TaskSplit(**{name[2:]: made[:wanted] for name, (wanted, made) in sides.items()})
-
-
-def _checked_templates(templates: Sequence[str]) -> list[str]:
-    if isinstance(templates, str):
-        raise TypeError("templates: got a string, expected a list of strings")
-    texts = list(templates)
-    if not texts:
-        raise ValueError("templates: got none, expected at least one")
-    for text in texts:
-        try:
-            made = text.format(country="@c", claim="@w")
-        except (KeyError, IndexError, ValueError, AttributeError):
-            made = ""
-        if "@c" not in made or "@w" not in made:
-            raise ValueError(f"templates: got {text!r}, expected the fields {{country}} and {{claim}} and no others")
-        if text != text.rstrip():
-            raise ValueError(f"templates: {text!r} ends with a space, which belongs to the answer")
-    return texts
 
 
 def _answers(tokenizer: PreTrainedTokenizerBase, whole_names: bool) -> dict[str, str]:
@@ -165,7 +176,14 @@ def _aligned(
     tokenizer: PreTrainedTokenizerBase, sides: dict[str, tuple[int, list[Example]]]
 ) -> dict[str, tuple[int, list[Example]]]:
     lengths = {name: prompt_lengths(tokenizer, [e.prompt for e in made]) for name, (_, made) in sides.items()}
-    common = most_common(length for side in lengths.values() for length in side)
+    counts = {name: Counter(lengths[name]) for name in sides}
+    total = sum(counts.values(), Counter())
+
+    def merit(length: int) -> tuple[bool, int, int]:
+        enough = all(counts[name][length] >= wanted for name, (wanted, _) in sides.items())
+        return enough, total[length], -length
+
+    common = max(total, key=merit)
     return {
         name: (wanted, [e for e, length in zip(made, lengths[name], strict=True) if length == common])
         for name, (wanted, made) in sides.items()

@@ -8,10 +8,11 @@ the order of names answers them.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..examples import Example
-from .split import TaskSplit, check_count, most_common, prompt_lengths, single_token_words
+from .split import TaskSplit, check_count, checked_templates, held_out_templates, of_one_shape, single_token_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,25 @@ INDIRECT_OBJECT_TEMPLATES: tuple[str, ...] = (
 )
 """The built-in templates; held-out examples use a quarter of them, training the others."""
 
+ALIGNED_INDIRECT_OBJECT_TEMPLATES: tuple[str, ...] = (
+    INDIRECT_OBJECT_TEMPLATES[0],
+    INDIRECT_OBJECT_TEMPLATES[-1],
+    "After {first} and {second} went to the {place}, {giver} gave a {thing} to",
+    "While {first} and {second} sat in the {place}, {giver} passed a {thing} to",
+    "Once {first} and {second} got to the {place}, {giver} showed a {thing} to",
+    "Before {first} and {second} drove to the {place}, {giver} sold a {thing} to",
+    "As {first} and {second} walked through the {place}, {giver} offered a {thing} to",
+    "Because {first} and {second} worked at the {place}, {giver} lent a {thing} to",
+    "Since {first} and {second} lived near the {place}, {giver} sent a {thing} to",
+    "Whenever {first} and {second} stopped at the {place}, {giver} brought a {thing} to",
+    "After {first} and {second} ran to the {place}, {giver} threw a {thing} to",
+    "While {first} and {second} waited outside the {place}, {giver} returned a {thing} to",
+)
+"""The default of `aligned`: names, place and thing stand at the same tokens in all 12 of them."""
+
+_FIELDS = ("first", "second", "giver", "place", "thing")
+_ORDERS = ("ABBA", "BABA")
+
 _NAMES = [
     "Mary", "John", "James", "Robert", "Michael", "David", "William", "Richard", "Thomas", "Charles", "Daniel",
     "Matthew", "Anthony", "Mark", "Paul", "Steven", "Andrew", "George", "Kevin", "Brian", "Edward", "Jason", "Ryan",
@@ -50,22 +70,35 @@ _THINGS = [
 
 
 def indirect_object_identification(
-    tokenizer: PreTrainedTokenizerBase, *, n_train: int = 512, n_test: int = 128, seed: int = 0, aligned: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_train: int = 512,
+    n_test: int = 128,
+    seed: int = 0,
+    templates: Sequence[str] | None = None,
+    orders: Sequence[str] = _ORDERS,
+    aligned: bool = False,
 ) -> TaskSplit:
     """Sentences with two names whose indirect object is to be named; held-out sentences have templates of their own.
 
     Args:
         tokenizer: decides which names, places and things are one token with their leading space.
-        n_train, n_test: examples on either side; half of each ABBA, half BABA.
+        n_train, n_test: examples on either side, of which the orders of names take turns.
         seed: the same seed gives the same examples, in the same order.
-        aligned: use only templates of the most common length, so that every prompt has equally many tokens.
+        templates: two or more texts with the fields `{first}`, `{second}`, `{giver}`, `{place}` and `{thing}`, ending
+            where the name begins (no trailing space); default `INDIRECT_OBJECT_TEMPLATES`.
+        orders: of the names: "ABBA" (the giver is named second), "BABA" (first), or both.
+        aligned: use only templates of one shape: every prompt has equally many tokens, and each of the two first names,
+            the giver, the place and the thing stand at the same token in all of them. The default is then
+            `ALIGNED_INDIRECT_OBJECT_TEMPLATES`: 12, which the tokenizers of SmolLM2, GPT-2, Llama 3, Qwen 3 and Gemma 3
+            all keep, so that 9 are for training and 3 held out.
 
     Returns:
         TaskSplit, which unpacks as `train, test`.
 
     Raises:
-        TypeError, ValueError: a count below 1, a tokenizer that leaves too few words (or, with `aligned`, too few
-            templates), or more examples wanted than there are.
+        TypeError, ValueError: a count below 1, templates without their fields, unknown orders, a tokenizer that leaves
+            too few words (or, with `aligned`, too few templates), or more examples wanted than there are.
 
     Example::
 
@@ -73,6 +106,11 @@ def indirect_object_identification(
     """
     check_count("n_train", n_train)
     check_count("n_test", n_test)
+    default = ALIGNED_INDIRECT_OBJECT_TEMPLATES if aligned else INDIRECT_OBJECT_TEMPLATES
+    texts = checked_templates(default if templates is None else templates, _FIELDS)
+    chosen = (orders,) if isinstance(orders, str) else tuple(orders)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(_ORDERS):
+        raise ValueError(f"orders: got {orders!r}, expected 'ABBA', 'BABA' or both")
     words = {
         "names": single_token_words(tokenizer, _NAMES),
         "places": single_token_words(tokenizer, _PLACES),
@@ -81,33 +119,27 @@ def indirect_object_identification(
     for kind, least in (("names", 2), ("places", 1), ("things", 1)):
         if len(words[kind]) < least:
             raise ValueError(f"tokenizer: only {len(words[kind])} {kind} are one token, expected at least {least}")
-    templates = list(INDIRECT_OBJECT_TEMPLATES)
     if aligned:
-        templates = _of_one_length(tokenizer, templates, words)
+        names, places, things = words["names"], words["places"], words["things"]
+        slots = {"first": names, "second": names[::-1], "giver": names, "place": places, "thing": things}
+        texts = of_one_shape(tokenizer, texts, slots)
     rng = random.Random(seed)
-    rng.shuffle(templates)
-    held_out = max(len(templates) // 4, 1)
+    of_train, of_test = held_out_templates(texts, rng)
     return TaskSplit(
-        train=_sentences("n_train", n_train, templates[held_out:], words, rng),
-        test=_sentences("n_test", n_test, templates[:held_out], words, rng),
+        train=_sentences("n_train", n_train, of_train, chosen, words, rng),
+        test=_sentences("n_test", n_test, of_test, chosen, words, rng),
     )
 
 
-def _of_one_length(tokenizer: PreTrainedTokenizerBase, templates: list[str], words: dict[str, list[str]]) -> list[str]:
-    a, b = words["names"][:2]
-    slots = {"first": a, "second": b, "giver": a, "place": words["places"][0], "thing": words["things"][0]}
-    lengths = prompt_lengths(tokenizer, [template.format(**slots) for template in templates])
-    common = most_common(lengths)
-    kept = [template for template, length in zip(templates, lengths, strict=True) if length == common]
-    if len(kept) < 2:
-        raise ValueError("aligned: with this tokenizer no two templates have equally many tokens, expected two or more")
-    return kept
-
-
 def _sentences(
-    argument: str, wanted: int, templates: list[str], words: dict[str, list[str]], rng: random.Random
+    argument: str,
+    wanted: int,
+    templates: list[str],
+    orders: tuple[str, ...],
+    words: dict[str, list[str]],
+    rng: random.Random,
 ) -> list[Example]:
-    """`wanted` different fillings, drawn without replacement as numbers in mixed radix; ABBA and BABA alternate."""
+    """`wanted` different fillings, drawn without replacement as numbers in mixed radix; the orders take turns."""
     names, places, things = words["names"], words["places"], words["things"]
     total = len(templates) * len(names) * (len(names) - 1) * len(places) * len(things)
     if wanted > total:
@@ -119,7 +151,7 @@ def _sentences(
         number, step = divmod(number, len(names) - 1)
         thing, place = divmod(number, len(places))
         giver, receiver = names[i], names[(i + 1 + step) % len(names)]
-        first, second = (receiver, giver) if row % 2 == 0 else (giver, receiver)  # ABBA, then BABA
+        first, second = (receiver, giver) if orders[row % len(orders)] == "ABBA" else (giver, receiver)
         prompt = templates[t].format(first=first, second=second, giver=giver, place=places[place], thing=things[thing])
         made.append(Example(prompt, correct=f" {receiver}", wrong=f" {giver}"))
     return made

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,10 +55,74 @@ def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
 
 
-def most_common(lengths: Iterable[int]) -> int:
-    """The most frequent length; of equally frequent ones the shortest."""
-    counts = Counter(lengths)
-    return min(counts, key=lambda length: (-counts[length], length))
+def of_one_shape(
+    tokenizer: PreTrainedTokenizerBase, templates: Sequence[str], words: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Those templates that have equally many tokens and each field at the same of them: the most common shape.
+
+    Args:
+        tokenizer: counts the tokens, special ones included.
+        templates: texts with the fields of `words`.
+        words: for each field what may stand there; the first two are tried, and what they change is the field's place.
+
+    Raises:
+        ValueError: fewer than two templates are of one shape.
+    """
+    shapes = [_shape(tokenizer, template, words) for template in templates]
+    counts = Counter(shape for shape in shapes if shape)
+    common = min(counts, key=lambda shape: (-counts[shape], shape), default=())
+    if counts[common] < 2:
+        raise ValueError(
+            "aligned: with this tokenizer no two templates have equally many tokens and their fields at the same ones, "
+            "expected two or more"
+        )
+    return [template for template, shape in zip(templates, shapes, strict=True) if shape == common]
+
+
+def _shape(
+    tokenizer: PreTrainedTokenizerBase, template: str, words: Mapping[str, Sequence[str]]
+) -> tuple[tuple[int, ...], ...]:
+    """((number of tokens), (places of the first field), …); () where a filling changes the number."""
+    first = {field: choice[0] for field, choice in words.items()}
+    texts = [first, *(first | {field: choice[-1 if len(choice) == 1 else 1]} for field, choice in words.items())]
+    ids, *others = tokenizer([template.format(**filling) for filling in texts])["input_ids"]
+    if any(len(other) != len(ids) for other in others):
+        return ()
+    places = (tuple(i for i, (a, b) in enumerate(zip(ids, other, strict=True)) if a != b) for other in others)
+    return ((len(ids),), *places)
+
+
+def held_out_templates(templates: Sequence[str], rng: random.Random) -> tuple[list[str], list[str]]:
+    """Templates for training and, a quarter of them, for held-out examples."""
+    if len(templates) < 2:
+        raise ValueError(f"templates: got {len(templates)}, expected at least two, of which one is held out")
+    order = list(templates)
+    rng.shuffle(order)
+    held_out = max(len(order) // 4, 1)
+    return order[held_out:], order[:held_out]
+
+
+def checked_templates(templates: Sequence[str], fields: Sequence[str]) -> list[str]:
+    """Templates of one's own as a list; each has all fields and no others, and ends where the answer begins."""
+    if isinstance(templates, str):
+        raise TypeError("templates: got a string, expected a list of strings")
+    texts = list(templates)
+    if not texts:
+        raise ValueError("templates: got none, expected at least one")
+    marks = {field: f"@{field}@" for field in fields}
+    names = ", ".join(f"{{{field}}}" for field in fields[:-1]) + f" and {{{fields[-1]}}}"
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"templates: got a {type(text).__name__}, expected a list of strings")
+        try:
+            made = text.format(**marks)
+        except (KeyError, IndexError, ValueError, AttributeError):
+            made = ""
+        if not all(mark in made for mark in marks.values()):
+            raise ValueError(f"templates: got {text!r}, expected the fields {names} and no others")
+        if text != text.rstrip():
+            raise ValueError(f"templates: {text!r} ends with a space, which belongs to the answer")
+    return texts
 
 
 def check_count(name: str, value: int) -> None:
