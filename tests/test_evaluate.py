@@ -29,7 +29,7 @@ def test_every_field_is_that_of_a_plain_derivation() -> None:
     scalars = af.ActivScalar.for_model(model)
     scalars.alpha.copy_(torch.randn(scalars.alpha.shape, generator=torch.Generator().manual_seed(1)))
     result = af.evaluate(model, tokenizer, examples, scalars, batch_size=3)
-    differences, divergences = {0: [], 1: [], -1: []}, {1: [], -1: []}
+    differences, divergences, kept = {0: [], 1: [], -1: []}, {1: [], -1: []}, []
     weights = [layer.self_attn.o_proj.weight.clone() for layer in model.model.layers]
     for example in examples:
         ids = tokenizer(example.prompt, return_tensors="pt")["input_ids"]
@@ -44,6 +44,7 @@ def test_every_field_is_that_of_a_plain_derivation() -> None:
                 reference = z[others].log_softmax(-1)
             else:
                 log_q = z[others].log_softmax(-1)
+                kept.append(float(log_q.argmax() == reference.argmax()))
                 divergences[beta].append(float(F.kl_div(log_q, reference, log_target=True, reduction="sum")))
     table = {beta: torch.tensor(values) for beta, values in differences.items()}
     kl = {beta: float(torch.tensor(values).mean()) for beta, values in divergences.items()}
@@ -55,6 +56,7 @@ def test_every_field_is_that_of_a_plain_derivation() -> None:
         "kl_correct": kl[1],
         "kl_wrong": kl[-1],
         "kl": (kl[1] + kl[-1]) / 2,
+        "top1": sum(kept) / len(kept),
         "l1": float(scalars.alpha.abs().sum()),
     }
     for name, value in expected.items():

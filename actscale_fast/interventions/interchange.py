@@ -120,7 +120,7 @@ class BoundlessDAS(Intervention):
 
     def mask(self, layer: int) -> Tensor:
         """m [P, H, D] of one layer (index among the chosen ones), at the present temperature."""
-        axis = torch.arange(self.location.width, device=self.device, dtype=torch.float32)
+        axis = torch.arange(self.location.width, device=self.device, dtype=self.boundary.dtype)
         end = self.location.width * self.boundary[layer].clamp(LEAST_BOUNDARY, 1.0)[..., None]
         divisor = torch.where(self.temperature > 0, self.temperature, 1.0)
         soft = torch.sigmoid(axis / divisor) * torch.sigmoid((end - axis) / divisor)
@@ -180,15 +180,15 @@ class BoundlessDAS(Intervention):
         source = _of_rows(self._sources[-1][:, layer].to(x.device), n_rows).to(wide)  # [B, P, H, D]
         columns = _columns(placement.index, self.location.n_slots, n_tokens).expand(n_rows, -1)  # [B, P]
         index = columns[:, :, None, None].expand_as(source)
-        padded = F.pad(x, (0, 0, 0, 0, 0, 1))  # slots without a token use the column behind the last
-        base = padded.gather(1, index).to(wide)
+        base = x.gather(1, index.clamp(max=n_tokens - 1)).to(wide)
         with torch.autocast(x.device.type, enabled=False):
             rotation = self._rotation(layer).to(x.device, wide)
             mask = self.mask(layer).to(x.device, wide)
             turned = torch.einsum("phij,bphj->bphi", rotation, source - base) * mask
             change = torch.einsum("phij,bphi->bphj", rotation, turned)
         beta = strength.to(wide).view(-1, 1, 1, 1) if isinstance(strength, Tensor) else strength
-        return padded.scatter(1, index, (base + beta * change).to(x.dtype))[:, :-1]
+        # Slots without a token write behind the last one. Contiguous: GPT-2's layers take views of their input.
+        return F.pad(x, (0, 0, 0, 0, 0, 1)).scatter_(1, index, (base + beta * change).to(x.dtype))[:, :-1].contiguous()
 
     @property
     def n_parameters(self) -> int:

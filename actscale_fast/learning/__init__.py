@@ -5,8 +5,10 @@ from .attributing import Attribution, attribution
 from .evaluation import Evaluation, evaluate, evaluate_all
 from .examples import Example, load_examples, save_examples
 from .fitting import FitResult, fit
+from .interchange import InterchangeResult, fit_interchange
 from .objective import Objective
 from .path import minimality_path
+from .sources import source_activations
 from .sweep_result import SweepFit, SweepResult, load_sweep
 from .sweeping import sweep
 
@@ -15,6 +17,7 @@ __all__ = [
     "Evaluation",
     "Example",
     "FitResult",
+    "InterchangeResult",
     "Objective",
     "SweepFit",
     "SweepResult",
@@ -22,10 +25,12 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "fit",
+    "fit_interchange",
     "load_examples",
     "load_sweep",
     "minimality_path",
     "save_examples",
+    "source_activations",
     "sweep",
     "tasks",
 ]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..interventions import Intervention
+from ..interventions import BoundlessDAS, Intervention
 from ..models import Batch, forward_arguments, frozen, layout, opened, patch
 from .encoding import EncodedExamples
 from .examples import Example
+from .sources import interchanges_of, source_activations, source_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ class Evaluation:
     kl: float  # mean of the two below, in nats
     kl_correct: float  # mean KL(p₀ ‖ p₊) over V∖{c, w} under β = +1
     kl_wrong: float  # the same under β = −1
+    top1: float  # share of examples and both directions whose most likely other token is that of the frozen model
     n_active: int  # scalars that are not exactly zero
     n_scalars: int
     l1: float
@@ -47,6 +49,7 @@ class Evaluation:
             "kl_correct": ("KL of the other tokens, β = +1", "{:.3f}"),
             "kl_wrong": ("KL of the other tokens, β = −1", "{:.3f}"),
             "kl": ("KL, mean of both", "{:.3f}"),
+            "top1": ("most likely other token kept", "{:.2f}"),
             "n_active": (f"active scalars of {self.n_scalars}", "{:d}"),
             "l1": ("ℓ1 norm", "{:.2f}"),
         }
@@ -80,14 +83,16 @@ def evaluate(
 
     Args:
         model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
-        examples: prompts with their two answers.
+        examples: prompts with their two answers. An interchange (`BoundlessDAS`) needs their `source` too: with the
+            counterfactual answer as `correct`, `flip_to_correct` is its interchange accuracy between the two answers,
+            and β = −1 steers away from the source. Other interventions ignore sources.
         intervention: what is evaluated, for example a fitted `ActivScalar`.
         batch_size: prompts in one forward pass (both directions together make twice as many rows).
         progress: show a progress bar.
 
     Raises:
-        TypeError, ValueError: bad arguments or examples (see `EncodedExamples`), an intervention made for another
-            model.
+        TypeError, ValueError: bad arguments or examples (see `EncodedExamples`; for an interchange also one without a
+            source), an intervention made for another model.
     """
     return evaluate_all(model, tokenizer, examples, [intervention], batch_size=batch_size, progress=progress)[0]
 
@@ -113,7 +118,11 @@ def evaluate_all(
     paths = interventions[0].paths
     found = layout(model, paths)
     data = EncodedExamples(examples, tokenizer, model, paths)
-    rows: list[Tensor] = []  # [B, I, 5] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1
+    sources: dict[BoundlessDAS, Tensor] = {}
+    for das in dict.fromkeys(das for intervention in interventions for das in interchanges_of(intervention)):
+        texts = source_texts(data.examples)
+        sources[das] = source_activations(model, tokenizer, das, texts, batch_size=batch_size, progress=progress)
+    rows: list[Tensor] = []  # [B, I, 7] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1, top token kept at +1, −1
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
         head, section = stack.enter_context(opened(found, model, forward_arguments(model, data.batch([0]))))
@@ -132,26 +141,30 @@ def evaluate_all(
             before, both = _difference(reference, correct, wrong), reference.repeat(2, 1)
             found_rows = []
             for intervention in interventions:
-                with patch(model, intervention, strength=direction):
+                with contextlib.ExitStack() as applied:
+                    for das in interchanges_of(intervention):
+                        applied.enter_context(das.interchange(sources[das][batch_rows].repeat(2, 1, 1, 1, 1)))
+                    applied.enter_context(patch(model, intervention, strength=direction))
                     steered = logits(batch.repeat(2))
                 answers = correct.repeat(2), wrong.repeat(2)
                 kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
                 differences = _difference(steered, *answers).view(2, -1)
-                found_rows.append(torch.stack([before, *differences, *kl.view(2, -1)], -1))
+                kept = _top_other(steered, *answers) == _top_other(both, *answers)
+                found_rows.append(torch.stack([before, *differences, *kl.view(2, -1), *kept.float().view(2, -1)], -1))
             rows.append(torch.stack(found_rows, 1))
     evaluations = []
     for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
-        start, plus, minus, kl_correct, kl_wrong = values.unbind(-1)
-        baseline = _summary(intervention, start, start, torch.zeros(1), torch.zeros(1))
-        after = _summary(intervention, plus, minus, kl_correct, kl_wrong)
+        start, plus, minus, kl_correct, kl_wrong, *tops = values.unbind(-1)
+        baseline = _summary(intervention, start, start, torch.zeros(1), torch.zeros(1), torch.ones(1))
+        after = _summary(intervention, plus, minus, kl_correct, kl_wrong, torch.cat(tops))
         evaluations.append(replace(after, baseline=replace(baseline, n_active=0, l1=0.0)))
     return evaluations
 
 
 def _summary(
-    intervention: Intervention, plus: Tensor, minus: Tensor, kl_correct: Tensor, kl_wrong: Tensor
+    intervention: Intervention, plus: Tensor, minus: Tensor, kl_correct: Tensor, kl_wrong: Tensor, kept: Tensor
 ) -> Evaluation:
-    """The means of z[c] − z[w] under β = +1 (`plus`) and −1 (`minus`), and of both divergences; each [N]."""
+    """Means: z[c] − z[w] under β = +1 (`plus`) and −1 (`minus`), both divergences, each [N]; `kept` [2·N]."""
     return Evaluation(
         n_examples=len(plus),
         flip_to_correct=float((plus > 0).double().mean()),
@@ -161,10 +174,18 @@ def _summary(
         kl=float(torch.cat([kl_correct, kl_wrong]).mean()),
         kl_correct=float(kl_correct.mean()),
         kl_wrong=float(kl_wrong.mean()),
+        top1=float(kept.mean()),
         n_active=intervention.n_active,
         n_scalars=intervention.n_parameters,
         l1=intervention.l1,
     )
+
+
+def _top_other(logits: Tensor, correct: Tensor, wrong: Tensor) -> Tensor:
+    """The most likely token besides the two answers, int64 [B]."""
+    top = logits.topk(min(3, logits.shape[-1])).indices  # [B, 3]: one of them is neither
+    answer = (top == correct[:, None]) | (top == wrong[:, None])
+    return top.gather(-1, answer.long().argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def _difference(logits: Tensor, correct: Tensor, wrong: Tensor) -> Tensor:

@@ -19,18 +19,23 @@ class Example:
         prompt: the text before the answer; not empty.
         correct: the correct answer as it follows the prompt, with its leading space where it has one (" Berlin").
         wrong: the wrong answer (" Paris"). Both must be single tokens; `fit` and `evaluate` check that.
+        source: for an interchange, another prompt, which activations are taken from. `prompt` is then the base,
+            `correct` the answer that the interchange should give, `wrong` the other one.
 
     Raises:
-        TypeError, ValueError: an argument that is not a string, an empty prompt or answer, equal answers.
+        TypeError, ValueError: an argument that is not a string, an empty prompt, answer or source, equal answers.
     """
 
     prompt: str
     correct: str
     wrong: str
+    source: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "correct", "wrong"):
+        for name in ("prompt", "correct", "wrong", "source"):
             value = getattr(self, name)
+            if name == "source" and value is None:
+                continue
             if not isinstance(value, str):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected a string")
             if not value.strip():
@@ -40,7 +45,9 @@ class Example:
 
 
 def load_examples(path: str | os.PathLike[str]) -> list[Example]:
-    """Read a JSONL file, one object a line with the keys "prompt", "correct" and "wrong"; blank lines are skipped.
+    """Read a JSONL file, one object a line with the keys "prompt", "correct", "wrong" and perhaps "source".
+
+    Blank lines are skipped.
 
     Raises:
         FileNotFoundError: no such file.
@@ -61,8 +68,10 @@ def load_examples(path: str | os.PathLike[str]) -> list[Example]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
         keys = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        if keys != ["correct", "prompt", "wrong"]:
-            raise ValueError(f"{path}, line {number}: got {keys}, expected the keys 'prompt', 'correct', 'wrong'")
+        if keys not in (["correct", "prompt", "wrong"], ["correct", "prompt", "source", "wrong"]):
+            raise ValueError(
+                f"{path}, line {number}: got {keys}, expected the keys 'prompt', 'correct', 'wrong' (and 'source')"
+            )
         try:
             examples.append(Example(**fields))
         except (TypeError, ValueError) as error:
@@ -75,8 +84,13 @@ def load_examples(path: str | os.PathLike[str]) -> list[Example]:
 def save_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
     """Write examples as JSONL; the file appears whole or not at all."""
     with atomic_path(path) as temporary:
-        text = "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+        text = "".join(json.dumps(example_fields(example), ensure_ascii=False) + "\n" for example in examples)
         temporary.write_text(text, encoding="utf-8")
+
+
+def example_fields(example: Example) -> dict[str, str]:
+    """The fields of an example as JSON has them, without a source that is None."""
+    return {name: value for name, value in asdict(example).items() if value is not None}
 
 
 def check_examples(examples: Sequence[Example]) -> list[Example]:
