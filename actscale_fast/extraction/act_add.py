@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..interventions import SteerVec
 from ..models import Reader, layout
-from .texts import Encoder
+from .texts import Encoder, check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +27,8 @@ def act_add(
 ) -> SteerVec:
     """The steering vectors of a pair of prompts: c·(h⁺ − h⁻) token by token (arXiv 2308.10248, algorithm 1).
 
-    h⁺ and h⁻ are the inputs of layer `layer`. The vector of token i is added there to token i of a prompt: once, and not
-    while decoding. A prompt that is shorter takes as many as it has tokens. The paper finds middle layers most
+    h⁺ and h⁻ are the inputs of layer `layer`. The vector of token i is added there to token i of a prompt: once, and
+    not while decoding. A prompt that is shorter takes as many as it has tokens. The paper finds middle layers most
     effective, with |c| below 15; sums of several pairs are `act_add(...) + act_add(...)`.
 
     Args:
@@ -57,8 +56,7 @@ def act_add(
     """
     found = layout(model, paths)
     number = _checked_layer(layer, found.n_layers)
-    if isinstance(coefficient, str) or not math.isfinite(coefficient):
-        raise ValueError(f"coefficient: got {coefficient!r}, expected a finite number")
+    check_finite(coefficient, "coefficient")
     encoder = Encoder(found, tokenizer)
     pair = [encoder.opened(positive, "positive"), encoder.opened(negative, "negative")]
     longest = max(map(len, pair))

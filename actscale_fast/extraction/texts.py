@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models import Batch, ModelLayout, frozen, layout, left_padded, open_ids, pad_id_of
+from ..models.adapter import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,9 +42,7 @@ class Encoder:
 
     def plain(self, text: object, name: str) -> list[int]:
         """The ids of a text without special tokens; perhaps none."""
-        return self.checked(
-            list(self.tokenizer(self._string(text, name), add_special_tokens=False)["input_ids"]), name
-        )
+        return self.checked(list(self.tokenizer(self._string(text, name), add_special_tokens=False)["input_ids"]), name)
 
     def prompts(self, texts: Sequence[str], name: str) -> list[list[int]]:
         """The ids of prompts, each of at least one token and no longer than the context."""
@@ -94,6 +94,13 @@ def check_count(value: Any, name: str) -> int:
     return value
 
 
+def check_finite(value: Any, name: str) -> float:
+    """`value` where it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number")
+    return value
+
+
 def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that a text is generated from: the beginning of a sequence, or where there is none its end, or padding.
 
@@ -103,7 +110,9 @@ def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for found in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         if found is not None:
             return int(found)
-    raise ValueError("tokenizer: it has no token that opens or ends a text, and none for padding: nothing to start from")
+    raise ValueError(
+        "tokenizer: it has no token that opens or ends a text, and none for padding: nothing to start from"
+    )
 
 
 @torch.no_grad()
@@ -116,7 +125,7 @@ def greedy(
     """
     from transformers import GenerationConfig
 
-    found = layout(model).model
+    found: Any = unwrap(model)
     own = getattr(found, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
     listed = ends if isinstance(ends, list) else [ends]
@@ -125,7 +134,7 @@ def greedy(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad_id_of(tokenizer)
     )
     with frozen(found):
-        made: Any = found.generate(  # type: ignore[operator]
+        made: Any = found.generate(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
         )
     rows = made[:, batch.input_ids.shape[1] :].tolist()
@@ -138,15 +147,25 @@ def continuations(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int = 32,
+    paths: dict[str, str] | None = None,
 ) -> list[str]:
     """What the model says after each prompt, greedily, in batches of similar length with a KV cache.
+
+    Inside `patch` the intervened model speaks. Special tokens are left out of the text.
+
+    Args:
+        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
+        prompts: N texts.
+        max_new_tokens: tokens at most; a text that ends does so before.
+        batch_size: prompts in one forward pass, padded on the left.
+        paths: module paths of a model of an unlisted family.
 
     Raises:
         TypeError, ValueError: bad prompts, or a count that is not positive.
     """
     check_count(max_new_tokens, "max_new_tokens"), check_count(batch_size, "batch_size")
-    encoder = Encoder(layout(model), tokenizer)
+    encoder = Encoder(layout(model, paths), tokenizer)
     rows = encoder.prompts(prompts, "prompts")
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     texts = [""] * len(rows)

@@ -1,0 +1,242 @@
+"""Instruction vectors: the difference that an instruction makes at the last token of a prompt (arXiv 2410.12877)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ..interventions import Intervention, Location, Projection, SteerVec
+from ..interventions.location import check_layers
+from ..models import Reader, layout, patch, perplexity
+from .texts import Encoder, check_count, check_finite, check_texts, continuations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Mode = Literal["projection", "add"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerScore:
+    """One candidate layer on the validation prompts."""
+
+    layer: int
+    score: float  # mean over prompts
+    perplexity: float  # median over prompts of the continuation's, under the model without the vector
+    kept: bool  # whether that is at most `max_perplexity`
+    continuations: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """The layer with the highest mean score among those kept; the lower one of equals."""
+
+    layer: int
+    intervention: Intervention
+    table: list[LayerScore]
+
+
+@dataclass(frozen=True, eq=False)
+class InstructionVectors:
+    """v = mean(h_with − h_without) at the last prompt token, at each layer; u = v/‖v‖; t = mean ⟨h_with, u⟩."""
+
+    location: Location  # site "residual", the layers, every token
+    vectors: Tensor  # v, fp32 [L, d], on the CPU
+    targets: Tensor  # t, fp32 [L]
+
+    @property
+    def directions(self) -> Tensor:
+        """u, fp32 [L, d]; 0 where the instruction made no difference."""
+        return torch.nn.functional.normalize(self.vectors, dim=-1)
+
+    @property
+    def norms(self) -> Tensor:
+        """‖v‖, fp32 [L]: as coefficients of `add` they add v itself."""
+        return self.vectors.norm(dim=-1)
+
+    def add(self, layer: int, coefficient: float) -> SteerVec:
+        """h + c·u at every token of the prompt and generated: c is in units of the stream's norm at that layer.
+
+        Raises:
+            ValueError: a layer without a vector, or a coefficient that is not finite.
+        """
+        check_finite(coefficient, "coefficient")
+        index, location = self._at(layer)
+        vector = SteerVec(location)
+        with torch.no_grad():
+            vector.vectors.copy_(coefficient * self.directions[index])
+        return vector
+
+    def projection(self, layer: int) -> Projection:
+        """h + (t − ⟨h, u⟩)·u at every token: the projection becomes what it is on average under the instruction.
+
+        Raises:
+            ValueError: a layer without a vector.
+        """
+        index, location = self._at(layer)
+        projection = Projection(location)
+        with torch.no_grad():
+            projection.directions.copy_(self.directions[index])
+            projection.targets.copy_(self.targets[index])
+        return projection
+
+    def choose_layer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        score: Callable[[str], float],
+        *,
+        mode: Mode = "projection",
+        coefficient: float = 1.0,
+        layers: Iterable[int] | None = None,
+        max_new_tokens: int = 32,
+        max_perplexity: float | None = None,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> LayerChoice:
+        """The layer whose intervention makes greedy continuations score best, as the paper chooses it on validation.
+
+        Args:
+            model, tokenizer: as they were when the vectors were made.
+            prompts: validation prompts, without the instruction.
+            score: how far a continuation follows the instruction, such as 1.0 or 0.0; higher is better.
+            mode: "projection", whose strength β is `coefficient`, or "add", whose c it is.
+            coefficient: see `mode`.
+            layers: candidates; None: every layer with a vector.
+            max_new_tokens: tokens generated for each prompt.
+            max_perplexity: layers are dropped whose continuations' median perplexity, behind their prompts and under
+                the model without the vector, is higher; None: none is. The paper judges with GPT-2, and leaves the
+                limit to its data. An empty continuation has an infinite one.
+            batch_size: prompts in one forward pass, padded on the left, with the KV cache.
+            progress: show a progress bar.
+
+        Raises:
+            TypeError, ValueError: bad arguments, a score that is not finite, no layer within `max_perplexity`.
+        """
+        from tqdm.auto import tqdm
+
+        check_finite(coefficient, "coefficient")
+        check_texts(prompts, "prompts"), check_count(max_new_tokens, "max_new_tokens")
+        if mode not in ("projection", "add"):
+            raise ValueError(f"mode: got {mode!r}, expected 'projection' or 'add'")
+        if max_perplexity is not None and not max_perplexity >= 1:
+            raise ValueError(f"max_perplexity: got {max_perplexity!r}, expected at least 1")
+        own = self.location.layers
+        candidates = own if layers is None else check_layers(layers, self.location.model.n_layers)
+        edits = [self._edit(layer, mode, coefficient) for layer in candidates]
+        table = []
+        bar = tqdm(edits, desc="layers", disable=not progress, unit="layer", dynamic_ncols=True)
+        for layer, edit in zip(candidates, bar, strict=True):
+            strength = coefficient if mode == "projection" else 1.0
+            with patch(model, edit, strength=strength):
+                texts = continuations(
+                    model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                    paths=self.location.paths,
+                )  # fmt: skip
+            scores = [float(score(text)) for text in texts]
+            if not all(map(math.isfinite, scores)):
+                raise ValueError(f"score: got {scores} at layer {layer}, expected finite numbers")
+            fluency = _median_perplexity(model, tokenizer, prompts, texts, batch_size)
+            kept = max_perplexity is None or fluency <= max_perplexity
+            table.append(LayerScore(layer, math.fsum(scores) / len(scores), fluency, kept, texts))
+        kept_rows = [row for row in table if row.kept]
+        if not kept_rows:
+            lowest = min(row.perplexity for row in table)
+            raise ValueError(f"max_perplexity: got {max_perplexity}, and no layer is below; the lowest is {lowest:.1f}")
+        best = min(kept_rows, key=lambda row: (-row.score, row.layer))
+        return LayerChoice(best.layer, self._edit(best.layer, mode, coefficient), table)
+
+    def _edit(self, layer: int, mode: Mode, coefficient: float) -> Intervention:
+        return self.projection(layer) if mode == "projection" else self.add(layer, coefficient)
+
+    def _at(self, layer: int) -> tuple[int, Location]:
+        where = self.location
+        number = check_layers([layer], where.model.n_layers)[0]
+        if number not in where.layers:
+            raise ValueError(f"layer: got {layer}, expected one of those with a vector, {list(where.layers)}")
+        location = Location(where.site, (number,), None, False, where.model, where.paths)
+        return where.layers.index(number), location
+
+
+def instruction_vectors(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    with_instruction: Sequence[str],
+    without_instruction: Sequence[str],
+    *,
+    layers: Iterable[int] | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+    paths: dict[str, str] | None = None,
+) -> InstructionVectors:
+    """The vectors of an instruction from pairs of prompts with and without it (arXiv 2410.12877).
+
+    Args:
+        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
+        with_instruction, without_instruction: N prompts each, pair by pair, as the model is to get them: for a chat
+            model after its chat template, up to where the answer begins.
+        layers: numbers of the layers whose output is read, negative from the end; None: all.
+        batch_size: prompts in one forward pass.
+        progress: show a progress bar.
+        paths: module paths of a model of an unlisted family.
+
+    Raises:
+        TypeError, ValueError: bad arguments, lists of different lengths, a prompt without tokens or longer than the
+            context.
+
+    Example:
+        >>> vectors = instruction_vectors(model, tokenizer, [q + " Answer in capitals." for q in questions], questions)
+        >>> with patch(model, vectors.projection(layer=15)):
+        ...     model.generate(**inputs)
+    """
+    from tqdm.auto import tqdm
+
+    check_count(batch_size, "batch_size")
+    found = layout(model, paths)
+    encoder = Encoder(found, tokenizer)
+    rows = encoder.prompts(with_instruction, "with_instruction")
+    others = encoder.prompts(without_instruction, "without_instruction")
+    if len(rows) != len(others):
+        raise ValueError(
+            f"without_instruction: got {len(others)} prompts, expected one for each of the {len(rows)} with_instruction"
+        )
+    chosen = check_layers(layers, found.n_layers)
+    everything = rows + others
+    states = torch.zeros(len(everything), len(chosen), found.hidden_size, dtype=torch.float64)
+    order = sorted(range(len(everything)), key=lambda row: len(everything[row]))
+    with Reader(model, "residual", chosen, paths) as read, tqdm(
+        total=len(everything), desc="instruction", disable=not progress, unit="prompt", dynamic_ncols=True
+    ) as bar:  # fmt: skip
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            last = read(encoder.batch([everything[row] for row in numbers]), reduce=lambda x: x[:, -1, 0])  # [L, B, d]
+            states[numbers] = last.transpose(0, 1).double().cpu()
+            bar.update(len(numbers))
+    with_states, without = states.split(len(rows))
+    vectors = (with_states - without).mean(0)  # [L, d]
+    directions = torch.nn.functional.normalize(vectors, dim=-1)
+    targets = (with_states * directions).sum(-1).mean(0)  # [L]
+    location = Location("residual", chosen, None, False, found.fingerprint, dict(paths or {}))
+    return InstructionVectors(location, vectors.float(), targets.float())
+
+
+def _median_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    texts: list[str],
+    batch_size: int,
+) -> float:
+    said = [row for row, text in enumerate(texts) if tokenizer(text, add_special_tokens=False)["input_ids"]]
+    values = torch.full((len(texts),), math.inf)
+    if said:
+        values[said] = perplexity(
+            model, tokenizer, [texts[row] for row in said], [prompts[row] for row in said], batch_size=batch_size
+        )
+    return float(values.median())
