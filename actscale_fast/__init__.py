@@ -16,8 +16,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops, plots
     from .demo_model import load_demo_model
+    from .extraction import (
+        InstructionVectors,
+        LatentResult,
+        LayerChoice,
+        Means,
+        act_add,
+        decode_latent,
+        instruction_vectors,
+        latent_vectors,
+        mean_activations,
+        mean_centring,
+        mean_vector,
+    )
     from .interventions import (
         ActivScalar,
+        BoundlessDAS,
         Composite,
         DynScalar,
         Intervention,
@@ -31,69 +45,96 @@ if TYPE_CHECKING:
         Evaluation,
         Example,
         FitResult,
+        InterchangeResult,
         Objective,
         SweepFit,
         SweepResult,
         attribution,
         evaluate,
         fit,
+        fit_interchange,
         load_examples,
         load_sweep,
         minimality_path,
         save_examples,
+        source_activations,
         sweep,
         tasks,
     )
-    from .models import merge, patch, unmerge
+    from .models import merge, patch, perplexity, unmerge
     from .ops import get_backend, set_backend, use_backend
+    from .reproduction import reproduce
 
 __version__ = "0.1.0"
 
 # A name is imported when it is first used: the command line answers --help without torch (3 s).
 _HOMES = {
-    "ops": ("get_backend", "set_backend", "use_backend"),
     "demo_model": ("load_demo_model",),
+    "extraction": (
+        "InstructionVectors", "LatentResult", "LayerChoice", "Means", "act_add", "decode_latent",
+        "instruction_vectors", "latent_vectors", "mean_activations", "mean_centring", "mean_vector",
+    ),
     "interventions": (
-        "ActivScalar", "Composite", "DynScalar", "Intervention", "Projection", "SteerVec", "load_intervention", "stack",
+        "ActivScalar", "BoundlessDAS", "Composite", "DynScalar", "Intervention", "Projection", "SteerVec",
+        "load_intervention", "stack",
     ),
     "learning": (
-        "Attribution", "Evaluation", "Example", "FitResult", "Objective", "SweepFit", "SweepResult", "attribution",
-        "evaluate", "fit", "load_examples", "load_sweep", "minimality_path", "save_examples",
-        "sweep", "tasks",
+        "Attribution", "Evaluation", "Example", "FitResult", "InterchangeResult", "Objective", "SweepFit",
+        "SweepResult", "attribution", "evaluate", "fit", "fit_interchange", "load_examples", "load_sweep",
+        "minimality_path", "save_examples", "source_activations", "sweep", "tasks",
     ),
-    "models": ("merge", "patch", "unmerge"),
+    "models": ("merge", "patch", "perplexity", "unmerge"),
+    "ops": ("get_backend", "set_backend", "use_backend"),
+    "reproduction": ("reproduce",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ActivScalar",
     "Attribution",
+    "BoundlessDAS",
     "Composite",
     "DynScalar",
     "Evaluation",
     "Example",
     "FitResult",
+    "InstructionVectors",
+    "InterchangeResult",
     "Intervention",
+    "LatentResult",
+    "LayerChoice",
+    "Means",
     "Objective",
     "Projection",
     "SteerVec",
     "SweepFit",
     "SweepResult",
+    "act_add",
     "attribution",
+    "decode_latent",
     "evaluate",
     "fit",
+    "fit_interchange",
     "get_backend",
+    "instruction_vectors",
+    "latent_vectors",
     "load_demo_model",
     "load_examples",
     "load_intervention",
     "load_sweep",
+    "mean_activations",
+    "mean_centring",
+    "mean_vector",
     "merge",
     "minimality_path",
     "ops",
     "patch",
+    "perplexity",
     "plots",
+    "reproduce",
     "save_examples",
     "set_backend",
+    "source_activations",
     "stack",
     "sweep",
     "tasks",

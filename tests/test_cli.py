@@ -18,7 +18,10 @@ from actscale_fast.cli.values import joined_signed_lists
 from actscale_fast.interventions import ActivScalar, load_intervention
 from actscale_fast.learning import Example, save_examples
 
-COMMANDS = ("demo", "fit", "sweep", "attribution", "evaluate", "generate", "plot", "merge", "bench")
+COMMANDS = (
+    "demo", "fit", "sweep", "attribution", "interchange", "extract", "combine", "evaluate", "generate", "plot", "merge",
+    "reproduce", "bench",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,7 @@ def test_each_strength_has_its_own_continuation(model: str, fitted: str, capsys:
     prompt = "The capital of Germany is"
     frozen, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     intervention = load_intervention(fitted)
-    together = continuations(frozen, tokenizer, intervention, prompt, [-1.0, 0.0, 1.0], 5)
+    (together,) = continuations(frozen, tokenizer, intervention, [prompt], [-1.0, 0.0, 1.0], 5)
     inputs = tokenizer(prompt, return_tensors="pt")
     for strength, text in zip((-1.0, 0.0, 1.0), together, strict=True):
         with torch.no_grad(), patch(frozen, intervention, strength=strength):
@@ -183,8 +186,12 @@ def test_help_describes_every_command(command: str, capsys: pytest.CaptureFixtur
 def test_every_option_has_a_help_text() -> None:
     commands = next(action for action in build_parser()._actions if action.dest == "command").choices
     assert set(commands) == set(COMMANDS)
+    recipes = next(action for action in commands["extract"]._actions if action.dest == "recipe").choices
     silent = [
-        (name, action.dest) for name, command in commands.items() for action in command._actions if not action.help
+        (name, action.dest)
+        for name, command in (*commands.items(), *recipes.items())
+        for action in command._actions
+        if not action.help and action.dest != "recipe"
     ]
     assert silent == []
 
@@ -372,7 +379,7 @@ def test_the_defaults_of_the_library_and_the_command_line_are_the_same() -> None
     options = vars(build_parser().parse_args(["fit", "--task", "country-capital", "--out", "x"]))
     of_fit = {name: p.default for name, p in inspect.signature(learning.fit).parameters.items()}
     objective = learning.Objective()
-    for name in ("steps", "lr", "batch_size", "seed", "schedule", "accumulate", "checkpoint_every"):
+    for name in ("steps", "batch_size", "seed", "schedule", "accumulate", "checkpoint_every"):
         assert options[name] == of_fit[name], name
     for name in ("margin", "faithfulness", "minimality", "kl"):
         assert options[name] == getattr(objective, name), name

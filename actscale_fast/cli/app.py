@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -11,6 +12,8 @@ from .parser import build_parser
 from .values import joined_signed_lists
 
 Command = Callable[..., int]
+#: Modules of the commands that have none of their own name.
+_HOMES = dict.fromkeys(("fit", "evaluate", "generate", "plot", "merge"), "commands") | {"combine": "extract"}
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
 
 
@@ -47,32 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Command:
-    """The function of a command; imported only now, because it brings torch with it."""
-    if name == "bench":
-        from .bench import bench
-
-        return bench
-    if name == "demo":
-        from .demo import demo
-
-        return demo
-    if name == "sweep":
-        from .sweep import sweep
-
-        return sweep
-    if name == "attribution":
-        from .attribution import attribution
-
-        return attribution
-    from . import commands
-
-    return {
-        "fit": commands.fit,
-        "evaluate": commands.evaluate,
-        "generate": commands.generate,
-        "plot": commands.plot,
-        "merge": commands.merge,
-    }[name]
+    """The function of a command, imported only now, because it brings torch with it."""
+    home = _HOMES.get(name, name)
+    return getattr(importlib.import_module(f".{home}", __package__), name)  # type: ignore[no-any-return]
 
 
 def _one_line(error: Exception) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .. import learning, models, plots
+from .. import defaults, learning, models, plots
 from .._files import write_json
-from ..interventions import ActivScalar, load_intervention
+from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
-from .output import continuations, print_continuations, print_evaluation, say
+from .output import continuations, exchanging, print_continuations, print_evaluation, say
 from .record import save_record, task_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def fit(options: argparse.Namespace) -> int:
@@ -22,6 +27,7 @@ def fit(options: argparse.Namespace) -> int:
         exclude_answers=not options.include_answers,
         kl=options.kl,
         directions=(1,) if options.one_direction else (1, -1),
+        sparsity=options.sparsity,
     )
     train, test = load_files(options)
     check_file(options.checkpoint, "checkpoint")
@@ -29,17 +35,15 @@ def fit(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options)
     if options.task is not None:
         train, test = load_task(options, tokenizer, options.seed)
-    scalars = ActivScalar.for_model(
-        model, site=options.site, layers=options.layers, positions=options.positions, generated=options.generated
-    )
+    intervention = _at_rest(options, model)
     result = learning.fit(
         model,
         tokenizer,
         train,
-        scalars,
+        intervention,
         objective,
         steps=options.steps,
-        lr=options.lr,
+        lr=options.lr or (defaults.LR if options.kind == "activ-scalar" else defaults.VECTOR_LR),
         batch_size=options.batch_size,
         seed=options.seed,
         schedule=options.schedule,
@@ -55,8 +59,21 @@ def fit(options: argparse.Namespace) -> int:
         evaluation = learning.evaluate(model, tokenizer, test, result.intervention)
         print_evaluation("Held-out examples", evaluation)
         write_json(out / "evaluation.json", evaluation.to_dict())
-    say(f"{scalars.n_active} of {scalars.n_parameters} scalars are active; saved in {out}")
+    what = "scalars" if options.kind == "activ-scalar" else "numbers"
+    say(f"{intervention.n_active} of {intervention.n_parameters} {what} are active; saved in {out}")
     return 0
+
+
+def _at_rest(options: argparse.Namespace, model: PreTrainedModel) -> Intervention:
+    """What `--kind` names, at every site of `--site`."""
+    kinds: dict[str, type[Intervention]] = {
+        "activ-scalar": ActivScalar,
+        "steer-vec": SteerVec,
+        "dyn-scalar": DynScalar,
+    }
+    where = {"layers": options.layers, "positions": options.positions, "generated": options.generated}
+    parts = [kinds[options.kind].for_model(model, site=site, **where) for site in options.site]
+    return functools.reduce(lambda first, second: first + second, parts)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -77,22 +94,29 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """Continue a prompt greedily under every strength."""
-    if not options.prompt:
+    if not all(options.prompt):
         raise ValueError("prompt: got '', which has no tokens")
     strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)
-    prompt = options.prompt
+    prompts, sources = options.prompt, options.source or []
+    exchanging(intervention, sources, len(prompts))
     if options.chat:
-        if not tokenizer.chat_template:
-            raise ValueError("chat: this model's tokenizer has no chat template")
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        prompts, sources = ([_as_chat(tokenizer, text) for text in texts] for texts in (prompts, sources))
     texts = continuations(
-        model, tokenizer, intervention, prompt, strengths, options.max_new_tokens, special_tokens=not options.chat
-    )
-    print_continuations(options.prompt, strengths, texts)
+        model, tokenizer, intervention, prompts, strengths, options.max_new_tokens, special_tokens=not options.chat,
+        sources=sources,
+    )  # fmt: skip
+    for prompt, answers in zip(options.prompt, texts, strict=True):
+        print_continuations(prompt, strengths, answers)
     return 0
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("chat: this model's tokenizer has no chat template")
+    message = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
 
 def plot(options: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ def demo(options: argparse.Namespace) -> int:
     save_record(out, options, task="country-capital", **settings)
     begun_answers = split(n_train=1, n_test=_SHOWN, templates=[templates[0] + _ANSWER]).test
     texts = {
-        example.prompt: continuations(model, tokenizer, scalars, example.prompt, _STRENGTHS, DEMO.max_new_tokens)
+        example.prompt: continuations(model, tokenizer, scalars, [example.prompt], _STRENGTHS, DEMO.max_new_tokens)[0]
         for example in begun_answers
     }
     report = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,10 @@ from ..learning import Example, load_examples, tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+#: Tasks whose prompts have one shape anyway.
+_ALWAYS_ALIGNED = ("name-order", "price-tagging")
 
 
 def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,11 +69,19 @@ def load_task(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples of `--task`."""
-    sizes = {"n_train": options.n_train, "n_test": options.n_test, "seed": seed}
-    if options.task == "country-capital":
-        train, test = tasks.country_capital_conflicts(tokenizer, **sizes)
-    else:
-        train, test = tasks.indirect_object_identification(tokenizer, **sizes)
+    given: dict[str, Any] = {"n_train": options.n_train, "n_test": options.n_test, "seed": seed}
+    makers: dict[str, Callable[..., tasks.TaskSplit]] = {
+        "country-capital": tasks.country_capital_conflicts,
+        "indirect-object": tasks.indirect_object_identification,
+        "greater-than": tasks.greater_than,
+        "name-order": tasks.name_order,
+        "price-tagging": tasks.price_tagging,
+    }
+    if options.task not in _ALWAYS_ALIGNED:
+        given["aligned"] = options.aligned
+        if options.aligned and options.task == "country-capital":
+            given["templates"] = tasks.ALIGNED_CONFLICT_TEMPLATES
+    train, test = makers[options.task](tokenizer, **given)
     return train, test
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..models import layout, patch
+from ..interventions import BoundlessDAS
+from ..learning import source_activations
+from ..models import layout, left_padded, pad_id_of, patch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,33 +51,60 @@ def continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     intervention: Intervention,
-    prompt: str,
+    prompts: Sequence[str],
     strengths: Sequence[float],
     max_new_tokens: int,
     *,
     special_tokens: bool = True,
-) -> list[str]:
-    """The greedy continuation of one prompt under each strength, all in one batch.
+    sources: Sequence[str] = (),
+) -> list[list[str]]:
+    """The greedy continuations of each prompt, one a strength, all in one batch.
 
-    `special_tokens=False` is for a prompt that has them already, such as one from a chat template.
+    Args:
+        special_tokens: False is for prompts that have them already, such as those from a chat template.
+        sources: of an interchange, one for each prompt.
 
     Raises:
-        ValueError: an empty prompt, or one that with the new tokens is longer than the model's context.
+        ValueError: an empty prompt, one that with the new tokens is longer than the model's context, an interchange
+            without sources, or sources without one.
     """
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=special_tokens).to(model.device)
-    length = inputs["input_ids"].shape[1]
-    if length == 0:
-        raise ValueError(f"prompt: got {prompt!r}, which has no tokens")
+    rows = [list(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]) for prompt in prompts]
     context = layout(model, intervention.paths).max_context
-    if context is not None and length + max_new_tokens > context:
-        raise ValueError(f"prompt: {length} tokens and {max_new_tokens} new ones, but the model's context is {context}")
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    batch = {name: inputs[name].expand(len(strengths), -1) for name in ("input_ids", "attention_mask")}
-    with torch.no_grad(), patch(model, intervention, strength=torch.tensor(strengths, dtype=torch.float32)):
+    for prompt, ids in zip(prompts, rows, strict=True):
+        if not ids:
+            raise ValueError(f"prompt: got {prompt!r}, which has no tokens")
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise ValueError(
+                f"prompt: {len(ids)} tokens and {max_new_tokens} new ones, but the model's context is {context}"
+            )
+    times, pad = len(strengths), pad_id_of(tokenizer)
+    batch = left_padded([ids for ids in rows for _ in strengths], pad, model.device)
+    strength = torch.tensor(strengths, dtype=torch.float32).repeat(len(rows))
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for das in exchanging(intervention, sources, len(prompts)):
+            given = source_activations(model, tokenizer, das, list(sources))
+            stack.enter_context(das.interchange(given.repeat_interleave(times, 0)))
+        stack.enter_context(patch(model, intervention, strength=strength))
         tokens = model.generate(  # type: ignore[operator]  # transformers types it as an attribute of a module
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-        )
-    return tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=max_new_tokens,
+            do_sample=False, pad_token_id=pad,
+        )  # fmt: skip
+    texts = tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    return [texts[start : start + times] for start in range(0, len(texts), times)]
+
+
+def exchanging(intervention: Intervention, sources: Sequence[str], n_prompts: int) -> list[BoundlessDAS]:
+    """The interchanges in an intervention, where there are as many sources as prompts; none without sources.
+
+    Raises:
+        ValueError: one without the other, or another number of them.
+    """
+    found = [single for single in intervention.singles if isinstance(single, BoundlessDAS)]
+    if found and len(sources) != n_prompts:
+        raise ValueError(f"source: got {len(sources)} for {n_prompts} prompts, but an interchange needs one for each")
+    if sources and not found:
+        raise ValueError("source: this intervention exchanges nothing, so that no prompt needs one")
+    return found
 
 
 def print_continuations(prompt: str, strengths: Sequence[float], texts: Sequence[str]) -> None:

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 
 from .. import defaults
-from .settings import DEMO
-from .values import (
-    layer_list,
-    position_list,
-    positive_float,
-    positive_int,
-    rate_list,
-    seed_list,
-    strength_list,
-    weight,
-    weight_list,
-)
-
-_DEMO_MODEL = "SmolLM2-135M-Instruct, fetched from the Python package index once"
-_SITES = ("head", "attn_out", "mlp_out", "residual")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+from . import options, parser_extract, parser_learning
+from .values import positive_int, strength_list
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -40,9 +27,19 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     _demo(_command(commands, "demo", "[options]", "learn scalars on a small real model, and see that they work"))
     learned = "(--data FILE | --task TASK) --out FOLDER [options]"
-    _fit(_command(commands, "fit", learned, "learn an intervention from examples"))
-    _sweep(_command(commands, "sweep", learned, "fit many interventions at once, and compare them"))
-    _attribution(_command(commands, "attribution", learned, "find what each head contributes to the answers"))
+    parser_learning.fit(_command(commands, "fit", learned, "learn an intervention from examples"))
+    parser_learning.sweep(_command(commands, "sweep", learned, "fit many interventions at once, and compare them"))
+    parser_learning.attribution(
+        _command(commands, "attribution", learned, "find what each head contributes to the answers")
+    )
+    pairs = "(--data FILE | --task TASK) --layers LIST --out FOLDER [options]"
+    parser_learning.interchange(_command(commands, "interchange", pairs, "learn where a variable of a task is kept"))
+    parser_extract.extract(
+        _command(commands, "extract", "RECIPE [options]", "take steering vectors from activations"),
+        functools.partial(_command, before="extract "),
+    )
+    summed = "FOLDER FOLDER … --out FOLDER [--factors LIST]"
+    parser_extract.combine(_command(commands, "combine", summed, "add interventions to one"))
     examples = "--intervention FOLDER (--data FILE | --task TASK) [options]"
     _evaluate(_command(commands, "evaluate", examples, "measure an intervention on examples, beside the frozen model"))
     prompt = "--intervention FOLDER --prompt TEXT [options]"
@@ -51,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     _plot(_command(commands, "plot", picture, "draw an intervention, or the history of a fit"))
     merged = "--intervention FOLDER --out FOLDER [options]"
     _merge(_command(commands, "merge", merged, "write an intervention into a model's weights and save the model"))
+    parser_learning.reproduce(
+        _command(commands, "reproduce", "--out FOLDER [options]", "compare all systems on a model, in one report")
+    )
     _command(
         commands,
         "bench",
@@ -63,11 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, usage: str, short: str, more: str = ""
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    usage: str,
+    short: str,
+    more: str = "",
+    before: str = "",
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
-        usage=f"actscale-fast {name} {usage}",
+        usage=f"actscale-fast {before}{name} {usage}",
         help=short,
         description=f"{short[0].upper()}{short[1:]}.\n{more}".strip(),
         formatter_class=_Help,
@@ -83,170 +88,16 @@ def _demo(command: argparse.ArgumentParser) -> None:
         "head that flips the model between what it remembers and what it was told, measures them on countries that\n"
         "training never saw, saves them with a heat map, and continues one prompt under three strengths."
     )
-    _model(command)
+    options.model(command)
     command.add_argument("--out", default="actscale-demo", metavar="FOLDER", help="results (default: ./actscale-demo)")
     command.add_argument("--steps", type=positive_int, default=defaults.STEPS, metavar="N", help="default: %(default)s")
     command.add_argument("--seed", type=int, default=defaults.SEED, metavar="N", help="default: %(default)s")
 
 
-def _fit(command: argparse.ArgumentParser) -> None:
-    _model(command)
-    _data(command)
-    command.add_argument("--test-data", metavar="FILE", help="JSONL file of held-out examples to measure on afterwards")
-    command.add_argument("--out", required=True, metavar="FOLDER", help="where the intervention is saved")
-    where = command.add_argument_group("where the model is changed")
-    where.add_argument(
-        "--site", choices=_SITES, default="head", metavar="SITE", help=", ".join(_SITES) + " (default: head)"
-    )
-    where.add_argument("--layers", type=layer_list, metavar="LIST", help="such as 0,3,10-19,-1 (default: all)")
-    where.add_argument(
-        "--positions",
-        type=position_list,
-        metavar="LIST",
-        help="tokens of the prompt, such as 0,-1 (default: every token)",
-    )
-    where.add_argument(
-        "--generated",
-        action="store_true",
-        help="with --positions: a slot for the generated tokens; no example has any, so fit leaves it at 0",
-    )
-    objective = command.add_argument_group("the objective")
-    objective.add_argument(
-        "--margin",
-        type=weight,
-        default=defaults.MARGIN,
-        metavar="X",
-        help="wanted logit difference (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--faithfulness",
-        type=weight,
-        default=defaults.FAITHFULNESS,
-        metavar="X",
-        help="weight of the KL (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--minimality",
-        type=weight,
-        default=defaults.MINIMALITY,
-        metavar="X",
-        help="weight of the ℓ1 norm (default: %(default)s)",
-    )
-    objective.add_argument(
-        "--kl",
-        choices=("forward", "reverse"),
-        default="forward",
-        metavar="KIND",
-        help="forward or reverse (default: forward)",
-    )
-    objective.add_argument(
-        "--include-answers",
-        action="store_true",
-        help="let the KL count the two answers (default: the other tokens only)",
-    )
-    objective.add_argument("--one-direction", action="store_true", help="only towards the correct answer (β = +1)")
-    steps = _steps(command)
-    steps.add_argument(
-        "--lr", type=positive_float, default=defaults.LR, metavar="X", help="learning rate (default: %(default)s)"
-    )
-    steps.add_argument(
-        "--schedule",
-        choices=("constant", "linear", "cosine"),
-        default=defaults.SCHEDULE,
-        metavar="KIND",
-        help="fall of the learning rate: constant, linear or cosine (default: cosine)",
-    )
-    steps.add_argument(
-        "--accumulate",
-        type=positive_int,
-        default=defaults.ACCUMULATE,
-        metavar="N",
-        help="passes a step (default: %(default)s)",
-    )
-    steps.add_argument("--seed", type=int, default=defaults.SEED, metavar="N", help="default: %(default)s")
-    steps.add_argument(
-        "--checkpoint", metavar="FILE", help="kept up to date while fitting; resumed from where it exists"
-    )
-
-
-def _sweep(command: argparse.ArgumentParser) -> None:
-    _model(command)
-    _data(command)
-    command.add_argument("--task-seed", type=int, default=defaults.SEED, metavar="N", help="of a task's examples")
-    command.add_argument("--test-data", metavar="FILE", help="JSONL file of held-out examples to measure on afterwards")
-    command.add_argument(
-        "--out", required=True, metavar="FOLDER", help="one folder a fit; an interrupted sweep goes on"
-    )
-    command.add_argument("--plot", metavar="FILE", help="the picture of the front (default: front.png in that folder)")
-    where = command.add_argument_group("where the model is changed")
-    where.add_argument("--site", choices=_SITES, default="head", metavar="SITE", help="default: head")
-    where.add_argument("--positions", type=position_list, metavar="LIST", help="tokens of the prompt (default: every)")
-    grid = command.add_argument_group("the grid: every combination of these lists is fitted")
-    for name, what, default in (
-        ("minimality", "weights of the ℓ1 norm", defaults.MINIMALITY),
-        ("faithfulness", "weights of the KL", defaults.FAITHFULNESS),
-        ("margin", "wanted logit differences", defaults.MARGIN),
-    ):
-        grid.add_argument(f"--{name}", type=weight_list, metavar="LIST", help=f"{what} (default: {default})")
-    grid.add_argument("--lr", type=rate_list, metavar="LIST", help=f"learning rates (default: {defaults.LR})")
-    grid.add_argument(
-        "--seeds", type=seed_list, default=[defaults.SEED], metavar="LIST", help="such as 0-2 (default: 0)"
-    )
-    grid.add_argument(
-        "--layers", type=layer_list, action="append", metavar="LIST", help="such as 10-19; repeat it for several sets"
-    )
-    grid.add_argument(
-        "--path", type=positive_int, metavar="N", help="N weights of the ℓ1 norm, from the one that keeps all at 0 down"
-    )
-    grid.add_argument(
-        "--warm-start", action="store_true", help="fits that differ in --minimality alone start where the larger ended"
-    )
-    steps = _steps(command)
-    steps.add_argument(
-        "--tolerance", type=weight, metavar="X", help="stop a fit whose scalars move by no more than this"
-    )
-
-
-def _steps(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The options of every loop of steps."""
-    steps = command.add_argument_group("the steps")
-    steps.add_argument("--steps", type=positive_int, default=defaults.STEPS, metavar="N", help="default: %(default)s")
-    steps.add_argument(
-        "--batch-size", type=positive_int, default=defaults.BATCH_SIZE, metavar="N", help="default: %(default)s"
-    )
-    steps.add_argument(
-        "--checkpoint-every",
-        type=positive_int,
-        default=defaults.CHECKPOINT_EVERY,
-        metavar="N",
-        help="steps between two (default: %(default)s)",
-    )
-    return steps
-
-
-def _attribution(command: argparse.ArgumentParser) -> None:
-    command.description = (
-        "Predicts what removing each head would change in the logit difference of the two answers, from one gradient;\n"
-        "measures it by removing one at a time; writes both to attribution.json and attribution.png."
-    )
-    _model(command)
-    _data(command)
-    command.set_defaults(n_train=32)  # of a task, those that are run: each runs once for every head
-    command.add_argument("--seed", type=int, default=defaults.SEED, metavar="N", help="of a task's examples")
-    command.add_argument("--out", required=True, metavar="FOLDER", help="where the figures and the picture are written")
-    command.add_argument("--site", choices=_SITES, default="head", metavar="SITE", help="default: head")
-    command.add_argument("--layers", type=layer_list, metavar="LIST", help="such as 0,3,10-19,-1 (default: all)")
-    command.add_argument("--positions", type=position_list, metavar="LIST", help="tokens of the prompt (default: all)")
-    command.add_argument("--no-knock-out", action="store_true", help="only predict, which takes seconds")
-    command.add_argument(
-        "--top", type=positive_int, default=10, metavar="N", help="lines printed (default: %(default)s)"
-    )
-
-
 def _evaluate(command: argparse.ArgumentParser) -> None:
-    _intervention(command)
-    _model(command)
-    _data(command)
+    options.intervention(command)
+    options.model(command)
+    options.data(command)
     command.add_argument(
         "--seed", type=int, metavar="N", help=f"of the task (default: that of the fit, else {defaults.SEED})"
     )
@@ -255,9 +106,14 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
 
 
 def _generate(command: argparse.ArgumentParser) -> None:
-    _intervention(command)
-    _model(command)
-    command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    options.intervention(command)
+    options.model(command)
+    command.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="the text to continue; may be repeated"
+    )
+    command.add_argument(
+        "--source", action="append", metavar="TEXT", help="of an interchange: the other input, one for each prompt"
+    )
     command.add_argument(
         "--strength",
         type=strength_list,
@@ -280,44 +136,7 @@ def _plot(command: argparse.ArgumentParser) -> None:
 
 
 def _merge(command: argparse.ArgumentParser) -> None:
-    _intervention(command)
-    _model(command)
+    options.intervention(command)
+    options.model(command)
     command.add_argument("--strength", type=float, default=1.0, metavar="X", help="default: %(default)s")
     command.add_argument("--out", required=True, metavar="FOLDER", help="where model and tokenizer are saved")
-
-
-def _intervention(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--intervention", required=True, metavar="FOLDER", help="as saved by fit or demo")
-
-
-def _data(command: argparse.ArgumentParser) -> None:
-    source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--data", metavar="FILE", help='JSONL file, a line: {"prompt": …, "correct": " Berlin", "wrong": " Paris"}'
-    )
-    source.add_argument(
-        "--task",
-        choices=("country-capital", "indirect-object"),
-        metavar="TASK",
-        help="country-capital or indirect-object",
-    )
-    command.add_argument(
-        "--n-train", type=positive_int, default=DEMO.n_train, metavar="N", help="of a task (default: %(default)s)"
-    )
-    command.add_argument(
-        "--n-test", type=positive_int, default=DEMO.n_test, metavar="N", help="of a task (default: %(default)s)"
-    )
-
-
-def _model(command: argparse.ArgumentParser) -> None:
-    model = command.add_argument_group("the model")
-    model.add_argument(
-        "--model", metavar="NAME_OR_PATH", help=f"of the Hugging Face hub, or a folder (default: {_DEMO_MODEL})"
-    )
-    model.add_argument(
-        "--dtype", choices=_DTYPES, default="auto", metavar="TYPE", help=", ".join(_DTYPES) + " (default: as saved)"
-    )
-    model.add_argument(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)"
-    )
-    model.add_argument("--threads", type=positive_int, metavar="N", help="processor threads (default: torch's choice)")

@@ -14,7 +14,8 @@ from .._files import write_json
 FILE = "fit.json"
 _KEPT = (
     "model", "data", "test_data", "task", "n_train", "n_test", "seed", "steps", "lr", "batch_size", "schedule",
-    "accumulate", "margin", "faithfulness", "minimality", "kl", "include_answers", "one_direction",
+    "accumulate", "kind", "aligned", "margin", "faithfulness", "minimality", "kl", "include_answers", "one_direction",
+    "sparsity",
 )  # fmt: skip
 
 

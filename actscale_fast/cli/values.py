@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _INTEGER = re.compile(r"-?\d+")
-_SIGNED_LISTS = ("--layers", "--positions", "--strength")
+_SIGNED_LISTS = ("--layers", "--positions", "--strength", "--factors")
 
 
 def layer_list(text: str) -> list[int]:
@@ -20,6 +20,11 @@ def layer_list(text: str) -> list[int]:
 def position_list(text: str) -> list[int]:
     """ "0,-1" as numbers, negative from the end of the prompt."""
     return _integers(text, "positions", ranges=False)
+
+
+def site_list(text: str) -> list[str]:
+    """ "attn_out,mlp_out" as names; which there are is known where the model is."""
+    return [part.strip() for part in text.split(",")]
 
 
 def strength_list(text: str) -> list[float]:

@@ -1,0 +1,18 @@
+"""`actscale-fast reproduce`: every system on a model, in one report."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..reproduction import reproduce as run
+from .loading import load_model, output_folder
+from .output import say
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    """Run what is not there yet, and write the report."""
+    out = output_folder(options.out)
+    model, tokenizer = load_model(options)
+    path = run(model, tokenizer, out, quick=options.quick)
+    say(f"wrote {path}")
+    return 0

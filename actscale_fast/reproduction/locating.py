@@ -1,0 +1,64 @@
+"""How few scalars suffice, and where they are: the path, knock-outs, overlap between seeds and tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..interventions import ActivScalar
+from ..learning import attribution, minimality_path, sweep
+from .comparing import Laboratory
+from .measuring import figures
+from .settings import System, Task
+
+_TOP = 20  # heads that "the largest" means
+
+
+def path(lab: Laboratory, task: Task, system: System) -> list[dict[str, Any]]:
+    """Held-out figures along falling weights of the ℓ1 norm, each fit warm-started from the one before."""
+    size, tokenizer = lab.size, lab.tokenizer
+    train, test = task.examples(tokenizer, size, size.seeds[0], aligned=system.aligned)
+    template = ActivScalar.for_model(lab.model)
+    # The first weights of the path keep nearly all at 0; the last is half of the one that the comparison fits with.
+    first = minimality_path(lab.model, tokenizer, train[: size.n_test], 1, objective=system.objective)[0]
+    last = system.objective.minimality / 2
+    weights = [first * (last / first) ** ((index + 1) / size.n_path) for index in range(size.n_path)]
+    result = sweep(
+        lab.model, tokenizer, train, {"minimality": weights}, intervention=template, objective=system.objective,
+        steps=size.path_steps, lr=system.lr, seed=size.seeds[0], warm_start=True, evaluate_on=test,
+        folder=lab.folder / "work" / f"{task.name}-path", progress=False,
+    )  # fmt: skip
+    rows = []
+    for fit in result.fits:
+        assert fit.evaluation is not None
+        rows.append(figures(fit.evaluation, fit.intervention) | {"minimality": fit.settings["minimality"]})
+    return rows
+
+
+def knock_out(lab: Laboratory, task: Task, system: System) -> dict[str, Any]:
+    """Removing one head at a time, beside the gradient's prediction and beside the learned scalars."""
+    seed = lab.size.seeds[0]
+    train, _ = task.examples(lab.tokenizer, lab.size, seed, aligned=system.aligned)
+    found = attribution(lab.model, lab.tokenizer, train[: lab.size.n_attributed], progress=False)
+    found.heatmap(lab.folder / f"{task.name}-knock-out.png", title=f"{task.title}: removing one head at a time")
+    assert found.knock_out is not None
+    assert found.agreement is not None
+    learned = lab.learned(task, system, seed)
+    assert isinstance(learned, ActivScalar)
+    largest = set(learned.alpha.detach().abs().flatten().topk(_TOP).indices.tolist())
+    measured = set(found.knock_out.abs().flatten().topk(_TOP).indices.tolist())
+    active = learned.alpha.detach().flatten() != 0
+    return {
+        "n_examples": found.n_examples,
+        "agreement": found.agreement._asdict(),
+        "n_top": _TOP,
+        "shared_with_scalars": len(largest & measured),
+        "expected_by_chance": _TOP * _TOP / learned.alpha.numel(),
+        # Amplifying what speaks for the correct answer: a head whose removal lowers the difference.
+        "same_sign": _share_of_same_sign(learned.alpha.detach().flatten()[active], found.knock_out.flatten()[active]),
+    }
+
+
+def _share_of_same_sign(scalars: torch.Tensor, change: torch.Tensor) -> float:
+    return float((scalars.sign() == -change.sign()).float().mean()) if scalars.numel() else float("nan")

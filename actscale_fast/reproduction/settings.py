@@ -1,0 +1,125 @@
+"""How large a reproduction is, and what is compared: systems, objectives, tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec
+from ..learning import Objective, tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..learning.tasks import TaskSplit
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Counts of everything that is run."""
+
+    seeds: tuple[int, ...]
+    n_train: int
+    n_test: int
+    steps: int
+    n_path: int  # weights of the ℓ1 norm on the path
+    path_steps: int
+    n_attributed: int  # prompts of the knock-outs
+    n_sentences: int  # latent vectors
+    max_new_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"seeds": list(self.seeds)}
+
+
+FULL = Size(
+    seeds=(0, 1, 2), n_train=256, n_test=96, steps=50, n_path=8, path_steps=25, n_attributed=16, n_sentences=10,
+    max_new_tokens=40,
+)  # fmt: skip
+QUICK = Size(
+    seeds=(0,), n_train=96, n_test=48, steps=25, n_path=4, path_steps=12, n_attributed=6, n_sentences=4,
+    max_new_tokens=25,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task in two forms: prompts of many lengths, and aligned ones, whose tokens stand at the same positions."""
+
+    name: str
+    title: str
+    held_out: str
+    split: Callable[..., TaskSplit]
+
+    def examples(
+        self, tokenizer: PreTrainedTokenizerBase, size: Size, seed: int, *, aligned: bool = False
+    ) -> TaskSplit:
+        return self.split(tokenizer, size.n_train, size.n_test, seed, aligned)
+
+
+def _capitals(tokenizer: Any, n_train: int, n_test: int, seed: int, aligned: bool) -> TaskSplit:
+    """Countries held out. Three wordings, capitals of several tokens too; aligned: one token, eight wordings."""
+    counts: dict[str, Any] = {"n_train": n_train, "n_test": n_test, "seed": seed}
+    if aligned:
+        return tasks.country_capital_conflicts(
+            tokenizer, templates=tasks.ALIGNED_CONFLICT_TEMPLATES, aligned=True, **counts
+        )
+    return tasks.country_capital_conflicts(
+        tokenizer, templates=tasks.CONFLICT_TEMPLATES[:3], whole_names=False, **counts
+    )
+
+
+def _indirect_objects(tokenizer: Any, n_train: int, n_test: int, seed: int, aligned: bool) -> TaskSplit:
+    """Templates held out."""
+    return tasks.indirect_object_identification(tokenizer, n_train=n_train, n_test=n_test, seed=seed, aligned=aligned)
+
+
+TASKS = (
+    Task("country-capital", "Country-capital conflicts", "countries", _capitals),
+    Task("indirect-object", "Indirect object identification", "templates", _indirect_objects),
+)
+
+#: The two sites of the paper's main comparison.
+_SITES = ("attn_out", "mlp_out")
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One way to intervene, with the objective and the rate that it is learned with."""
+
+    name: str
+    title: str
+    cls: type[Intervention]
+    aligned: bool  # a parameter a position: the prompts' tokens have to stand at the same positions
+    objective: Objective
+    lr: float
+    sites: tuple[str, ...] = ("head",)
+
+    def make(self, model: PreTrainedModel, n_tokens: int) -> Intervention:
+        """An intervention at rest; `n_tokens` of the aligned prompts."""
+        positions = range(n_tokens) if self.aligned and not self.cls.shares_positions else None
+        parts: Iterable[Intervention] = [
+            self.cls.for_model(model, site=site, positions=positions) for site in self.sites
+        ]
+        return reduce(lambda first, second: first + second, parts)
+
+
+SYSTEMS = (
+    System("scalars", "ActivScalar, a head", ActivScalar, False, Objective(minimality=0.25, faithfulness=0.3), 0.05),
+    System("vectors", "SteerVec, a head", SteerVec, False, Objective(minimality=0.02, faithfulness=0.3), 0.01),
+    System("probes", "DynScalar, a head", DynScalar, False, Objective(minimality=0.02, faithfulness=0.3), 0.01),
+    System(
+        "scalars-by-position", "ActivScalar, a site and position", ActivScalar, True,
+        Objective(minimality=0.1, faithfulness=0.3), 0.05, _SITES,
+    ),
+    System(
+        "vectors-by-position", "SteerVec, a site and position", SteerVec, True,
+        Objective(minimality=0.002, faithfulness=0.3), 0.01, _SITES,
+    ),
+    System(
+        "probes-by-site", "DynScalar, a site", DynScalar, True, Objective(minimality=0.02, faithfulness=0.3), 0.003,
+        _SITES,
+    ),
+)  # fmt: skip
