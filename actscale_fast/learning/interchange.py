@@ -107,8 +107,8 @@ def fit_interchange(
     Rates, weight, temperatures, warm-up, epochs and the pairs of a pass are the paper's published settings, made for
     8000 pairs and a 7B model; there four passes of 16 made an update (batch_size=64, accumulate=4). Ours: one pass an
     update, because small sets of pairs leave few updates otherwise; rates that fall in a line to 0 after warming up
-    (our reading of a linear schedule); the boundary is put back into [1e-3, 1] after each step, and averaged where there
-    are several. With some 50 updates rotation_lr=3e-3 does a little better than 1e-3.
+    (our reading of a linear schedule); the boundary is put back into [1e-3, 1] after each step, and averaged where
+    there are several.
 
     Args:
         model, tokenizer: a causal language model of Hugging Face and its tokenizer.
