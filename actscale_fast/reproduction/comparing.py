@@ -51,7 +51,7 @@ class Laboratory:
             "seconds": round(result.seconds, 1),
             "lengths": [lengths[0], lengths[-1]],
             "n_train": len(train),
-            "train": self.measured(train[: self.size.n_test], [intervention])[0],
+            "train": self.measured(train[: self.size.n_test // 2], [intervention])[0],
             "test": self.measured(test, [intervention])[0],
         }
 

@@ -80,9 +80,6 @@ Stage = tuple[tuple[str, ...], Callable[[], Any]]
 def _plan(lab: Laboratory) -> list[Stage]:
     """(place in the results, what is computed) of every stage, in the order in which they depend on each other."""
     plan: list[Stage] = []
-    for name in ("act-add", "mean-centring", "instruction", "latent"):
-        recipe: Callable[[Laboratory], Any] = getattr(recipes, name.replace("-", "_"))
-        plan.append((("recipes", name), lambda recipe=recipe: recipe(lab)))  # type: ignore[misc]
     scalars = SYSTEMS[0]
     for seed in lab.size.seeds:
         for task in TASKS:
@@ -105,6 +102,9 @@ def _plan(lab: Laboratory) -> list[Stage]:
             (("path", task.name), lambda task=task: locating.path(lab, task, scalars)),  # type: ignore[misc]
             (("transfer", task.name), lambda task=task: transferring.transfer(lab, task, transferred())),  # type: ignore[misc]
         ]
+    for name in ("act-add", "mean-centring", "instruction", "latent"):
+        recipe: Callable[[Laboratory], Any] = getattr(recipes, name.replace("-", "_"))
+        plan.append((("recipes", name), lambda recipe=recipe: recipe(lab)))  # type: ignore[misc]
     return plan
 
 

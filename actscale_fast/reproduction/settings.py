@@ -35,12 +35,12 @@ class Size:
 
 
 FULL = Size(
-    seeds=(0, 1, 2), n_train=256, n_test=96, steps=50, n_path=8, path_steps=25, n_attributed=16, n_sentences=10,
-    max_new_tokens=40,
+    seeds=(0, 1, 2), n_train=256, n_test=64, steps=32, n_path=6, path_steps=20, n_attributed=16, n_sentences=10,
+    max_new_tokens=30,
 )  # fmt: skip
 QUICK = Size(
-    seeds=(0,), n_train=96, n_test=48, steps=25, n_path=4, path_steps=12, n_attributed=6, n_sentences=4,
-    max_new_tokens=25,
+    seeds=(0,), n_train=64, n_test=32, steps=14, n_path=3, path_steps=8, n_attributed=4, n_sentences=4,
+    max_new_tokens=20,
 )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ SYSTEMS = (
         Objective(minimality=0.002, faithfulness=0.3), 0.01, _SITES,
     ),
     System(
-        "probes-by-site", "DynScalar, a site", DynScalar, True, Objective(minimality=0.02, faithfulness=0.3), 0.003,
+        "probes-by-site", "DynScalar, a site", DynScalar, True, Objective(minimality=0.2, faithfulness=0.3), 3e-5,
         _SITES,
     ),
 )  # fmt: skip
