@@ -73,12 +73,13 @@ def greedy_by_hand(model: Any, ids: list[int], layer: int, added: Added, n_new: 
 
 def generated(model: Any, prompts: list[list[int]], n_new: int) -> list[list[int]]:
     """generate() with the KV cache on left-padded prompts."""
+    from transformers import GenerationConfig
+
     width = max(map(len, prompts))
     ids = torch.tensor([[1] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=n_new, min_new_tokens=n_new, do_sample=False, pad_token_id=1
-    )
+    model.generation_config = GenerationConfig()  # in which no token ends a text
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=n_new, do_sample=False, pad_token_id=1)
     return out[:, width:].tolist()
 
 

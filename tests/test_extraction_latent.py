@@ -229,8 +229,7 @@ def test_the_real_model_says_unseen_sentences_of_ten_tokens(every_step: bool) ->
     model, tokenizer = af.load_demo_model()
     assert {len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in UNSEEN} == {10}
     result = latent_vectors(model, tokenizer, UNSEEN, layer=14, every_step=every_step, progress=False)
-    said = [decode_latent(model, tokenizer, vector, 24) for vector in result.vectors]
-    right = [text == sentence for text, sentence in zip(said, UNSEEN, strict=True)]
-    print(f"{sum(right)} of 10 in {result.seconds:.0f} s, steps {result.steps}")
-    assert right == result.exact
-    assert sum(right) >= 8
+    print(f"{sum(result.exact)} of 10 in {result.seconds:.0f} s, steps {result.steps}")
+    assert sum(result.exact) >= 8
+    for sentence, vector, exact in list(zip(UNSEEN, result.vectors, result.exact, strict=True))[:3]:
+        assert (decode_latent(model, tokenizer, vector, 24) == sentence) is exact

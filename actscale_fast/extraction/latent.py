@@ -160,15 +160,17 @@ def decode_latent(
     Args:
         model, tokenizer: as `latent_vectors` had them.
         vector: one of its vectors, or arithmetic on them: `z + 0.5 * (mean_vector(glad) - mean_vector(sad))`.
-        max_new_tokens: at most so many; a text that ends does so before.
+        max_new_tokens: at most so many, and no more than the context holds; a text that ends does so before.
         start: as `latent_vectors` had it.
         strength: β.
     """
     check_count(max_new_tokens, "max_new_tokens")
     encoder = Encoder(layout(model, vector.paths), tokenizer)
-    batch = encoder.batch([_opening(encoder, start)])
+    opening = _opening(encoder, start)
+    if encoder.context is not None:
+        max_new_tokens = min(max_new_tokens, encoder.context - len(opening))
     with patch(model, vector, strength=strength):
-        ids = greedy(model, tokenizer, batch, max_new_tokens)[0]
+        ids = greedy(model, tokenizer, encoder.batch([opening]), max_new_tokens)[0]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 

@@ -126,17 +126,22 @@ def greedy(
     from transformers import GenerationConfig
 
     found: Any = unwrap(model)
-    own = getattr(found, "generation_config", None)
-    ends = getattr(own, "eos_token_id", None)
+    own = found.generation_config
+    ends = own.eos_token_id
     listed = ends if isinstance(ends, list) else [ends]
     stops = [i for i in dict.fromkeys([*listed, tokenizer.eos_token_id]) if i is not None]
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad_id_of(tokenizer)
     )
     with frozen(found):
-        made: Any = found.generate(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
-        )
+        # generate() fills what a given config leaves open from the model's own, which may hold penalties.
+        found.generation_config = GenerationConfig()
+        try:
+            made: Any = found.generate(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+            )
+        finally:
+            found.generation_config = own
     rows = made[:, batch.input_ids.shape[1] :].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 

@@ -87,8 +87,8 @@ def _few(task: str, path: list[Any]) -> Claim:
 
 def _transferred(task: str, rows: list[Any]) -> Claim:
     first, last = rows[0], rows[-1]
-    start, end = (_mean_of(row["systems"]["probes-by-site"]) for row in (first, last))
-    frozen = fmean(effect(run["baseline"]) for run in last["systems"]["probes-by-site"])
+    start, end = (_mean_of(row["systems"]["probes"]) for row in (first, last))
+    frozen = fmean(effect(run["baseline"]) for run in last["systems"]["probes"])
     return Claim(
         "DynScalar generalises to prompts of other lengths",
         f"on the longest prompts flips {_EFFECTIVE:.0%}, and half of what was gained at the training's length, or more",

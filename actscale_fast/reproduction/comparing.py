@@ -42,9 +42,9 @@ class Laboratory:
         lengths = sorted({len(self.tokenizer(example.prompt)["input_ids"]) for example in (*train, *test)})
         intervention = system.make(self.model, lengths[0])
         result = fit(
-            self.model, self.tokenizer, train, intervention, system.objective, steps=self.size.steps, lr=system.lr,
-            seed=seed, checkpoint=self.folder / "work" / f"{task.name}-{system.name}-{seed}.safetensors",
-            progress=False,
+            self.model, self.tokenizer, train, intervention, system.objective, lr=system.lr, seed=seed,
+            steps=round(system.share * self.size.steps),
+            checkpoint=self.folder / "work" / f"{task.name}-{system.name}-{seed}.safetensors", progress=False,
         )  # fmt: skip
         intervention.save_pretrained(self.kept(task, system, seed))
         return {

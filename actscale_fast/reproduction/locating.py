@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .comparing import Laboratory
 from .measuring import figures
 from .settings import System, Task
 
-_TOP = 20  # heads that "the largest" means
+_TOP = 20  # heads that "the largest" means; of a few, a quarter
 
 
 def path(lab: Laboratory, task: Task, system: System) -> list[dict[str, Any]]:
@@ -46,19 +47,20 @@ def knock_out(lab: Laboratory, task: Task, system: System) -> dict[str, Any]:
     assert found.agreement is not None
     learned = lab.learned(task, system, seed)
     assert isinstance(learned, ActivScalar)
-    largest = set(learned.alpha.detach().abs().flatten().topk(_TOP).indices.tolist())
-    measured = set(found.knock_out.abs().flatten().topk(_TOP).indices.tolist())
+    n_top = min(_TOP, max(learned.alpha.numel() // 4, 1))
+    largest = set(learned.alpha.detach().abs().flatten().topk(n_top).indices.tolist())
+    measured = set(found.knock_out.abs().flatten().topk(n_top).indices.tolist())
     active = learned.alpha.detach().flatten() != 0
     return {
         "n_examples": found.n_examples,
         "agreement": found.agreement._asdict(),
-        "n_top": _TOP,
+        "n_top": n_top,
         "shared_with_scalars": len(largest & measured),
-        "expected_by_chance": _TOP * _TOP / learned.alpha.numel(),
+        "expected_by_chance": n_top * n_top / learned.alpha.numel(),
         # Amplifying what speaks for the correct answer: a head whose removal lowers the difference.
         "same_sign": _share_of_same_sign(learned.alpha.detach().flatten()[active], found.knock_out.flatten()[active]),
     }
 
 
 def _share_of_same_sign(scalars: torch.Tensor, change: torch.Tensor) -> float:
-    return float((scalars.sign() == -change.sign()).float().mean()) if scalars.numel() else float("nan")
+    return float((scalars.sign() == -change.sign()).float().mean()) if scalars.numel() else math.nan

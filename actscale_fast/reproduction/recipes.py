@@ -14,31 +14,50 @@ STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 #: What is continued.
 _OPENINGS = ("I think that", "Yesterday the weather", "My friend told me", "The best thing about")
 
-_WEDDINGS = (
-    "The bride wore her grandmother's veil, and the groom could not stop smiling.",
-    "After the vows the guests threw rice and danced until the band was tired.",
-    "They were married in a small church, and the wedding cake had four tiers.",
-    "She caught the bouquet, and everyone said that hers would be the next wedding.",
-    "The best man gave a speech about the day on which the couple had met.",
-    "Two hundred invitations went out for the wedding, and every guest came.",
-    "The rings were old, the flowers white, and the bride's father wept.",
-    "Their honeymoon began the morning after the ceremony, with a train to the sea.",
+_SEA = (
+    "The waves broke over the deck while the sailors pulled in the nets.",
+    "A lighthouse stood on the rocks, and gulls cried above the harbour.",
+    "At low tide the children looked for shells along the beach.",
+    "The captain steered the ship through the storm and out to the open ocean.",
+    "Whales passed the island every spring on their way through deep water.",
+    "Salt wind filled the sails, and the coast sank below the horizon.",
+    "Fishermen mended their boats by the shore before the next tide.",
+    "The diver swam along the coral reef among fish of every colour.",
+)
+_SEA_WORDS = (
+    "sea",
+    "ocean",
+    "ship",
+    "sail",
+    "wave",
+    "beach",
+    "shore",
+    "boat",
+    "tide",
+    "fish",
+    "island",
+    "coast",
+    "water",
 )
 _ORDINARY = (
     "The committee meets on the first Tuesday of each month to discuss the budget.",
-    "Water boils at a lower temperature in the mountains than at the coast.",
-    "He repaired the bicycle with a spare tyre and rode home before dark.",
+    "She sold her bicycle and bought a desk for the new office.",
+    "He repaired the roof with a borrowed ladder and finished before dark.",
     "The report lists the costs of the new bridge and the time that it will take.",
     "Most birds of the forest leave for the south when the days grow short.",
-    "A good soup needs onions, carrots, salt and a great deal of patience.",
+    "A good soup needs onions, carrots, pepper and a great deal of patience.",
     "The train was late again, so she read the newspaper on the platform.",
     "Computers store numbers as rows of switches that are either on or off.",
 )
 _QUESTIONS = (
-    "What is a river?", "Where do bees live?", "Why is the sky blue?", "What do teachers do?", "How is bread made?",
-    "What is a library for?", "Why do leaves fall?", "What does a doctor do?", "How do boats float?", "What is music?",
+    "How do birds fly?", "Tell me about the moon.", "What do cats eat?", "Describe a forest.", "What is bread made of?",
+    "Why do leaves fall?", "What does a doctor do?", "Tell me about winter.", "Describe a dog.", "What is music?",
+    "Tell me about a river.", "Describe a garden.",
 )  # fmt: skip
-_INSTRUCTION = " Answer in capital letters."
+_N_LEARNED, _N_VALIDATED = 8, 2
+_INSTRUCTION = " Answer with a poem."
+#: Of the direction that is added, in units of what the instruction adds (the median over the candidate layers).
+_INSTRUCTED = 1.5
 
 SENTENCES = (
     "The old man walked slowly along the quiet river.",
@@ -73,47 +92,43 @@ def steered_texts(lab: Laboratory, intervention: Intervention, prompts: Sequence
 
 def act_add(lab: Laboratory) -> dict[str, Any]:
     """Love − Hate, added at the front of the prompt."""
-    layer = _layer(lab, 0.25)
-    vector = extraction.act_add(lab.model, lab.tokenizer, " Love", " Hate", layer=layer, coefficient=5.0)
+    layer = _layer(lab, 0.2)
+    vector = extraction.act_add(lab.model, lab.tokenizer, "Love", "Hate", layer=layer, coefficient=5.0)
     prompts = ("I hate you because", "My neighbour is the kind of person who", "When I think about them I feel")
     return {"layer": layer, "coefficient": 5.0} | steered_texts(lab, vector, prompts)
 
 
 def mean_centring(lab: Laboratory) -> dict[str, Any]:
-    """Towards texts about weddings."""
-    layer = _layer(lab, 0.5)
+    """Towards texts about the sea."""
+    layer = _layer(lab, 1 / 3)
     vector = extraction.mean_centring(
-        lab.model, lab.tokenizer, _WEDDINGS, _ORDINARY, layers=[layer], coefficient=2.0, progress=False
+        lab.model, lab.tokenizer, _SEA, _ORDINARY, layers=[layer], coefficient=2.0, progress=False
     )
-    found: dict[str, Any] = {"layer": layer, "coefficient": 2.0, "measured": "about weddings"}
+    found: dict[str, Any] = {"layer": layer, "coefficient": 2.0, "measured": "about the sea"}
     found |= steered_texts(lab, vector)
-    words = ("wedding", "bride", "groom", "married", "ceremony", "guest", "marriage", "couple")
     for row in found["rows"]:
-        row["share"] = _share(row["texts"], lambda text: any(word in text.lower() for word in words))
+        row["share"] = _share(row["texts"], lambda text: any(word in text.lower() for word in _SEA_WORDS))
     return found
 
 
 def instruction(lab: Laboratory) -> dict[str, Any]:
-    """Answers in capital letters without being told so."""
+    """A poem as the answer, without being told so."""
     questions = [_asked(lab, question) for question in _QUESTIONS]
-    told = [_asked(lab, question + _INSTRUCTION) for question in _QUESTIONS]
-    half = len(questions) // 2
-    vectors = extraction.instruction_vectors(lab.model, lab.tokenizer, told[:half], questions[:half], progress=False)
-    n_layers = layout(lab.model).n_layers
-    candidates = sorted({round(n_layers * share) for share in (0.4, 0.55, 0.7, 0.85)})
-    validation = questions[half : half + 2]
+    told = [_asked(lab, question + _INSTRUCTION) for question in _QUESTIONS[:_N_LEARNED]]
+    vectors = extraction.instruction_vectors(lab.model, lab.tokenizer, told, questions[:_N_LEARNED], progress=False)
+    candidates = sorted({_layer(lab, share) for share in (0.4, 0.53, 0.67)})
+    coefficient = _INSTRUCTED * float(vectors.vectors[candidates].norm(dim=-1).median())
     choice = vectors.choose_layer(
-        lab.model, lab.tokenizer, validation, _capitals, layers=candidates,
-        max_new_tokens=lab.size.max_new_tokens // 2, progress=False,
+        lab.model, lab.tokenizer, questions[_N_LEARNED : _N_LEARNED + _N_VALIDATED], _in_lines, mode="add",
+        coefficient=coefficient, layers=candidates, max_new_tokens=lab.size.max_new_tokens, progress=False,
     )  # fmt: skip
-    found: dict[str, Any] = {
-        "layer": choice.layer,
-        "table": [[row.layer, row.score, row.perplexity] for row in choice.table],
-    }
-    found |= steered_texts(lab, choice.intervention, questions[half + 2 :])
-    found |= {"shown": list(_QUESTIONS[half + 2 :]), "measured": "share of capital letters"}
+    table = [[row.layer, row.score, row.perplexity] for row in choice.table]
+    shown = _N_LEARNED + _N_VALIDATED
+    found: dict[str, Any] = {"layer": choice.layer, "coefficient": coefficient, "table": table}
+    found |= steered_texts(lab, choice.intervention, questions[shown:])
+    found |= {"shown": list(_QUESTIONS[shown:]), "measured": "in short lines"}
     for row in found["rows"]:
-        row["share"] = sum(map(_capitals, row["texts"])) / len(row["texts"])
+        row["share"] = sum(map(_in_lines, row["texts"])) / len(row["texts"])
     return found
 
 
@@ -141,10 +156,9 @@ def _asked(lab: Laboratory, question: str) -> str:
     return str(lab.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _capitals(text: str) -> float:
-    """The share of its letters that are capital."""
-    letters = [letter for letter in text if letter.isalpha()]
-    return sum(letter.isupper() for letter in letters) / len(letters) if letters else 0.0
+def _in_lines(text: str) -> float:
+    """Whether it is broken into lines as verse is: one break for every twelve words, or more."""
+    return float(text.strip().count("\n") >= max(len(text.split()) // 12, 1))
 
 
 def _share(texts: Sequence[str], holds: Callable[[str], bool]) -> float:

@@ -30,8 +30,8 @@ _FIGURES = {
 }
 _RECIPES = {
     "act-add": "ActAdd: Love − Hate",
-    "mean-centring": "Mean-centring: texts about weddings",
-    "instruction": "Instruction steering: capital letters",
+    "mean-centring": "Mean-centring: texts about the sea",
+    "instruction": "Instruction steering: answer with a poem",
 }
 
 
@@ -93,7 +93,7 @@ def _preface(lab: Laboratory, quick: bool, seconds: float) -> str:
     n = len(size.seeds)
     text = (
         f"{n} seed{'s' if n > 1 else ''}, which choose the order of training and what is held out; {size.n_train} "
-        f"training prompts a task, {size.steps} steps, {size.n_test} held-out prompts. {round(seconds / 60)} "
+        f"training prompts a task, {size.n_test} held-out prompts. {round(seconds / 60)} "
         "minutes in all."
     )
     if quick:
@@ -114,8 +114,8 @@ def _task(lab: Laboratory, task: Task, results: dict[str, Any]) -> list[str]:
         f"## {task.title}",
         "",
         f"Held out are {task.held_out}. Such as: `{_plain(example.prompt)}` →{example.correct} (correct), "
-        f"not{example.wrong}. Mean (least to largest over seeds); systems by position and by site run on prompts whose "
-        "tokens are aligned.",
+        f"not{example.wrong}. Mean (least to largest over seeds); DynScalar and the systems by position are learned on "
+        "prompts of one length, whose tokens are aligned.",
         "",
         *_table(
             ("held out", *(label for label, _ in _FIGURES.values())),
@@ -218,7 +218,7 @@ def _recipes(found: dict[str, Any]) -> list[str]:
         lines += [f"![perplexity]({name}.png)"]
         if "table" in recipe:
             tried = ", ".join(f"{layer}: {score:.2f}" for layer, score, _ in recipe["table"])
-            lines += ["", f"Layers tried on validation questions, with their share of capital letters: {tried}."]
+            lines += ["", f"Layers tried on validation questions, with the score of each: {tried}."]
     latent = found["latent"]
     exact = sum(row["exact"] for row in latent["rows"])
     lines += [
@@ -241,15 +241,15 @@ def _how(lab: Laboratory, quick: bool) -> list[str]:
     date = datetime.now(UTC).date().isoformat()
     rows = [
         (
-            system.title, ", ".join(system.sites), f"{system.lr:g}", f"{system.objective.margin:g}",
-            f"{system.objective.faithfulness:g}", f"{system.objective.minimality:g}",
+            system.title, ", ".join(system.sites), f"{round(system.share * lab.size.steps)}", f"{system.lr:g}",
+            f"{system.objective.margin:g}", f"{system.objective.faithfulness:g}", f"{system.objective.minimality:g}",
         )
         for system in SYSTEMS
     ]  # fmt: skip
     return [
         "## How it was run",
         "",
-        *_table(("system", "sites", "learning rate", "margin", "λ_F", "λ_M"), rows),
+        *_table(("system", "sites", "steps", "learning rate", "margin", "λ_F", "λ_M"), rows),
         "",
         f"`actscale-fast reproduce{' --quick' if quick else ''}`; actscale_fast {__version__}, torch "
         f"{torch.__version__}, {where}, {platform.machine()}, {date}. All figures are in `report.json`, each "

@@ -35,11 +35,11 @@ class Size:
 
 
 FULL = Size(
-    seeds=(0, 1, 2), n_train=256, n_test=64, steps=32, n_path=6, path_steps=20, n_attributed=16, n_sentences=10,
+    seeds=(0, 1, 2), n_train=192, n_test=64, steps=48, n_path=5, path_steps=16, n_attributed=8, n_sentences=10,
     max_new_tokens=30,
 )  # fmt: skip
 QUICK = Size(
-    seeds=(0,), n_train=64, n_test=32, steps=14, n_path=3, path_steps=8, n_attributed=4, n_sentences=4,
+    seeds=(0,), n_train=96, n_test=32, steps=24, n_path=3, path_steps=10, n_attributed=4, n_sentences=4,
     max_new_tokens=20,
 )  # fmt: skip
 
@@ -60,14 +60,14 @@ class Task:
 
 
 def _capitals(tokenizer: Any, n_train: int, n_test: int, seed: int, aligned: bool) -> TaskSplit:
-    """Countries held out. Three wordings, capitals of several tokens too; aligned: one token, eight wordings."""
+    """Countries held out. One wording, capitals of several tokens too; aligned: one token, eight wordings."""
     counts: dict[str, Any] = {"n_train": n_train, "n_test": n_test, "seed": seed}
     if aligned:
         return tasks.country_capital_conflicts(
             tokenizer, templates=tasks.ALIGNED_CONFLICT_TEMPLATES, aligned=True, **counts
         )
     return tasks.country_capital_conflicts(
-        tokenizer, templates=tasks.CONFLICT_TEMPLATES[:3], whole_names=False, **counts
+        tokenizer, templates=tasks.CONFLICT_TEMPLATES[:1], whole_names=False, **counts
     )
 
 
@@ -92,9 +92,10 @@ class System:
     name: str
     title: str
     cls: type[Intervention]
-    aligned: bool  # a parameter a position: the prompts' tokens have to stand at the same positions
+    aligned: bool  # learned on prompts of one length, whose tokens stand at the same positions
     objective: Objective
     lr: float
+    share: float = 1.0  # of the steps: what has more parameters gets there sooner
     sites: tuple[str, ...] = ("head",)
 
     def make(self, model: PreTrainedModel, n_tokens: int) -> Intervention:
@@ -108,18 +109,14 @@ class System:
 
 SYSTEMS = (
     System("scalars", "ActivScalar, a head", ActivScalar, False, Objective(minimality=0.25, faithfulness=0.3), 0.05),
-    System("vectors", "SteerVec, a head", SteerVec, False, Objective(minimality=0.02, faithfulness=0.3), 0.01),
-    System("probes", "DynScalar, a head", DynScalar, False, Objective(minimality=0.02, faithfulness=0.3), 0.01),
+    System("vectors", "SteerVec, a head", SteerVec, False, Objective(minimality=0.02, faithfulness=0.3), 0.01, 0.5),
+    System("probes", "DynScalar, a head", DynScalar, True, Objective(minimality=0.02, faithfulness=0.3), 0.01, 0.5),
     System(
         "scalars-by-position", "ActivScalar, a site and position", ActivScalar, True,
-        Objective(minimality=0.1, faithfulness=0.3), 0.05, _SITES,
+        Objective(minimality=0.1, faithfulness=0.3), 0.05, 0.5, _SITES,
     ),
     System(
         "vectors-by-position", "SteerVec, a site and position", SteerVec, True,
-        Objective(minimality=0.002, faithfulness=0.3), 0.01, _SITES,
-    ),
-    System(
-        "probes-by-site", "DynScalar, a site", DynScalar, True, Objective(minimality=0.2, faithfulness=0.3), 3e-5,
-        _SITES,
+        Objective(minimality=0.002, faithfulness=0.3), 0.01, 0.5, _SITES,
     ),
 )  # fmt: skip

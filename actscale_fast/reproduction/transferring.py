@@ -7,6 +7,7 @@ from typing import Any
 
 from ..interventions import Intervention
 from ..learning import Example
+from ..models import layout
 from .comparing import Laboratory
 from .settings import System, Task
 
@@ -26,14 +27,17 @@ def longer(examples: list[Example], n_sentences: int) -> list[Example]:
 
 
 def transfer(lab: Laboratory, task: Task, systems: tuple[System, ...]) -> list[dict[str, Any]]:
-    """Held-out figures of systems that were learned on aligned prompts, one row a length."""
-    size, rows = lab.size, []
-    for n_sentences in range(len(_BEFORE) + 1):
+    """Held-out figures of systems that were learned on aligned prompts, one row a length that the model can read."""
+    size, context = lab.size, layout(lab.model).max_context
+    rows: list[dict[str, Any]] = []
+    for n_sentences in range(0, len(_BEFORE) + 1, 2):
         found: dict[str, list[Any]] = {system.name: [] for system in systems}
         lengths: set[int] = set()
         for seed in size.seeds:
             test = longer(task.examples(lab.tokenizer, size, seed, aligned=True).test, n_sentences)
             lengths |= {len(lab.tokenizer(example.prompt)["input_ids"]) for example in test}
+            if context is not None and max(lengths) > context:
+                return rows
             interventions: list[Intervention] = [lab.learned(task, system, seed) for system in systems]
             for system, one in zip(systems, lab.measured(test[: size.n_test // 2], interventions), strict=True):
                 found[system.name].append(one)
