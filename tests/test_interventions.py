@@ -227,7 +227,7 @@ def test_stacks_need_one_class_and_one_site() -> None:
     with pytest.raises(ValueError, match="sites 'head' and 'mlp_out'"):
         ActivScalar.stack([one, other])
     for wrong in ([], [one, SteerVec.for_model(model)], [ActivScalar.stack([one])]):
-        with pytest.raises(ValueError, match="expected (unstacked ones of one class|ActivScalar alone)"):
+        with pytest.raises(ValueError, match=r"expected (unstacked ones of one class|ActivScalar alone)"):
             ActivScalar.stack(wrong)
 
 
