@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         InstructionVectors,
         LatentResult,
         LayerChoice,
+        LayerScore,
         Means,
         act_add,
         decode_latent,
@@ -71,7 +72,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "demo_model": ("load_demo_model",),
     "extraction": (
-        "InstructionVectors", "LatentResult", "LayerChoice", "Means", "act_add", "decode_latent",
+        "InstructionVectors", "LatentResult", "LayerChoice", "LayerScore", "Means", "act_add", "decode_latent",
         "instruction_vectors", "latent_vectors", "mean_activations", "mean_centring", "mean_vector",
     ),
     "interventions": (
@@ -103,6 +104,7 @@ __all__ = [
     "Intervention",
     "LatentResult",
     "LayerChoice",
+    "LayerScore",
     "Means",
     "Objective",
     "Projection",

@@ -13,7 +13,9 @@ MINIMALITY: Final = 0.12
 # The fit.
 STEPS: Final = 45
 LR: Final = 0.05
-VECTOR_LR: Final = 0.01  # of vectors and probes, of which many numbers move one activation
+# Of vectors and probes, of which many numbers move one activation.
+VECTOR_LR: Final = 0.01
+VECTOR_MINIMALITY: Final = 0.02
 BATCH_SIZE: Final = 16
 SEED: Final = 0
 SCHEDULE: Final = "cosine"

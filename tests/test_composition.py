@@ -123,14 +123,18 @@ def test_a_composite_of_another_model_is_refused_and_leaves_nothing_behind() -> 
 def test_a_saved_composite_steers_the_same_and_replaces_what_stood_there(tmp_path: Path) -> None:
     model = tiny_model("llama")
     parts = some(model)
+    (tmp_path / "part-time").mkdir()
     (parts["scalars"] + parts["vector"] + parts["probes"]).save_pretrained(tmp_path)
     whole = parts["scalars"] + -0.5 * parts["projection"]
     whole.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["intervention.json", "part-0", "part-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["intervention.json", "part-0", "part-1", "part-time"]
     loaded = af.load_intervention(tmp_path)
     assert isinstance(loaded, Composite)
     assert loaded.factors == (1.0, -0.5)
     assert torch.equal(patched(model, loaded, 0.7), patched(model, whole, 0.7))
+    parts["other scalars"].save_pretrained(tmp_path / "part-0")
+    with pytest.raises(ValueError, match="part-0: damaged, its checksum"):
+        af.load_intervention(tmp_path)
     parts["scalars"].save_pretrained(tmp_path)
     assert isinstance(af.load_intervention(tmp_path), af.ActivScalar)
     description = json.loads((tmp_path / "intervention.json").read_text())
@@ -184,6 +188,14 @@ def test_places_that_cannot_stand_in_one_table_are_refused() -> None:
         af.stack([af.DynScalar.for_model(model, positions=[0]), af.DynScalar.for_model(model, positions=[1])])
     with pytest.raises(ValueError, match="a Composite cannot be stacked"):
         af.stack([every + first, every + first])
+
+
+def test_multiples_and_sums_of_what_is_not_learned_are_not_learned() -> None:
+    model = tiny_model("llama")
+    fixed = some(model)["vector"].requires_grad_(False)
+    assert not any(value.requires_grad for value in (2.0 * fixed).parameters())
+    learned = some(model)["vector"]
+    assert [value.requires_grad for value in (fixed + learned).parameters()] == [False, True]
 
 
 def test_what_is_no_sum_or_multiple_is_refused_by_name() -> None:

@@ -106,6 +106,16 @@ def test_rows_use_their_own_probes_of_a_stack(positions: list[int] | None) -> No
                 torch.testing.assert_close(found[row], model(IDS[row : row + 1]).logits[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_stack_of_one_needs_no_group() -> None:
+    model = tiny_model("llama")
+    part = randomised(af.DynScalar.for_model(model, positions=[0, 2]))
+    with torch.no_grad():
+        with af.patch(model, part):
+            expected = model(IDS).logits
+        with af.patch(model, af.stack([part])):
+            torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_generation_with_padding_and_cache_is_that_of_recomputing_every_token() -> None:
     model, tokens = tiny.llama(), tiny.tokenizer()
     dyn = randomised(af.DynScalar.for_model(model, positions=[-1], generated=True), scale=0.3)

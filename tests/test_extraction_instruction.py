@@ -151,7 +151,7 @@ def test_the_layer_chosen_is_the_best_of_a_plain_loop_over_layers(mode: Any) -> 
             by_hand = perplexity(model, tokenizer, texts, PROMPTS).median()
             assert row.perplexity == pytest.approx(float(by_hand), rel=1e-4)
     assert choice.layer == scores.index(max(scores))
-    assert choice.intervention.location.layers == (choice.layer,)
+    assert [single.location.layers for single in choice.intervention.singles] == [(choice.layer,)]
 
 
 def test_layers_whose_texts_are_not_fluent_are_dropped() -> None:

@@ -449,7 +449,7 @@ def test_a_pass_without_sources_says_what_to_call() -> None:
     das = made(model)
     with af.patch(model, das), pytest.raises(RuntimeError, match=r"das\.interchange\(source_activations\(model"):
         forward(model)
-    wrong_rows = pytest.raises(ValueError, match="source: got 2 rows for a batch of 3 rows, expected 3 or a divisor")
+    wrong_rows = pytest.raises(ValueError, match="source: got 2 rows for a batch of 3, expected one each")
     with das.interchange(random_source(das, 2)), af.patch(model, das), wrong_rows:
         forward(model)
     with af.patch(model, das), pytest.raises(RuntimeError, match="ran without the source's activations"):

@@ -98,6 +98,13 @@ def test_half_precision_is_rounded_once() -> None:
     assert torch.equal(after, (wide + (t - (wide * u).sum(-1))[..., None] * u).bfloat16())
 
 
+def test_a_fit_of_directions_that_are_zero_is_refused() -> None:
+    model, tokens = tiny.llama(), tiny.tokenizer()
+    examples = [af.Example("The capital of A is", " Rome", " Oslo")]
+    with pytest.raises(ValueError, match="directions are 0 has no gradient"):
+        af.fit(model, tokens, examples, af.Projection.for_model(model), progress=False)
+
+
 def test_generation_with_padding_and_cache_is_that_of_recomputing_every_token() -> None:
     model, tokens = tiny.llama(), tiny.tokenizer()
     projection = unit(randomised(af.Projection.for_model(model, site="residual", layers=[1])))  # type: ignore[arg-type]

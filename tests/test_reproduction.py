@@ -94,7 +94,7 @@ def test_a_damaged_stage_is_computed_again(tmp_path: Path) -> None:
 
 def figures(correct: float, wrong: float, kl: float = 0.1, n_active: int = 10, n_parameters: int = 100) -> Any:
     return {
-        "flip_to_correct": correct, "flip_to_wrong": wrong, "kl": kl, "n_active": n_active,
+        "flip_to_correct": correct, "flip_to_wrong": wrong, "kl": kl, "n_active": n_active, "n_places": 10,
         "n_parameters": n_parameters, "baseline": {"flip_to_correct": 0.0, "flip_to_wrong": 1.0},
     }  # fmt: skip
 
@@ -109,7 +109,7 @@ def results(**changes: Any) -> dict[str, Any]:
     ]
     found = {"scalars": scalars, "vectors": vectors, "path": path, "transfer": transfer} | changes
     return {
-        "comparison": {"t": {name: found[name] for name in ("scalars", "vectors")}},
+        "comparison": {"t": {f"{name}-by-position": found[name] for name in ("scalars", "vectors")}},
         "path": {"t": found["path"]},
         "transfer": {"t": found["transfer"]},
     }
@@ -124,14 +124,13 @@ def test_claims_are_held_where_their_criteria_are_met() -> None:
     assert held() == [True, True, True, True]
     found = judged(results(), ["t"])
     assert "8 of 100 heads (8%) flip 0.86 and 0.90" in found[2].found
-    assert "flips 1.00 at 9 tokens, 0.90 at 30 (frozen 0.50)" in found[3].found
+    assert "flips 1.00 at 9 tokens (frozen 0.50), 0.90 at 30 (0.50)" in found[3].found
 
 
 @pytest.mark.parametrize(
     ("changes", "which"),
     [
         ({"vectors": [{"test": figures(1.0, 1.0, kl=0.05, n_active=1000)}]}, 0),  # twice the KL
-        ({"scalars": [{"test": figures(0.8, 0.9)}]}, 0),  # 0.125 fewer
         ({"vectors": [{"test": figures(0.95, 1.0, n_active=99)}]}, 1),
         ({"path": [figures(0.84, 1.0, n_active=5), figures(1.0, 1.0, n_active=21)]}, 2),
         ({"path": [figures(0.84, 1.0, n_active=5)]}, 2),
@@ -139,6 +138,16 @@ def test_claims_are_held_where_their_criteria_are_met() -> None:
 )
 def test_a_claim_whose_criterion_is_missed_is_not_held(changes: Any, which: int) -> None:
     assert held(**changes) == [number != which for number in range(4)]
+
+
+def test_what_has_no_effect_is_neither_effective_nor_minimal() -> None:
+    at_rest = [{"test": figures(0.0, 1.0, kl=0.0, n_active=0)}]
+    assert held(scalars=at_rest, vectors=at_rest)[:2] == [False, False]
+    assert held(scalars=[{"test": figures(0.8, 0.9)}])[:2] == [False, False]  # 0.125 fewer
+
+
+def test_one_length_tests_no_transfer() -> None:
+    assert held(transfer=results()["transfer"]["t"][:1])[3] is None
 
 
 def test_what_does_not_carry_over_is_not_held() -> None:

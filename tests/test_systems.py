@@ -140,12 +140,12 @@ def test_the_command_line_generates_what_recomputing_every_token_gives(
     intervention = af.load_intervention(made(name))
     prompts, strengths = [PAIRS[0][0], "What is the capital of France?"], [1.0, -0.5]
     sources = [PAIRS[1][0], PAIRS[2][0]] if intervention.needs_source else []
-    model.generation_config.eos_token_id = None
     found = continuations(model, tokens, intervention, prompts, strengths, 6, sources=sources)
     for row, prompt in enumerate(prompts):
         for text, strength in zip(found[row], strengths, strict=True):
             source = sources[row] if sources else ""
             ids = by_recomputing(model, tokens, intervention, prompt, strength, source)
+            ids = ids[: ids.index(tokens.eos_token_id)] if tokens.eos_token_id in ids else ids
             assert text == tokens.decode(ids, skip_special_tokens=True)
     words = ["generate", "--model", str(folder / "MODEL"), "--intervention", str(made(name)), "--max-new-tokens", "4"]
     for option, texts in (("--prompt", prompts), ("--source", sources)):
@@ -192,6 +192,8 @@ def test_interventions_are_combined_by_the_command_line(folder: Path, made: Any,
         ("interchange --data DATA --layers 0 --out o", "source"),
         ("generate --intervention ONE --prompt A --source B", "source: this intervention exchanges nothing"),
         ("generate --intervention DAS --prompt A", "source: got 0 for 1 prompts"),
+        ("fit --data DATA --aligned --out o", "aligned: it is of the tasks country-capital"),
+        ("fit --task indirect-object --split both --out o", "split: it is of the task country-capital"),
     ],
 )
 def test_mistakes_cost_one_line(

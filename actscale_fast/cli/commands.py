@@ -12,14 +12,18 @@ from .._files import write_json
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
 from .output import continuations, exchanging, print_continuations, print_evaluation, say
-from .record import save_record, task_seed
+from .record import save_record, task_seed, was_aligned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def fit(options: argparse.Namespace) -> int:
-    """Learn scalars and save them with their history; measure them where held-out examples are at hand."""
+    """Learn an intervention and save it with its history; measure it where held-out examples are at hand."""
+    few = options.kind == "activ-scalar"
+    options.lr = options.lr or (defaults.LR if few else defaults.VECTOR_LR)
+    if options.minimality is None:
+        options.minimality = defaults.MINIMALITY if few else defaults.VECTOR_MINIMALITY
     objective = learning.Objective(
         margin=options.margin,
         faithfulness=options.faithfulness,
@@ -43,7 +47,7 @@ def fit(options: argparse.Namespace) -> int:
         intervention,
         objective,
         steps=options.steps,
-        lr=options.lr or (defaults.LR if options.kind == "activ-scalar" else defaults.VECTOR_LR),
+        lr=options.lr,
         batch_size=options.batch_size,
         seed=options.seed,
         schedule=options.schedule,
@@ -82,6 +86,7 @@ def evaluate(options: argparse.Namespace) -> int:
     examples, title = load_file(options.data, "data"), str(options.data)
     intervention = load_intervention(options.intervention)
     seed = task_seed(Path(options.intervention), options.task, options.seed)
+    options.aligned = options.aligned or was_aligned(Path(options.intervention), options.task)
     model, tokenizer = load_model(options)
     if options.task is not None:
         examples, title = load_task(options, tokenizer, seed)[1], f"Held-out examples of the task, seed {seed}"
@@ -103,10 +108,7 @@ def generate(options: argparse.Namespace) -> int:
     exchanging(intervention, sources, len(prompts))
     if options.chat:
         prompts, sources = ([_as_chat(tokenizer, text) for text in texts] for texts in (prompts, sources))
-    texts = continuations(
-        model, tokenizer, intervention, prompts, strengths, options.max_new_tokens, special_tokens=not options.chat,
-        sources=sources,
-    )  # fmt: skip
+    texts = continuations(model, tokenizer, intervention, prompts, strengths, options.max_new_tokens, sources=sources)
     for prompt, answers in zip(options.prompt, texts, strict=True):
         print_continuations(prompt, strengths, answers)
     return 0

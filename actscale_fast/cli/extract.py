@@ -72,7 +72,7 @@ def _mean_centring(
     return extraction.mean_centring(
         model, tokenizer, given["target"], given["training"], layers=options.layers, site=options.site,
         coefficient=options.coefficient, positions=None if options.every_token else options.positions,
-        generated=not options.every_token,
+        generated=not options.every_token, skip=options.skip,
     )  # fmt: skip
 
 

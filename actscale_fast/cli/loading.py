@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: Tasks whose prompts have one shape anyway.
 _ALWAYS_ALIGNED = ("name-order", "price-tagging")
+_ALIGNABLE = ("country-capital", "indirect-object", "greater-than")
 
 
 def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -55,14 +56,23 @@ def load_file(name: str | None, option: str) -> list[Example]:
 
 
 def load_files(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """The examples of `--data` and of `--test-data`, before any model is loaded.
+    """The examples of `--data` and of `--test-data`, before any model is loaded; refuses what only a task has.
 
     Raises:
         ValueError: held-out examples beside a task, which brings its own; or as `load_file` does.
     """
+    check_task_options(options)
     if options.test_data is not None and options.task is not None:
         raise ValueError("test-data: a task brings held-out examples of its own; give --data instead of --task")
     return load_file(options.data, "data"), load_file(options.test_data, "test-data")
+
+
+def check_task_options(options: argparse.Namespace) -> None:
+    """Refuse options that the examples at hand do not have."""
+    if options.aligned and (options.task is None or options.task in _ALWAYS_ALIGNED):
+        raise ValueError("aligned: it is of the tasks " + ", ".join(sorted(_ALIGNABLE)))
+    if options.split is not None and options.task != "country-capital":
+        raise ValueError("split: it is of the task country-capital; the others are split by template")
 
 
 def load_task(
@@ -81,6 +91,8 @@ def load_task(
         given["aligned"] = options.aligned
         if options.aligned and options.task == "country-capital":
             given["templates"] = tasks.ALIGNED_CONFLICT_TEMPLATES
+    if options.split is not None:
+        given["split"] = options.split
     train, test = makers[options.task](tokenizer, **given)
     return train, test
 

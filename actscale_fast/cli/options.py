@@ -53,6 +53,10 @@ def data(command: argparse.ArgumentParser) -> None:
         "--aligned", action="store_true", help="of a task: prompts whose tokens stand at the same positions"
     )
     command.add_argument(
+        "--split", choices=("country", "template", "both"), metavar="WHAT",
+        help="of country-capital, what is held out: country, template or both (default: country)",
+    )  # fmt: skip
+    command.add_argument(
         "--n-train", type=positive_int, default=DEMO.n_train, metavar="N", help="of a task (default: %(default)s)"
     )
     command.add_argument(

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..interventions import BoundlessDAS
-from ..learning import source_activations
-from ..models import layout, left_padded, pad_id_of, patch
+from ..extraction.texts import greedy
+from ..learning.sources import interchanges_of, source_activations
+from ..models import layout, left_padded, open_ids, pad_id_of, patch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..interventions import Intervention
+    from ..interventions import BoundlessDAS, Intervention
     from ..learning import Evaluation
 
 
@@ -55,20 +55,18 @@ def continuations(
     strengths: Sequence[float],
     max_new_tokens: int,
     *,
-    special_tokens: bool = True,
     sources: Sequence[str] = (),
 ) -> list[list[str]]:
     """The greedy continuations of each prompt, one a strength, all in one batch.
 
     Args:
-        special_tokens: False is for prompts that have them already, such as those from a chat template.
         sources: of an interchange, one for each prompt.
 
     Raises:
         ValueError: an empty prompt, one that with the new tokens is longer than the model's context, an interchange
             without sources, or sources without one.
     """
-    rows = [list(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]) for prompt in prompts]
+    rows = [open_ids(tokenizer, prompt) for prompt in prompts]
     context = layout(model, intervention.paths).max_context
     for prompt, ids in zip(prompts, rows, strict=True):
         if not ids:
@@ -85,11 +83,8 @@ def continuations(
             given = source_activations(model, tokenizer, das, list(sources))
             stack.enter_context(das.interchange(given.repeat_interleave(times, 0)))
         stack.enter_context(patch(model, intervention, strength=strength))
-        tokens = model.generate(  # type: ignore[operator]  # transformers types it as an attribute of a module
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=max_new_tokens,
-            do_sample=False, pad_token_id=pad,
-        )  # fmt: skip
-    texts = tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        made = greedy(model, tokenizer, batch, max_new_tokens)
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
     return [texts[start : start + times] for start in range(0, len(texts), times)]
 
 
@@ -99,7 +94,7 @@ def exchanging(intervention: Intervention, sources: Sequence[str], n_prompts: in
     Raises:
         ValueError: one without the other, or another number of them.
     """
-    found = [single for single in intervention.singles if isinstance(single, BoundlessDAS)]
+    found = interchanges_of(intervention)
     if found and len(sources) != n_prompts:
         raise ValueError(f"source: got {len(sources)} for {n_prompts} prompts, but an interchange needs one for each")
     if sources and not found:

@@ -47,6 +47,10 @@ def _mean_centring(command: argparse.ArgumentParser) -> None:
         help="tokens of the prompt, and all generated ones (default: the last)",
     )  # fmt: skip
     where.add_argument("--every-token", action="store_true", help="steer every token instead")
+    command.add_argument(
+        "--skip", type=int, default=0, metavar="N",
+        help="leave out each text's first N tokens: 1 where the first's activation is huge (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _instruction(command: argparse.ArgumentParser) -> None:

@@ -69,9 +69,8 @@ def fit(command: argparse.ArgumentParser) -> None:
     objective.add_argument(
         "--minimality",
         type=weight,
-        default=defaults.MINIMALITY,
         metavar="X",
-        help="weight of the ℓ1 norm (default: %(default)s)",
+        help=f"weight of the ℓ1 norm (default: {defaults.MINIMALITY}; vectors, probes {defaults.VECTOR_MINIMALITY})",
     )
     objective.add_argument(
         "--kl",

@@ -15,7 +15,7 @@ FILE = "fit.json"
 _KEPT = (
     "model", "data", "test_data", "task", "n_train", "n_test", "seed", "steps", "lr", "batch_size", "schedule",
     "accumulate", "kind", "aligned", "margin", "faithfulness", "minimality", "kl", "include_answers", "one_direction",
-    "sparsity",
+    "sparsity", "epochs", "rotation_lr", "boundary_lr", "boundary_weight",
 )  # fmt: skip
 
 
@@ -44,12 +44,23 @@ def task_seed(folder: Path, task: str | None, given: int | None) -> int:
     return given
 
 
+def was_aligned(folder: Path, task: str | None) -> bool:
+    """Whether the recorded fit was on the task's aligned prompts; its parameters belong to their positions."""
+    return task is not None and bool(_of_task(folder / FILE, task).get("aligned"))
+
+
+def _of_task(path: Path, task: str) -> dict[str, Any]:
+    """The record of a fit on this task; empty where there was none."""
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["task"] == task else {}
+
+
 def _seed_of(path: Path, task: str) -> int | None:
     """The seed that the recorded fit had for this task; None where there was none."""
-    if not path.is_file():
-        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return int(record["seed"]) if record["task"] == task else None
+        record = _of_task(path, task)
+        return int(record["seed"]) if record else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged, or not the record of a fit ({error})") from None

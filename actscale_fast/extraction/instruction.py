@@ -133,8 +133,7 @@ class InstructionVectors:
         table = []
         bar = tqdm(edits, desc="layers", disable=not progress, unit="layer", dynamic_ncols=True)
         for layer, edit in zip(candidates, bar, strict=True):
-            strength = coefficient if mode == "projection" else 1.0
-            with patch(model, edit, strength=strength):
+            with patch(model, edit):
                 texts = continuations(
                     model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
                     paths=self.location.paths,
@@ -142,7 +141,7 @@ class InstructionVectors:
             scores = [float(score(text)) for text in texts]
             if not all(map(math.isfinite, scores)):
                 raise ValueError(f"score: got {scores} at layer {layer}, expected finite numbers")
-            fluency = _median_perplexity(model, tokenizer, prompts, texts, batch_size)
+            fluency = _median_perplexity(model, tokenizer, prompts, texts, batch_size, self.location.paths)
             kept = max_perplexity is None or fluency <= max_perplexity
             table.append(LayerScore(layer, math.fsum(scores) / len(scores), fluency, kept, texts))
         kept_rows = [row for row in table if row.kept]
@@ -153,7 +152,10 @@ class InstructionVectors:
         return LayerChoice(best.layer, self._edit(best.layer, mode, coefficient), table)
 
     def _edit(self, layer: int, mode: Mode, coefficient: float) -> Intervention:
-        return self.projection(layer) if mode == "projection" else self.add(layer, coefficient)
+        if mode == "add":
+            return self.add(layer, coefficient)
+        projection = self.projection(layer)
+        return projection if coefficient == 1.0 else coefficient * projection
 
     def _at(self, layer: int) -> tuple[int, Location]:
         where = self.location
@@ -232,11 +234,13 @@ def _median_perplexity(
     prompts: Sequence[str],
     texts: list[str],
     batch_size: int,
+    paths: dict[str, str],
 ) -> float:
     said = [row for row, text in enumerate(texts) if tokenizer(text, add_special_tokens=False)["input_ids"]]
     values = torch.full((len(texts),), math.inf)
     if said:
         values[said] = perplexity(
-            model, tokenizer, [texts[row] for row in said], [prompts[row] for row in said], batch_size=batch_size
-        )
+            model, tokenizer, [texts[row] for row in said], [prompts[row] for row in said], batch_size=batch_size,
+            paths=paths,
+        )  # fmt: skip
     return float(values.median())

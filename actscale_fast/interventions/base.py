@@ -112,8 +112,8 @@ class Intervention(nn.Module):
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
         """The edited activation.
 
-        Where all parameters are 0 it is x itself, and its derivative by the parameters is linear in β: rows of opposite
-        strength then share their passes in a fit.
+        Where all parameters are 0 it is x itself, and its derivative by the parameters is linear in β (or 0): rows of
+        opposite strength then share their passes in a fit.
 
         Args:
             x: [B, T, H, D] in the model's dtype (H = 1 at a whole site).
@@ -122,6 +122,9 @@ class Intervention(nn.Module):
             placement: which slot each token uses and which group each row.
         """
         raise NotImplementedError
+
+    def check_source(self, n_rows: int) -> None:
+        """Refuse sources that are not one for each of n_rows; of a class that needs them."""
 
     def of_layer(self, parameter: Tensor, layer: int, device: torch.device) -> Tensor:
         """One layer's values [G, P, ...] as a view; copied only where that layer lives on another device."""

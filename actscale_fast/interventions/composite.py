@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -71,27 +72,43 @@ class Composite(Intervention):
     def device(self) -> torch.device:
         return self.singles[0].device
 
+    @property
+    def n_parameters(self) -> int:
+        return sum(single.n_parameters for single in dict.fromkeys(self.singles))
+
+    @property
+    def n_active(self) -> int:
+        return sum(single.n_active for single in dict.fromkeys(self.singles))
+
+    @property
+    def l1(self) -> float:
+        return sum(single.l1 for single in dict.fromkeys(self.singles))
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write each part into a folder of its own, `part-0` first, and `intervention.json`, which comes last."""
         self.check_finite()
         folder = saving.made_folder(Path(folder))
-        names = [f"part-{index}" for index in range(len(self.parts))]
-        for name, (_, part) in zip(names, self.pairs, strict=True):
-            part.save_pretrained(folder / name)
-        listed = [{"folder": name, "factor": factor} for name, factor in zip(names, self.factors, strict=True)]
+        before = _parts_in(folder)
+        listed: list[dict[str, Any]] = []
+        for index, (factor, part) in enumerate(self.pairs):
+            part.save_pretrained(folder / f"part-{index}")
+            listed.append({"folder": f"part-{index}", "factor": factor, "sha256": _checksum(folder / f"part-{index}")})
         saving.write_description(folder, {"class": type(self).__name__, "parts": listed})
         (folder / saving.TENSORS).unlink(missing_ok=True)  # of another intervention that this one replaces
-        for other in folder.glob("part-*"):
-            if other.name not in names:
-                shutil.rmtree(other)
+        for name in before[len(listed) :]:
+            shutil.rmtree(folder / name, ignore_errors=True)
 
     @classmethod
     def read(cls, folder: Path, description: dict[str, Any]) -> Self:
         try:
-            listed = [(float(part["factor"]), str(part["folder"])) for part in description["parts"]]
+            listed = [(float(part["factor"]), str(part["folder"]), part["sha256"]) for part in description["parts"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / saving.DESCRIPTION}: damaged or not an intervention ({error})") from None
-        return cls((factor, load_intervention(folder / name)) for factor, name in listed)
+        parts = [(factor, load_intervention(folder / name)) for factor, name, _ in listed]
+        for _, name, checksum in listed:
+            if _checksum(folder / name) != checksum:
+                raise ValueError(f"{folder / name}: damaged, its checksum is not the one in {saving.DESCRIPTION}")
+        return cls(parts)
 
     def extra_repr(self) -> str:
         return f"factors={list(self.factors)}"
@@ -101,6 +118,7 @@ def added(first: Intervention, second: Intervention) -> Intervention:
     """`first + second`: a SteerVec where both are one at the same place, else a Composite."""
     _check_part(second)
     vectors = type(first) is SteerVec and type(second) is SteerVec and first.n_groups is second.n_groups is None
+    vectors = vectors and first.vectors.requires_grad == second.vectors.requires_grad  # type: ignore[union-attr]
     if vectors and first.location.model == second.location.model:
         try:
             location = common_location([first.location, second.location])
@@ -122,7 +140,7 @@ def scaled(intervention: Intervention, factor: float) -> Intervention:
     copy = type(intervention)(intervention.location, n_groups=intervention.n_groups, device=intervention.device)
     with torch.no_grad():
         for name, value in intervention.named_parameters():
-            copy.get_parameter(name).copy_(factor * value)
+            copy.get_parameter(name).copy_(factor * value).requires_grad_(value.requires_grad)
     return copy
 
 
@@ -204,9 +222,25 @@ def _place(part: Intervention, whole: Intervention, group: int | None) -> None:
         slots += [there.n_slots - 1] * here.generated
     rows, columns = torch.tensor(layers)[:, None], torch.tensor(slots)[None]
     for name, value in part.named_parameters():
+        if not value.requires_grad:
+            whole.get_parameter(name).requires_grad_(False)
         target = whole.get_parameter(name).data
         target = target if group is None else target[group]
         target[rows, columns] += value.to(target.device)
+
+
+def _parts_in(folder: Path) -> list[str]:
+    """The folders of a Composite that was saved here before, in order; only such as `save_pretrained` names."""
+    try:
+        listed = [str(part["folder"]) for part in saving.read_description(folder).get("parts", ())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for index, name in enumerate(listed) if name == f"part-{index}"]
+
+
+def _checksum(folder: Path) -> str:
+    """Of a part's description, which holds that of its tensors."""
+    return hashlib.sha256((folder / saving.DESCRIPTION).read_bytes()).hexdigest()
 
 
 def _check_part(part: object) -> None:

@@ -44,7 +44,8 @@ class DynScalar(Intervention):
         probes = self.of_layer(self.probes, layer, x.device).squeeze(1)  # [G, H, D]
         steered, group = placement.steered(self.location.n_slots), placement.group
         if placement.index is not None:
-            group = None if self.n_groups is None else placement.index[:, 0] // (self.location.n_slots + 1)
+            alone = self.n_groups in (None, 1)
+            group = None if alone else placement.index[:, 0] // (self.location.n_slots + 1)
         y, scalars = dynamic_scale(x, probes, strength=strength, group=group, return_scalars=True)
         if self._produced is not None:
             self._produced.append(Produced(scalars, steered))

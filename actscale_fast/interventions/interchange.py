@@ -126,6 +126,12 @@ class BoundlessDAS(Intervention):
         soft = torch.sigmoid(axis / divisor) * torch.sigmoid((end - axis) / divisor)
         return torch.where(self.temperature > 0, soft, (axis < end).to(soft.dtype))
 
+    def check_source(self, n_rows: int) -> None:
+        if self._sources and self._sources[-1].shape[0] != n_rows:
+            raise ValueError(
+                f"source: got {self._sources[-1].shape[0]} rows for a batch of {n_rows}, expected one each"
+            )
+
     @contextlib.contextmanager
     def interchange(self, source: Tensor) -> Iterator[Self]:
         """Let the passes inside take the subspace from these activations.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import defaults
-from ..interventions import Composite, Intervention, Location
+from ..interventions import Composite, Intervention, Location, Projection
 from ..models import layout, patch
 from . import checkpoint as checkpoints
 from . import parallel
@@ -207,6 +207,10 @@ def checked_intervention(intervention: Any) -> Intervention:
     for single in intervention.singles:
         if single.needs_source:
             raise TypeError(f"intervention: a {type(single).__name__} is learned by fit_interchange")
+        if isinstance(single, Projection) and not single.directions.any():
+            raise ValueError(
+                "intervention: a Projection whose directions are 0 has no gradient; begin with one that was extracted"
+            )
     if all(single.location.positions == () for single in intervention.singles):
         raise ValueError(
             "intervention: it acts on generated tokens alone (positions=[], generated=True), and examples have none: "

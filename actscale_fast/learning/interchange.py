@@ -21,14 +21,12 @@ from .encoding import EncodedExamples
 from .examples import Example
 from .fitting import examples_identity, model_identity, refuse_inference_mode
 from .interchange_pairs import Pairs
-from .settings import FitSettings, check_counts
+from .settings import FitSettings, check_counts, is_number
 from .sources import source_activations, source_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Steps whose figures a GPU may owe before the host waits for them.
-_AHEAD = 16
 _FIGURES = ("loss", "cross_entropy", "accuracy", "boundary")
 
 
@@ -55,14 +53,14 @@ class _Plan:
     warmup: float
 
     def __post_init__(self) -> None:
-        if not (_number(self.boundary_lr) and self.boundary_lr > 0):
+        if not (is_number(self.boundary_lr) and self.boundary_lr > 0):
             raise ValueError(f"boundary_lr: got {self.boundary_lr!r}, expected a positive number")
-        if not (_number(self.boundary_weight) and self.boundary_weight >= 0):
+        if not (is_number(self.boundary_weight) and self.boundary_weight >= 0):
             raise ValueError(f"boundary_weight: got {self.boundary_weight!r}, expected a number >= 0")
         pair = isinstance(self.temperature, Sequence) and len(self.temperature) == 2
-        if not (pair and all(_number(value) and value > 0 for value in self.temperature)):
+        if not (pair and all(is_number(value) and value > 0 for value in self.temperature)):
             raise ValueError(f"temperature: got {self.temperature!r}, expected two positive numbers, first and last")
-        if not (_number(self.warmup) and 0 <= self.warmup < 1):
+        if not (is_number(self.warmup) and 0 <= self.warmup < 1):
             raise ValueError(f"warmup: got {self.warmup!r}, expected a share of the steps, at least 0 and below 1")
 
     def factor(self, step: int) -> float:
@@ -164,7 +162,6 @@ def fit_interchange(
                     bar.update()
                     if fit.taken % checkpoint_every == 0:
                         fit.save()
-                fit.read()
             finally:
                 fit.save()
     return InterchangeResult(das, fit.history, time.perf_counter() - begun)
@@ -189,7 +186,6 @@ class _Fit:
             self.adam.state[value] = {"step": torch.zeros(()), **moments}
         self.history: list[dict[str, float]] = []
         self.taken = 0
-        self._owed: list[tuple[dict[str, float], Tensor]] = []
         self._whole, self._saved = True, -1
 
     def step(self, pairs: Pairs) -> None:
@@ -231,29 +227,20 @@ class _Fit:
         record = {"step": self.taken, "temperature": plan.temperature_at(self.taken), "lr": factor * rates[0]}
         self.taken += 1
         self._whole = True
-        self._owed.append((record, torch.cat([figures, finite.all()[None].to(figures)])))
-        if figures.device.type == "cpu" or len(self._owed) > _AHEAD:
-            self.read()
+        # The Cayley map solves linear equations, which waits for a GPU anyway.
+        *values, is_finite = torch.cat([figures, finite.all()[None].to(figures)]).tolist()
+        found = dict(zip(_FIGURES, values, strict=True))
+        if not is_finite:
+            self._whole = False  # nothing is saved
+            raise FloatingPointError(f"step {record['step']}: the loss is {found['loss']}, or its gradient not finite")
+        self.history.append(record | found)
 
     def _learned(self) -> list[Any]:
         return [value for value in self.named.values() if value.grad is not None]
 
-    def read(self) -> None:
-        """Move the figures into the history, waiting for a GPU; FloatingPointError where one is not finite."""
-        while self._owed:
-            record, figures = self._owed.pop(0)
-            *values, finite = figures.tolist()
-            found = dict(zip(_FIGURES, values, strict=True))
-            if not finite:
-                self._whole = False  # nothing is saved
-                raise FloatingPointError(
-                    f"step {record['step']}: the loss is {found['loss']}, or its gradient not finite"
-                )
-            self.history.append(record | found)
-
     def tensors(self) -> dict[str, Tensor]:
         """All that a step changes, and the rotations' constant factors."""
-        state: dict[str, Tensor] = {name: value.data for name, value in self.das.state_dict(keep_vars=True).items()}
+        state: dict[str, Tensor] = {name: value.detach() for name, value in self.das.state_dict(keep_vars=True).items()}
         for name, value in self.named.items():
             state |= {f"{name}.{key}": moment for key, moment in self.adam.state[value].items()}
         return state
@@ -271,7 +258,6 @@ class _Fit:
         """Write the checkpoint; within an update, or with a loss that is not finite, the file stays as it is."""
         if self.checkpoint is None or not self._whole or self._saved == self.taken:
             return
-        self.read()
         checkpoints.save(self.checkpoint, checkpoints.FitState(self.taken, self.tensors(), self.history), self.identity)
         self._saved = self.taken
 
@@ -301,7 +287,3 @@ def _bar(fit: _Fit, show: bool) -> Any:
 
     total = fit.plan.steps.steps
     return tqdm(total=total, initial=fit.taken, desc="interchange", disable=not show, unit="step", dynamic_ncols=True)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

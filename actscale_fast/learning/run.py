@@ -103,12 +103,13 @@ class Run:
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
         of_parameters = self.objective.sparsity == "parameters"
         l1 = self.objective.minimality if of_parameters else 0.0
-        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        home = self.values[0].device  # parts of a composite may lie on several
+        finite = torch.stack([gradient.isfinite().all().to(home) for gradient in gradients]).all()
         self._whole = False
         for value, gradient, moments, counter in zip(self.values, gradients, self.moments, self.counters, strict=True):
             ops.proximal_adam_(value.data, gradient, *moments, counter, lr=lr, l1=l1, betas=self.settings.betas)
-        values = torch.cat([value.detach().flatten() for value in self.values]).double()
-        moved = values - torch.cat([before[name].flatten() for name in self.named])
+        values = torch.cat([value.detach().flatten().to(home) for value in self.values]).double()
+        moved = values - torch.cat([before[name].flatten().to(home) for name in self.named])
         effectiveness, faithfulness, produced = terms.to(values.device).double().unbind()
         norm = values.abs().sum() if of_parameters else produced
         figures = torch.stack(

@@ -29,16 +29,16 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         check_counts(steps=self.steps, batch_size=self.batch_size, patience=self.patience)
-        if not (_number(self.lr) and self.lr > 0):
+        if not (is_number(self.lr) and self.lr > 0):
             raise ValueError(f"lr: got {self.lr!r}, expected a positive number")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule: got {self.schedule!r}, expected 'constant', 'linear' or 'cosine'")
         pair = isinstance(self.betas, Sequence) and len(self.betas) == 2
-        if not (pair and all(_number(beta) and 0 <= beta < 1 for beta in self.betas)):
+        if not (pair and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)):
             raise ValueError(f"betas: got {self.betas!r}, expected two numbers in [0, 1)")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or abs(self.seed) >= 1 << 40:
             raise ValueError(f"seed: got {self.seed!r}, expected an integer below 2^40")
-        if self.tolerance is not None and not (_number(self.tolerance) and self.tolerance >= 0):
+        if self.tolerance is not None and not (is_number(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"tolerance: got {self.tolerance!r}, expected None or a number >= 0")
 
     def rate(self, step: int) -> float:
@@ -80,5 +80,5 @@ def check_bytes(**budgets: int | None) -> None:
             raise ValueError(f"{name}: got {value!r}, expected an integer that is at least 0")
 
 
-def _number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -58,6 +58,9 @@ def open_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The text's token ids with the special tokens that open it, without those that close it: the text goes on."""
     ids = list(tokenizer(text)["input_ids"])
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    opening = ids[: len(ids) - len(plain)] if ids[len(ids) - len(plain) :] == plain else []
+    if opening and plain[: len(opening)] == opening:  # the text has them already, as one from a chat template
+        return plain
     for end in range(len(ids), len(plain) - 1, -1):
         if ids[end - len(plain) : end] == plain:
             return ids[:end]

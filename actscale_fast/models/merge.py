@@ -51,8 +51,9 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
     for factor, part in parts:
         part.location.model.require(found.fingerprint)
         part.check_finite()
+        own = layout(model, part.paths)
         for index, layer in enumerate(part.location.layers):
-            module = _projection(found, part.location.site, layer)
+            module = _projection(own, part.location.site, layer)
             name = names[module]
             before = {key: updates[f"{name}.{key}"][1] for key in ("weight", "bias") if f"{name}.{key}" in updates}
             for key, value in _updated(module, name, before, part, index, factor * beta).items():

@@ -191,6 +191,8 @@ class Patch:
         location = self.intervention.location
         if self.paused:
             return contexts.Context(None, 0.0)
+        if self.intervention.needs_source and call.prompt is None:  # generate() repeats a prompt's row for its beams
+            self.intervention.check_source(call.n_rows)
         if location.positions is None and not self._rowwise:
             return contexts.Context(EVERYWHERE, self._strength, call.n_rows)
         if call.packed:

@@ -37,6 +37,7 @@ def perplexity(
     prompts: Sequence[str] | None = None,
     *,
     batch_size: int = 32,
+    paths: dict[str, str] | None = None,
 ) -> Tensor:
     """exp(−mean log p(token | tokens before)) of each text's tokens, under the model as it is.
 
@@ -50,6 +51,7 @@ def perplexity(
         texts: N texts.
         prompts: what stands before each, N of them; None: nothing.
         batch_size: texts in one forward pass; they are sorted by length. Logits exist of 64 MiB of tokens at a time.
+        paths: module paths of a model of an unlisted family.
 
     Returns:
         fp32 [N] on the CPU, at least 1.
@@ -70,7 +72,7 @@ def perplexity(
         _check_strings("prompts", prompts)
         if len(prompts) != len(texts):
             raise ValueError(f"prompts: got {len(prompts)}, expected one for each of the {len(texts)} texts")
-    found = layout(model)
+    found = layout(model, paths)
     embedding: Tensor = found.model.get_input_embeddings().weight  # type: ignore[operator]
     rows = [
         _row(tokenizer, text, "" if prompts is None else prompts[number], number, found.max_context, len(embedding))

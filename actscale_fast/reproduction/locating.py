@@ -13,7 +13,7 @@ from .comparing import Laboratory
 from .measuring import figures
 from .settings import System, Task
 
-_TOP = 20  # heads that "the largest" means; of a few, a quarter
+_TOP = 20  # heads that "the largest" means; of a few, a quarter, and no scalar that is 0
 
 
 def path(lab: Laboratory, task: Task, system: System) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def path(lab: Laboratory, task: Task, system: System) -> list[dict[str, Any]]:
     template = ActivScalar.for_model(lab.model)
     # The first weights of the path keep nearly all at 0; the last is half of the one that the comparison fits with.
     first = minimality_path(lab.model, tokenizer, train[: size.n_test], 1, objective=system.objective)[0]
-    last = system.objective.minimality / 2
+    last = min(system.objective.minimality, first) / 2
     weights = [first * (last / first) ** ((index + 1) / size.n_path) for index in range(size.n_path)]
     result = sweep(
         lab.model, tokenizer, train, {"minimality": weights}, intervention=template, objective=system.objective,
@@ -47,13 +47,13 @@ def knock_out(lab: Laboratory, task: Task, system: System) -> dict[str, Any]:
     assert found.agreement is not None
     learned = lab.learned(task, system, seed)
     assert isinstance(learned, ActivScalar)
-    n_top = min(_TOP, max(learned.alpha.numel() // 4, 1))
+    n_top = max(min(_TOP, learned.alpha.numel() // 4, learned.n_active), 1)
     largest = set(learned.alpha.detach().abs().flatten().topk(n_top).indices.tolist())
     measured = set(found.knock_out.abs().flatten().topk(n_top).indices.tolist())
     active = learned.alpha.detach().flatten() != 0
     return {
         "n_examples": found.n_examples,
-        "agreement": found.agreement._asdict(),
+        "agreement": {name: _defined(value) for name, value in found.agreement._asdict().items()},
         "n_top": n_top,
         "shared_with_scalars": len(largest & measured),
         "expected_by_chance": n_top * n_top / learned.alpha.numel(),
@@ -62,5 +62,10 @@ def knock_out(lab: Laboratory, task: Task, system: System) -> dict[str, Any]:
     }
 
 
-def _share_of_same_sign(scalars: torch.Tensor, change: torch.Tensor) -> float:
-    return float((scalars.sign() == -change.sign()).float().mean()) if scalars.numel() else math.nan
+def _share_of_same_sign(scalars: torch.Tensor, change: torch.Tensor) -> float | None:
+    return _defined(float((scalars.sign() == -change.sign()).float().mean()))
+
+
+def _defined(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

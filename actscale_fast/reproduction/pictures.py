@@ -41,7 +41,9 @@ def draw(lab: Laboratory, results: dict[str, Any]) -> None:
             sets.append(set(places(lab.learned(task, SYSTEMS[0], seed))))
     plots.overlap(jaccard(sets), names, lab.folder / "overlap.png", title="Heads that are scaled: seeds and tasks")
     for name, label in (("act-add", "ActAdd"), ("mean-centring", "mean-centring"), ("instruction", "instruction")):
-        rows = [row for row in results["recipes"][name]["rows"] if row["perplexity"] is not None]
+        rows = [row for row in results["recipes"][name].get("rows", ()) if row["perplexity"] is not None]
+        if not rows:
+            continue
         points = ([row["strength"] for row in rows], [row["perplexity"] for row in rows])
         plots.strengths({label: points}, lab.folder / f"{name}.png", ylabel="perplexity, median", log=True)
 
@@ -51,14 +53,16 @@ _SHORT = {"country-capital": "capitals", "indirect-object": "names"}
 
 def _comparison(lab: Laboratory, task: Task, found: dict[str, Any]) -> None:
     rows = []
-    for system in SYSTEMS:
+    for system in sorted(SYSTEMS, key=lambda system: system.aligned):
+        name = system.title + (" *" if system.aligned else "")
         for key, metric in _METRICS.items():
             for group, label in (("train", "training"), ("test", "held out")):
                 if key == "n_active" and group == "train":
                     continue
                 values = tuple(float(run[group][key]) for run in found[system.name])
-                rows.append(Measured(system.title, metric, values, label))
-    plots.comparison(rows, lab.folder / f"{task.name}-comparison.png", log=[_METRICS["n_active"]], title=task.title)
+                rows.append(Measured(name, metric, values, label))
+    title = f"{task.title} (* aligned prompts)"
+    plots.comparison(rows, lab.folder / f"{task.name}-comparison.png", log=[_METRICS["n_active"]], title=title)
 
 
 def _maps(lab: Laboratory, task: Task) -> None:
@@ -85,5 +89,5 @@ def _transfer(lab: Laboratory, task: Task, rows: list[Any]) -> None:
 
 
 def transferred() -> tuple[System, ...]:
-    """The systems of the paper's comparison that apply to prompts of any length."""
+    """The systems that are learned on prompts of one length and apply to any."""
     return tuple(system for system in SYSTEMS if system.aligned and system.cls.shares_positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,20 +25,9 @@ _SEA = (
     "Fishermen mended their boats by the shore before the next tide.",
     "The diver swam along the coral reef among fish of every colour.",
 )
-_SEA_WORDS = (
-    "sea",
-    "ocean",
-    "ship",
-    "sail",
-    "wave",
-    "beach",
-    "shore",
-    "boat",
-    "tide",
-    "fish",
-    "island",
-    "coast",
-    "water",
+_SEA_WORD = re.compile(
+    r"\b(seas?|oceans?|ships?|sail(s|or|ors|ed|ing)?|waves?|beach(es)?|shores?|boats?|tides?|fish(es)?|islands?|coasts?)\b",
+    re.IGNORECASE,
 )
 _ORDINARY = (
     "The committee meets on the first Tuesday of each month to discuss the budget.",
@@ -90,6 +80,14 @@ def steered_texts(lab: Laboratory, intervention: Intervention, prompts: Sequence
     return {"prompts": list(prompts), "rows": rows}
 
 
+def attempted(recipe: Callable[[Laboratory], dict[str, Any]], lab: Laboratory) -> dict[str, Any]:
+    """What a recipe gives, or why it is not possible with this model and tokenizer."""
+    try:
+        return recipe(lab)
+    except (ValueError, RuntimeError) as error:
+        return {"impossible": str(error)}
+
+
 def act_add(lab: Laboratory) -> dict[str, Any]:
     """Love − Hate, added at the front of the prompt."""
     layer = _layer(lab, 0.2)
@@ -102,12 +100,12 @@ def mean_centring(lab: Laboratory) -> dict[str, Any]:
     """Towards texts about the sea."""
     layer = _layer(lab, 1 / 3)
     vector = extraction.mean_centring(
-        lab.model, lab.tokenizer, _SEA, _ORDINARY, layers=[layer], coefficient=2.0, progress=False
+        lab.model, lab.tokenizer, _SEA, _ORDINARY, layers=[layer], coefficient=2.0, skip=1, progress=False
     )
     found: dict[str, Any] = {"layer": layer, "coefficient": 2.0, "measured": "about the sea"}
     found |= steered_texts(lab, vector)
     for row in found["rows"]:
-        row["share"] = _share(row["texts"], lambda text: any(word in text.lower() for word in _SEA_WORDS))
+        row["share"] = _share(row["texts"], lambda text: _SEA_WORD.search(text) is not None)
     return found
 
 
@@ -137,10 +135,10 @@ def latent(lab: Laboratory) -> dict[str, Any]:
     layer = _layer(lab, 0.5)
     sentences = list(SENTENCES[: lab.size.n_sentences])
     result = extraction.latent_vectors(lab.model, lab.tokenizer, sentences, layer=layer, progress=False)
-    rows = []
-    for sentence, vector in zip(sentences, result.vectors, strict=True):
-        said = extraction.decode_latent(lab.model, lab.tokenizer, vector)
-        rows.append({"sentence": sentence, "said": said, "exact": said == sentence})
+    rows = [
+        {"sentence": sentence, "said": extraction.decode_latent(lab.model, lab.tokenizer, vector), "exact": exact}
+        for sentence, vector, exact in zip(sentences, result.vectors, result.exact, strict=True)
+    ]
     return {"layer": layer, "rows": rows}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..learning.checkpoint import weights_digest
+from ..learning.checkpoint import digest, weights_digest
 from ..models import frozen, layout
 from . import locating, recipes, transferring
 from .comparing import Laboratory
@@ -39,7 +39,7 @@ def reproduce(
         model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
         folder: for the report; made where it is not there.
         quick: one seed and smaller counts, which the report says.
-        size: counts of one's own instead.
+        size: counts of one's own instead (`actscale_fast.reproduction.Size`).
         progress: show a progress bar over the stages.
 
     Returns:
@@ -50,16 +50,22 @@ def reproduce(
     """
     from tqdm.auto import tqdm
 
+    if quick and size is not None:
+        raise ValueError("size: given together with quick=True, expected one or the other")
     chosen = size or (QUICK if quick else FULL)
     found = layout(model)
     settings = {
         "version": __version__,
         "model": found.model_type,
         "weights": weights_digest(found.projections),
-        "quick": quick,
+        "dtype": str(next(model.parameters()).dtype),
+        "systems": digest([repr(system) for system in SYSTEMS]),
         **chosen.to_dict(),
     }
     lab = Laboratory(model, tokenizer, chosen, Path(folder))
+    for task in TASKS:  # a tokenizer without the words says so before anything is run
+        for aligned in (False, True):
+            task.examples(tokenizer, chosen, chosen.seeds[0], aligned=aligned)
     stages = Stages(lab.folder, settings)
     plan = _plan(lab)
     results: dict[str, Any] = {}
@@ -104,7 +110,7 @@ def _plan(lab: Laboratory) -> list[Stage]:
         ]
     for name in ("act-add", "mean-centring", "instruction", "latent"):
         recipe: Callable[[Laboratory], Any] = getattr(recipes, name.replace("-", "_"))
-        plan.append((("recipes", name), lambda recipe=recipe: recipe(lab)))  # type: ignore[misc]
+        plan.append((("recipes", name), lambda recipe=recipe: recipes.attempted(recipe, lab)))  # type: ignore[misc]
     return plan
 
 

@@ -151,7 +151,8 @@ class Engine:
             for total, added in zip([terms, *gradients], found, strict=True):
                 total += added.to(total.device)
         if self.notes_rows:  # a mean over directions, as the norm of parameters has one value for both
-            terms[:, 2] /= torch.tensor([len(share.objective.directions) for share in shares]).to(terms)
+            for index, share in enumerate(shares):
+                terms[index, 2] /= len(share.objective.directions)
         return terms, gradients
 
     def _quiet_below(self, shares: Sequence[Share]) -> int:

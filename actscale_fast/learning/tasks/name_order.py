@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..examples import Example
 from .indirect_objects import _NAMES, _PLACES, _THINGS, ALIGNED_INDIRECT_OBJECT_TEMPLATES
-from .split import TaskSplit, check_count, held_out_templates, of_one_shape, single_token_words
+from .split import TaskSplit, check_count, enough, held_out_templates, of_one_shape, single_token_words, tries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,9 @@ def name_order(tokenizer: PreTrainedTokenizerBase, *, n_train: int = 256, n_test
 
 def _pairs(wanted: int, templates: list[str], words: dict[str, list[str]], rng: random.Random) -> list[Example]:
     made: dict[Example, None] = {}
-    while len(made) < wanted:
+    for _ in range(tries(wanted)):
+        if len(made) == wanted:
+            break
         row = len(made)
         own, other = row % 2, (row // 2) % 2  # S of the base and of the source
         names = rng.sample(words["names"], 4)
@@ -80,6 +82,6 @@ def _pairs(wanted: int, templates: list[str], words: dict[str, list[str]], rng: 
             for pair, giver in ((names[:2], own), (names[2:], other))
         )  # fmt: skip
         made[Example(base, correct=f" {names[1 - other]}", wrong=f" {names[other]}", source=source)] = None
-    pairs = list(made)
+    pairs = enough(made, wanted)
     rng.shuffle(pairs)
     return pairs

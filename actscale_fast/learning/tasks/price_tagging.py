@@ -14,7 +14,7 @@ import random
 from typing import TYPE_CHECKING, Literal
 
 from ..examples import Example
-from .split import TaskSplit, answer_tokens, check_count, prompt_lengths
+from .split import TaskSplit, answer_tokens, check_count, enough, prompt_lengths, tries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,12 +84,14 @@ def price_tagging(
     sides = []
     for wanted, of_side in ((n_train, brackets[held_out:]), (n_test, brackets[:held_out])):
         made: dict[Example, None] = {}
-        while len(made) < wanted:
+        for _ in range(tries(wanted)):
+            if len(made) == wanted:
+                break
             cell = _CELLS[len(made) % len(_CELLS)]
             example = _pair(cell, variable, of_side, rng)
             if set(prompt_lengths(tokenizer, [example.prompt, example.source or ""])) == {length}:
                 made[example] = None
-        side = list(made)
+        side = enough(made, wanted)
         rng.shuffle(side)
         sides.append(side)
     return TaskSplit(train=sides[0], test=sides[1])

@@ -122,6 +122,9 @@ def checked_templates(templates: Sequence[str], fields: Sequence[str]) -> list[s
             raise ValueError(f"templates: got {text!r}, expected the fields {names} and no others")
         if text != text.rstrip():
             raise ValueError(f"templates: {text!r} ends with a space, which belongs to the answer")
+    twice = next((text for text in texts if texts.count(text) > 1), None)
+    if twice is not None:
+        raise ValueError(f"templates: got {twice!r} more than once, so that it could be on both sides")
     return texts
 
 
@@ -131,3 +134,16 @@ def check_count(name: str, value: int) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if value < 1:
         raise ValueError(f"{name}: got {value}, expected at least 1")
+
+
+def tries(wanted: int) -> int:
+    """How often to draw before a task is found to make too few different examples."""
+    return 100 * wanted + 1000
+
+
+def enough(made: Iterable[Example], wanted: int) -> list[Example]:
+    """The examples that were drawn, where there are enough of them."""
+    examples = list(made)
+    if len(examples) < wanted:
+        raise ValueError(f"tokenizer: its words make only {len(examples)} different examples, expected {wanted}")
+    return examples
