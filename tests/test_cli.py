@@ -115,8 +115,11 @@ def test_fit_saves_what_evaluate_generate_and_plot_take(
 def test_the_objectives_options_reach_the_fit(
     model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actscale_fast import learning
+    import inspect
 
+    from actscale_fast import defaults, learning
+
+    of_library = learning.fit
     seen: dict[str, Any] = {}
 
     def fit(model: Any, tokenizer: Any, examples: Any, intervention: Any, objective: Any, **settings: Any) -> Any:
@@ -134,6 +137,11 @@ def test_the_objectives_options_reach_the_fit(
     assert seen["n"] == 3
     expected = {"steps": 7, "lr": 0.1, "batch_size": 2, "accumulate": 2, "seed": 5, "schedule": "linear"}
     assert {name: seen[name] for name in expected} == expected
+    assert main(["fit", "--model", model, "--data", data, "--out", str(tmp_path / "s")]) == 0
+    assert seen["objective"] == learning.Objective()
+    assert seen["lr"] == inspect.signature(of_library).parameters["lr"].default
+    assert main(["fit", "--kind", "steer-vec", "--model", model, "--data", data, "--out", str(tmp_path / "v")]) == 0
+    assert (seen["lr"], seen["objective"].minimality) == (defaults.VECTOR_LR, defaults.VECTOR_MINIMALITY)
 
 
 def test_each_strength_has_its_own_continuation(model: str, fitted: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,8 +389,9 @@ def test_the_defaults_of_the_library_and_the_command_line_are_the_same() -> None
     objective = learning.Objective()
     for name in ("steps", "batch_size", "seed", "schedule", "accumulate", "checkpoint_every"):
         assert options[name] == of_fit[name], name
-    for name in ("margin", "faithfulness", "minimality", "kl"):
+    for name in ("margin", "faithfulness", "kl"):
         assert options[name] == getattr(objective, name), name
+    assert (options["lr"], options["minimality"]) == (None, None)  # of scalars the library's, of vectors their own
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,11 @@ def test_own_templates_are_used_on_either_side() -> None:
     [
         ({"templates": ["{event} {year} {stem}"]}, ValueError, "templates: got 1, expected at least two"),
         ({"templates": ["{event} {year}"] * 2}, ValueError, r"expected the fields \{event\}, \{year\} and \{stem\}"),
-        ({"templates": ["{event} {year}-{stem}"] * 2}, ValueError, r"expected it to end in ' \{stem\}'"),
+        (
+            {"templates": ["{event} {year}-{stem}", "{event} {year}/{stem}"]},
+            ValueError,
+            r"expected it to end in ' \{stem\}'",
+        ),
         ({"templates": [3]}, TypeError, "templates: got a int"),
         ({"n_train": 0}, ValueError, "n_train: got 0, expected at least 1"),
         ({"n_test": 10**9}, ValueError, "n_test: got 1000000000, but .* make only"),
