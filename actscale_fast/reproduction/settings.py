@@ -39,7 +39,7 @@ FULL = Size(
     max_new_tokens=30,
 )  # fmt: skip
 QUICK = Size(
-    seeds=(0,), n_train=96, n_test=32, steps=24, n_path=3, path_steps=10, n_attributed=4, n_sentences=4,
+    seeds=(0,), n_train=64, n_test=32, steps=20, n_path=3, path_steps=8, n_attributed=4, n_sentences=4,
     max_new_tokens=20,
 )  # fmt: skip
 
