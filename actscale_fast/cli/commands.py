@@ -12,7 +12,7 @@ from .._files import write_json
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
 from .output import continuations, exchanging, print_continuations, print_evaluation, say
-from .record import save_record, task_seed, was_aligned
+from .record import keep_learned, measure_learned, task_seed, was_aligned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,14 +55,9 @@ def fit(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
     )
-    (out / "evaluation.json").unlink(missing_ok=True)  # of a former intervention in this folder
-    result.intervention.save_pretrained(out)
-    write_json(out / "history.json", result.history)
-    save_record(out, options)
+    keep_learned(out, options, result)
     if test:
-        evaluation = learning.evaluate(model, tokenizer, test, result.intervention)
-        print_evaluation("Held-out examples", evaluation)
-        write_json(out / "evaluation.json", evaluation.to_dict())
+        measure_learned(out, learning.evaluate(model, tokenizer, test, result.intervention), "Held-out examples")
     what = "scalars" if options.kind == "activ-scalar" else "numbers"
     say(f"{intervention.n_active} of {intervention.n_parameters} {what} are active; saved in {out}")
     return 0

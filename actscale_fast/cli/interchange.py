@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 
 from .. import learning
-from .._files import write_json
 from ..interventions import BoundlessDAS
 from .loading import check_file, load_files, load_model, load_task, output_folder
-from .output import print_evaluation, say
-from .record import save_record
+from .output import say
+from .record import keep_learned, measure_learned
 
 
 def interchange(options: argparse.Namespace) -> int:
@@ -26,13 +25,9 @@ def interchange(options: argparse.Namespace) -> int:
         rotation_lr=options.rotation_lr, boundary_lr=options.boundary_lr, boundary_weight=options.boundary_weight,
         seed=options.seed, checkpoint=options.checkpoint,
     )  # fmt: skip
-    (out / "evaluation.json").unlink(missing_ok=True)  # of a former intervention in this folder
-    das.save_pretrained(out)
-    write_json(out / "history.json", result.history)
-    save_record(out, options)
+    keep_learned(out, options, result)
     if test:
-        evaluation = learning.evaluate(model, tokenizer, test, das)
-        print_evaluation("Held-out pairs: correct is the counterfactual answer", evaluation)
-        write_json(out / "evaluation.json", evaluation.to_dict())
+        title = "Held-out pairs: correct is the counterfactual answer"
+        measure_learned(out, learning.evaluate(model, tokenizer, test, das), title)
     say(f"saved in {out}")
     return 0

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-#: Tasks whose prompts have one shape anyway.
-_ALWAYS_ALIGNED = ("name-order", "price-tagging")
-_ALIGNABLE = ("country-capital", "indirect-object", "greater-than")
+#: The prompts of the other tasks have one shape anyway.
+_ALIGNABLE = ("country-capital", "greater-than", "indirect-object")
 
 
 def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -69,8 +68,8 @@ def load_files(options: argparse.Namespace) -> tuple[list[Example], list[Example
 
 def check_task_options(options: argparse.Namespace) -> None:
     """Refuse options that the examples at hand do not have."""
-    if options.aligned and (options.task is None or options.task in _ALWAYS_ALIGNED):
-        raise ValueError("aligned: it is of the tasks " + ", ".join(sorted(_ALIGNABLE)))
+    if options.aligned and options.task not in _ALIGNABLE:
+        raise ValueError("aligned: it is of the tasks " + ", ".join(_ALIGNABLE))
     if options.split is not None and options.task != "country-capital":
         raise ValueError("split: it is of the task country-capital; the others are split by template")
 
@@ -87,7 +86,7 @@ def load_task(
         "name-order": tasks.name_order,
         "price-tagging": tasks.price_tagging,
     }
-    if options.task not in _ALWAYS_ALIGNED:
+    if options.task in _ALIGNABLE:
         given["aligned"] = options.aligned
         if options.aligned and options.task == "country-capital":
             given["templates"] = tasks.ALIGNED_CONFLICT_TEMPLATES

@@ -6,12 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import defaults
 from .._files import write_json
+from .output import print_evaluation
 
-FILE = "fit.json"
+if TYPE_CHECKING:
+    from ..learning import Evaluation, FitResult, InterchangeResult
+
+FILE, EVALUATION = "fit.json", "evaluation.json"
 _KEPT = (
     "model", "data", "test_data", "task", "n_train", "n_test", "seed", "steps", "lr", "batch_size", "schedule",
     "accumulate", "kind", "aligned", "margin", "faithfulness", "minimality", "kl", "include_answers", "one_direction",
@@ -22,6 +26,20 @@ _KEPT = (
 def save_record(folder: Path, options: argparse.Namespace, **more: Any) -> None:
     """Write the options that decide what is learned; those in `more` are the command's own."""
     write_json(folder / FILE, {name: getattr(options, name) for name in _KEPT if hasattr(options, name)} | more)
+
+
+def keep_learned(folder: Path, options: argparse.Namespace, result: FitResult | InterchangeResult) -> None:
+    """Write a learned intervention, its history and its record, in place of a former one's."""
+    (folder / EVALUATION).unlink(missing_ok=True)  # of a former intervention in this folder
+    result.intervention.save_pretrained(folder)
+    write_json(folder / "history.json", result.history)
+    save_record(folder, options)
+
+
+def measure_learned(folder: Path, evaluation: Evaluation, title: str) -> None:
+    """Print an evaluation and write it beside the intervention."""
+    print_evaluation(title, evaluation)
+    write_json(folder / EVALUATION, evaluation.to_dict())
 
 
 def task_seed(folder: Path, task: str | None, given: int | None) -> int:

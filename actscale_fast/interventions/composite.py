@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import shutil
@@ -117,19 +118,20 @@ class Composite(Intervention):
 def added(first: Intervention, second: Intervention) -> Intervention:
     """`first + second`: a SteerVec where both are one at the same place, else a Composite."""
     _check_part(second)
-    vectors = type(first) is SteerVec and type(second) is SteerVec and first.n_groups is second.n_groups is None
-    vectors = vectors and first.vectors.requires_grad == second.vectors.requires_grad  # type: ignore[union-attr]
-    if vectors and first.location.model == second.location.model:
-        try:
-            location = common_location([first.location, second.location])
-        except ValueError:
-            return Composite([(1.0, first), (1.0, second)])
-        total = SteerVec(location, device=first.device)
-        with torch.no_grad():
-            for part in (first, second):
-                _place(part, total, None)
-        return total
+    if _are_vectors(first, second):
+        with contextlib.suppress(ValueError):  # places that cannot stand in one table
+            total = SteerVec(common_location([first.location, second.location]), device=first.device)
+            with torch.no_grad():
+                for part in (first, second):
+                    _place(part, total, None)
+            return total
     return Composite([(1.0, first), (1.0, second)])
+
+
+def _are_vectors(first: Intervention, second: Intervention) -> bool:
+    """Whether both are plain steering vectors, and both learned or neither."""
+    plain = all(type(part) is SteerVec and part.n_groups is None for part in (first, second))
+    return plain and len({value.requires_grad for part in (first, second) for value in part.parameters()}) == 1
 
 
 def scaled(intervention: Intervention, factor: float) -> Intervention:

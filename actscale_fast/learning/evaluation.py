@@ -139,6 +139,7 @@ def evaluate_all(
                 t.to(reference.device) for t in (data.correct[batch_rows], data.wrong[batch_rows], direction)
             )
             before, both = _difference(reference, correct, wrong), reference.repeat(2, 1)
+            answers, top = (correct.repeat(2), wrong.repeat(2)), _top_other(reference, correct, wrong).repeat(2)
             found_rows = []
             for intervention in interventions:
                 with contextlib.ExitStack() as applied:
@@ -146,10 +147,9 @@ def evaluate_all(
                         applied.enter_context(das.interchange(sources[das][batch_rows].repeat(2, 1, 1, 1, 1)))
                     applied.enter_context(patch(model, intervention, strength=direction))
                     steered = logits(batch.repeat(2))
-                answers = correct.repeat(2), wrong.repeat(2)
                 kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
                 differences = _difference(steered, *answers).view(2, -1)
-                kept = _top_other(steered, *answers) == _top_other(both, *answers)
+                kept = _top_other(steered, *answers) == top
                 found_rows.append(torch.stack([before, *differences, *kl.view(2, -1), *kept.float().view(2, -1)], -1))
             rows.append(torch.stack(found_rows, 1))
     evaluations = []

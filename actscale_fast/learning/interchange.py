@@ -157,8 +157,7 @@ def fit_interchange(
             try:
                 while fit.taken < steps:
                     fit.step(pairs)
-                    if fit.history:
-                        bar.set_postfix_str(_summary(fit.history[-1]), refresh=False)
+                    bar.set_postfix_str(_summary(fit.history[-1]), refresh=False)
                     bar.update()
                     if fit.taken % checkpoint_every == 0:
                         fit.save()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..interventions import BoundlessDAS
-from ..models import Patch, Prefix, forward_arguments, frozen, layout, opened
+from ..models import Patch, forward_arguments, frozen, layout, opened
 from .encoding import EncodedExamples
 from .engine import CACHE_BYTES, SPILL_BYTES, extent_of
-from .engine.constants import RowStore
+from .engine.constants import RowStore, prefix_of
 from .engine.frozen_side import FrozenSide
 
 if TYPE_CHECKING:
@@ -63,10 +63,7 @@ class Pairs:
         n_columns = batch.input_ids.shape[1]
         width, first = min(self.extent.width, n_columns), self.extent.first
         kept = self.constant.constants(rows, n_columns)
-        prefix = None
-        if width < n_columns:
-            layers = [(kept[f"keys.{index}"], kept[f"values.{index}"]) for index in range(first, self.found.n_layers)]
-            prefix = Prefix(first, layers, len(batch), n_columns - width, batch.input_ids.device)
+        prefix = prefix_of(kept, first, self.found.n_layers, batch, width)
         source = self.sources[torch.tensor(rows, device=self.sources.device)]
         with (
             self.das.interchange(source),

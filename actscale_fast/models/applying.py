@@ -52,12 +52,11 @@ class Patches:
 
     def __init__(self, model: nn.Module, composite: Composite, strength: float | Tensor, group: Tensor | None) -> None:
         self.intervention = composite
-        self._strength = strength
         self.parts: list[Patch] = []
         try:
-            for factor, part in composite.pairs:
+            for part in composite.singles:
                 self.parts.append(Patch(model, part, strength, group))
-                self.parts[-1].strength = factor * self.parts[-1].strength
+            self.strength = strength
         except BaseException:
             self.remove()
             raise

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...interventions import Intervention
+from ...models import Batch, Prefix
 from ..encoding import EncodedExamples
 
 #: Default budgets in bytes.
@@ -128,6 +129,22 @@ class RowStore:
         for name, value in values.items():
             self.near[name] = value.new_empty(self.n_near, *value.shape[1:])
             self.far[name] = torch.empty(self.n_far, *value.shape[1:], dtype=value.dtype)
+
+
+def prefix_of(constant: dict[str, Tensor], first: int, n_layers: int, batch: Batch, width: int) -> Prefix | None:
+    """The keys and values of a batch's columns before the last `width`, for the layers from `first` on.
+
+    Args:
+        constant: "keys.l" and "values.l" of these layers; not read where all columns run, which gives None.
+        first, n_layers: the lowest layer that runs, and the model's.
+        batch: whole.
+        width: columns that run.
+    """
+    n_prefix = batch.input_ids.shape[1] - width
+    if n_prefix <= 0:
+        return None
+    layers = [(constant[f"keys.{index}"], constant[f"values.{index}"]) for index in range(first, n_layers)]
+    return Prefix(first, layers, len(batch), n_prefix, batch.input_ids.device)
 
 
 def right_aligned(value: Tensor, width: int, axis: int) -> Tensor:

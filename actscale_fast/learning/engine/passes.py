@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from ... import ops
 from ...interventions import DynScalar, produced_l1
-from ...models import AnyPatch, Batch, OutputHead, Prefix, Section, forward_arguments
+from ...models import AnyPatch, Batch, OutputHead, Section, forward_arguments
+from .constants import prefix_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,10 +151,7 @@ class Passes:
         batch = Batch(given["ids"], given["mask"], shape.padded)
         batch = batch if rows is None else batch.take(rows)
         n_columns = batch.input_ids.shape[1]
-        prefix = None
-        if shape.width < n_columns:
-            layers = [(constant[f"keys.{index}"], constant[f"values.{index}"]) for index in range(first, self.n_layers)]
-            prefix = Prefix(first, layers, len(batch), n_columns - shape.width, batch.input_ids.device)
+        prefix = prefix_of(constant, first, self.n_layers, batch, shape.width)
         arguments = forward_arguments(self.model, batch, shape.width)
         with self.patched.prompt(n_columns, batch.attention_mask if batch.padded else None):
             return self.section.run(arguments, first=first, end=end, hidden=hidden, prefix=prefix)[0]
