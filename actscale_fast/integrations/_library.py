@@ -1,0 +1,37 @@
+"""Which versions of other libraries the integrations are tested with, and what is said of any other one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from packaging.specifiers import SpecifierSet
+
+#: Of each distribution, the versions whose internals were read and tested; `pip install actscale-fast[<name>]`.
+SUPPORTED = {
+    "lm-eval": ">=0.4.13,<0.5",
+    "nnsight": ">=0.8.1,<0.9",
+    "peft": ">=0.21.2,<0.22",
+    "pyvene": ">=0.1.8,<0.2",
+    "repeng": ">=0.4,<0.6",
+    "steering-vectors": ">=0.12.2,<0.13",
+    "transformer-lens": ">=4.3,<5",
+}
+
+
+def require(name: str) -> None:
+    """Nothing where the distribution `name` is installed in a supported version.
+
+    Raises:
+        ImportError: it is not installed, or in another version: its internals may differ, and an edit that lands
+            elsewhere gives numbers that are wrong without a word.
+    """
+    supported = SUPPORTED[name]
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(
+            f"actscale_fast.integrations: {name} is not installed; expected {name}{supported}"
+            f" (pip install 'actscale-fast[{name}]')"
+        ) from None
+    if not SpecifierSet(supported).contains(version, prereleases=True):
+        raise ImportError(f"actscale_fast.integrations: got {name} {version}, expected {name}{supported}")
