@@ -79,6 +79,7 @@ class Case:
     settings: list[Setting] = field(default_factory=list)
     unit: str = "ms"  # of the times in the table: "ms", "us" or "s"
     bandwidth: bool = True  # whether GB/s and the share of the copy bandwidth say anything about it
+    counted: bool = False  # whether the table has the kernels of a call and the bytes that they move
     clocks: tuple[str, ...] = ("device", "call", "step")  # on a GPU; ratios are taken from the first
     fewest_samples: int | None = None  # of a variant whose call takes seconds; None: as of all others
 

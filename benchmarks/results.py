@@ -60,6 +60,7 @@ def table(record: dict[str, Any]) -> str:
     columns = ["", "variant", f"{record['unit']} (20–80 %)"]
     columns += ["GB/s", "% of copy"] if record["bandwidth"] else []
     columns += ["× eager", "× compile", "peak MB"]
+    columns += ["kernels", "MB moved"] if record.get("counted") else []
     lines = [f"**{record['title']}** ({origin})", "", _row(columns), _row(["---"] * len(columns))]
     notes: list[str] = []
     for setting in record["settings"]:
@@ -80,7 +81,8 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _figures(entry: dict[str, Any], clock: str, setting: dict[str, Any], record: dict[str, Any]) -> Iterable[str]:
-    width = 4 + 2 * record["bandwidth"]
+    counted = record.get("counted", False)
+    width = 4 + 2 * record["bandwidth"] + 2 * counted
     if "seconds" not in entry:
         return [f"not timed: {entry['status']}"] + [""] * (width - 1)
     times, unit = entry["seconds"][clock], UNITS[record["unit"]]
@@ -93,6 +95,8 @@ def _figures(entry: dict[str, Any], clock: str, setting: dict[str, Any], record:
     for key in ("times_eager", "times_compile"):
         shown.append(f"{entry[key]:.2f}" if key in entry else "")
     shown.append(f"{entry['peak_bytes'] / 1e6:.3g}" if "peak_bytes" in entry else "")
+    if counted:
+        shown += [str(entry.get("kernels", "")), f"{entry['moved_bytes'] / 1e6:.3g}" if "moved_bytes" in entry else ""]
     return shown
 
 

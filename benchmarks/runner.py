@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import machine, memory, timing
+from . import counting, machine, memory, timing
 from .case import Case, Problem, Setting, Variant
 from .verify import verdict
 
@@ -33,7 +33,8 @@ def run_case(
     """
     settings = [s for s in case.settings if device.type in s.devices and (s.quick or not quick)]
     record: dict[str, Any] = {
-        "case": case.name, "title": case.title, "unit": case.unit, "bandwidth": case.bandwidth, "quick": quick,
+        "case": case.name, "title": case.title, "unit": case.unit, "bandwidth": case.bandwidth, "counted": case.counted,
+        "quick": quick,
         "machine": machine.slug(device, torch.get_num_threads()), "environment": machine.environment(device),
         "settings": [],
     }  # fmt: skip
@@ -75,7 +76,11 @@ def _measured(
                 results[name]["graph"] = sampler.captured[name]
     for name in accepted:
         with timing.chosen_backend(_named(problem, name)):
-            results[name]["peak_bytes"] = memory.peak_bytes(_named(problem, name).call, device)
+            call = _named(problem, name).call
+            results[name]["peak_bytes"] = memory.peak_bytes(call, device)
+            if case.counted and not name.startswith("torch.compile"):
+                counts = counting.counted(call)
+                results[name] |= {"kernels": counts.kernels, "moved_bytes": counts.n_bytes}
     main = next(iter(clocks))
     _ratios(results, problem, main)
     return {

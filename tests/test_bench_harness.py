@@ -19,6 +19,7 @@ from benchmarks import cases, memory, models, results, runner, timing
 from benchmarks.case import Case, Problem, Setting, Variant, by_rows, repeated
 from benchmarks.cases import loss
 from benchmarks.cases import sweep as sweep_case
+from benchmarks.counting import counted
 from benchmarks.head_gating import HeadGating
 from benchmarks.plain import Exact, Plain, PlainFits
 from benchmarks.steps import Ours, Work, products, twin
@@ -377,3 +378,30 @@ def test_a_wrong_option_is_refused_with_the_choices(capsys: pytest.CaptureFixtur
             command.main(arguments)
         assert caught.value.code == 2
     assert "expected at least 1" in capsys.readouterr().err
+
+
+def test_kernels_and_bytes_are_those_of_the_formula_and_the_kernels_those_that_the_profiler_sees() -> None:
+    x = torch.randn(3, 5, 4, 8, dtype=torch.bfloat16).requires_grad_()
+    alpha = torch.zeros(1, 1, 4, requires_grad=True)
+    n_bytes = x.numel() * 2
+
+    def forward() -> tuple[Tensor, ...]:
+        return ((x.float() * (1 + alpha)[..., None]).to(x.dtype),)
+
+    def step() -> tuple[Tensor, ...]:
+        (y,) = forward()
+        return torch.autograd.grad(y, (x, alpha), torch.ones_like(y))
+
+    def fused() -> tuple[Tensor, ...]:
+        return (ops.scale_heads(x, alpha),)
+
+    plain, ours = counted(forward), counted(fused)
+    assert plain.kernels == 4  # widen, 1 + α, multiply, narrow
+    assert plain.n_bytes == 10 * n_bytes + 3 * 4 * alpha.numel()  # 1 + 2, 2 + 2, 2 + 1 of x; α twice, 1 + α twice
+    assert (ours.kernels, ours.n_bytes) == (1, 2 * n_bytes + 4 * alpha.numel())
+    for call in (forward, step):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            call()
+        leaves = [e.name for e in recorded.events() if e.name.startswith("aten::") and not e.cpu_children]
+        views = {"aten::empty_strided", "aten::as_strided", "aten::empty", "aten::detach", "detach"}
+        assert counted(call).kernels == sum(name not in views for name in leaves), leaves
