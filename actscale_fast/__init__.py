@@ -62,7 +62,7 @@ if TYPE_CHECKING:
         sweep,
         tasks,
     )
-    from .models import merge, patch, perplexity, unmerge
+    from .models import head_mask, merge, patch, perplexity, unmerge
     from .ops import get_backend, set_backend, use_backend
     from .reproduction import reproduce
 
@@ -84,7 +84,7 @@ _HOMES = {
         "SweepResult", "attribution", "evaluate", "fit", "fit_interchange", "load_examples", "load_sweep",
         "minimality_path", "save_examples", "source_activations", "sweep", "tasks",
     ),
-    "models": ("merge", "patch", "perplexity", "unmerge"),
+    "models": ("head_mask", "merge", "patch", "perplexity", "unmerge"),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "reproduction": ("reproduce",),
 }  # fmt: skip
@@ -118,6 +118,7 @@ __all__ = [
     "fit",
     "fit_interchange",
     "get_backend",
+    "head_mask",
     "instruction_vectors",
     "latent_vectors",
     "load_demo_model",

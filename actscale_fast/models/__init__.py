@@ -13,6 +13,7 @@ from .calling import (
 )
 from .families import FAMILIES, Family
 from .head import OutputHead, read_head
+from .head_mask import HeadMask, head_mask
 from .merge import merge, unmerge
 from .modes import frozen
 from .opening import opened
@@ -27,6 +28,7 @@ __all__ = [
     "AnyPatch",
     "Batch",
     "Family",
+    "HeadMask",
     "KeysValues",
     "ModelLayout",
     "OutputHead",
@@ -39,6 +41,7 @@ __all__ = [
     "fast_products",
     "forward_arguments",
     "frozen",
+    "head_mask",
     "keys_and_values",
     "layout",
     "left_padded",
