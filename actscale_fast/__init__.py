@@ -62,7 +62,16 @@ if TYPE_CHECKING:
         sweep,
         tasks,
     )
-    from .models import head_mask, merge, patch, perplexity, unmerge
+    from .models import (
+        ActScaleConfig,
+        ActScaleModel,
+        get_actscale_model,
+        head_mask,
+        merge,
+        patch,
+        perplexity,
+        unmerge,
+    )
     from .ops import get_backend, set_backend, use_backend
     from .reproduction import reproduce
 
@@ -84,13 +93,18 @@ _HOMES = {
         "SweepResult", "attribution", "evaluate", "fit", "fit_interchange", "load_examples", "load_sweep",
         "minimality_path", "save_examples", "source_activations", "sweep", "tasks",
     ),
-    "models": ("head_mask", "merge", "patch", "perplexity", "unmerge"),
+    "models": (
+        "ActScaleConfig", "ActScaleModel", "get_actscale_model", "head_mask", "merge", "patch", "perplexity",
+        "unmerge",
+    ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "reproduction": ("reproduce",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ActScaleConfig",
+    "ActScaleModel",
     "ActivScalar",
     "Attribution",
     "BoundlessDAS",
@@ -117,6 +131,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_interchange",
+    "get_actscale_model",
     "get_backend",
     "head_mask",
     "instruction_vectors",

@@ -1,5 +1,6 @@
 """Where interventions act: the sites of Hugging Face models, patching and merging."""
 
+from .actscale_model import ActScaleConfig, ActScaleModel, get_actscale_model
 from .adapter import ModelLayout, layout
 from .applying import AnyPatch, Patches, patch
 from .calling import (
@@ -25,6 +26,8 @@ from .section import KeysValues, Prefix, Section, keys_and_values
 
 __all__ = [
     "FAMILIES",
+    "ActScaleConfig",
+    "ActScaleModel",
     "AnyPatch",
     "Batch",
     "Family",
@@ -41,6 +44,7 @@ __all__ = [
     "fast_products",
     "forward_arguments",
     "frozen",
+    "get_actscale_model",
     "head_mask",
     "keys_and_values",
     "layout",

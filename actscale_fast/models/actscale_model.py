@@ -1,0 +1,280 @@
+"""A model with an intervention on it, as one module with the habits of Hugging Face's libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor, nn
+
+from .._files import atomic_path
+from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
+from .applying import patch
+from .merge import merge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG = "actscale_config.json"
+_PREFIX = "intervention."
+_KINDS: dict[str, type[Intervention]] = {kind.__name__: kind for kind in (ActivScalar, SteerVec, DynScalar)}
+
+
+@dataclass
+class ActScaleConfig:
+    """What `get_actscale_model` makes; the fields are the arguments of `ActivScalar.for_model` and `patch`.
+
+    Args:
+        kind: "ActivScalar", "SteerVec" or "DynScalar".
+        site, layers, positions, generated, projection, layers_path, mlp: as `for_model` takes them.
+        strength: β under which it runs.
+    """
+
+    kind: str = "ActivScalar"
+    site: str = "head"
+    layers: Iterable[int] | None = None
+    positions: Iterable[int] | None = None
+    generated: bool = False
+    strength: float = 1.0
+    projection: str | None = None
+    layers_path: str | None = None
+    mlp: str | None = None
+
+    def made_for(self, model: nn.Module) -> Intervention:
+        """A new intervention for this model, which does nothing yet."""
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind: got {self.kind!r}, expected one of {', '.join(map(repr, _KINDS))}")
+        paths = {"projection": self.projection, "layers_path": self.layers_path, "mlp": self.mlp}
+        return _KINDS[self.kind].for_model(model, self.site, self.layers, self.positions, self.generated, **paths)  # type: ignore[arg-type]
+
+
+def get_actscale_model(model: PreTrainedModel, config: ActScaleConfig | Intervention | None = None) -> ActScaleModel:
+    """Put a new intervention, or one at hand, on a model and freeze the model: the intervention is left to train.
+
+    Args:
+        model: a causal language model of Hugging Face. It stays the same object, steered until `unload()`.
+        config: what to make (None: a scalar for every attention head), or the intervention itself.
+
+    Returns:
+        The model and the intervention as one module. In a loop, `Trainer` or `generate()` it stands for the model;
+        `ProximalCallback` (integrations.trainer) takes the ℓ1 norm's proximal step in a `Trainer`.
+
+    Raises:
+        TypeError, ValueError: a bad config, or an intervention of another model.
+
+    Example:
+        >>> model = get_actscale_model(model, ActScaleConfig(layers=range(4, 20)))
+        >>> model.print_trainable_parameters()
+        >>> Trainer(model=model, ...).train()
+        >>> model.save_pretrained("scalars")
+    """
+    if config is None:
+        config = ActScaleConfig()
+    if isinstance(config, ActScaleConfig):
+        return ActScaleModel(model, config.made_for(model), config.strength)
+    if not isinstance(config, Intervention):
+        raise TypeError(f"config: got {type(config).__name__}, expected an ActScaleConfig or an Intervention")
+    return ActScaleModel(model, config)
+
+
+class ActScaleModel(nn.Module):
+    """A frozen model with an intervention applied to it; see `get_actscale_model`.
+
+    Attributes that it does not have are the model's. Its `state_dict` holds the intervention alone, so that a
+    checkpoint of a `Trainer` takes kilobytes and is resumed like any other.
+    """
+
+    def __init__(self, model: PreTrainedModel, intervention: Intervention, strength: float = 1.0) -> None:
+        super().__init__()
+        self._patch = patch(model, intervention, strength)
+        self.model, self.intervention = model, intervention
+        self._learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in self._learned:
+            parameter.requires_grad_(False)
+
+    @property
+    def strength(self) -> float | Tensor:
+        """β: a float, or one value per row of the batch [B]. Setting it takes effect with the next forward pass."""
+        return self._patch.strength
+
+    @strength.setter
+    def strength(self, value: float | Tensor) -> None:
+        self._patch.strength = value
+
+    def forward(  # Trainer reads from these names which columns of a dataset the model takes
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own forward pass, under the intervention."""
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds, "labels": labels,
+        }  # fmt: skip
+        return self.model(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the model's loss takes `num_items_in_batch`; for `Trainer`."""
+        own = getattr(self.model, "accepts_loss_kwargs", None)
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        return bool(any(p.kind is p.VAR_KEYWORD for p in parameters) if own is None else own)
+
+    @property
+    def n_trainable(self) -> tuple[int, int]:
+        """(numbers that are trained, all numbers), the model's included."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many numbers are trained, of how many."""
+        trained, total = self.n_trainable
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4g}")
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The frozen model, bit for bit, until the block ends."""
+        before, self._patch.paused = self._patch.paused, True
+        try:
+            yield
+        finally:
+            self._patch.paused = before
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The model, which stays steered; `unload()` gives it back as it was."""
+        return self.model
+
+    def unload(self) -> PreTrainedModel:
+        """Take the intervention off; returns the model as it was, trainable where it had been."""
+        self._patch.remove()
+        for parameter in self._learned:
+            parameter.requires_grad_(True)
+        return self.model
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """The model with the intervention in its weights (`af.merge`, which says what cannot be merged).
+
+        `model.save_pretrained` of the result is a plain checkpoint: any server runs it. `af.unmerge` undoes it.
+        """
+        merge(self.model, self.intervention, self.strength)
+        return self.unload()
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Write the intervention, as `Intervention.save_pretrained` does, and `actscale_config.json` beside it.
+
+        The model is not written. Keyword arguments of other libraries' `save_pretrained` are ignored.
+        """
+        if isinstance(self.strength, Tensor):
+            raise ValueError("strength: got one value per row, which belong to a batch; set one number before saving")
+        self.intervention.save_pretrained(folder)
+        base = getattr(getattr(self.model, "config", None), "_name_or_path", "") or None
+        with atomic_path(Path(folder) / CONFIG) as temporary:
+            config = {"strength": self.strength, "base_model_name_or_path": base}
+            temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False, revision: str | None = None
+    ) -> Self:
+        """Put a saved intervention on a model.
+
+        Args:
+            model: the model that it was made for.
+            folder: what `save_pretrained`, of this class or of an intervention, wrote; or the id of a repository on
+                the Hugging Face hub, which is downloaded.
+            is_trainable: False: its parameters are frozen too.
+            revision: of the repository.
+
+        Raises:
+            FileNotFoundError, ValueError: as `af.load_intervention`; an intervention of another model.
+        """
+        path = Path(folder)
+        if not path.exists() and str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
+            from huggingface_hub import snapshot_download
+
+            path = Path(snapshot_download(str(folder), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        intervention = load_intervention(path)
+        strength = _read_strength(path / CONFIG)
+        return cls(model, intervention.requires_grad_(is_trainable), strength)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes, with a model card, to a repository that is made where there is none.
+
+        Args:
+            repo_id: "name" or "user/name".
+            private, token: as in `huggingface_hub.HfApi.create_repo`.
+            kwargs: of `HfApi.upload_folder`: commit_message, revision, create_pr, …
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi, ModelCard, ModelCardData
+        from huggingface_hub.utils import SoftTemporaryDirectory
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with SoftTemporaryDirectory() as temporary:
+            self.save_pretrained(temporary)
+            base = json.loads((Path(temporary) / CONFIG).read_bytes())["base_model_name_or_path"]
+            data = ModelCardData(library_name="actscale_fast", base_model=base, tags=["activation-scaling"])
+            card = f"---\n{data.to_yaml()}\n---\n\n# {type(self.intervention).__name__}\n\n{self.intervention!r}\n"
+            ModelCard(card, ignore_metadata_errors=True).save(Path(temporary) / "README.md")
+            kwargs.setdefault("commit_message", "Upload an intervention")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=temporary, **kwargs))
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The intervention's tensors alone."""
+        return self.intervention.state_dict(destination=destination, prefix=prefix + _PREFIX, keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take over what `state_dict` gave."""
+        own = {name.removeprefix(_PREFIX): value for name, value in state_dict.items() if name.startswith(_PREFIX)}
+        if strict and len(own) < len(state_dict):
+            others = sorted(name for name in state_dict if not name.startswith(_PREFIX))
+            raise RuntimeError(f"state_dict: got {', '.join(others[:3])}…, expected names that begin with {_PREFIX!r}")
+        return self.intervention.load_state_dict(own, strict=strict, assign=assign)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        kept = [parameter.detach().clone() for parameter in self.intervention.parameters()]
+        super()._apply(fn, recurse)
+        for parameter, value in zip(self.intervention.parameters(), kept, strict=True):
+            if parameter.dtype != value.dtype:  # model.half() is for the model's weights: scalars stay fp32
+                parameter.data = value.to(parameter.device)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("model", "intervention"):  # __init__ has not come that far
+                raise
+            return getattr(self.model, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _applied, (self.model, self.intervention, self.strength, self.training)
+
+
+def _applied(
+    model: PreTrainedModel, intervention: Intervention, strength: float | Tensor, training: bool
+) -> ActScaleModel:
+    copied = ActScaleModel(model, intervention)
+    copied.strength = strength
+    return copied.train(training)
+
+
+def _read_strength(path: Path) -> float:
+    if not path.is_file():  # of an intervention that was saved by itself
+        return 1.0
+    try:
+        return float(json.loads(path.read_bytes())["strength"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or not an ActScaleModel's ({error!r})") from None
