@@ -114,7 +114,7 @@ def test_generation_tasks_run_under_positions_too() -> None:
 def test_positions_that_a_log_likelihood_cannot_tell_are_refused(where: dict[str, Any], tmp_path: Path) -> None:
     model = tiny.llama()
     lm = on(model, SteeredLM, scalars(model, **where))
-    with pytest.raises(ValueError, match="got positions .* are not told apart in a log-likelihood"):
+    with pytest.raises(ValueError, match=r"got positions .* are not told apart in a log-likelihood"):
         answers(lm, tmp_path)
 
 

@@ -1,0 +1,139 @@
+"""Per-request head scalars in a server: buffers that never move, one op a layer, nothing compiled twice.
+
+A server flattens the tokens of all running requests into one axis, compiles its forward pass and replays it as a CUDA
+graph. What changes from step to step must then be values in buffers whose addresses stay. `ScalarTable` holds them:
+`alpha` [L, S, 1, H], one slot an intervention (slot 0 is the identity), and `index` [max_tokens], each token's slot.
+The op is `ops.scale_heads` with one row a token: y[n] = x[n]·(1 + alpha[layer, index[n]]), 2 elements of x moved for
+each, the base model's tokens included. docs/serving.md shows where vLLM would call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..interventions import ActivScalar, Intervention
+from ..interventions.location import ModelFingerprint
+from ..models import layout, surgery
+from ..ops import scale_heads
+
+
+class ScalarTable(nn.Module):
+    """Scalars of several interventions and the slot of each token, in buffers of fixed addresses.
+
+    Args:
+        model: the fingerprint of the model that is served (`af.layout(model).fingerprint`, or an intervention's
+            `location.model`).
+        slots: S, the identity's included.
+        max_tokens: the most tokens of one forward pass.
+        heads: this rank's heads under tensor parallelism, e.g. range(rank * n, (rank + 1) * n); None: all.
+        device: where the projections compute.
+
+    Raises:
+        ValueError: a size below 1 (slots: 2), or heads that the model does not have.
+
+    Example:
+        >>> table = ScalarTable(scalars.location.model, slots=8, max_tokens=8192)
+        >>> with table.attached(model):
+        ...     table.put(1, scalars, strength=-1.0)
+        ...     table.assign([1, 0], [len_a, len_b])  # the first request is steered, the second is not
+        ...     model(packed_tokens)
+    """
+
+    alpha: Tensor
+    index: Tensor
+
+    def __init__(
+        self,
+        model: ModelFingerprint,
+        *,
+        slots: int = 8,
+        max_tokens: int = 8192,
+        heads: range | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if slots < 2 or max_tokens < 1:
+            raise ValueError(f"slots, max_tokens: got {slots}, {max_tokens}, expected at least 2 and 1")
+        self.fingerprint = model
+        self.heads = range(model.n_heads) if heads is None else heads
+        if not len(self.heads) or self.heads.step != 1 or self.heads.start < 0 or self.heads.stop > model.n_heads:
+            raise ValueError(f"heads: got {self.heads}, expected a range of 0 to {model.n_heads} in steps of 1")
+        shape = (model.n_layers, slots, 1, len(self.heads))
+        self.register_buffer("alpha", torch.zeros(shape, device=device))
+        self.register_buffer("index", torch.zeros(max_tokens, dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def put(self, slot: int, intervention: Intervention, strength: float = 1.0) -> None:
+        """Write an intervention's scalars, times β, into a slot; seen by the next forward pass.
+
+        Raises:
+            TypeError, ValueError: slot 0, one that does not exist, another model's intervention, or what a slot cannot
+                hold: anything but unstacked scalars at the head site for all tokens.
+        """
+        self._check_slot(slot)
+        if not isinstance(intervention, ActivScalar):
+            raise TypeError(f"intervention: got {type(intervention).__name__}, expected an ActivScalar")
+        where = intervention.location
+        where.model.require(self.fingerprint)
+        if where.site != "head" or where.positions is not None or intervention.n_groups is not None:
+            raise ValueError("intervention: expected unstacked scalars at the head site with positions=None")
+        intervention.check_finite()
+        values = strength * intervention.alpha[:, 0, self.heads.start : self.heads.stop]  # [chosen layers, H]
+        self.alpha[:, slot].zero_()
+        self.alpha[list(where.layers), slot, 0] = values.to(self.alpha)
+
+    def clear(self, slot: int) -> None:
+        """Make a slot the identity again."""
+        self._check_slot(slot)
+        self.alpha[:, slot].zero_()
+
+    def assign(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """Say which slot the tokens of the next forward pass use; tokens that are not counted use slot 0.
+
+        Args:
+            slots: of each request, in the order of their tokens.
+            counts: tokens of each request: its prompt's, or 1 while it is decoded.
+        """
+        if len(slots) != len(counts):
+            raise ValueError(f"counts: got {len(counts)} for {len(slots)} slots, expected one each")
+        if slots and not 0 <= min(slots) <= max(slots) < self.alpha.shape[1]:
+            raise ValueError(f"slots: got {min(slots)} to {max(slots)}, expected 0 to {self.alpha.shape[1] - 1}")
+        total = sum(counts)
+        if min(counts, default=0) < 0 or total > len(self.index):
+            raise ValueError(f"counts: got {total} tokens, expected 0 to max_tokens = {len(self.index)}")
+        cuda = self.index.is_cuda
+        rows = torch.zeros(len(self.index), dtype=torch.int64, pin_memory=cuda)
+        each, times = (torch.tensor(list(values), dtype=torch.int64) for values in (slots, counts))
+        rows[:total] = torch.repeat_interleave(each, times)
+        self.index.copy_(rows, non_blocking=cuda)
+
+    def scale(self, x: Tensor, layer: int) -> Tensor:
+        """The heads of some tokens, scaled: x [..., H·D] of at most max_tokens tokens, H this rank's heads."""
+        heads = x.reshape(-1, 1, len(self.heads), x.shape[-1] // len(self.heads))  # [N, 1, H, D]
+        return scale_heads(heads, self.alpha[layer], group=self.index[: heads.shape[0]]).view(x.shape)
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Let the table scale what enters the attention's output projections of a transformers model.
+
+        Attach it before the model is compiled or captured; what is in the buffers may change at any time.
+        """
+        found = layout(model)
+        self.fingerprint.require(found.fingerprint)
+        edits = [(module, partial(self.scale, layer=layer)) for layer, module in enumerate(found.projections)]
+        try:
+            for module, edit in edits:
+                surgery.attach(module, edit, before=True)
+            yield
+        finally:
+            for module, edit in edits:
+                surgery.detach(module, edit)
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 < slot < self.alpha.shape[1]:
+            raise ValueError(f"slot: got {slot}, expected 1 to {self.alpha.shape[1] - 1}; 0 is the identity")
