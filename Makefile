@@ -7,6 +7,8 @@ VENV   ?= .venv
 # One PyTorch for every machine; TORCH="torch==2.13.0 --index-url …" or TORCH=torch takes another build.
 TORCH  ?= torch==2.13.0
 MODEL  ?=
+# Test processes; each uses PyTorch's threads, which sleep when they wait so as not to hold up the others.
+WORKERS ?= 2
 RUN    := $(VENV)/bin
 
 .PHONY: demo test check bench clean
@@ -15,7 +17,7 @@ demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/tested
-	$(RUN)/pytest
+	OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/tested
 	$(RUN)/ruff check .
@@ -33,7 +35,7 @@ $(VENV)/torch:
 	touch $@
 
 # Installed as any user would: in build isolation, not editable. Sources newer than the stamp are installed again.
-SOURCES := pyproject.toml setup.py $(shell find csrc actscale_fast -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+SOURCES := pyproject.toml setup.py tests/unpinned.txt $(shell find csrc actscale_fast -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(RUN)/python -m pip install --quiet .
@@ -41,6 +43,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 
 $(VENV)/tested: $(VENV)/torch $(SOURCES)
 	$(RUN)/python -m pip install --quiet '.[test]'
+	$(RUN)/python -m pip install --quiet --no-deps -r tests/unpinned.txt
 	touch $@ $(VENV)/installed
 
 clean:

@@ -6,7 +6,7 @@ import importlib.metadata
 
 from packaging.specifiers import SpecifierSet
 
-#: Of each distribution, the versions whose internals were read and tested; `pip install actscale-fast[<name>]`.
+#: Of each distribution, the versions whose internals were read and tested.
 SUPPORTED = {
     "lm-eval": ">=0.4.13,<0.5",
     "nnsight": ">=0.8.1,<0.9",
@@ -16,6 +16,8 @@ SUPPORTED = {
     "steering-vectors": ">=0.12.2,<0.13",
     "transformer-lens": ">=4.3,<5",
 }
+#: Those whose own pins exclude transformers 5 or NumPy 2, though they run with them.
+_UNPINNED = ("repeng", "steering-vectors")
 
 
 def require(name: str) -> None:
@@ -25,13 +27,13 @@ def require(name: str) -> None:
         ImportError: it is not installed, or in another version: its internals may differ, and an edit that lands
             elsewhere gives numbers that are wrong without a word.
     """
-    supported = SUPPORTED[name]
+    wanted = name + SUPPORTED[name]
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
+        how = f"--no-deps '{wanted}'" if name in _UNPINNED else f"'actscale-fast[{name}]'"
         raise ImportError(
-            f"actscale_fast.integrations: {name} is not installed; expected {name}{supported}"
-            f" (pip install 'actscale-fast[{name}]')"
+            f"actscale_fast.integrations: {name} is not installed; expected {wanted} (pip install {how})"
         ) from None
-    if not SpecifierSet(supported).contains(version, prereleases=True):
-        raise ImportError(f"actscale_fast.integrations: got {name} {version}, expected {name}{supported}")
+    if not SpecifierSet(SUPPORTED[name]).contains(version, prereleases=True):
+        raise ImportError(f"actscale_fast.integrations: got {name} {version}, expected {wanted}")
