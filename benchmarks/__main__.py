@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="check and time cases, print their tables, write their JSON (the default)")
     run.add_argument(
-        "--case", nargs="+", choices=list(cases.NAMES), metavar="NAME", help="default: all but `fit` and `sweep`"
+        "--case", nargs="+", choices=list(cases.NAMES), metavar="NAME", help=f"default: {', '.join(cases.DEFAULT)}"
     )
     run.add_argument(
         "--quick", action="store_true", help="fewer settings and samples; writes nothing unless --out is given"

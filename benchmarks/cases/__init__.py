@@ -6,8 +6,13 @@ import importlib
 
 from ..case import Case
 
-NAMES = ("loss", "linear", "kl_div", "scale_heads", "dynamic_scale", "proximal", "overhead", "fit", "sweep")
-DEFAULT = NAMES[:-2]  # the last two load a real model and take minutes: asked for by name
+#: The ops.
+DEFAULT = ("loss", "linear", "kl_div", "scale_heads", "dynamic_scale", "proximal", "overhead")
+#: Other libraries' own paths beside ours, where they are installed; asked for by name.
+INTEGRATIONS = ("head_mask", "serving")
+#: Steps on a real model, which take minutes; asked for by name.
+STEPS = ("fit", "sweep")
+NAMES = DEFAULT + INTEGRATIONS + STEPS
 
 
 def load(name: str) -> Case:
