@@ -14,7 +14,7 @@ from . import cases, results
 from .machine import ROOT
 from .runner import run_case
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "integrations.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
