@@ -53,6 +53,8 @@ class HeadMask:
         found = layout(model)
         self._n_layers, self._n_heads, self._width = found.n_layers, found.n_heads, found.head_dim
         self.mask = mask
+        if not bool(torch.isfinite(mask).all()):  # once: setting a mask in a loop must not wait for the device
+            raise ValueError("mask: some of its values are not finite")
         self._edits: list[tuple[weakref.ref[nn.Module], surgery.Edit]] = []
         try:
             for layer, module in enumerate(found.projections):
@@ -65,7 +67,7 @@ class HeadMask:
 
     @property
     def mask(self) -> Tensor:
-        """The factors. Setting them takes effect with the next forward pass."""
+        """The factors. Setting them takes effect with the next forward pass; their values are not checked then."""
         return self._mask
 
     @mask.setter
@@ -78,8 +80,6 @@ class HeadMask:
                 f"mask: got shape {tuple(value.shape)}, expected {_SHAPES} with H = {self._n_heads} and"
                 f" L = {self._n_layers}"
             )
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError("mask: some of its values are not finite")
         self._mask = value
 
     def _scale(self, layer: int, x: Tensor) -> Tensor:
