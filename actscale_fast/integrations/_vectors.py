@@ -1,0 +1,83 @@
+"""Vectors by layer, into a `SteerVec` and out of it: what the formats of other libraries share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..interventions import SteerVec
+from ..models.adapter import layout
+
+
+def from_vectors(
+    vectors: Mapping[int, Any],
+    model: Any,
+    site: str = "residual",
+    *,
+    positions: Iterable[int] | None = None,
+    generated: bool = False,
+    model_type: str | None = None,
+) -> SteerVec:
+    """The vectors as a `SteerVec` that holds their layers alone, on the model's device.
+
+    Args:
+        vectors: layer, negative from the end -> a real array or tensor [P, H, D], or [H·D] for all position slots.
+        model: a causal language model of Hugging Face.
+        site, positions, generated: as `SteerVec.for_model` takes them.
+        model_type: that of the model the vectors were made for; None: not known.
+
+    Raises:
+        TypeError, ValueError: another type of model, no layer, one that the model does not have or twice, vectors of
+            another width, or values that are no finite real numbers.
+    """
+    own = layout(model).model_type
+    if model_type is not None and model_type != own:
+        raise ValueError(f"model_type: the vectors were made for {model_type!r}, the model is {own!r}")
+    made = SteerVec.for_model(model, site, list(vectors), positions, generated)
+    for (layer, value), target in zip(vectors.items(), made.vectors.data, strict=True):  # target [P, H, D]
+        tensor = torch.as_tensor(value)
+        if tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"layer {layer}: got {tensor.dtype}, expected real numbers")
+        if tensor.shape == (target[0].numel(),):
+            tensor = tensor.view(target.shape[1:]).expand(target.shape)
+        if tensor.shape != target.shape:
+            raise ValueError(
+                f"layer {layer}: got vectors of shape {tuple(tensor.shape)}, expected {tuple(target.shape)} or"
+                f" ({target[0].numel()},) for site {site!r} of this model"
+            )
+        target.copy_(tensor)
+    made.check_finite()
+    return made
+
+
+def whole_vectors(vector: SteerVec, sites: Iterable[str], target: str) -> dict[int, Tensor]:
+    """{layer: fp32 [d] on the CPU}, of a vector that steers every token at one of the whole sites `sites`.
+
+    Raises:
+        TypeError, ValueError: no SteerVec, a stack, one with positions, or at a site that `target` does not have.
+    """
+    check_vector(vector)
+    location = vector.location
+    if location.positions is not None:
+        raise ValueError(f"steer_vec: it has positions, but vectors of {target} act on every token")
+    if location.site not in sites:
+        raise ValueError(f"steer_vec: its site is {location.site!r}; {target} has {', '.join(sites)} alone")
+    return {layer: value.reshape(-1) for layer, value in by_layer(vector).items()}
+
+
+def check_vector(vector: object) -> None:
+    """Refuse what is no single, finite steering vector."""
+    if not isinstance(vector, SteerVec):
+        raise TypeError(f"steer_vec: got {type(vector).__name__}, expected a SteerVec")
+    if vector.n_groups is not None:
+        raise ValueError(f"steer_vec: got a stack of {vector.n_groups}, expected one of its parts")
+    vector.check_finite()
+
+
+def by_layer(vector: SteerVec) -> dict[int, Tensor]:
+    """{layer: fp32 [P, H, D] of its own on the CPU}, in ascending order."""
+    values = vector.vectors.detach().to("cpu", copy=True)
+    return dict(sorted(zip(vector.location.layers, values, strict=True)))
