@@ -49,15 +49,19 @@ class HeadGating:
 
         return gate
 
-    def __call__(self) -> tuple[Tensor, ...]:
+    def loss(self) -> Tensor:
         hooks = [p.register_forward_pre_hook(self._hook(layer)) for layer, p in enumerate(self.projections)]
         try:
             logits: Tensor = self.model(**self.arguments).logits  # [B, T, V]
         finally:
             for hook in hooks:
                 hook.remove()
-        loss = nn.functional.cross_entropy(logits[:, -2].float(), self.target)  # the token before y predicts it
-        loss = loss - LAMBDA * self.gates.clamp(-CLIP, CLIP).sum()
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        loss = nn.functional.cross_entropy(logits[:, -2].to(wide), self.target)  # the token before y predicts it
+        return loss - LAMBDA * self.gates.clamp(-CLIP, CLIP).sum()
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        loss = self.loss()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
