@@ -1,0 +1,254 @@
+"""Interventions to pyvene and back: as objects, and from the folders that pyvene saves.
+
+Both directions mean all positions, what pyvene does with `unit_locations=None`: positions and heads that a call names
+are not part of a pyvene model. An ActivScalar is a `ScaleIntervention` a layer, a SteerVec an AdditionIntervention.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pyvene
+import torch
+from pyvene.models.constants import CONST_INPUT_HOOK
+from pyvene.models.modeling_utils import get_module_hook
+from torch import Tensor, nn
+
+from ..interventions import SITES, ActivScalar, Intervention, Location, SteerVec
+from ..models.adapter import ModelLayout, layout
+from ..models.patch import one_strength
+from ._pyvene_kinds import KINDS, SIGNS, ScaleIntervention, added_vector, unknown_kind
+
+#: pyvene's names for the sites; that of a layer is used where it means the same module.
+_COMPONENTS = {
+    ("head", ActivScalar): "head_attention_value_output",
+    ("head", SteerVec): "attention_value_output",
+    ("mlp_out", ActivScalar): "mlp_output",
+    ("mlp_out", SteerVec): "mlp_output",
+    ("residual", ActivScalar): "block_output",
+    ("residual", SteerVec): "block_output",
+}
+
+
+class _Part(NamedTuple):
+    """One pyvene intervention."""
+
+    key: str
+    representation: Any
+    kind: type
+    tensors: dict[str, Tensor]
+    n_dims: int | None
+
+
+def to_pyvene(intervention: Intervention, model: nn.Module, strength: float = 1.0) -> Any:
+    """An IntervenableModel that computes `af.patch(model, intervention, strength)`; pyvene trains, saves and loads it.
+
+    Call it with `unit_locations=None`, and `generate` with `intervene_on_prompt=True` besides, which then steers the
+    prompt and the generated tokens. pyvene freezes the model's weights and sets it to evaluation mode.
+
+    Args:
+        intervention: an ActivScalar, a SteerVec or a composite of such, at all positions, not stacked. Copied.
+        model: the Hugging Face model that it was made for, or another of its type and shape, of any family.
+        strength: β, multiplied into the parameters.
+
+    Raises:
+        TypeError, ValueError: an intervention of another class, with positions or stacked.
+    """
+    if not isinstance(intervention, Intervention):
+        raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
+    found, strength = layout(model, intervention.paths), one_strength(strength, "a float")
+    representations = []
+    for part, factor in zip(intervention.singles, getattr(intervention, "factors", (1.0,)), strict=True):
+        _check_part(part)
+        part.location.model.require(found.fingerprint)
+        for index, layer in enumerate(part.location.layers):
+            representations.append(_representation(found, part, index, layer, strength * factor))
+    return pyvene.IntervenableModel(representations, model=found.model)
+
+
+def from_pyvene(intervenable: Any) -> Intervention:
+    """What an IntervenableModel does with `unit_locations=None`, as an intervention on its model. Copied.
+
+    Raises:
+        TypeError: not an IntervenableModel.
+        ValueError: an intervention that is neither multiplication by a scalar a head, nor zeroing, nor addition of a
+            constant vector; or one at a component that is not a site.
+    """
+    if not isinstance(intervenable, pyvene.IntervenableModel):
+        raise TypeError(f"intervenable: got {type(intervenable).__name__}, expected a pyvene.IntervenableModel")
+    parts = []
+    for key, item in intervenable.interventions.items():
+        n_dims = getattr(item, "interchange_dim", None)
+        tensors = {name: value.detach() for name, value in item.state_dict().items()}
+        n_dims = None if n_dims is None else int(n_dims)
+        parts.append(_Part(key, intervenable.representations[key], type(item), tensors, n_dims))
+    return _assembled(parts, layout(intervenable.model))
+
+
+def load_pyvene(folder: str | Path, model: nn.Module) -> Intervention:
+    """The intervention in a folder that `IntervenableModel.save` wrote; reads tensors alone, runs no code from it.
+
+    Raises:
+        FileNotFoundError: `config.json` or a tensor file is missing.
+        ValueError: a file is damaged, or an intervention is none of those that `from_pyvene` understands.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, expected a folder written by pyvene's IntervenableModel.save")
+    try:
+        config = json.loads(path.read_bytes())
+        representations = [pyvene.RepresentationConfig(*options) for options in config["representations"]]
+        described = list(
+            zip(representations, config["intervention_types"], config["intervention_dimensions"], strict=True)
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or not a pyvene config ({error})") from None
+    names, parts = {str(kind): kind for kind in KINDS}, []
+    counter = SimpleNamespace(_key_collision_counter={})
+    for representation, name, n_dims in described:
+        key = pyvene.IntervenableModel._get_representation_key(counter, representation)
+        if name not in names:
+            raise ValueError(f"{path}: {key} is {name}, expected one of {', '.join(names)}")
+        tensors = {} if names[name] is pyvene.ZeroIntervention else _read_tensors(folder / f"intkey_{key}.bin")
+        parts.append(_Part(key, representation, names[name], tensors, n_dims))
+    return _assembled(parts, layout(model))
+
+
+def _check_part(part: Intervention) -> None:
+    if type(part) not in (ActivScalar, SteerVec):
+        raise TypeError(
+            f"intervention: got {type(part).__name__}, expected ActivScalar or SteerVec: pyvene has no other"
+        )
+    if part.location.positions is not None:
+        raise ValueError("intervention: has positions, expected all: in pyvene every call names them, unit_locations=")
+    if part.n_groups is not None:
+        raise ValueError("intervention: is a stack, expected one: pyvene has no groups of rows")
+
+
+def _representation(found: ModelLayout, part: Intervention, index: int, layer: int, strength: float) -> dict[str, Any]:
+    """One entry of a pyvene config."""
+    location = part.location
+    item: Any
+    if isinstance(part, ActivScalar):
+        item = ScaleIntervention(unit="h" if location.site == "head" else "pos", max_number_of_units=location.n_heads)
+        with torch.no_grad():
+            item.alpha.copy_(strength * part.alpha[index, 0])
+        item = item.to(part.device)
+    else:
+        vector = strength * part.get_parameter("vectors")[index, 0].detach().flatten()
+        item = pyvene.AdditionIntervention(embed_dim=len(vector), source_representation=vector)
+    by_head = location.site == "head" and isinstance(part, ActivScalar)
+    return {
+        "layer": layer, "component": _component(found, location.site, type(part), layer), "intervention": item,
+        "unit": "h" if by_head else "pos", "max_number_of_units": location.n_heads if by_head else 1,
+    }  # fmt: skip
+
+
+def _component(found: ModelLayout, site: str, kind: type[Intervention], layer: int) -> str:
+    """pyvene's name for the site, or the path of its module where pyvene has none or means another module."""
+    module = found.site_module(site, layer)
+    name = _COMPONENTS.get((site, kind), "")
+    if name in pyvene.type_to_module_mapping.get(type(found.model), {}):
+        hook = get_module_hook(found.model, pyvene.RepresentationConfig(layer, name))
+        if hook.__self__ is module and (hook.__name__ == CONST_INPUT_HOOK) == (site == "head"):
+            return name
+    path = next(path for path, other in found.model.named_modules() if other is module)
+    return f"{path}.{'input' if site == 'head' else 'output'}"
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, expected it beside config.json")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged, or more than tensors ({str(error).splitlines()[0]})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path}: holds no named tensors")
+    return tensors
+
+
+def _assembled(parts: list[_Part], found: ModelLayout) -> Intervention:
+    """One intervention for each run of layers that can stand in one, in pyvene's order at each place."""
+    sites = dict(_sites(found))
+    groups: list[tuple[str, type[Intervention], dict[int, Tensor]]] = []
+    for part in parts:
+        site, layer = _place(part, found, sites)
+        kind, values = _parameters(part, found, site)
+        chosen: dict[int, Tensor] | None = None
+        for other_site, other_kind, layers in reversed(groups):
+            if other_site == site and layer in layers:
+                break
+            if (other_site, other_kind) == (site, kind):
+                chosen = layers
+        if chosen is None:
+            chosen = {}
+            groups.append((site, kind, chosen))
+        chosen[layer] = values
+    if not groups:
+        raise ValueError("intervenable: has no intervention, expected at least one")
+    made = []
+    for site, kind, layers in groups:
+        location = Location(site, tuple(sorted(layers)), None, False, found.fingerprint)
+        one = kind(location, device=next(iter(layers.values())).device)
+        (parameter,) = one.parameters()
+        with torch.no_grad():
+            parameter.copy_(torch.stack([layers[layer] for layer in location.layers]).view_as(parameter))
+        made.append(one)
+    return functools.reduce(operator.add, made)
+
+
+def _sites(found: ModelLayout) -> Iterator[tuple[tuple[int, bool], tuple[str, int]]]:
+    """(module, whether its input) -> (site, layer)."""
+    for layer, block in enumerate(found.layers):
+        for site in SITES:
+            if site == "mlp_out" and not found.mlp:
+                continue
+            yield (id(found.site_module(site, layer)), site == "head"), (site, layer)
+        if layer:
+            yield (id(block), True), ("residual", layer - 1)
+
+
+def _place(part: _Part, found: ModelLayout, sites: dict[tuple[int, bool], tuple[str, int]]) -> tuple[str, int]:
+    hook = get_module_hook(found.model, part.representation)
+    place = sites.get((id(hook.__self__), hook.__name__ == CONST_INPUT_HOOK))
+    if place is None and part.representation.component == "attention_output":
+        place = "attn_out", part.representation.layer  # the attention module hands on what its projection returns
+    if place is None:
+        raise ValueError(
+            f"{part.key}: component {part.representation.component!r} is none of the sites {', '.join(SITES)}"
+        )
+    return place
+
+
+def _parameters(part: _Part, found: ModelLayout, site: str) -> tuple[type[Intervention], Tensor]:
+    """(class, its parameters at one layer, flat)."""
+    if unknown_kind(part.kind):
+        raise ValueError(f"{part.key}: {unknown_kind(part.kind)}")
+    n_heads = found.n_heads if site == "head" else 1
+    width = n_heads * found.head_dim if site == "head" else found.hidden_size
+    if part.kind in SIGNS:
+        source = part.tensors.get("source_representation")
+        if source is None:
+            raise ValueError(f"{part.key}: its source comes with each call, expected a constant one")
+        if source.numel() != width:
+            raise ValueError(f"{part.key}: its source has {source.numel()} numbers, expected {width}")
+        return SteerVec, added_vector(part.kind, source, part.n_dims)
+    if part.kind is pyvene.ZeroIntervention:
+        if part.n_dims is not None and part.n_dims < width:
+            raise ValueError(f"{part.key}: zeroes {part.n_dims} of {width} dimensions, expected all of them")
+        return ActivScalar, torch.full((n_heads,), -1.0)
+    alpha = part.tensors["alpha"]
+    if alpha.numel() not in (1, n_heads):
+        raise ValueError(
+            f"{part.key}: scales {alpha.numel()} heads that each call names, expected all {n_heads} of the site {site}"
+        )
+    return ActivScalar, alpha.float().expand(n_heads)

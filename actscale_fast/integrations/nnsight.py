@@ -1,0 +1,101 @@
+"""nnsight: an intervention inside a trace, one op a site, in the order in which the model reaches them.
+
+>>> with model.trace("The capital of France is"):
+...     steer(model, intervention, strength=-1.0)
+...     logits = model.output.logits.save()
+
+A block of a trace must ask for values in the order of the forward pass. `steer` asks for every site of the
+intervention, so it stands first in its block; values below its last site are read in a block of their own, an empty
+`with tracer.invoke():`, which sees what the edits made. There is no time to gain here: the op costs what the user's own
+multiplication costs, and nnsight's handover of each site costs more than both (benchmarks/cases/nnsight.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..interventions import SITES, Intervention
+from ..models import context as contexts
+from ..models.adapter import ModelLayout, execution_device, layout
+from ._library import require
+from ._passes import Passes, passes_of
+
+require("nnsight")
+
+_Place = tuple[int, int, Callable[[Tensor], Tensor]]  # layer, number of the site, edit
+
+
+def steer(
+    model: Any,
+    intervention: Intervention,
+    strength: float | Tensor = 1.0,
+    *,
+    group: Tensor | None = None,
+    steps: Iterable[int] | None = None,
+) -> None:
+    """Edit the activations of the pass that the surrounding trace runs.
+
+    Inside `with tracer.invoke(...):` the edits reach that invoke's rows alone. In `.generate(...)` it edits the first
+    pass (the prompt) unless `steps` says more; listed positions count the tokens of the prompt there, and every later
+    pass holds generated ones.
+
+    Args:
+        model: the nnsight model (`TransformersModel`, `LanguageModel` or `NNsight` of a Hugging Face model).
+        intervention: made for the wrapped model or another of its type and shape; its parameters get gradients.
+        strength: β, a float or one value per row of the invoke [B].
+        group: int64 [B], for a stacked intervention.
+        steps: passes of a generation, `tracer.iter[:]` for all. What follows in the block is then not run: nnsight ends
+            an open loop with the generation.
+
+    Raises:
+        TypeError: not an nnsight model, or an intervention that needs a source.
+        ValueError: made for another model, a bad strength or group, or a batch whose padding cannot be told.
+    """
+    from nnsight.intervention.envoy import Envoy
+
+    if not isinstance(model, Envoy):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nnsight model")
+    found = layout(model._module, intervention.paths if isinstance(intervention, Intervention) else None)
+    device = execution_device(found.layers[0]) or torch.device("cpu")
+    parts = passes_of(intervention, device, strength, group)
+    for part in parts:
+        part.intervention.location.model.require(found.fingerprint)
+    for _ in (None,) if steps is None else steps:
+        _one_pass(model, found, parts)
+
+
+def _one_pass(model: Any, found: ModelLayout, parts: list[Passes]) -> None:
+    """Assign the edited values of one forward pass, site by site."""
+    noted = [part for part in parts if part.intervention.location.positions is not None or part._rowwise]
+    if noted:
+        call = _call(_envoy(model, found.decoder), found.decoder)
+        for part in noted:
+            part.context = part.enter(call)
+    places: list[_Place] = []
+    for part in parts:
+        site = SITES.index(part.intervention.location.site)
+        places += [(layer, site, edit) for layer, edit in part.edits()]
+    for layer, site, edit in sorted(places, key=lambda place: place[:2]):
+        envoy = _envoy(model, found.site_module(SITES[site], layer))
+        if SITES[site] == "head":
+            envoy.input = edit(envoy.input)
+            continue
+        output = envoy.output
+        envoy.output = (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+
+def _envoy(model: Any, module: nn.Module) -> Any:
+    return model.interleaver.envoys[id(module)]
+
+
+def _call(envoy: Any, decoder: nn.Module) -> contexts.Call:
+    """The arguments of the pass, of this invoke's rows."""
+    args, kwargs = envoy.inputs
+    names = [name for name in inspect.signature(type(decoder).forward).parameters if name != "self"]
+    return contexts._read(SimpleNamespace(names=names, prompt=None), args, kwargs)  # type: ignore[arg-type]

@@ -1,0 +1,231 @@
+"""pyvene: an intervention class that multiplies, exchange of interventions in both directions, and one pass a site.
+
+`ScaleIntervention` goes into a pyvene config: per head at unit "h" (component head_attention_value_output and others
+that pyvene splits by heads), one scalar at a whole site. `to_pyvene`, `from_pyvene` and `load_pyvene` exchange whole
+interventions. `accelerate` replaces, on one IntervenableModel, how interventions of known kinds reach all positions:
+
+    stock   clone the site, gather, intervene, scatter back in place    6 to 9 passes over the site; index tensors made
+                                                                        from lists, `.item()`
+    here    y = h·(1 + α) + v                                           2 passes, nothing waits for the device
+
+pyvene's writing in place overwrites what SDPA keeps for its backward pass: under SDPA, heads above the lowest edited
+layer have gradients on the accelerated path alone. Without gradients a run of few neighbouring heads is written back
+alone, as pyvene writes them. pyvene takes every forward hook off the model after each call of its own, so an `af.patch`
+on the same model ends there: use one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from ._library import require
+
+require("pyvene")
+
+import pyvene  # noqa: E402
+import torch  # noqa: E402
+from pyvene.models.constants import CONST_INPUT_HOOK, split_head_and_permute  # noqa: E402
+from pyvene.models.modeling_utils import HandlerList, get_dimension_by_component  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from ..ops import scale_heads  # noqa: E402
+from ._pyvene_exchange import from_pyvene, load_pyvene, to_pyvene  # noqa: E402
+from ._pyvene_kinds import SIGNS, ScaleIntervention, added_vector, unknown_kind  # noqa: E402
+
+__all__ = ["Accelerated", "ScaleIntervention", "accelerate", "from_pyvene", "load_pyvene", "to_pyvene"]
+
+Edit = Callable[[Tensor], Tensor]
+
+
+def accelerate(intervenable: Any) -> Accelerated:
+    """Let this IntervenableModel do what it can in one pass a site, until the `with` block ends or `.remove()`.
+
+    Covered: `ScaleIntervention`, pyvene's `ZeroIntervention`, and `AdditionIntervention` and `SubtractionIntervention`
+    with one constant vector, at all positions (`unit_locations=None`, or unit "h" with the same heads in every row).
+    Everything else keeps pyvene's own path; `Accelerated.paths` says what and why.
+
+    Args:
+        intervenable: a pyvene.IntervenableModel. Results equal its own to rounding, with gradients.
+
+    Raises:
+        TypeError, ValueError: not an IntervenableModel, or one that is accelerated already.
+
+    Example:
+        >>> with accelerate(intervenable):
+        ...     _, steered = intervenable(base=inputs)
+    """
+    if not isinstance(intervenable, pyvene.IntervenableModel):
+        raise TypeError(f"intervenable: got {type(intervenable).__name__}, expected a pyvene.IntervenableModel")
+    return Accelerated(intervenable)
+
+
+class Accelerated:
+    """The handle of `accelerate`."""
+
+    def __init__(self, intervenable: Any) -> None:
+        self._intervenable: Any = intervenable
+        self._there = intervenable.__dict__.get("_intervention_setter")
+        if isinstance(getattr(self._there, "__self__", None), Accelerated):
+            raise ValueError("intervenable: is accelerated already, expected one that is not")
+        self._stock = intervenable._intervention_setter
+        self._indices: dict[tuple[Any, ...], Tensor] = {}
+        self._limits: dict[str, tuple[Any, int | None]] = {}
+        #: Of every intervention "fused", or why pyvene's own path serves it: in its last call, and before the first one
+        #: as far as its kind says.
+        self.paths = {key: self._unknown(key) or "fused" for key in intervenable.interventions}
+        intervenable.__dict__["_intervention_setter"] = self._setter
+
+    def remove(self) -> None:
+        """Give the model its own path back; nothing happens where it has it already."""
+        intervenable, self._intervenable = self._intervenable, None
+        if intervenable is None:
+            return
+        if self._there is None:
+            intervenable.__dict__.pop("_intervention_setter", None)
+        else:
+            intervenable.__dict__["_intervention_setter"] = self._there
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _setter(
+        self, keys: list[str], unit_locations_base: Any, subspaces: Any, intervention_additional_kwargs: Any
+    ) -> Any:
+        """In the place of `IntervenableModel._intervention_setter`: hooks for these keys."""
+        handlers = HandlerList([])
+        for number, key in enumerate(keys):
+            locations, subspace = unit_locations_base[number], None if subspaces is None else subspaces[number]
+            edit, reason = None, self._unknown(key)
+            if not reason and (subspace is not None or intervention_additional_kwargs):
+                reason = "subspaces or further arguments in the call"
+            if not reason:
+                edit, reason = self._edit(key, locations)
+            self.paths[key] = reason or "fused"
+            if edit is not None:
+                handlers.extend(HandlerList([self._hooked(key, edit)]))
+            else:
+                given = None if subspaces is None else [subspace]
+                handlers.extend(self._stock([key], [locations], given, intervention_additional_kwargs))
+        return handlers
+
+    def _hooked(self, key: str, edit: Edit) -> Any:
+        register = self._intervenable.intervention_hooks[key]
+        state = self._intervenable._intervention_state[key]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            state.inc_setter_version()
+            if args:
+                return (edit(args[0]), *args[1:]), kwargs
+            name = next(iter(kwargs))
+            return args, {**kwargs, name: edit(kwargs[name])}
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            state.inc_setter_version()
+            return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+        return register(before if register.__name__ == CONST_INPUT_HOOK else after, with_kwargs=True)
+
+    def _unknown(self, key: str) -> str:
+        """Why an intervention is not covered whatever the call says; empty where it may be."""
+        intervenable = self._intervenable
+        intervention = intervenable.interventions[key]
+        if unknown_kind(type(intervention)):
+            return unknown_kind(type(intervention))
+        if intervenable.as_adaptor or not intervenable.is_model_stateless:
+            return "an adaptor, or a model with a state"
+        if key in intervenable._intervention_reverse_link:
+            return "linked with other interventions"
+        if type(intervention) in SIGNS:
+            source = getattr(intervention, "source_representation", None)
+            if source is None or not intervention.is_source_constant:
+                return "its source comes with the call"
+            if source.numel() != source.shape[-1]:
+                return "its source is not one vector"
+        return ""
+
+    def _edit(self, key: str, locations: Any) -> tuple[Edit | None, str]:
+        """(the edit of one call, or why there is none)."""
+        intervenable = self._intervenable
+        intervention, representation = intervenable.interventions[key], intervenable.representations[key]
+        learned = intervention.alpha.numel() if isinstance(intervention, ScaleIntervention) else None
+        n_dims = self._n_dims(key, intervention)
+        if locations is None:
+            n_heads = learned or 1
+            return lambda x: _edited(intervention, n_dims, x, n_heads, None, None), ""
+        if representation.unit != "h":
+            return None, f"positions in the call (unit {representation.unit!r})"
+        if intervenable._is_generation:
+            return None, "heads in a call of generate(), which steers the prompt or the generated tokens"
+        split = pyvene.type_to_module_mapping.get(intervenable.model_type, {}).get(representation.component, ())[2:]
+        if len(split) != 1 or split[0][0] is not split_head_and_permute:
+            return None, f"component {representation.component!r} is not split by heads alone"
+        n_heads = get_dimension_by_component(intervenable.model_type, intervenable.model_config, split[0][1])
+        rows = {tuple(row) for row in locations}
+        if len(rows) != 1:
+            return None, "other heads in each row"
+        heads = rows.pop()
+        if len(set(heads)) != len(heads) or (learned or len(heads)) != len(heads) or not {*heads} <= {*range(n_heads)}:
+            return None, f"heads {heads} of {n_heads}"
+        run = index = None
+        if heads != tuple(range(n_heads)):
+            index = self._index(heads, intervenable.get_device())
+            # Edited where they lie they are read, written, read and written: of few heads less than all once each way.
+            if heads == tuple(range(heads[0], heads[-1] + 1)) and 2 * len(heads) <= n_heads:
+                run = slice(heads[0], heads[-1] + 1)
+        return lambda x: _edited(intervention, n_dims, x, n_heads, index, run), ""
+
+    def _index(self, heads: tuple[int, ...], device: torch.device) -> Tensor:
+        if (heads, device) not in self._indices:
+            self._indices[heads, device] = torch.tensor(heads, device=device)
+        return self._indices[heads, device]
+
+    def _n_dims(self, key: str, intervention: Any) -> int | None:
+        """The dimensions that an intervention is limited to; read once, as the number may lie on the device."""
+        there = intervention.interchange_dim
+        if key not in self._limits or self._limits[key][0] is not there:
+            self._limits[key] = there, None if there is None else int(there)
+        return self._limits[key][1]
+
+
+def _edited(
+    intervention: Any, n_dims: int | None, x: Tensor, n_heads: int, index: Tensor | None, run: slice | None
+) -> Tensor:
+    """x [B, T, H·D], edited at all positions: every head, or those of `index`; `run` is the same where it can be.
+
+    A run is edited where it lies if nothing needs a gradient, as pyvene edits it.
+    """
+    if x.dim() == 2:  # OPT flattens rows and tokens
+        return _edited(intervention, n_dims, x[None], n_heads, index, run)[0]
+    heads = x.unflatten(-1, (n_heads, -1))
+    kind, count = type(intervention), n_heads if index is None else len(index)
+    if kind is pyvene.ZeroIntervention:
+        zeroed = heads.clone()
+        zeroed[:, :, slice(None) if index is None else index, :n_dims] = 0
+        return zeroed.flatten(2)
+    alpha = shift = None
+    if kind is ScaleIntervention:
+        alpha = intervention.alpha
+    else:
+        shift = added_vector(kind, intervention.source_representation, n_dims).expand(count, -1)
+    values = shift if alpha is None else alpha
+    assert values is not None
+    if run is not None and not (torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)):
+        heads[:, :, run] = _scaled(heads[:, :, run], alpha, shift)
+        return x
+    if index is not None:
+        values = values.new_zeros(n_heads, *values.shape[1:]).index_copy(0, index, values)
+    return _scaled(heads, None if alpha is None else values, None if shift is None else values).flatten(2)
+
+
+def _scaled(heads: Tensor, alpha: Tensor | None, shift: Tensor | None) -> Tensor:
+    """heads [B, T, H, D] with α [H] and v [H, D]."""
+    return scale_heads(
+        heads, None if alpha is None else alpha[None, None], shift=None if shift is None else shift[None, None]
+    )

@@ -1,0 +1,164 @@
+"""TransformerLens: interventions as hook functions, and sweeps over heads in a few batches.
+
+`hooks` gives what `run_with_hooks(fwd_hooks=...)` and `model.hooks(...)` take. The sites are the same places as in the
+Hugging Face model inside the bridge: head is `attn.hook_z` (already [B, T, H, D]), attn_out the output of `attn.o`,
+mlp_out that of the MLP, residual the block's output `hook_resid_post` (`hook_resid_pre` of the next one).
+`hook_attn_out` and `hook_mlp_out` stand after a norm or multiplier where the family has one (Gemma 2, OLMo 2, Granite);
+the sites stand before it, as `for_model` says, so these hooks go to the projection and the MLP themselves.
+
+`head_patching` and `head_scaling` sweep over all heads in a few batches; see `_head_sweeps`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..interventions import ActivScalar, Intervention, Location, ModelFingerprint
+from ..interventions.location import check_layers, check_positions, check_site
+from ..models import context as contexts
+from ..models.adapter import layout
+from ._head_sweeps import check_model, head_patching, head_scaling
+from ._library import require
+from ._passes import Passes, passes_of
+
+require("transformer-lens")
+
+__all__ = ["for_transformer_lens", "head_patching", "head_scaling", "hooks"]
+
+Hook = tuple[str, Callable[..., Tensor]]
+
+
+def hooks(
+    model: Any, intervention: Intervention, strength: float | Tensor = 1.0, group: Tensor | None = None
+) -> list[Hook]:
+    """An intervention as (name, function) pairs for `run_with_hooks(fwd_hooks=...)` or `with model.hooks(...)`.
+
+    Positions mean what they mean in `af.patch`: tokens of the prompt, padding left out by the attention mask. In
+    `generate()` with its KV cache (the default) the passes after the first one hold generated tokens; without the cache
+    every pass looks like a prompt, so listed positions are counted anew. While a list with positions lives, the model
+    notes the arguments of its passes; drop the list to undo that.
+
+    Args:
+        model: a TransformerBridge, over a Hugging Face model or TransformerLens' own.
+        intervention: made for the Hugging Face model inside, for another of its shape, or by `for_transformer_lens`.
+        strength: β, a float or one value per row [B].
+        group: int64 [B], for a stacked intervention.
+
+    Raises:
+        TypeError: not a TransformerBridge, or an intervention that needs a source.
+        ValueError: made for another model, or not finite; also where TransformerLens' weight processing changed the
+            activations of the site (value biases folded out of the heads, writing weights centred).
+
+    Example:
+        >>> logits = model.run_with_hooks(tokens, fwd_hooks=hooks(model, intervention, strength=-1.0))
+    """
+    check_model(model)
+    device = torch.device(model.cfg.device)
+    found: list[Hook] = []
+    for passes in passes_of(intervention, device, strength, group):
+        passes.intervention.check_finite()
+        location = passes.intervention.location
+        location.model.require(_fingerprint(model, location.site))
+        if location.positions is not None:
+            _note_passes(model, passes)
+        for layer, edit in passes.edits():
+            found.append((_name(model, location.site, layer), _hook(edit, location.site == "head")))
+    return found
+
+
+def for_transformer_lens(
+    model: Any,
+    kind: type[Intervention] = ActivScalar,
+    site: str = "head",
+    layers: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
+    generated: bool = False,
+) -> Intervention:
+    """An intervention that does nothing yet, for a TransformerBridge as it is: processed weights included.
+
+    Args:
+        model: a TransformerBridge.
+        kind: the class, such as `ActivScalar` or `SteerVec`.
+        site, layers, positions, generated: as `Intervention.for_model` takes them.
+    """
+    check_model(model)
+    fingerprint = _fingerprint(model, check_site(site))
+    chosen, where = check_layers(layers, fingerprint.n_layers), check_positions(positions, generated)
+    return kind(Location(site, chosen, where, generated, fingerprint), device=torch.device(model.cfg.device))
+
+
+def _hook(edit: Callable[[Tensor], Tensor], heads: bool) -> Callable[..., Tensor]:
+    if heads:
+        return lambda x, hook: edit(x.flatten(2)).view_as(x)
+    return lambda x, hook: edit(x)
+
+
+def _name(model: Any, site: str, layer: int) -> str:
+    """The hook point of a site."""
+    block = f"blocks.{layer}"
+    names = {"head": "attn.hook_z", "attn_out": "attn.o.hook_out", "residual": "hook_resid_post"}
+    if site != "mlp_out":
+        return f"{block}.{names[site]}"
+    point = model.hook_dict.get(f"{block}.hook_mlp_out")
+    # OPT, BLOOM and MPT: their MLP is its last projection, or adds the residual stream itself.
+    inner = f"{block}.mlp.out.hook_out"
+    return inner if point is not None and point.name == inner else f"{block}.mlp.hook_out"
+
+
+def _fingerprint(model: Any, site: str) -> ModelFingerprint:
+    """The model's; its type says so where weight processing changed the activations of this site."""
+    config, cfg = getattr(model.original_model, "config", None), model.cfg
+    text_config = getattr(config, "get_text_config", None)
+    model_type = str(cfg.architecture) if text_config is None else text_config().model_type
+    if model._weights_processed:
+        # Centring takes the mean out of what is written to the stream; RMS norms allow none.
+        value = getattr(model.blocks[0].attn, "v", None)
+        folded = getattr(value, "bias", None) is not None if site == "head" else not cfg.uses_rms_norm
+        model_type += ", weights processed by TransformerLens" * folded
+    return ModelFingerprint(model_type, cfg.n_layers, cfg.n_heads, cfg.d_head, cfg.d_model)
+
+
+class _Noted:
+    """Hands the arguments of a model's passes to a `Passes`, as long as that lives."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = weakref.ref(passes)
+
+    @property
+    def context(self) -> contexts.Context | None:
+        passes = self.passes()
+        return None if passes is None else passes.context
+
+    @context.setter
+    def context(self, value: contexts.Context | None) -> None:
+        passes = self.passes()
+        if passes is not None:
+            passes.context = value
+
+    def enter(self, call: contexts.Call) -> contexts.Context | None:
+        passes = self.passes()
+        return None if passes is None else passes.enter(call)
+
+    def carriers(self) -> list[nn.Module]:
+        return []
+
+
+def _note_passes(model: Any, passes: Passes) -> None:
+    try:
+        decoder = layout(model.original_model).decoder
+    except TypeError:
+        raise ValueError("positions: this bridge's model is not of Hugging Face, so its passes are unknown") from None
+    noted, reference = _Noted(passes), weakref.ref(decoder)
+    contexts.join(decoder, decoder, noted)  # type: ignore[arg-type]
+
+    def part() -> None:
+        found = reference()
+        if found is not None:
+            contexts.part(found, noted)  # type: ignore[arg-type]
+
+    weakref.finalize(passes, part)
