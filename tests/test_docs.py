@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -51,5 +52,7 @@ def test_the_example_runs(
         monkeypatch.setattr(af, fit, functools.partial(getattr(af, fit), steps=2, batch_size=4, progress=False))
     fewer = re.sub(r"n_train=\d+, n_test=\d+", "n_train=16, n_test=8", code)
     model, tokenizer = demo_model
-    exec(compile(fewer, name, "exec"), {"af": af, "model": model, "tokenizer": tokenizer, "torch": torch})
+    (tmp_path / "example.py").write_text(fewer, encoding="utf-8")  # a file: nnsight reads the source of its blocks
+    given = {"af": af, "model": model, "tokenizer": tokenizer, "torch": torch}
+    runpy.run_path(str(tmp_path / "example.py"), init_globals=given)
     assert not any(record_of(module) for module in model.modules())  # the model is left as it was
