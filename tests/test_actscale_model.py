@@ -74,6 +74,10 @@ def test_generate_config_and_devices_are_the_models() -> None:
     model.to(torch.bfloat16)
     assert next(model.model.parameters()).dtype == torch.bfloat16
     assert torch.equal(model.intervention.alpha, values)  # fp32, no bit lost on the way
+    optimizer = torch.optim.AdamW(model.intervention.parameters())
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)(IDS).logits.float().sum().backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,6 +101,8 @@ def test_an_intervention_saved_by_itself_loads_too_and_a_damaged_config_does_not
         ActScaleModel.from_pretrained(tiny_model(), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"intervention\.json: not found"):
         ActScaleModel.from_pretrained(tiny_model(), tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="folder: no/such is no folder, and not on the hub either"):
+        ActScaleModel.from_pretrained(tiny_model(), "no/such")
 
 
 def test_a_merged_model_is_a_plain_checkpoint_for_stock_transformers(tmp_path: Path) -> None:
@@ -118,12 +124,50 @@ def test_a_merged_model_is_a_plain_checkpoint_for_stock_transformers(tmp_path: P
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_steered_by_itself(how: Any) -> None:
     model = adapted(strength=0.5)
-    copied = how(model.eval())
+    model.intervention.train()
+    copied = how(model)
+    assert [m.training for m in copied.modules()] == [m.training for m in model.modules()]
     assert torch.equal(logits(copied), logits(model))
     with torch.no_grad():
         copied.intervention.alpha.zero_()
     assert torch.equal(logits(copied), logits(tiny_model()))
     assert not torch.equal(logits(model), logits(copied))
+    assert all(p.requires_grad for p in copied.unload().parameters())
+    assert torch.equal(logits(how(copied)), logits(tiny_model()))  # of one that was unloaded
+    with model.disable_adapter():
+        assert torch.equal(logits(how(model)), logits(tiny_model()))
+    with pytest.raises(TypeError, match=r"use copy\.deepcopy"):
+        copy.copy(model)
+
+
+def test_two_on_one_model_give_it_back_with_the_last_one() -> None:
+    base = tiny_model()
+    first, second = af.get_actscale_model(base), af.get_actscale_model(base)
+    first.unload()
+    first.unload()
+    assert second.n_trainable[0] == 8
+    second.unload()
+    assert all(p.requires_grad for p in base.parameters())
+    with pytest.raises(RuntimeError, match="taken off by unload"):
+        _ = second.strength
+
+
+def test_wrappers_load_what_they_save() -> None:
+    model, other = adapted(), af.get_actscale_model(tiny_model())
+    outer, target = torch.nn.ModuleDict({"a": model}), torch.nn.ModuleDict({"a": other})
+    assert list(outer.state_dict()) == ["a.intervention.alpha"]
+    target.load_state_dict(outer.state_dict())
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_a_trainer_takes_a_quantised_base() -> None:
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    base = tiny_model()
+    base.is_quantized, base.hf_quantizer = True, type("Quantizer", (), {"is_trainable": True})()
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate_quantization_for_training(base)
+    validate_quantization_for_training(af.get_actscale_model(base))
 
 
 def test_its_state_is_the_interventions_alone() -> None:
@@ -131,7 +175,11 @@ def test_its_state_is_the_interventions_alone() -> None:
     assert list(model.state_dict()) == ["intervention.alpha"]
     assert not other.load_state_dict(model.state_dict()).missing_keys
     assert torch.equal(logits(model), logits(other))
-    with pytest.raises(RuntimeError, match=r"names that begin with .intervention\."):
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .intervention\.alpha"):
+        other.load_state_dict({})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({"intervention.alpha": torch.zeros(3)})
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .intervention\.alpha"):
         other.load_state_dict(tiny_model().state_dict())
 
 
@@ -241,7 +289,7 @@ def test_the_threshold_is_in_the_metric_of_the_optimizer(name: str) -> None:
         rate = 0.1 if name == "SGD" else 0.1 / ((second / (1 - 0.99**step)).sqrt() + 1e-3)
         before = alpha.detach().double()
         expected = before.sign() * (before.abs() - 0.3 * rate).clamp(min=0)
-        ProximalCallback(0.3).on_optimizer_step(*[None] * 3, model=model, optimizer=optimizer)  # type: ignore[list-item]
+        ProximalCallback(0.3).on_optimizer_step(*[None] * 3, model=model, optimizer=optimizer)  # type: ignore[arg-type]
         torch.testing.assert_close(alpha.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -265,6 +313,9 @@ def test_the_callback_says_what_it_needs(tmp_path: Path) -> None:
     trainer = Trainer(model=tiny.llama(), args=arguments, train_dataset=data, callbacks=[ProximalCallback(0.1)])
     with pytest.raises(TypeError, match="model: got LlamaForCausalLM, expected the result of get_actscale_model"):
         trainer.train()
+    other = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
+    with pytest.raises(RuntimeError, match="optimizer: steps none of the intervention's parameters"):
+        ProximalCallback(0.3).on_optimizer_step(*[None] * 3, model=adapted(), optimizer=other)  # type: ignore[arg-type]
 
 
 def test_the_saved_config_names_the_base_model(tmp_path: Path) -> None:

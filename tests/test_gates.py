@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from model_zoo import IDS, logits, randomised, tiny_model
 from torch import Tensor, nn
 
 import actscale_fast as af
-from actscale_fast.integrations.causal_head_gating import HeadGates, fit_gates, gated_nll
+from actscale_fast.integrations.causal_head_gating import HeadGates, fit_gates, gated_nll, scored
 from actscale_fast.integrations.jola import JoLA
 from actscale_fast.models import layout
 
@@ -61,7 +63,7 @@ def test_the_loss_of_gates_and_its_gradient_are_the_plain_ones(family: str) -> N
     expected = plain_nll(model, theta.sigmoid(), batch)
     expected_gradient = torch.autograd.grad(expected, theta)[0]
     with af.ops.use_backend("reference"), af.head_mask(model, torch.ones(L, H)) as handle:
-        got = gated_nll(model, handle, theta.sigmoid(), batch)
+        got = gated_nll(model, handle, theta.sigmoid(), batch, scored(batch))
         gradient = torch.autograd.grad(got, theta)[0]
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)  # the loss is made in float32
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
@@ -95,7 +97,7 @@ def test_heads_that_stay_open_under_pressure_are_those_the_labels_need() -> None
     assert set(role.unique().tolist()) >= {0, 2}
     with torch.no_grad(), af.head_mask(model, found.opened) as handle:
         whole, without_needed, without_irrelevant = (
-            float(gated_nll(model, handle, found.opened * keep, batch))
+            float(gated_nll(model, handle, found.opened * keep, batch, scored(batch)))
             for keep in (torch.ones(L, H), role != 0, role != 2)
         )
     assert without_needed - whole > 2 * abs(without_irrelevant - whole)
@@ -129,7 +131,7 @@ def jola(model: Any, seed: int = 2, **kwargs: Any) -> JoLA:
     made = JoLA.for_model(model, **kwargs)
     randomised(made, seed)
     with torch.no_grad():  # some gates closed, some open, most between
-        made.scalar_gates.mul_(2)
+        made.scale_gates.mul_(2)
         made.vector_gates.mul_(2)
     return made
 
@@ -158,9 +160,9 @@ def test_jola_and_its_gradients_are_the_plain_ones(family: str, sampled: bool, s
     plain = {name: value.detach().clone()[:, 0].requires_grad_() for name, value in ours.named_parameters()}
 
     def edit(layer: int, heads: Tensor) -> Tensor:
-        a = plain["scalars"][layer] * plain_gates(plain["scalar_gates"][layer], sampled)  # [H]
+        a = plain["scales"][layer] * plain_gates(plain["scale_gates"][layer], sampled)[:, None]  # [H, D]
         v = plain["vectors"][layer] * plain_gates(plain["vector_gates"][layer], sampled)[:, None]  # [H, D]
-        return heads * (1 + strength * a.double())[:, None] + strength * v.double()
+        return heads * (1 + strength * a.double()) + strength * v.double()
 
     torch.manual_seed(11)
     with plain_hooks(model, edit):
@@ -190,7 +192,7 @@ def test_jola_does_nothing_at_first_and_gates_of_evaluation_do_not_change() -> N
 def test_the_expected_l0_is_the_frequency_of_open_gates() -> None:
     ours = jola(tiny_model()).train()
     with torch.no_grad():
-        log_alpha = torch.stack([ours.scalar_gates, ours.vector_gates])
+        log_alpha = torch.stack([ours.scale_gates, ours.vector_gates])
         torch.manual_seed(3)
         n = 20_000
         open_share = (ours.gate(log_alpha.expand(n, *log_alpha.shape)) > 0).double().mean(0)
@@ -204,7 +206,7 @@ def test_closed_gates_are_exactly_no_edit_and_open_ones_the_whole() -> None:
     ours, whole = jola(model), randomised(af.SteerVec.for_model(model))
     with torch.no_grad():
         ours.vectors.copy_(whole.vectors)  # type: ignore[operator]
-        ours.scalar_gates.fill_(-4.0)  # σ(−4) = 0.018, stretched below 0
+        ours.scale_gates.fill_(-4.0)  # σ(−4) = 0.018, stretched below 0
         ours.vector_gates.fill_(4.0)
     with af.patch(model, whole):
         expected = logits(model)
@@ -236,6 +238,9 @@ def test_jola_is_saved_stacked_and_placed_as_any_intervention(tmp_path: Path) ->
     ours.save_pretrained(tmp_path)
     back = af.load_intervention(tmp_path)
     assert isinstance(back, JoLA)
+    read = "import sys, actscale_fast as af; print(type(af.load_intervention(sys.argv[1])).__name__)"
+    done = subprocess.run([sys.executable, "-c", read, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout == "JoLA\n", done.stderr  # in a process that has not imported its module
     assert not back.training
     other = jola(model, seed=9, positions=[0, -1], generated=True)
     given: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -247,5 +252,11 @@ def test_jola_is_saved_stacked_and_placed_as_any_intervention(tmp_path: Path) ->
         together = logits(model)
     for row, of in enumerate([0, 1, 0]):
         torch.testing.assert_close(together[row], alone[of][0][row], rtol=1e-5, atol=1e-5)
+    everywhere, betas = jola(model), torch.tensor([0.5, -1.0, 0.0])
+    with af.patch(model, everywhere, strength=betas):
+        by_row = logits(model)
+    for row, beta in enumerate(betas.tolist()):
+        with af.patch(model, everywhere, strength=beta):
+            torch.testing.assert_close(by_row[row], logits(model)[row], rtol=1e-5, atol=1e-5)
     with af.patch(model, ours):
         assert torch.equal(model.generate(IDS[:1], **given), alone[0][1])

@@ -110,11 +110,11 @@ def test_generation_tasks_run_under_positions_too() -> None:
         assert text.split() == expected.split("</s>")[0].split()
 
 
-@pytest.mark.parametrize("where", [{"positions": [-1]}, {"positions": [0], "generated": True}])
+@pytest.mark.parametrize("where", [{"positions": [-1]}, {"positions": [0, 1]}, {"positions": [0], "generated": True}])
 def test_positions_that_a_log_likelihood_cannot_tell_are_refused(where: dict[str, Any], tmp_path: Path) -> None:
     model = tiny.llama()
     lm = on(model, SteeredLM, scalars(model, **where))
-    with pytest.raises(ValueError, match=r"got positions .* are not told apart in a log-likelihood"):
+    with pytest.raises(ValueError, match=r"got positions .* expected an intervention on every token"):
         answers(lm, tmp_path)
 
 

@@ -134,6 +134,34 @@ def test_what_a_slot_cannot_hold_is_refused_and_changes_nothing(
     assert torch.equal(table.index, before[1])
 
 
+def test_a_rank_takes_its_own_heads_alone_and_no_more_tokens_than_it_has_room_for() -> None:
+    model = tiny_model()
+    fingerprint = af.models.layout(model).fingerprint
+    rank = ScalarTable(fingerprint, max_tokens=8, heads=range(2))
+    with pytest.raises(ValueError, match=r"x: got 32 channels, expected 2 heads · 8 = 16"):
+        rank.scale(torch.ones(3, 32), 0)
+    with pytest.raises(ValueError, match=r"x: got 9 tokens, expected max_tokens = 8 at most"):
+        rank.scale(torch.ones(9, 16), 0)
+    with pytest.raises(ValueError, match=r"heads: the table has range\(0, 2\)"), rank.attached(model):
+        pass
+
+
+def test_the_buffers_stay_float32_and_out_of_the_state_dict() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        table = ScalarTable(af.models.layout(tiny_model()).fingerprint)
+    finally:
+        torch.set_default_dtype(before)
+    table.put(1, scalars(tiny_model(), 1))
+    values = table.alpha.clone()
+    assert torch.equal(table.half().alpha, values)
+    assert table.alpha.dtype == torch.float32
+    assert not table.state_dict()
+    with pytest.raises(ValueError, match="strength: got nan"):
+        table.put(1, scalars(tiny_model(), 1), strength=float("nan"))
+
+
 @pytest.mark.parametrize("heads", [range(3, 6), range(0), range(0, 4, 2)])
 def test_heads_that_the_model_does_not_have_are_refused(heads: range) -> None:
     with pytest.raises(ValueError, match="heads: got range"):

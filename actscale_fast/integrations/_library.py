@@ -12,7 +12,7 @@ SUPPORTED = {
     "nnsight": ">=0.8.1,<0.9",
     "peft": ">=0.21.2,<0.22",
     "pyvene": ">=0.1.8,<0.2",
-    "repeng": ">=0.4,<0.6",
+    "repeng": ">=0.4,<0.5",
     "steering-vectors": ">=0.12.2,<0.13",
     "transformer-lens": ">=4.3,<5",
 }

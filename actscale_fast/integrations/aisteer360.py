@@ -46,7 +46,8 @@ def load(
     Args:
         path: the file; ".svec" is added where it is missing, as the library does.
         model: a causal language model of Hugging Face.
-        kind: as in the table above. None: "heads" where the file has num_heads, "direction" where every K is 1.
+        kind: as in the table above. None: what `save` wrote into the file (a key that the library passes over), else
+            "heads" where the file has num_heads, "direction" where every K is 1.
         layers: the layers of the file to take, in its own numbers; None: all. CAA and ActAdd use one of them.
         top_heads: of kind "heads", as many heads of the highest probe accuracies as ITI takes, zeros elsewhere; None:
             all.
@@ -56,12 +57,11 @@ def load(
         ValueError: damaged, for another type of model or of another width, layers that the file does not have, or
             several directions a layer without a `kind`.
     """
-    if kind not in (None, *KINDS):
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     path = _named(path)
     try:
         data = json.loads(path.read_bytes())
         model_type, per_head = str(data["model_type"]), data.get("num_heads") is not None
+        kind = kind or data.get("kind")
         directions = {int(key): torch.tensor(value, dtype=torch.float32) for key, value in data["directions"].items()}
         directions = {layer: value[None] if value.dim() == 1 else value for layer, value in directions.items()}
         accuracies = {tuple(map(int, key.split(":"))): float(v) for key, v in data.get("probe_accuracies", {}).items()}
@@ -69,6 +69,8 @@ def load(
             raise ValueError("no directions [K, D]")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged or no steering vector ({type(error).__name__}: {error})") from None
+    if kind not in (None, *KINDS):
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     if layers is not None:
         wanted = list(layers)
         if missing := [layer for layer in wanted if layer not in directions]:
@@ -117,10 +119,12 @@ def save(steer_vec: SteerVec, path: str | os.PathLike[str]) -> Path:
     data: dict[str, Any] = {"model_type": location.model.model_type}
     if location.site == "head" and location.positions is None:
         directions = {layer: value[0] for layer, value in values.items()}
-        data |= {"num_heads": location.n_heads, "head_dim": location.width}
+        data |= {"kind": "heads", "num_heads": location.n_heads, "head_dim": location.width}
     elif location.site == "residual" and location.positions is None:
+        data["kind"] = "direction"
         directions = {layer: value[:, 0] for layer, value in values.items()}
     elif location.site == "residual" and location.positions == tuple(range(location.n_slots)):
+        data["kind"] = "positions"
         directions = {layer + 1: value[:, 0] for layer, value in values.items()}
         check_layers(directions, location.model.n_layers)  # the last layer's output is the input of none
     else:

@@ -7,53 +7,53 @@ Adam minimises NLL(θ) − λ·mean(clip(θ, ±c)): λ = 0 first, from there λ 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import HeadMask, frozen, head_mask, layout
 
 
-@dataclass(frozen=True)
-class HeadGates:
-    """The gates of the three fits, each fp32 [L, H] from 0 to 1."""
+class HeadGates(NamedTuple):
+    """The gates of the three fits, each fp32 [L, H] from 0 to 1: λ = 0, λ > 0 (G⁺), λ < 0 (G⁻)."""
 
-    free: Tensor  # λ = 0
-    opened: Tensor  # G⁺
-    closed: Tensor  # G⁻
+    free: Tensor
+    opened: Tensor
+    closed: Tensor
 
     @property
     def roles(self) -> dict[str, Tensor]:
-        """Facilitating heads stay open when pressed to close, interfering ones closed when pressed to open."""
-        opened, closed = self.opened, self.closed
-        return {"facilitating": closed, "interfering": 1 - opened, "irrelevant": opened * (1 - closed)}
+        """Facilitating: stays open when pressed to close; interfering: closed when pressed to open. Our reading."""
+        irrelevant = self.opened * (1 - self.closed)
+        return {"facilitating": self.closed, "interfering": 1 - self.opened, "irrelevant": irrelevant}
 
 
-def gated_nll(model: Any, handle: HeadMask, gates: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean NLL of the labelled tokens under gates [L, H]; logits exist where some row has a label."""
-    handle.mask, labels = gates, batch["labels"][:, 1:]
-    wanted = (labels != -100).any(0).nonzero().flatten()
-    if not len(wanted):
+def scored(batch: Mapping[str, Tensor]) -> Tensor:
+    """The columns whose next token some row scores: where logits are needed. Once a batch, since it reads values."""
+    if not len(wanted := (batch["labels"][:, 1:] != -100).any(0).nonzero().flatten()):
         raise ValueError("labels: got -100 alone after the first column, expected token ids among them")
+    return wanted
+
+
+def gated_nll(model: Any, handle: HeadMask, gates: Tensor, batch: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+    """Mean NLL of the labelled tokens under gates [L, H]."""
+    handle.mask = gates
     logits = model(**{**batch, "labels": None}, logits_to_keep=wanted, use_cache=False).logits  # [B, W, V]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, wanted].flatten())
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, wanted + 1].flatten())
 
 
 def fit_gates(
     model: Any, batches: Sequence[Mapping[str, Tensor]], *, steps: int = 100, lr: float = 0.1, weight: float = 0.1,
     clip: float = 4.0, start: float = 2.0) -> HeadGates:  # fmt: skip
     """The three fits. Batches, one an update: what the model takes, and `labels` (−100: not scored); weight: |λ|."""
-    found, fits = layout(model), list[Tensor]()
+    found, fits, columns = layout(model), list[Tensor](), [scored(batch) for batch in batches]
     first = torch.full((found.n_layers, found.n_heads), start, device=model.device)
     with frozen(model), head_mask(model, first.sigmoid()) as handle:
         for pressure in (0.0, weight, -weight):
-            theta = (fits[0] if fits else first).clone().requires_grad_()
-            optimizer = torch.optim.Adam([theta], lr=lr)
-            for step in range(steps):
-                loss = gated_nll(model, handle, theta.sigmoid(), batches[step % len(batches)])
+            optimizer = torch.optim.Adam([theta := (fits[0] if fits else first).clone().requires_grad_()], lr=lr)
+            for at in (step % len(batches) for step in range(steps)):
+                loss = gated_nll(model, handle, theta.sigmoid(), batches[at], columns[at])
                 (theta.grad,) = torch.autograd.grad(loss - pressure * theta.clamp(-clip, clip).mean(), theta)
                 optimizer.step()
             fits.append(theta.detach())

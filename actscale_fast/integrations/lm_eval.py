@@ -35,9 +35,9 @@ class SteeredLM(HFLM):  # type: ignore[misc]
         kwargs: of the harness's `hf` model: tokenizer, batch_size, dtype, device, …
 
     Raises:
-        ValueError: an intervention of another model; or, when log-likelihoods are asked for, one whose positions count
-            from the end of the prompt or single out generated tokens: the harness pads on the right without a mask,
-            and hands over context and continuation as one text.
+        ValueError: an intervention of another model; or, when log-likelihoods are asked for, one with positions: the
+            harness hands over context and continuation as one text, padded on the right without a mask. In generation
+            tasks positions mean what they mean everywhere.
 
     Example:
         >>> lm = SteeredLM(model, scalars, strength=-1.0, tokenizer=tokenizer, batch_size=8)
@@ -56,12 +56,10 @@ class SteeredLM(HFLM):  # type: ignore[misc]
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for part in self._patch.intervention.singles:
-            where = part.location
-            if where.generated or min(where.positions or (0,)) < 0:
-                listed = [*(where.positions or ()), *["generated"] * where.generated]
+            if part.location.positions is not None:
                 raise ValueError(
-                    f"intervention: got positions {listed}, but padding and prompt are not told apart in a"
-                    " log-likelihood; expected every token, or positions from the first token on"
+                    f"intervention: got positions {list(part.location.positions)}, but a log-likelihood's context,"
+                    " continuation and padding come as one text; expected an intervention on every token"
                 )
         return super()._model_call(inps, *args, **kwargs)
 

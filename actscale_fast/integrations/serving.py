@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..interventions import ActivScalar, Intervention
 from ..interventions.location import ModelFingerprint
 from ..models import layout, surgery
+from ..models.patch import one_strength
 from ..ops import scale_heads
 
 
@@ -64,8 +66,9 @@ class ScalarTable(nn.Module):
         if not len(self.heads) or self.heads.step != 1 or self.heads.start < 0 or self.heads.stop > model.n_heads:
             raise ValueError(f"heads: got {self.heads}, expected a range of 0 to {model.n_heads} in steps of 1")
         shape = (model.n_layers, slots, 1, len(self.heads))
-        self.register_buffer("alpha", torch.zeros(shape, device=device))
-        self.register_buffer("index", torch.zeros(max_tokens, dtype=torch.int64, device=device))
+        # Not in state_dict: a server loads its model's weights by name.
+        self.register_buffer("alpha", torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("index", torch.zeros(max_tokens, dtype=torch.int64, device=device), persistent=False)
 
     @torch.no_grad()
     def put(self, slot: int, intervention: Intervention, strength: float = 1.0) -> None:
@@ -83,7 +86,9 @@ class ScalarTable(nn.Module):
         if where.site != "head" or where.positions is not None or intervention.n_groups is not None:
             raise ValueError("intervention: expected unstacked scalars at the head site with positions=None")
         intervention.check_finite()
-        values = strength * intervention.alpha[:, 0, self.heads.start : self.heads.stop]  # [chosen layers, H]
+        values = (
+            one_strength(strength, "one number") * intervention.alpha[:, 0, self.heads.start : self.heads.stop]
+        )  # [chosen layers, H]
         self.alpha[:, slot].zero_()
         self.alpha[list(where.layers), slot, 0] = values.to(self.alpha)
 
@@ -114,7 +119,12 @@ class ScalarTable(nn.Module):
 
     def scale(self, x: Tensor, layer: int) -> Tensor:
         """The heads of some tokens, scaled: x [..., H·D] of at most max_tokens tokens, H this rank's heads."""
-        heads = x.reshape(-1, 1, len(self.heads), x.shape[-1] // len(self.heads))  # [N, 1, H, D]
+        n_heads, width = len(self.heads), self.fingerprint.head_dim
+        if x.shape[-1] != n_heads * width:
+            raise ValueError(f"x: got {x.shape[-1]} channels, expected {n_heads} heads · {width} = {n_heads * width}")
+        heads = x.reshape(-1, 1, n_heads, width)  # [N, 1, H, D]
+        if heads.shape[0] > self.index.shape[0]:
+            raise ValueError(f"x: got {heads.shape[0]} tokens, expected max_tokens = {self.index.shape[0]} at most")
         return scale_heads(heads, self.alpha[layer], group=self.index[: heads.shape[0]]).view(x.shape)
 
     @contextmanager
@@ -123,6 +133,8 @@ class ScalarTable(nn.Module):
 
         Attach it before the model is compiled or captured; what is in the buffers may change at any time.
         """
+        if len(self.heads) < self.fingerprint.n_heads:
+            raise ValueError(f"heads: the table has {self.heads}, but a whole model has all {self.fingerprint.n_heads}")
         found = layout(model)
         self.fingerprint.require(found.fingerprint)
         edits = [(module, partial(self.scale, layer=layer)) for layer, module in enumerate(found.projections)]
@@ -133,6 +145,13 @@ class ScalarTable(nn.Module):
         finally:
             for module, edit in edits:
                 surgery.detach(module, edit)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        alpha = self.alpha
+        super()._apply(fn, recurse)
+        if self.alpha.dtype != alpha.dtype:  # model.half() is for the model's weights
+            self.alpha = alpha.to(self.alpha.device)
+        return self
 
     def _check_slot(self, slot: int) -> None:
         if not 0 < slot < self.alpha.shape[1]:

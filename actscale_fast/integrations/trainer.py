@@ -25,6 +25,7 @@ class ProximalCallback(TrainerCallback):
     Raises:
         ValueError: a negative λ.
         TypeError: when training begins, a model that is no `ActScaleModel`.
+        RuntimeError: after a step of an optimizer that has none of the intervention's parameters (FSDP's flat ones).
 
     Example:
         >>> model = af.get_actscale_model(model)
@@ -49,7 +50,12 @@ class ProximalCallback(TrainerCallback):
         optimizer = kwargs["optimizer"]
         if getattr(optimizer, "step_was_skipped", False):  # a scaled fp16 gradient that overflowed
             return
-        for parameter, rate in _rates(getattr(optimizer, "optimizer", optimizer), kwargs["model"].intervention):
+        rates = list(_rates(getattr(optimizer, "optimizer", optimizer), kwargs["model"].intervention))
+        if not rates:
+            raise RuntimeError(
+                "optimizer: steps none of the intervention's parameters, expected them in its groups as they are"
+            )
+        for parameter, rate in rates:
             parameter.copy_(parameter.sign() * (parameter.abs() - self.minimality * rate).clamp_(min=0))
 
 
@@ -58,12 +64,13 @@ def _rates(optimizer: torch.optim.Optimizer, intervention: nn.Module) -> Iterato
     own = {id(parameter) for parameter in intervention.parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if id(parameter) not in own or parameter.grad is None:
+            if id(parameter) not in own:
                 continue
-            found = optimizer.state[parameter]
+            found = optimizer.state.get(parameter, {})
             second = found.get("max_exp_avg_sq", found.get("exp_avg_sq"))
             if second is None or second.shape != parameter.shape:
                 yield parameter, group["lr"]
                 continue
-            corrected = second / (1 - group["betas"][1] ** float(found["step"]))
+            steps = torch.as_tensor(found["step"]).double()  # 1 − βᵗ in float32 loses digits; on a GPU nothing waits
+            corrected = second / (1 - group["betas"][1] ** steps)
             yield parameter, group["lr"] / (corrected.sqrt() + group["eps"])

@@ -7,6 +7,7 @@ match, which reads as damaged rather than as another intervention.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ def save(intervention: Intervention, folder: Path) -> None:
         folder,
         {
             "class": type(intervention).__name__,
+            "module": type(intervention).__module__,
             "n_groups": intervention.n_groups,
             "location": intervention.location.to_dict(),
             "sha256": hashlib.sha256(payload).hexdigest(),
@@ -71,6 +73,9 @@ def read_description(folder: Path) -> dict[str, Any]:
             raise ValueError(f"format {description.get('format')!r}, this version reads {FORMAT}")
         if not isinstance(description.get("class"), str):
             raise ValueError("no class")
+        module = description.get("module", "")
+        if str(module).startswith("actscale_fast.integrations."):  # of this package, but not imported with it
+            importlib.import_module(module)
     except ValueError as error:  # JSON and Unicode errors are ValueErrors
         raise ValueError(f"{path}: damaged or not an intervention ({error})") from None
     return description

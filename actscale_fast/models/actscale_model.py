@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .._files import atomic_path
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
-from .applying import patch
+from .applying import AnyPatch, patch
 from .merge import merge
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CONFIG = "actscale_config.json"
 _PREFIX = "intervention."
+#: Models under an ActScaleModel: how many there are, and the parameters that were trainable before the first of them.
+_frozen: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[str]]] = weakref.WeakKeyDictionary()
 _KINDS: dict[str, type[Intervention]] = {kind.__name__: kind for kind in (ActivScalar, SteerVec, DynScalar)}
 
 
@@ -86,25 +89,38 @@ class ActScaleModel(nn.Module):
     """A frozen model with an intervention applied to it; see `get_actscale_model`.
 
     Attributes that it does not have are the model's. Its `state_dict` holds the intervention alone, so that a
-    checkpoint of a `Trainer` takes kilobytes and is resumed like any other.
+    checkpoint of a `Trainer` takes kilobytes and is resumed like any other. Copies are steered as it is.
     """
+
+    _hf_peft_config_loaded = True  # what `Trainer` asks a quantised model: is something on it that can be trained?
 
     def __init__(self, model: PreTrainedModel, intervention: Intervention, strength: float = 1.0) -> None:
         super().__init__()
-        self._patch = patch(model, intervention, strength)
+        self._patch: AnyPatch | None = patch(model, intervention, strength)
         self.model, self.intervention = model, intervention
-        self._learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in self._learned:
-            parameter.requires_grad_(False)
+        self.training = model.training  # its own flag alone: the parts keep theirs
+        self._freeze([name for name, parameter in model.named_parameters() if parameter.requires_grad])
+        self.register_load_state_dict_post_hook(_without_the_models_keys)
+
+    def _freeze(self, learned: list[str]) -> None:
+        count, first = _frozen.get(self.model, (0, learned))
+        _frozen[self.model] = (count + 1, first)
+        self.model.requires_grad_(False)
+
+    @property
+    def _applied(self) -> AnyPatch:
+        if self._patch is None:
+            raise RuntimeError("model: the intervention was taken off by unload()")
+        return self._patch
 
     @property
     def strength(self) -> float | Tensor:
         """β: a float, or one value per row of the batch [B]. Setting it takes effect with the next forward pass."""
-        return self._patch.strength
+        return self._applied.strength
 
     @strength.setter
     def strength(self, value: float | Tensor) -> None:
-        self._patch.strength = value
+        self._applied.strength = value
 
     def forward(  # Trainer reads from these names which columns of a dataset the model takes
         self,
@@ -143,21 +159,30 @@ class ActScaleModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The frozen model, bit for bit, until the block ends."""
-        before, self._patch.paused = self._patch.paused, True
+        applied = self._applied
+        before, applied.paused = applied.paused, True
         try:
             yield
         finally:
-            self._patch.paused = before
+            applied.paused = before
 
     def get_base_model(self) -> PreTrainedModel:
         """The model, which stays steered; `unload()` gives it back as it was."""
         return self.model
 
     def unload(self) -> PreTrainedModel:
-        """Take the intervention off; returns the model as it was, trainable where it had been."""
-        self._patch.remove()
-        for parameter in self._learned:
-            parameter.requires_grad_(True)
+        """Take the intervention off for good; returns the model as it was, trainable where it had been.
+
+        Where two of them share a model, the last one gives it back its training.
+        """
+        if self._patch is not None:
+            self._patch.remove()
+            self._patch = None
+            count, learned = _frozen.pop(self.model)
+            if count > 1:
+                _frozen[self.model] = (count - 1, learned)
+            for name in learned if count == 1 else ():
+                self.model.get_parameter(name).requires_grad_(True)
         return self.model
 
     def merge_and_unload(self) -> PreTrainedModel:
@@ -189,8 +214,8 @@ class ActScaleModel(nn.Module):
 
         Args:
             model: the model that it was made for.
-            folder: what `save_pretrained`, of this class or of an intervention, wrote; or the id of a repository on
-                the Hugging Face hub, which is downloaded.
+            folder: what `save_pretrained`, of this class or of an intervention, wrote (a checkpoint of a `Trainer` is
+                for the `Trainer`); or the id of a repository on the Hugging Face hub, which is downloaded.
             is_trainable: False: its parameters are frozen too.
             revision: of the repository.
 
@@ -201,7 +226,13 @@ class ActScaleModel(nn.Module):
         if not path.exists() and str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
             from huggingface_hub import snapshot_download
 
-            path = Path(snapshot_download(str(folder), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+            wanted = ["*.safetensors", "*.json"]
+            try:
+                path = Path(snapshot_download(str(folder), revision=revision, allow_patterns=wanted))
+            except (OSError, ValueError) as error:  # no such repository, no network
+                raise FileNotFoundError(
+                    f"folder: {folder} is no folder, and not on the hub either ({error})"
+                ) from error
         intervention = load_intervention(path)
         strength = _read_strength(path / CONFIG)
         return cls(model, intervention.requires_grad_(is_trainable), strength)
@@ -235,20 +266,14 @@ class ActScaleModel(nn.Module):
         """The intervention's tensors alone."""
         return self.intervention.state_dict(destination=destination, prefix=prefix + _PREFIX, keep_vars=keep_vars)
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Take over what `state_dict` gave."""
-        own = {name.removeprefix(_PREFIX): value for name, value in state_dict.items() if name.startswith(_PREFIX)}
-        if strict and len(own) < len(state_dict):
-            others = sorted(name for name in state_dict if not name.startswith(_PREFIX))
-            raise RuntimeError(f"state_dict: got {', '.join(others[:3])}…, expected names that begin with {_PREFIX!r}")
-        return self.intervention.load_state_dict(own, strict=strict, assign=assign)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         kept = [parameter.detach().clone() for parameter in self.intervention.parameters()]
         super()._apply(fn, recurse)
         for parameter, value in zip(self.intervention.parameters(), kept, strict=True):
             if parameter.dtype != value.dtype:  # model.half() is for the model's weights: scalars stay fp32
                 parameter.data = value.to(parameter.device)
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to(value.dtype)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -259,16 +284,41 @@ class ActScaleModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def __copy__(self) -> Self:
+        raise TypeError("copy: a shallow copy would steer the shared model twice; use copy.deepcopy")
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _applied, (self.model, self.intervention, self.strength, self.training)
+        applied = self._patch
+        state = None if applied is None else (applied.strength, applied.paused, _frozen[self.model][1])
+        return _rebuilt, (self.model, self.intervention, self.training, state)
 
 
-def _applied(
-    model: PreTrainedModel, intervention: Intervention, strength: float | Tensor, training: bool
+def _rebuilt(
+    model: PreTrainedModel,
+    intervention: Intervention,
+    training: bool,
+    state: tuple[float | Tensor, bool, list[str]] | None,
 ) -> ActScaleModel:
+    """A copy, from copies of the parts; `state`: strength, whether paused, what was trainable; None after unload()."""
     copied = ActScaleModel(model, intervention)
-    copied.strength = strength
-    return copied.train(training)
+    copied.training = training
+    if state is None:
+        copied.unload()
+        return copied
+    copied.strength, copied._applied.paused, learned = state
+    _frozen[model] = (1, learned)
+    return copied
+
+
+def _without_the_models_keys(module: ActScaleModel, incompatible: Any) -> None:
+    """The model's own tensors are not in a state_dict, so none of them is missing; under any prefix."""
+    own = {f"model.{name}" for name in module.model.state_dict()}
+    starts = (range(len(key)) for key in incompatible.missing_keys)
+    incompatible.missing_keys[:] = [
+        key
+        for key, places in zip(incompatible.missing_keys, starts, strict=True)
+        if not any(key[at:] in own for at in places if at == 0 or key[at - 1] == ".")
+    ]
 
 
 def _read_strength(path: Path) -> float:

@@ -53,7 +53,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
         part.check_finite()
         own = layout(model, part.paths)
         for index, layer in enumerate(part.location.layers):
-            module = _projection(own, part.location.site, layer)
+            module = site_projection(own, part.location.site, layer)
             name = names[module]
             before = {key: updates[f"{name}.{key}"][1] for key in ("weight", "bias") if f"{name}.{key}" in updates}
             for key, value in _updated(module, name, before, part, index, factor * beta).items():
@@ -104,7 +104,7 @@ def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
             model.get_parameter(name).copy_(value)
 
 
-def _projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
+def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
     """The linear layer whose weights stand for the site."""
     module = found.site_module(site, layer)
     if site == "mlp_out" and not hasattr(module, "weight"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import actscale_fast as af
 from actscale_fast import ops
-from actscale_fast.integrations.causal_head_gating import gated_nll
+from actscale_fast.integrations.causal_head_gating import gated_nll, scored
 from actscale_fast.integrations.jola import JoLA
 from actscale_fast.models import layout
 
@@ -55,9 +55,11 @@ def head_gating(prompts: int, tokens: int, dtype: torch.dtype, device: torch.dev
     gated = copy.deepcopy(given.model)
     handle = resources.enter_context(af.head_mask(gated, theta.detach().sigmoid()))
 
+    columns = scored(batch)
+
     def ours() -> Tensor:
         pressure = LAMBDA * theta.clamp(-CLIP, CLIP).sum()
-        return gated_nll(gated, handle, theta.sigmoid(), batch) - pressure
+        return gated_nll(gated, handle, theta.sigmoid(), batch, columns) - pressure
 
     def exact() -> tuple[Tensor, ...]:
         double = copy.copy(plain)
@@ -82,7 +84,7 @@ def plain_jola(jola: JoLA, model: Any, parameters: list[Tensor], ids: Tensor, ta
         def edit(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             a, v, gate_a, gate_v = (parameter[layer, 0] for parameter in parameters)
             heads = args[0].unflatten(-1, (SHAPE.heads, SHAPE.head_dim))
-            scale = (1 + jola.gate(gate_a) * a).to(heads.dtype)[:, None]
+            scale = (1 + jola.gate(gate_a)[:, None] * a).to(heads.dtype)
             return ((heads * scale + (jola.gate(gate_v)[:, None] * v).to(heads.dtype)).flatten(-2),)
 
         return edit
