@@ -176,6 +176,38 @@ def test_a_bad_mask_is_refused_and_the_model_is_as_before(mask: Any, error: type
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gradient_checkpointing_repeats_a_pass_under_the_mask_it_had(reentrant: bool, rows: int) -> None:
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        model = tiny_model().requires_grad_(False).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        masks = [(random_mask(rows) + shift).requires_grad_() for shift in (0.0, 0.5)]
+        with af.head_mask(model, masks[0]) as handle:
+            first = logits(model)
+            handle.mask = masks[1]
+            (first.sin().sum() + 2 * logits(model).sin().sum()).backward()
+        return [mask.grad for mask in masks if mask.grad is not None]
+
+    found, expected = gradients(True), gradients(False)
+    assert len(found) == 2
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backward_pass_after_the_mask_is_gone_is_refused_under_checkpointing() -> None:
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with af.head_mask(model, random_mask().requires_grad_()):
+        loss = logits(model).sum()
+    with pytest.raises(RuntimeError, match="inside the `with` block"):
+        loss.backward()
+
+
 def test_rows_that_do_not_fit_the_batch_are_refused() -> None:
-    with af.head_mask(model := tiny_model(), random_mask(2)), pytest.raises(ValueError, match="mask: got 2 rows for"):
+    with (
+        af.head_mask(model := tiny_model(), random_mask(2)),
+        pytest.raises(ValueError, match="mask: got 2 values for a batch of 3 rows"),
+    ):
         logits(model)

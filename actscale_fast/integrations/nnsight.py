@@ -12,19 +12,17 @@ multiplication costs, and nnsight's handover of each site costs more than both (
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..interventions import SITES, Intervention
+from ..interventions import SITES, Intervention, Prompt
 from ..models import context as contexts
 from ..models.adapter import ModelLayout, execution_device, layout
+from ..models.steering import Steering, steerings
 from ._library import require
-from ._passes import Passes, passes_of
 
 require("nnsight")
 
@@ -50,11 +48,11 @@ def steer(
         intervention: made for the wrapped model or another of its type and shape; its parameters get gradients.
         strength: β, a float or one value per row of the invoke [B].
         group: int64 [B], for a stacked intervention.
-        steps: passes of a generation, `tracer.iter[:]` for all. What follows in the block is then not run: nnsight ends
-            an open loop with the generation.
+        steps: passes of a generation from its first one on: `tracer.iter[:]` for all. What follows in the block is then
+            not run: nnsight ends an open loop with the generation.
 
     Raises:
-        TypeError: not an nnsight model, or an intervention that needs a source.
+        TypeError: not an nnsight model, an intervention that needs a source, or steps of another kind.
         ValueError: made for another model, a bad strength or group, or a batch whose padding cannot be told.
     """
     from nnsight.intervention.envoy import Envoy
@@ -63,20 +61,30 @@ def steer(
         raise TypeError(f"model: got {type(model).__name__}, expected an nnsight model")
     found = layout(model._module, intervention.paths if isinstance(intervention, Intervention) else None)
     device = execution_device(found.layers[0]) or torch.device("cpu")
-    parts = passes_of(intervention, device, strength, group)
+    parts = steerings(intervention, device, strength, group)
     for part in parts:
         part.intervention.location.model.require(found.fingerprint)
-    for _ in (None,) if steps is None else steps:
-        _one_pass(model, found, parts)
+    if isinstance(steps, Sequence):
+        raise TypeError(f"steps: got a {type(steps).__name__}, expected nnsight's own tracer.iter[...]")
+    if steps is None:
+        _one_pass(model, found, parts, None)
+        return
+    prompt = None
+    for _ in steps:
+        prompt = _one_pass(model, found, parts, prompt)
 
 
-def _one_pass(model: Any, found: ModelLayout, parts: list[Passes]) -> None:
-    """Assign the edited values of one forward pass, site by site."""
-    noted = [part for part in parts if part.intervention.location.positions is not None or part._rowwise]
+def _one_pass(model: Any, found: ModelLayout, parts: list[Steering], prompt: Prompt | None) -> Prompt | None:
+    """Assign the edited values of one forward pass, site by site; returns the generation's prompt."""
+    noted = [part for part in parts if part.reads_calls]
     if noted:
-        call = _call(_envoy(model, found.decoder), found.decoder)
+        args, kwargs = _envoy(model, found.decoder).inputs
+        call = contexts.read(contexts.argument_names(type(found.decoder)), prompt, args, kwargs)
         for part in noted:
             part.context = part.enter(call)
+        if prompt is None:  # the first pass: later ones may hold it again, where there is no KV cache
+            flat = isinstance(call.mask, Tensor) and call.mask.dim() == 2
+            prompt = Prompt(call.n_tokens, call.mask != 0 if flat else None)
     places: list[_Place] = []
     for part in parts:
         site = SITES.index(part.intervention.location.site)
@@ -88,14 +96,8 @@ def _one_pass(model: Any, found: ModelLayout, parts: list[Passes]) -> None:
             continue
         output = envoy.output
         envoy.output = (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+    return prompt
 
 
 def _envoy(model: Any, module: nn.Module) -> Any:
     return model.interleaver.envoys[id(module)]
-
-
-def _call(envoy: Any, decoder: nn.Module) -> contexts.Call:
-    """The arguments of the pass, of this invoke's rows."""
-    args, kwargs = envoy.inputs
-    names = [name for name in inspect.signature(type(decoder).forward).parameters if name != "self"]
-    return contexts._read(SimpleNamespace(names=names, prompt=None), args, kwargs)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..interventions import ActivScalar, Intervention
 from ..interventions.location import ModelFingerprint
 from ..models import layout, surgery
-from ..models.patch import one_strength
+from ..models.steering import one_strength
 from ..ops import scale_heads
 
 

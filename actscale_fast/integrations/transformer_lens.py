@@ -22,9 +22,9 @@ from ..interventions import ActivScalar, Intervention, Location, ModelFingerprin
 from ..interventions.location import check_layers, check_positions, check_site
 from ..models import context as contexts
 from ..models.adapter import layout
+from ..models.steering import Steering, steerings
 from ._head_sweeps import check_model, head_patching, head_scaling
 from ._library import require
-from ._passes import Passes, passes_of
 
 require("transformer-lens")
 
@@ -40,8 +40,9 @@ def hooks(
 
     Positions mean what they mean in `af.patch`: tokens of the prompt, padding left out by the attention mask. In
     `generate()` with its KV cache (the default) the passes after the first one hold generated tokens; without the cache
-    every pass looks like a prompt, so listed positions are counted anew. While a list with positions lives, the model
-    notes the arguments of its passes; drop the list to undo that.
+    every pass looks like a prompt, so listed positions are counted anew. Under gradient checkpointing the recomputation
+    refuses them. While a list with positions lives, the model notes the arguments of its passes; drop the list to undo
+    that.
 
     Args:
         model: a TransformerBridge, over a Hugging Face model or TransformerLens' own.
@@ -60,13 +61,12 @@ def hooks(
     check_model(model)
     device = torch.device(model.cfg.device)
     found: list[Hook] = []
-    for passes in passes_of(intervention, device, strength, group):
-        passes.intervention.check_finite()
-        location = passes.intervention.location
+    for steering in steerings(intervention, device, strength, group):
+        location = steering.intervention.location
         location.model.require(_fingerprint(model, location.site))
         if location.positions is not None:
-            _note_passes(model, passes)
-        for layer, edit in passes.edits():
+            _note_passes(model, steering)
+        for layer, edit in steering.edits():
             found.append((_name(model, location.site, layer), _hook(edit, location.site == "head")))
     return found
 
@@ -124,36 +124,36 @@ def _fingerprint(model: Any, site: str) -> ModelFingerprint:
 
 
 class _Noted:
-    """Hands the arguments of a model's passes to a `Passes`, as long as that lives."""
+    """Hands the arguments of a model's passes to a `Steering`, as long as that lives."""
 
-    def __init__(self, passes: Passes) -> None:
-        self.passes = weakref.ref(passes)
+    def __init__(self, steering: Steering) -> None:
+        self.steering = weakref.ref(steering)
 
     @property
     def context(self) -> contexts.Context | None:
-        passes = self.passes()
-        return None if passes is None else passes.context
+        steering = self.steering()
+        return None if steering is None else steering.context
 
     @context.setter
     def context(self, value: contexts.Context | None) -> None:
-        passes = self.passes()
-        if passes is not None:
-            passes.context = value
+        steering = self.steering()
+        if steering is not None:
+            steering.context = value
 
     def enter(self, call: contexts.Call) -> contexts.Context | None:
-        passes = self.passes()
-        return None if passes is None else passes.enter(call)
+        steering = self.steering()
+        return None if steering is None else steering.enter(call)
 
     def carriers(self) -> list[nn.Module]:
         return []
 
 
-def _note_passes(model: Any, passes: Passes) -> None:
+def _note_passes(model: Any, steering: Steering) -> None:
     try:
         decoder = layout(model.original_model).decoder
     except TypeError:
         raise ValueError("positions: this bridge's model is not of Hugging Face, so its passes are unknown") from None
-    noted, reference = _Noted(passes), weakref.ref(decoder)
+    noted, reference = _Noted(steering), weakref.ref(decoder)
     contexts.join(decoder, decoder, noted)  # type: ignore[arg-type]
 
     def part() -> None:
@@ -161,4 +161,4 @@ def _note_passes(model: Any, passes: Passes) -> None:
         if found is not None:
             contexts.part(found, noted)  # type: ignore[arg-type]
 
-    weakref.finalize(passes, part)
+    weakref.finalize(steering, part)

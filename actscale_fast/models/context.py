@@ -76,7 +76,7 @@ class Calls:
     def __init__(self, decoder: nn.Module) -> None:
         self.patches: tuple[Contextual, ...] = ()
         self.prompt: Prompt | None = None
-        self.names = [name for name in inspect.signature(decoder.forward).parameters if name != "self"]
+        self.names = argument_names(decoder)
         self.handles: dict[str, Any] = {
             "enter": decoder.register_forward_pre_hook(_enter, with_kwargs=True),
             "leave": decoder.register_forward_hook(_leave, always_call=True),
@@ -94,6 +94,11 @@ class Calls:
             yield
         finally:
             self.prompt = before
+
+
+def argument_names(decoder: nn.Module | type[nn.Module]) -> list[str]:
+    """The names of what the module's forward takes, in order."""
+    return [name for name in inspect.signature(decoder.forward).parameters if name != "self"]
 
 
 class Generation:
@@ -143,7 +148,7 @@ def part(decoder: nn.Module, patch: Contextual) -> bool:
 
 def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     calls: Calls = surgery.record_of(decoder)
-    call = _read(calls, args, kwargs)
+    call = read(calls.names, calls.prompt, args, kwargs)
     for patch in calls.patches:
         patch.context = patch.enter(call)
     if decoder.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -157,10 +162,11 @@ def _leave(decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         patch.context = None
 
 
-def _read(calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def read(names: list[str], prompt: Prompt | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call of a forward pass from its arguments; `names` are those of the positional ones."""
     values = kwargs
     if args:
-        values = {**dict(zip(calls.names, args, strict=False)), **kwargs}
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
     tokens = values.get("input_ids")
     if tokens is None:
         tokens = values.get("inputs_embeds")
@@ -172,7 +178,7 @@ def _read(calls: Calls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         mask=values.get("attention_mask"),
         cache=values.get("past_key_values"),
         packed=values.get("cu_seq_lens_q") is not None,
-        prompt=calls.prompt,
+        prompt=prompt,
     )
 
 

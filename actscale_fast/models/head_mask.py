@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from ..interventions.positions import EVERYWHERE
 from ..ops import scale_heads
-from . import surgery
 from .adapter import layout
+from .attachment import Attachment
+from .context import Call, Context
+from .placement import per_row
 
 _SHAPES = "[H], [L, H] or [B, L, H]"
 
@@ -51,19 +53,13 @@ class HeadMask:
 
     def __init__(self, model: nn.Module, mask: Tensor) -> None:
         found = layout(model)
+        self.context: Context | None = None
         self._n_layers, self._n_heads, self._width = found.n_layers, found.n_heads, found.head_dim
         self.mask = mask
         if not bool(torch.isfinite(mask).all()):  # once: setting a mask in a loop must not wait for the device
             raise ValueError("mask: some of its values are not finite")
-        self._edits: list[tuple[weakref.ref[nn.Module], surgery.Edit]] = []
-        try:
-            for layer, module in enumerate(found.projections):
-                edit = functools.partial(self._scale, layer)
-                self._edits.append((weakref.ref(module), edit))
-                surgery.attach(module, edit, before=True)
-        except BaseException:
-            self.remove()
-            raise
+        edits = [(module, partial(self._scale, layer)) for layer, module in enumerate(found.projections)]
+        self._attachment = Attachment(found, self, edits, range(found.n_layers), before=True)
 
     @property
     def mask(self) -> Tensor:
@@ -82,26 +78,34 @@ class HeadMask:
             )
         self._mask = value
 
-    def _scale(self, layer: int, x: Tensor) -> Tensor:
-        """x [B, T, H·D], or [B·T, H·D] where a family flattens rows and tokens."""
+    def enter(self, call: Call) -> Context:
+        """The context of one forward pass: its strength is the mask as it is now, [L or 1, H] or [B, L, H]."""
         mask = self._mask
-        factors = mask if mask.dim() == 1 else mask[..., layer, :]
-        alpha = (factors.to(x.device, torch.float32) - 1).view(-1, 1, self._n_heads)  # [1 or B, 1, H]
-        n_rows = x.shape[0] if x.dim() == 3 else len(alpha)
-        if len(alpha) > 1 and n_rows % len(alpha) == 0:
-            alpha = alpha.repeat_interleave(n_rows // len(alpha), 0)
-        heads = x.reshape(n_rows, -1, self._n_heads, self._width)
-        if len(alpha) not in (1, n_rows):
-            raise ValueError(f"mask: got {len(alpha)} rows for a batch of {n_rows}")
+        if mask.dim() == 3 and len(mask) > 1:
+            if call.packed:
+                raise ValueError("mask: packed sequences have no rows; pad the batch, or give one mask for all rows")
+            mask = per_row("mask", mask, call)
+        return self._context(mask, call.n_rows)
+
+    def _context(self, mask: Tensor, n_rows: int | None) -> Context:
+        factors = mask.to(torch.float32, copy=True)  # a change in place afterwards is for the next pass
+        return Context(EVERYWHERE, factors if mask.dim() > 1 else factors[None], n_rows, mask.device)
+
+    def _scale(self, layer: int, x: Tensor) -> Tensor:
+        context = self.context or self._context(self._mask, None)  # None: the layer was called by itself
+        factors = context.on(x.device).strength
+        assert isinstance(factors, Tensor)
+        alpha = factors[..., min(layer, factors.shape[-2] - 1), :].view(-1, 1, self._n_heads) - 1  # [1 or B, 1, H]
+        heads = x.view(context.n_rows or len(alpha), -1, self._n_heads, self._width)  # OPT may flatten rows and tokens
         return scale_heads(heads, alpha).view(x.shape)
+
+    def carriers(self) -> list[nn.Module]:
+        """The layers whose recomputation under gradient checkpointing needs this pass's mask."""
+        return self._attachment.carriers()
 
     def remove(self) -> None:
         """Take the mask out of the model; nothing happens where it is out already, or the model is gone."""
-        for reference, edit in self._edits:
-            module = reference()
-            if module is not None:
-                surgery.detach(module, edit)
-        self._edits.clear()
+        self._attachment.remove()
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..interventions import ActivScalar, Composite, Intervention, SteerVec
 from .adapter import ModelLayout, layout, unwrap
 from .families import FAMILIES
-from .patch import one_strength
+from .steering import one_strength
 
 _MERGED = "_actscale_fast_merged"  # on the model: parameter name -> its original value, on the CPU
 #: Last projections of the MLPs of the table.
@@ -104,8 +104,8 @@ def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
             model.get_parameter(name).copy_(value)
 
 
-def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
-    """The linear layer whose weights stand for the site."""
+def site_linear(found: ModelLayout, site: str, layer: int) -> nn.Module:
+    """The module in the place of the linear layer that stands for the site, whatever it is."""
     module = found.site_module(site, layer)
     if site == "mlp_out" and not hasattr(module, "weight"):
         parts = [getattr(module, name) for name in _LAST if isinstance(getattr(module, name, None), nn.Module)]
@@ -115,6 +115,12 @@ def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
                 "use patch"
             )
         module = parts[0]
+    return module
+
+
+def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
+    """The linear layer whose weights stand for the site."""
+    module = site_linear(found, site, layer)
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
         raise ValueError(

@@ -98,18 +98,17 @@ def marked_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """Copies and pickles are of the module as it is without the patch."""
+    """Copies and pickles are of the module as it is without the patch, as its own class has them."""
     state = dict(self.__dict__)
     record: Record = state.pop(_KEY)
     ids = {handle.id for handle in record.handles.values()}
     for name in _HOOKS:
         state[name] = type(state[name])((key, value) for key, value in state[name].items() if key not in ids)
     record.clean(state)
-    return _rebuild, (type(self).__mro__[1],), state
-
-
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    return cls.__new__(cls)
+    inner: type[nn.Module] = type(self).__mro__[1]
+    plain = inner.__new__(inner)
+    plain.__dict__.update(state)
+    return plain.__reduce_ex__(protocol)
 
 
 def _edit_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

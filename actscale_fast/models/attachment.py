@@ -1,0 +1,84 @@
+"""Edits attached to the modules of a model, with what tells them of each forward pass, and their way out again."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from ..interventions import Prompt
+from . import context as contexts
+from . import surgery
+from .adapter import ModelLayout
+from .recompute import Carrier
+
+
+class Attachment:
+    """What is attached for one patch; references to the model are weak.
+
+    Args:
+        found: the model.
+        patch: gets `context` set for each forward pass, and is asked for it by `enter`.
+        edits: the modules and what is done to them.
+        layers: numbers of the layers whose recomputation under gradient checkpointing needs the context.
+        before: edit the modules' first input; else their output.
+    """
+
+    def __init__(
+        self,
+        found: ModelLayout,
+        patch: contexts.Contextual,
+        edits: Iterable[tuple[nn.Module, surgery.Edit]],
+        layers: Iterable[int],
+        *,
+        before: bool,
+    ) -> None:
+        self._patch = patch
+        # Also at the site residual: early versions of transformers 5 checkpoint a layer together with its hooks.
+        self._layers = [weakref.ref(found.layers[layer]) for layer in layers]
+        self._model, self._decoder = weakref.ref(found.model), weakref.ref(found.decoder)
+        self._edits: list[tuple[weakref.ref[nn.Module], surgery.Edit]] = []
+        try:
+            self._calls = contexts.join(found.decoder, found.model, patch)
+            for module, edit in edits:
+                self._edits.append((weakref.ref(module), edit))
+                surgery.attach(module, edit, before=before)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take the edits out of the model; nothing happens where they are out already, or the model is gone."""
+        for reference, edit in self._edits:
+            module = reference()
+            if module is not None:
+                surgery.detach(module, edit)
+        self._edits.clear()
+        for layer in self.carriers():
+            Carrier.remove(layer)  # the next training pass puts it back where another patch needs it
+        self._layers.clear()
+        decoder, model = self._decoder(), self._model()
+        if decoder is None or not contexts.part(decoder, self._patch) or model is None:
+            return
+        if surgery.record_of(model):  # generate(), wrapped for the first patch
+            surgery.unmark(model)
+
+    def carriers(self) -> list[nn.Module]:
+        """The layers whose recomputation under gradient checkpointing needs the patch's context."""
+        return [layer for layer in (reference() for reference in self._layers) if layer is not None]
+
+    @property
+    def neighbours(self) -> tuple[contexts.Contextual, ...]:
+        """All patches of the model, in the order in which they were applied."""
+        decoder = self._decoder()
+        return () if decoder is None else contexts.patches_of(decoder)
+
+    @contextlib.contextmanager
+    def prompt(self, length: int, mask: Tensor | None = None) -> Iterator[None]:
+        """Say how much of the sequence is prompt; see `Patch.prompt`."""
+        if mask is not None and (mask.dim() != 2 or mask.shape[1] != length):
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (B, {length})")
+        with self._calls.announced(Prompt(length, None if mask is None else mask != 0)):
+            yield
