@@ -28,10 +28,14 @@ def on_probabilities(mask: Tensor) -> Iterator[None]:
     """Llama's eager attention with its probabilities multiplied after the softmax."""
     attend = llama.eager_attention_forward
 
-    def masked(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        _, weights = attend(module, query, key, value, *args, **kwargs)
-        weights = weights * mask[module.layer_idx, :, None, None]
-        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    def masked(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+        dropout: float = 0.0, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        key, value = (llama.repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+        scores = query @ key.transpose(2, 3) * scaling
+        scores = scores if attention_mask is None else scores + attention_mask
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype) * mask[module.layer_idx, :, None, None]
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
     llama.eager_attention_forward = masked
