@@ -19,7 +19,7 @@ import torch
 from actscale_fast import ops
 from actscale_fast.ops import backends
 from benchmarks.case import Problem, Variant
-from benchmarks.cases import dynamic_scale, kl_div, linear, loss, overhead, proximal, scale_heads
+from benchmarks.cases import dynamic_scale, kl_div, linear, linear_kl, loss, overhead, proximal, scale_heads
 from benchmarks.verify import verdict
 
 pytest.importorskip("pytest_benchmark")
@@ -32,6 +32,11 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "linear-float32": lambda: linear.make(16, 192, 16384, torch.float32, CPU),
     "linear-bfloat16": lambda: linear.make(16, 192, 16384, torch.bfloat16, CPU),
     "kl-div-float32": lambda: kl_div.make(16, 49152, torch.float32, CPU),
+    "kl-div-mean-of-half-float32": lambda: kl_div.make(
+        16, 49152, torch.float32, CPU, kl_div.Form(True, 2.0, half=True)
+    ),
+    "kl-div-softcap-float32": lambda: kl_div.make(16, 49152, torch.float32, CPU, kl_div.Form(softcap=30.0)),
+    "linear-kl-float32": lambda: linear_kl.make(32, 192, 128, 16384, torch.float32, True, True, CPU),
     "scale-heads-float32": lambda: scale_heads.make((64, 18, 9, 64), torch.float32, "forward + backward", CPU),
     "scale-heads-bfloat16": lambda: scale_heads.make((64, 18, 9, 64), torch.bfloat16, "forward + backward", CPU),
     "dynamic-scale-float32": lambda: dynamic_scale.make((64, 18, 9, 64), torch.float32, "forward + backward", CPU),

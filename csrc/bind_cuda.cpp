@@ -21,13 +21,13 @@ cuda::Limits limits_from(const py::tuple& values) {
 void bind_cuda_loss(py::module_& module) {
     module.def("intervention_loss", [](int type, int64_t rows, int64_t vocab, Address logits, int64_t logits_stride,
                                        Address reference, int64_t reference_stride, Address correct, Address wrong,
-                                       Address direction, float margin, float inverse_temperature, bool exclude_answers,
-                                       bool reverse, Address effectiveness, Address faithfulness, Address grad,
-                                       Address answer_grad, Address scalars, bool has_scalars,
-                                       int64_t n_scalars, Address l1, Address sign, Address stream) {
+                                       Address direction, Address row_weight, float margin, float inverse_temperature,
+                                       float softcap, bool exclude_answers, bool reverse, Address effectiveness,
+                                       Address faithfulness, Address grad, Address answer_grad, Address scalars,
+                                       bool has_scalars, int64_t n_scalars, Address l1, Address sign, Address stream) {
         const InterventionLoss c = loss_call(type, rows, vocab, logits, logits_stride, reference,
-                                             reference_stride, correct, wrong, direction, margin,
-                                             inverse_temperature, exclude_answers, reverse, effectiveness,
+                                             reference_stride, correct, wrong, direction, row_weight, margin,
+                                             inverse_temperature, softcap, exclude_answers, reverse, effectiveness,
                                              faithfulness, grad, answer_grad);
         const cuda::Scalars s = {has_scalars, pointer<float>(scalars), n_scalars, pointer<float>(l1),
                                  pointer<float>(sign)};

@@ -23,12 +23,12 @@ void check_answers(const InterventionLoss& c) {
 void bind_loss(py::module_& module) {
     module.def("intervention_loss", [](int type, int64_t rows, int64_t vocab, Address logits, int64_t logits_stride,
                                        Address reference, int64_t reference_stride, Address correct, Address wrong,
-                                       Address direction, float margin, float inverse_temperature, bool exclude_answers,
-                                       bool reverse, Address effectiveness, Address faithfulness, Address grad,
-                                       Address answer_grad, int threads) {
+                                       Address direction, Address row_weight, float margin, float inverse_temperature,
+                                       float softcap, bool exclude_answers, bool reverse, Address effectiveness,
+                                       Address faithfulness, Address grad, Address answer_grad, int threads) {
         InterventionLoss c = loss_call(type, rows, vocab, logits, logits_stride, reference,
-                                       reference_stride, correct, wrong, direction, margin,
-                                       inverse_temperature, exclude_answers, reverse, effectiveness,
+                                       reference_stride, correct, wrong, direction, row_weight, margin,
+                                       inverse_temperature, softcap, exclude_answers, reverse, effectiveness,
                                        faithfulness, grad, answer_grad);
         c.threads = threads;
         if (c.correct) check_answers(c);

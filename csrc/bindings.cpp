@@ -104,6 +104,7 @@ PYBIND11_MODULE(_C, module) {
 
     bind_scaling(module);
     bind_dynamic(module);
+    bind_channels(module);
     bind_loss(module);
     bind_linear(module);
     bind_scalars(module);

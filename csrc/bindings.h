@@ -19,6 +19,7 @@ void advise_huge_pages(void* memory, int64_t bytes);
 
 void bind_scaling(py::module_& module);
 void bind_dynamic(py::module_& module);
+void bind_channels(py::module_& module);
 void bind_loss(py::module_& module);
 void bind_linear(py::module_& module);
 void bind_scalars(py::module_& module);
@@ -42,16 +43,16 @@ inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 // The calls that the C++ and the CUDA launchers share, from the arguments that Python gives both.
 inline InterventionLoss loss_call(int type, int64_t rows, int64_t vocab, Address logits, int64_t logits_stride,
                                   Address reference, int64_t reference_stride, Address correct, Address wrong,
-                                  Address direction, float margin, float inverse_temperature, bool exclude_answers,
-                                  bool reverse, Address effectiveness, Address faithfulness, Address grad,
-                                  Address answer_grad) {
+                                  Address direction, Address row_weight, float margin, float inverse_temperature,
+                                  float softcap, bool exclude_answers, bool reverse, Address effectiveness,
+                                  Address faithfulness, Address grad, Address answer_grad) {
     InterventionLoss c = {};
     c.type = Type(type), c.rows = rows, c.vocab = vocab;
     c.logits = pointer<void>(logits), c.reference = pointer<void>(reference);
     c.logits_stride = logits_stride, c.reference_stride = reference_stride;
     c.correct = pointer<int64_t>(correct), c.wrong = pointer<int64_t>(wrong);
-    c.direction = pointer<float>(direction);
-    c.margin = margin, c.inverse_temperature = inverse_temperature;
+    c.direction = pointer<float>(direction), c.row_weight = pointer<float>(row_weight);
+    c.margin = margin, c.inverse_temperature = inverse_temperature, c.softcap = softcap;
     c.exclude_answers = exclude_answers, c.reverse = reverse;
     c.effectiveness = pointer<float>(effectiveness), c.faithfulness = pointer<float>(faithfulness);
     c.grad = pointer<void>(grad), c.answer_grad = pointer<float>(answer_grad);

@@ -61,6 +61,13 @@ DEVICE float exp2_approximate(float x) {
     return y;
 }
 
+// To 1 ulp.
+DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // A product that is rounded before anything is added to it: the compiler may not contract it into a sum.
 DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 

@@ -5,6 +5,8 @@
 //   effectiveness E = max(0, m − s·(z[c] − z[w]))     dE/dz[c] = −s where E > 0, dE/dz[w] = s where E > 0
 //   faithfulness  F = Σ p (log p − log q)             dF/dz = i·(q − p)
 //                 F = Σ q (log q − log p)  (reverse)  dF/dz = i·q·(log q − log p − F)
+// Without answers on request: weights of rows, w·F and w·dF/dz, and a soft-cap of both sides' logits, whose slope is a
+// factor of the gradient. A row of weight 0 is not read, its gradient is written as zeros.
 // The sums behind F and dF/dz are those of cuda_softmaxes.h. Saved for backward: the gradient and three numbers a row.
 //
 // The two rows stay on chip: each logit is read once and each gradient written once, 3·b bytes a logit of b bytes (2·b
@@ -81,7 +83,8 @@ template <class T> DEVICE Share<T> share_of(const Call& call, int64_t row, int r
     return s;
 }
 
-template <class T> __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(const Call call) {
+template <class T, bool CAPPED>
+__global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(const Call call) {
     const InterventionLoss& c = call.loss;
     const int blocks = call.plan.cluster, rank = int(blockIdx.x % blocks);
     float* scratch = reinterpret_cast<float*>(dynamic_shared());
@@ -103,7 +106,14 @@ template <class T> __global__ void __launch_bounds__(THREADS, RESIDENT) interven
     }
     const bool exclude = c.exclude_answers && c.correct;
     const Share<T> share = share_of<T>(call, row, rank, answers);
-    const float scale = c.inverse_temperature * LOG2E;
+    const float scale = c.inverse_temperature * LOG2E, weight = c.row_weight ? c.row_weight[row] : 1.0f;
+    const Cap cap = {2 * LOG2E / c.softcap, c.softcap};
+    if (weight == 0) {  // in all blocks of the cluster
+        if (c.grad) put_zeros(share);
+        if (rank == 0 && threadIdx.x == 0) c.effectiveness[row] = c.faithfulness[row] = 0;
+        if (rank == 0 && threadIdx.x < 3 && c.answer_grad) c.answer_grad[3 * row + threadIdx.x] = 0;
+        return;
+    }
 
     Sums sums = no_sums();
     for (int step = 0; step < AHEAD; step++) share.stage(step, step);
@@ -114,7 +124,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, RESIDENT) interven
     for (int step = 0; step < share.steps; step++) {
         share.stage(step + AHEAD, step + AHEAD);
         copy_async_wait<AHEAD>();
-        scan_step(share, step, exclude, scale, sums);
+        scan_step<T, CAPPED>(share, step, exclude, scale, cap, sums);
     }
     sums = over_block<WARPS>(sums, scale, scratch + WARPS_AT);
     if (blocks > 1) sums = over_cluster(sums, blocks, scale, scratch + MINE_AT, scratch + ALL_AT);
@@ -124,7 +134,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, RESIDENT) interven
     float divergence = c.inverse_temperature * (sums.a / sums.sum_w) + ratio;
     if (divergence < 0) divergence = 0;  // rounding
     Softmaxes s = {finite(sums.top_w), log2f(sums.sum_w), finite(sums.top_o), log2f(sums.sum_o), divergence,
-                   scale, c.inverse_temperature, c.reverse};
+                   scale, c.inverse_temperature * weight, c.reverse};
     if (call.nothing_left) s.divergence = 0, s.log_w = s.log_o = infinity();
     s.divergence += poison, s.log_w += poison, s.log_o += poison;
 
@@ -134,7 +144,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, RESIDENT) interven
     const float hinge = (missing > 0 && answers[0] != answers[1] ? -direction : 0.0f) + poison;
     if (rank == 0 && threadIdx.x == 0) {
         c.effectiveness[row] = !c.correct || missing <= 0 ? 0.0f : missing;  // NaN stays
-        c.faithfulness[row] = s.divergence;
+        c.faithfulness[row] = weight * s.divergence;
         if (c.answer_grad) {
             float* out = c.answer_grad + 3 * row;
 #pragma unroll
@@ -144,14 +154,15 @@ template <class T> __global__ void __launch_bounds__(THREADS, RESIDENT) interven
         }
     }
     if (c.grad && call.plan.kept)
-        for (int step = share.steps - 1; step >= 0; step--) gradient_step(share, step, step, exclude, hinge, s);
+        for (int step = share.steps - 1; step >= 0; step--)
+            gradient_step<T, CAPPED>(share, step, step, exclude, hinge, cap, s);
     if (c.grad && !call.plan.kept) {  // backwards: what was read last lies in L2
         const int last = share.steps - 1;
         for (int turn = 0; turn < AHEAD; turn++) share.stage(last - turn, turn);
         for (int turn = 0; turn <= last; turn++) {
             share.stage(last - turn - AHEAD, turn + AHEAD);
             copy_async_wait<AHEAD>();
-            gradient_step(share, last - turn, turn, exclude, hinge, s);
+            gradient_step<T, CAPPED>(share, last - turn, turn, exclude, hinge, cap, s);
         }
     }
     if (blocks > 1) cluster_wait();
@@ -159,17 +170,18 @@ template <class T> __global__ void __launch_bounds__(THREADS, RESIDENT) interven
 
 template <class T> Error launch_loss(Call call, const Limits& limits, void* stream) {
     const InterventionLoss& c = call.loss;
+    const auto kernel = c.softcap > 0 ? intervention_loss_kernel<T, true> : intervention_loss_kernel<T, false>;
     auto shape = [&] {
         const int64_t clusters = c.rows + call.scalars.given;
         return Shape{clusters * call.plan.cluster, THREADS, call.plan.cluster, call.plan.shared};
     };
     call.plan = plan_loss(c.rows, c.vocab, sizeof(T), limits);
-    if (call.plan.cluster > PORTABLE_CLUSTER && !fits(intervention_loss_kernel<T>, shape())) {
+    if (call.plan.cluster > PORTABLE_CLUSTER && !fits(kernel, shape())) {
         Limits portable = limits;
         portable.max_cluster = PORTABLE_CLUSTER;
         call.plan = plan_loss(c.rows, c.vocab, sizeof(T), portable);
     }
-    return launch(intervention_loss_kernel<T>, shape(), stream, call);
+    return launch(kernel, shape(), stream, call);
 }
 
 }  // namespace

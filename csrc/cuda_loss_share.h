@@ -34,6 +34,7 @@ template <class T> struct Share {
     DEVICE int vector(int step, int u) const { return step * STEP<T> + u * THREADS + int(threadIdx.x); }
     DEVICE int slot(int turn, int u) const { return turn % ring * STEP<T> + u * THREADS + int(threadIdx.x); }
     DEVICE int column(int v) const { return first_column + v * WIDTH<T>; }
+    DEVICE bool in_row(int column) const { return column >= 0 && column < vocab; }
 
     DEVICE void stage(int step, int turn) const {
         if (step >= 0 && step < steps)
@@ -58,7 +59,8 @@ template <class T> struct Share {
     }
 };
 
-template <class T> DEVICE void scan_step(const Share<T>& share, int step, bool exclude, float scale, Sums& sums) {
+template <class T, bool CAPPED>
+DEVICE void scan_step(const Share<T>& share, int step, bool exclude, float scale, const Cap& cap, Sums& sums) {
     constexpr int W = WIDTH<T>;
     float w[PER_THREAD], o[PER_THREAD];
 #pragma unroll
@@ -71,6 +73,11 @@ template <class T> DEVICE void scan_step(const Share<T>& share, int step, bool e
             if (exclude) share.exclude(v, at);
             unpack(share.slots_w[at], part_w, T());
             unpack(share.slots_o[at], part_o, T());
+            if (CAPPED)  // what lies beyond the row's ends stays -inf
+#pragma unroll
+                for (int e = 0; e < W; e++)
+                    if (share.in_row(share.column(v) + e))
+                        part_w[e] = cap.of(part_w[e]).value, part_o[e] = cap.of(part_o[e]).value;
         }
 #pragma unroll
         for (int e = 0; e < W; e++) w[u * W + e] = part_w[e], o[u * W + e] = part_o[e];
@@ -78,8 +85,9 @@ template <class T> DEVICE void scan_step(const Share<T>& share, int step, bool e
     scan(sums, w, o, scale);
 }
 
-template <class T>
-DEVICE void gradient_step(const Share<T>& share, int step, int turn, bool exclude, float hinge, const Softmaxes& s) {
+template <class T, bool CAPPED>
+DEVICE void gradient_step(const Share<T>& share, int step, int turn, bool exclude, float hinge, const Cap& cap,
+                          const Softmaxes& s) {
     constexpr int W = WIDTH<T>;
 #pragma unroll
     for (int u = 0; u < UNROLL<T>; u++) {
@@ -90,7 +98,15 @@ DEVICE void gradient_step(const Share<T>& share, int step, int turn, bool exclud
         unpack(share.slots_w[at], w, T());
         unpack(share.slots_o[at], g, T());
 #pragma unroll
-        for (int e = 0; e < W; e++) g[e] = kl_gradient(w[e], g[e], s);
+        for (int e = 0; e < W; e++) {
+            if (CAPPED) {
+                const Capped of_w = cap.of(w[e]), of_o = cap.of(g[e]);
+                const float slope = s.reverse ? of_w.slope : of_o.slope;
+                g[e] = slope * kl_gradient(of_w.value, of_o.value, s);
+            } else {
+                g[e] = kl_gradient(w[e], g[e], s);
+            }
+        }
         const int at_c = v == share.answers[0] ? share.columns[0] : -1;
         const int at_w = v == share.answers[1] ? share.columns[1] : -1;
         if (at_c >= 0 || at_w >= 0)
@@ -98,6 +114,16 @@ DEVICE void gradient_step(const Share<T>& share, int step, int turn, bool exclud
             for (int e = 0; e < W; e++) g[e] += (e == at_c ? hinge : 0.0f) - (e == at_w ? hinge : 0.0f);
         put(share.grad, share.column(v), share.vocab, pack(g, T()));
     }
+}
+
+// The gradient of a row of weight 0.
+template <class T> DEVICE void put_zeros(const Share<T>& share) {
+    for (int step = 0; step < share.steps; step++)
+#pragma unroll
+        for (int u = 0; u < UNROLL<T>; u++) {
+            const int v = share.vector(step, u);
+            if (v < share.count) put(share.grad, share.column(v), share.vocab, Vector{});
+        }
 }
 
 }  // namespace cuda

@@ -3,6 +3,7 @@
 //
 //   KL = i·A/L_w + log(L_o/L_w),   A = Σ e^{i(w−M_w)}·((w−M_w) − (o−M_o)),   L = Σ e^{i(·−M)},   M: the maxima
 //   dF/dz = i·(q − p) forward, i·q·(log q − log p − F) reverse, p and q from e^{i(·−M) − log L}
+//   u = s·tanh(v/s), du/dv = 1 − tanh²(v/s)   the soft-cap of either side's logits v on request
 //
 // w: the logits of the weighting distribution, o: the other ones, i: the inverse temperature. Equal rows give A = 0 and
 // L_o = L_w, and subtract equal numbers: exactly 0, as long as both sides are rounded alike. So no product beside a sum
@@ -13,6 +14,29 @@
 
 namespace actscale {
 namespace cuda {
+
+// With e = 2^x, x = 2·log2(e)·v/s:  tanh = (e - 1)/(e + 1),  1 - tanh² = 4·e/(e + 1)². e - 1 comes from the polynomial of
+// 2^f, |f| <= 1/2, without its 1, so that small logits keep their digits; the slope is no difference of two ones.
+struct Capped { float value, slope; };
+struct Cap {
+    float to_power, softcap;
+
+    DEVICE Capped of(float v) const {
+        float x = rounded_product(v, to_power);
+        x = x > 64 ? 64.0f : x < -64 ? -64.0f : x;  // NaN stays; beyond, tanh is 1 and the slope below 3e-19
+        const float magic = 0x1.8p23f, shifted = x + magic, f = x - (shifted - magic);  // its lowest bits are x rounded
+        const float power = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
+        float q = fmaf(0x1.446c7ep-13f, f, 0x1.5f88fep-10f);
+        q = fmaf(q, f, 0x1.3b29e4p-7f);
+        q = fmaf(q, f, 0x1.c6ae2cp-5f);
+        q = fmaf(q, f, 0x1.ebfbe0p-3f);
+        const float part = rounded_product(f, fmaf(q, f, 0x1.62e432p-1f));  // 2^f - 1
+        const float less_one = fmaf(power, part, power - 1);
+        const float inverse = reciprocal(less_one + 2);
+        const float slope = rounded_product(rounded_product(fmaf(power, part, power), inverse), inverse);
+        return {rounded_product(rounded_product(less_one, inverse), softcap), 4 * slope};
+    }
+};
 
 struct Sums { float top_w, sum_w, top_o, sum_o, a; };
 constexpr int SUMS = 5;
@@ -93,14 +117,15 @@ DEVICE Sums over_cluster(const Sums& s, int blocks, float scale, float* mine, fl
     return total;
 }
 
-// What the gradient of a row needs; the logarithms are to base 2.
-struct Softmaxes { float base_w, log_w, base_o, log_o, divergence, scale, inverse_temperature; bool reverse; };
+// What the gradient of a row needs; the logarithms are to base 2. `factor`: the inverse temperature times the row's
+// weight.
+struct Softmaxes { float base_w, log_w, base_o, log_o, divergence, scale, factor; bool reverse; };
 
 DEVICE float kl_gradient(float w, float o, const Softmaxes& s) {
     const float x = fmaf(w - s.base_w, s.scale, -s.log_w), y = fmaf(o - s.base_o, s.scale, -s.log_o);
-    if (!s.reverse) return s.inverse_temperature * (exp2_approximate(y) - exp2_approximate(x));
+    if (!s.reverse) return s.factor * (exp2_approximate(y) - exp2_approximate(x));
     const float q = exp2_approximate(x);
-    return q == 0 ? 0.0f : s.inverse_temperature * q * ((x - y) * LN2 - s.divergence);
+    return q == 0 ? 0.0f : s.factor * q * ((x - y) * LN2 - s.divergence);
 }
 
 }  // namespace cuda

@@ -4,6 +4,8 @@
 //   forward  F = ln2·(Σ p·(x - y) + log2(Sz/Sr))    dF/dz = t·(q - p)
 //   reverse  F = ln2·(Σ q·(y - x) - log2(Sz/Sr))    dF/dz = t·q·(ln2·(y - x - log2(Sz/Sr)) - F)
 //   hinge    E = max(0, m - s·(z[c] - z[w]))        dE/dz[c] = -s, dE/dz[w] = s, where positive
+//   without answers on request: weights of rows, w·F and w·dF/dz; a soft-cap u(z), u(r), whose slope du/dz the gradient
+//   takes as a factor
 //
 // A row is cut into blocks with anchors R, Z of their own. Any anchor gives the same result as long as no power
 // overflows, so a block takes the largest of its first SAMPLE logits; only where its sums then turn out large or not
@@ -12,112 +14,25 @@
 // sums are joined in double, in order. Pass 2 reads the scratch and r, still in cache, makes 2^x again (cheaper than to
 // keep it: 1.28 vs 1.37 ms), asks for the next row meanwhile (1.16 ms) and writes the gradient. From memory a logit
 // costs three elements: z, r and the gradient. No block knows of another, so rows can be split over threads, and every
-// number of threads gives the same bits.
+// number of threads gives the same bits. A row of weight 0 is not read: a thread that comes upon it writes its zeros.
+// With a soft-cap pass 1 works on a capped copy of the block, in the cache of the first level, and keeps both sides'
+// powers times the slope (reverse: one, and the difference), two floats a logit; pass 2 then reads no logit.
 //
 // With z equal to r bit for bit, x = y, Sz = Sr and both scales agree: F and every difference are exactly 0. This needs
 // multiplications that are not contracted into the subtraction (-ffp-contract=off).
 #pragma once
-#include "kernels.h"
-#include "simd.h"
+#include "loss_blocks.h"
 
 namespace actscale {
 namespace ACTSCALE_LEVEL {
 
-constexpr int64_t BLOCK = 2048;                  // two rows of it and their scratch: 32 KiB
 constexpr int64_t STREAM_BYTES = 4 << 20;        // larger gradients bypass the cache (64 x 49152: 1.2 vs 1.4 ms)
 constexpr int64_t SERIAL_LOGITS = 16 << 10;      // less than this is done before a second thread has woken up
 
-constexpr int64_t SAMPLE = 64;                   // a sample's anchor is exceeded by far less than 2^40 in real logits
-constexpr float LARGE = 0x1p40f;                 // a sum beyond it: the powers lie too far above the anchor
-constexpr float LOWEST = -0x1p120f;              // the least anchor: a block of nothing but -inf has no maximum
-constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-
-struct Block { float z_anchor, r_anchor, z_sum, r_sum, weighted; };
 struct Row { double z_anchor, r_anchor, log_ratio, z_sum, r_sum, divergence; float difference; };
 
-INLINE const float* at(const void* p, int64_t i, float) { return (const float*)p + i; }
-INLINE const bf16* at(const void* p, int64_t i, bf16) { return (const bf16*)p + i; }
-INLINE const half* at(const void* p, int64_t i, half) { return (const half*)p + i; }
-INLINE float minus_infinity(float) { return -INFINITY; }
-INLINE bf16 minus_infinity(bf16) { return {0xff80}; }
-INLINE half minus_infinity(half) { return {0xfc00}; }
-
-INLINE int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
-
-template <class T>
-INLINE float largest(const T* p, int64_t count) {
-    F first = set1(-FLT_MAX), second = first;
-    int64_t i = 0;
-    for (; i + 2 * W <= count; i += 2 * W) first = larger(load(p + i), first), second = larger(load(p + i + W), second);
-    for (; i < count; i += W) first = larger(load_part(p + i, int(smaller(W, count - i)), -INFINITY), first);
-    const float most = largest_of(larger(first, second));
-    return most > LOWEST ? most : LOWEST;
-}
-
-// c·(v - a) for one a near the largest v. The difference first: equal shifts of a row then change nothing.
-struct Powers {
-    F factor, anchor;
-    INLINE_MEMBER Powers(float a, float scale) : factor(set1(scale)), anchor(set1(a)) {}
-    INLINE_MEMBER F of(F v) const { return (v - anchor) * factor; }
-};
-
-INLINE float scale_of(const InterventionLoss& c) { return float(LOG2E * c.inverse_temperature); }
-
-// `EXACT`: with the block's maxima, and with no term where the weight is 0, whatever the difference.
-template <class T, bool REVERSE, bool STORE, bool EXACT>
-INLINE bool sums_of(const T* z, const T* r, int64_t count, float scale, float* first, float* second, Block* block) {
-    const int64_t whole = count / W * W, sample = EXACT ? count : smaller(count, SAMPLE);
-    const int rest = int(count - whole);
-    block->z_anchor = largest(z, sample), block->r_anchor = largest(r, sample);
-    const Powers z_powers(block->z_anchor, scale), r_powers(block->r_anchor, scale);
-    F z_sum = set1(0), r_sum = z_sum, weighted = z_sum;
-    auto step = [&](F zv, F rv, int64_t at) __attribute__((always_inline)) {
-        const F y = z_powers.of(zv), x = r_powers.of(rv);
-        const F ez = exponential2(y), er = exponential2(x);
-        const F weight = REVERSE ? ez : er;
-        F difference = REVERSE ? y - x : x - y;
-        if (EXACT) difference = keep(not_below(weight, set1(FLT_MIN)), difference);
-        z_sum = z_sum + ez, r_sum = r_sum + er;
-        weighted = fmadd(weight, difference, weighted);
-        if (STORE) store(first + at, ez);
-        if (STORE && REVERSE) store(second + at, difference);
-    };
-    for (int64_t i = 0; i < whole; i += W) {
-        __builtin_prefetch(z + i + BLOCK), __builtin_prefetch(r + i + BLOCK);
-        step(load(z + i), load(r + i), i);
-    }
-    if (rest) step(load_part(z + whole, rest, -INFINITY), load_part(r + whole, rest, -INFINITY), whole);
-    block->z_sum = sum_of(z_sum), block->r_sum = sum_of(r_sum), block->weighted = sum_of(weighted);
-    // NaN and infinity fail these.
-    return block->z_sum <= LARGE && block->r_sum <= LARGE && fabsf(block->weighted) <= FLT_MAX;
-}
-
-template <class T, bool REVERSE, bool STORE>
-INLINE void first_pass(const T* z, const T* r, int64_t count, float scale, float* first, float* second, Block* block) {
-    if (!sums_of<T, REVERSE, STORE, false>(z, r, count, scale, first, second, block))
-        sums_of<T, REVERSE, STORE, true>(z, r, count, scale, first, second, block);
-}
-
-// The block at column `begin` of the row; where it holds an excluded answer, of a copy without it.
-template <class T, bool REVERSE, bool STORE>
-static void first_pass_of(const InterventionLoss& c, int64_t row, int64_t begin, float* first, float* second,
-                          Block* block) {
-    const int64_t count = smaller(BLOCK, c.vocab - begin);
-    const T* z = at(c.logits, row * c.logits_stride + begin, T());
-    const T* r = at(c.reference, row * c.reference_stride + begin, T());
-    T z_copy[BLOCK], r_copy[BLOCK];
-    if (c.exclude_answers && c.correct) {
-        const int64_t answers[2] = {c.correct[row] - begin, c.wrong[row] - begin};
-        const bool inside[2] = {answers[0] >= 0 && answers[0] < count, answers[1] >= 0 && answers[1] < count};
-        if (inside[0] || inside[1]) {
-            memcpy(z_copy, z, count * sizeof(T)), memcpy(r_copy, r, count * sizeof(T));
-            for (int a = 0; a < 2; a++)
-                if (inside[a]) z_copy[answers[a]] = r_copy[answers[a]] = minus_infinity(T());
-            z = z_copy, r = r_copy;
-        }
-    }
-    first_pass<T, REVERSE, STORE>(z, r, count, scale_of(c), first, second, block);
-}
+INLINE float weight_of(const InterventionLoss& c, int64_t row) { return c.row_weight ? c.row_weight[row] : 1.0f; }
+INLINE bool skipped(const InterventionLoss& c, int64_t row) { return weight_of(c, row) == 0; }
 
 INLINE bool nothing_left(const InterventionLoss& c) {
     return c.vocab == 0 || (c.exclude_answers && c.correct && c.vocab <= 2);
@@ -153,9 +68,9 @@ static Row join(const InterventionLoss& c, int64_t n, const Block* blocks, int64
 
 // What turns powers into the gradient: forward a·2^y - b·2^x; reverse a·2^y·(y - x + b).
 struct Scales { float a, b; };
-static Scales scales_of(const InterventionLoss& c, const Row& row, const Block& block) {
+static Scales scales_of(const InterventionLoss& c, int64_t n, const Row& row, const Block& block) {
     if (nothing_left(c)) return {0, 0};
-    const double t = c.inverse_temperature, scale = scale_of(c);
+    const double t = double(c.inverse_temperature) * weight_of(c, n), scale = scale_of(c);
     const double dz = scale * (block.z_anchor - row.z_anchor), dr = scale * (block.r_anchor - row.r_anchor);
     const double a = exp2(dz) * t / row.z_sum;
     if (c.reverse) return {float(a * LN2), float(dz - dr - row.log_ratio - row.divergence / LN2)};
@@ -167,38 +82,51 @@ template <bool REVERSE> INLINE F gradient(F power, F other, F a, F b) {
     return power * a - other * b;
 }
 
-// `next_z`, `next_r`: what to bring into the cache meanwhile.
-template <class T, bool REVERSE>
-INLINE void second_pass(const float* first, const float* second, const T* r, const Powers& r_powers, int64_t count,
-                        Scales s, T* grad, bool streamed, const T* next_z, const T* next_r) {
-    const F a = set1(s.a), b = set1(s.b);
-    auto whole = [&](int64_t i) __attribute__((always_inline)) {
-        const F other = REVERSE ? load(second + i) : exponential2(r_powers.of(load(r + i)));
-        return gradient<REVERSE>(load(first + i), other, a, b);
-    };
-    auto part = [&](int64_t i, int n) __attribute__((always_inline)) {
-        const F other = REVERSE ? load_part(second + i, n, 0) : exponential2(r_powers.of(load_part(r + i, n, -INFINITY)));
-        store_part(grad + i, gradient<REVERSE>(load_part(first + i, n, 0), other, a, b), n);
-    };
+// `count` gradients: `whole(i)` is a vector of them, `part(i, n)` writes n.
+template <class T, class Whole, class Part>
+INLINE void write(T* grad, int64_t count, bool streamed, Whole whole, Part part) {
     int64_t i = 0;
     if (streamed) {
         const int64_t bytes = W * sizeof(T), head = (bytes - (uintptr_t)grad % bytes) % bytes / sizeof(T);
         if (head && head <= count) part(0, int(head)), i = head;
-        for (; i + W <= count; i += W) {
-            __builtin_prefetch(next_z + i, 0, 2), __builtin_prefetch(next_r + i, 0, 2);
-            stream(grad + i, whole(i));
-        }
+        for (; i + W <= count; i += W) stream(grad + i, whole(i));
     } else {
         for (; i + W <= count; i += W) store(grad + i, whole(i));
     }
     if (i < count) part(i, int(count - i));
 }
 
+// `next_z`, `next_r`: what to bring into the cache meanwhile, where the gradient bypasses it.
+template <class T, bool REVERSE, bool CAPPED>
+INLINE void second_pass(const float* first, const float* second, const T* r, const Powers& r_powers, int64_t count,
+                        Scales s, T* grad, bool streamed, const T* next_z, const T* next_r) {
+    constexpr bool KEPT = REVERSE || CAPPED;
+    const F a = set1(s.a), b = set1(s.b);
+    auto whole = [&](int64_t i) __attribute__((always_inline)) {
+        if (streamed) __builtin_prefetch(next_z + i, 0, 2), __builtin_prefetch(next_r + i, 0, 2);
+        const F other = KEPT ? load(second + i) : exponential2(r_powers.of(load(r + i)));
+        return gradient<REVERSE>(load(first + i), other, a, b);
+    };
+    auto part = [&](int64_t i, int n) __attribute__((always_inline)) {
+        const F other = KEPT ? load_part(second + i, n, 0) : exponential2(r_powers.of(load_part(r + i, n, -INFINITY)));
+        store_part(grad + i, gradient<REVERSE>(load_part(first + i, n, 0), other, a, b), n);
+    };
+    write(grad, count, streamed, whole, part);
+}
+
+// What is left to write of row n in the columns from `begin` on, where its weight is 0.
+template <class T> static void write_zeros(const InterventionLoss& c, int64_t n, int64_t begin, int64_t count,
+                                           bool streamed) {
+    T* grad = (T*)c.grad + n * c.vocab + begin;
+    auto part = [&](int64_t i, int n) __attribute__((always_inline)) { store_part(grad + i, set1(0), n); };
+    write(grad, count, streamed, [](int64_t) __attribute__((always_inline)) { return set1(0); }, part);
+}
+
 // The two losses of the row and the gradient's answer columns, after the row's second pass.
 template <class T, bool REVERSE>
 static void finish(const InterventionLoss& c, int64_t n, const Row& row, const Block* blocks, const float* first,
                    const float* second) {
-    c.faithfulness[n] = float(row.divergence);
+    c.faithfulness[n] = skipped(c, n) ? 0.0f : float(weight_of(c, n) * row.divergence);
     float* out = c.grad ? c.answer_grad + 3 * n : nullptr;
     if (!c.correct) {
         c.effectiveness[n] = 0;
@@ -213,7 +141,7 @@ static void finish(const InterventionLoss& c, int64_t n, const Row& row, const B
     T* grad = (T*)c.grad + n * c.vocab;
     for (int a = 0; a < 2; a++) {
         const int64_t i = answers[a];
-        const Scales s = scales_of(c, row, blocks[i / BLOCK]);
+        const Scales s = scales_of(c, n, row, blocks[i / BLOCK]);
         const T* r = at(c.reference, n * c.reference_stride + i, T());
         const Powers r_powers(blocks[i / BLOCK].r_anchor, scale_of(c));
         const F other = REVERSE ? set1(second[i]) : exponential2(r_powers.of(set1(widen(*r))));
@@ -224,7 +152,7 @@ static void finish(const InterventionLoss& c, int64_t n, const Row& row, const B
     }
 }
 
-template <class T, bool REVERSE, bool STORE>
+template <class T, bool REVERSE, bool STORE, bool CAPPED>
 static void run(const InterventionLoss& c) {
     const int64_t blocks = (c.vocab + BLOCK - 1) / BLOCK, logits = c.rows * c.vocab;
     const int64_t width = STORE ? padded(c.vocab) : 0;
@@ -233,31 +161,39 @@ static void run(const InterventionLoss& c) {
     const int64_t block_floats = padded(blocks * int64_t(sizeof(Block) / sizeof(float)));
     // Few rows: their blocks are dealt out, with a barrier after each pass. Many: each thread takes whole rows.
     const bool split = threads > 1 && c.rows < 4 * threads;
-    const int64_t slots = split ? c.rows : threads, slot = (REVERSE ? 2 : 1) * width + block_floats;
+    const int64_t slots = split ? c.rows : threads, slot = (REVERSE || CAPPED ? 2 : 1) * width + block_floats;
     float* memory = scratch(slots * (slot + 16));
     auto first_of = [&](int64_t s) { return memory + s * slot; };
     auto blocks_of = [&](int64_t s) { return (Block*)(memory + (s + 1) * slot - block_floats); };
     Row* joined = (Row*)(memory + slots * slot);
     auto pass1 = [&](int64_t row, int64_t j, int64_t s) {
         float* first = first_of(s) + j * BLOCK;
-        first_pass_of<T, REVERSE, STORE>(c, row, j * BLOCK, first, first + width, blocks_of(s) + j);
+        if constexpr (CAPPED) first_pass_capped<T, REVERSE, STORE>(c, row, j * BLOCK, first, first + width, blocks_of(s) + j);
+        else first_pass_of<T, REVERSE, STORE>(c, row, j * BLOCK, first, first + width, blocks_of(s) + j);
     };
     auto pass2 = [&](int64_t row, int64_t j, int64_t s, const Row& sums, int64_t next) {
         const float* first = first_of(s) + j * BLOCK;
         const int64_t begin = j * BLOCK, count = smaller(BLOCK, c.vocab - begin);
         const Block& block = blocks_of(s)[j];
-        second_pass<T, REVERSE>(first, first + width, at(c.reference, row * c.reference_stride + begin, T()),
-                                Powers(block.r_anchor, scale_of(c)), count, scales_of(c, sums, block),
-                                (T*)c.grad + row * c.vocab + begin, streamed,
-                                at(c.logits, next * c.logits_stride + begin, T()),
-                                at(c.reference, next * c.reference_stride + begin, T()));
+        second_pass<T, REVERSE, CAPPED>(first, first + width, at(c.reference, row * c.reference_stride + begin, T()),
+                                        Powers(block.r_anchor, scale_of(c)), count, scales_of(c, row, sums, block),
+                                        (T*)c.grad + row * c.vocab + begin, streamed,
+                                        at(c.logits, next * c.logits_stride + begin, T()),
+                                        at(c.reference, next * c.reference_stride + begin, T()));
+    };
+    auto finish_row = [&](int64_t row, int64_t s, const Row& sums) {
+        finish<T, REVERSE>(c, row, sums, blocks_of(s), first_of(s), first_of(s) + width);
     };
     int64_t claimed = 0;
-    auto claim = [&] {  // a row that no other thread takes
-        int64_t row;
+    auto claim = [&] {  // a row that no other thread takes, and that has a weight
+        for (;;) {
+            int64_t row;
 #pragma omp atomic capture
-        row = claimed++;
-        return row;
+            row = claimed++;
+            if (row >= c.rows || !skipped(c, row)) return row;
+            if (STORE) write_zeros<T>(c, row, 0, c.vocab, streamed);
+            finish_row(row, 0, {});
+        }
     };
     if (threads == 1 || !split) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -268,8 +204,8 @@ static void run(const InterventionLoss& c) {
                 next = claim();
                 const Row sums = join<T>(c, row, blocks_of(s), blocks);
                 if (STORE)
-                    for (int64_t j = 0; j < blocks; j++) pass2(row, j, s, sums, smaller(next, c.rows - 1));
-                finish<T, REVERSE>(c, row, sums, blocks_of(s), first_of(s), first_of(s) + width);
+                    for (int64_t j = 0; j < blocks; j++) pass2(row, j, s, sums, next < c.rows ? next : row);
+                finish_row(row, s, sums);
             }
             if (streamed) fence();
         }
@@ -278,25 +214,35 @@ static void run(const InterventionLoss& c) {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < c.rows * blocks; i++) pass1(i / blocks, i % blocks, i / blocks);
+        for (int64_t i = 0; i < c.rows * blocks; i++)
+            if (!skipped(c, i / blocks)) pass1(i / blocks, i % blocks, i / blocks);
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < c.rows; row++) joined[row] = join<T>(c, row, blocks_of(row), blocks);
+        for (int64_t row = 0; row < c.rows; row++)
+            if (!skipped(c, row)) joined[row] = join<T>(c, row, blocks_of(row), blocks);
         if (STORE) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < c.rows * blocks; i++) pass2(i / blocks, i % blocks, i / blocks, joined[i / blocks], i / blocks);
+            for (int64_t i = 0; i < c.rows * blocks; i++) {
+                const int64_t row = i / blocks, begin = i % blocks * BLOCK;
+                if (skipped(c, row)) write_zeros<T>(c, row, begin, smaller(BLOCK, c.vocab - begin), streamed);
+                else pass2(row, i % blocks, row, joined[row], row);
+            }
         }
         if (streamed) fence();
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < c.rows; row++)
-            finish<T, REVERSE>(c, row, joined[row], blocks_of(row), first_of(row), first_of(row) + width);
+        for (int64_t row = 0; row < c.rows; row++) finish_row(row, row, joined[row]);
     }
+}
+
+template <class T, bool REVERSE>
+static void run_for(const InterventionLoss& c) {
+    if (c.softcap > 0) c.grad ? run<T, REVERSE, true, true>(c) : run<T, REVERSE, false, true>(c);
+    else c.grad ? run<T, REVERSE, true, false>(c) : run<T, REVERSE, false, false>(c);
 }
 
 template <class T>
 static void run_for(const InterventionLoss& c) {
-    if (c.grad) c.reverse ? run<T, true, true>(c) : run<T, false, true>(c);
-    else c.reverse ? run<T, true, false>(c) : run<T, false, false>(c);
+    c.reverse ? run_for<T, true>(c) : run_for<T, false>(c);
 }
 
 static void intervention_loss(const InterventionLoss& c) {

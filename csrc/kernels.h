@@ -45,6 +45,18 @@ struct DynamicScale {  // α = ⟨w, x⟩ + c, y = x·(1 + β·α), and their gr
     int threads;
 };
 
+struct ScaleChannels {  // y = x·w, one factor a channel, and its gradients
+    Type type;
+    int64_t rows, width;                        // N, d
+    const void* x;
+    const void* dy;                             // backward only
+    void* out;                                  // y, or dx, contiguous; null: not wanted
+    int64_t x_stride, dy_stride;                // of rows
+    const float* weight;                        // [d]
+    float* dweight;                             // [d]; null: not wanted
+    int threads;
+};
+
 struct InterventionLoss {
     Type type;
     int64_t rows, vocab;                        // N, V
@@ -54,7 +66,9 @@ struct InterventionLoss {
     const int64_t* correct;                     // [N]; null: no answers
     const int64_t* wrong;
     const float* direction;
+    const float* row_weight;                    // [N], without answers; null: 1. A row of weight 0 is not read
     float margin, inverse_temperature;
+    float softcap;                              // of both sides, before the temperature, without answers; 0: none
     bool exclude_answers, reverse;
     float* effectiveness;                       // [N]
     float* faithfulness;                        // [N]
@@ -108,6 +122,8 @@ struct Kernels {
     void (*scale_heads_backward)(const ScaleHeads&);
     void (*dynamic_scale)(const DynamicScale&);
     void (*dynamic_scale_backward)(const DynamicScale&);
+    void (*scale_channels)(const ScaleChannels&);
+    void (*scale_channels_backward)(const ScaleChannels&);
     void (*intervention_loss)(const InterventionLoss&);
     void (*scale_gradient)(const ScaleGradient&);
     void (*linear_softmax)(const LinearSoftmax&);

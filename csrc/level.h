@@ -3,6 +3,7 @@
 #include "intervention_loss.h"
 #include "linear_softmax.h"
 #include "scalars.h"
+#include "scale_channels.h"
 #include "scale_gradient.h"
 #include "scale_heads.h"
 
@@ -17,8 +18,9 @@ static void powers_of_two(const float* in, float* out, int64_t count) {
 }
 
 static Kernels table(const char* name) {
-    return {name, scale_heads, scale_heads_backward, dynamic_scale, dynamic_scale_backward, intervention_loss,
-            scale_gradient, linear_softmax, l1_norm, proximal_adam, powers_of_two};
+    return {name, scale_heads, scale_heads_backward, dynamic_scale, dynamic_scale_backward, scale_channels,
+            scale_channels_backward, intervention_loss, scale_gradient, linear_softmax, l1_norm, proximal_adam,
+            powers_of_two};
 }
 
 }  // namespace ACTSCALE_LEVEL

@@ -83,6 +83,8 @@ template <class T> INLINE void stream(T* p, F v) { _mm256_stream_si256((__m256i*
 INLINE void fence() { _mm_sfence(); }
 INLINE F fmadd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE F lesser(F a, F b) { return _mm512_min_ps(a, b); }
+INLINE F times_power_of_two(F v, F n) { return _mm512_scalef_ps(v, n); }
 INLINE Mask not_below(F v, F bound) { return _mm512_cmp_ps_mask(v, bound, _CMP_NLT_UQ); }
 INLINE F keep(Mask mask, F v) { return _mm512_maskz_mov_ps(mask, v); }
 INLINE F absolute(F v) { return _mm512_abs_ps(v); }
@@ -178,25 +180,40 @@ INLINE float largest_of(F v) {
     return result;
 }
 
-// 2^x, at most 1.5 ulp off; below 2^-126 0 or, in AVX-512, the subnormal number; infinite from x = 128 on; NaN stays
-// NaN. 2^x = 2^n·2^f, n = x rounded, |f| <= 1/2, 2^f the minimax polynomial of degree 6 that is 1 at 0 (relative error 4e-9).
-INLINE F exponential2(F x) {
+// x = n + f, n = x rounded, |f| <= 1/2; `power`: what times_power_of_two takes for n.
+struct Split { F f, power; };
+INLINE Split split(F x) {
 #if defined(ACTSCALE_AVX512)
-    const F f = _mm512_reduce_ps(x, 0), n = x - f;  // f of -inf is 0
+    const F f = _mm512_reduce_ps(x, 0);  // f of -inf is 0
+    return {f, x - f};
 #else
-    x = lesser(set1(128.0f), x);
-    const F magic = set1(0x1.8p23f), shifted = x + magic, n = shifted - magic, f = x - n;  // its lowest bits are n
+    const F magic = set1(0x1.8p23f), shifted = x + magic;  // its lowest bits are n
+    return {x - (shifted - magic), shifted};
 #endif
+}
+
+// (2^f - 1)/f, |f| <= 1/2: 1 + f times it is the minimax polynomial of degree 6 of 2^f that is 1 at 0 (relative error
+// 4e-9).
+INLINE F slope_of_power(F f) {
     F q = fmadd(set1(0x1.446c7ep-13f), f, set1(0x1.5f88fep-10f));
     q = fmadd(q, f, set1(0x1.3b29e4p-7f));
     q = fmadd(q, f, set1(0x1.c6ae2cp-5f));
     q = fmadd(q, f, set1(0x1.ebfbe0p-3f));
-    q = fmadd(q, f, set1(0x1.62e432p-1f));
-    q = fmadd(q, f, set1(1.0f));
+    return fmadd(q, f, set1(0x1.62e432p-1f));
+}
+
+// 2^x, at most 1.5 ulp off; below 2^-126 0 or, in AVX-512, the subnormal number; infinite from x = 128 on; NaN stays
+// NaN.
+INLINE F exponential2(F x) {
+#if !defined(ACTSCALE_AVX512)
+    x = lesser(set1(128.0f), x);
+#endif
+    const Split s = split(x);
+    const F result = times_power_of_two(fmadd(slope_of_power(s.f), s.f, set1(1.0f)), s.power);
 #if defined(ACTSCALE_AVX512)
-    return _mm512_scalef_ps(q, n);
+    return result;
 #else
-    return keep(not_below(x, set1(-126.0f)), times_power_of_two(q, shifted));
+    return keep(not_below(x, set1(-126.0f)), result);
 #endif
 }
 

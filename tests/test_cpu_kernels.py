@@ -114,6 +114,65 @@ def test_levels_agree_on_the_loss(vocab: int, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(got, wanted, rtol=max(step, 1e-5), atol=2e-6)
 
 
+def capped(z: Tensor, r: Tensor, weight: Tensor, softcap: float, reverse: bool) -> tuple[Tensor, ...]:
+    return cpu.intervention_loss(z, r, None, None, None, None, 0.0, 0.7, False, reverse, True, weight, softcap)[1:3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [31, 2049, 50257])
+def test_levels_agree_on_the_loss_of_capped_logits(vocab: int, dtype: torch.dtype) -> None:
+    z, r, *_ = rows(3, vocab, dtype)
+    weight = torch.tensor([1.0, -0.5, 3.0])
+    step = torch.finfo(dtype).eps
+    for reverse in (False, True):
+        _C.set_level(LEVELS[0])
+        expected = capped(z, r, weight, 4.0, reverse)
+        for level in LEVELS[1:]:
+            _C.set_level(level)
+            for got, wanted in zip(capped(z, r, weight, 4.0, reverse), expected, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=max(step, 1e-5), atol=2e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("n", "vocab"), [(1, 50257), (3, 20011), (64, 2049)])
+def test_weighted_and_capped_losses_have_the_same_bits_for_every_number_of_threads(
+    n: int, vocab: int, level: str
+) -> None:
+    _C.set_level(level)
+    z, r, *_ = rows(n, vocab, torch.float32)
+    weight = torch.arange(n) % 3 - 1.0
+    for reverse in (False, True):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(capped(z, r, weight, 4.0, reverse))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("n", [3, 40], ids=["rows split", "rows whole"])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_a_row_of_weight_zero_is_not_read(n: int, softcap: float, level: str) -> None:
+    """Its logits would lie where no memory is."""
+    _C.set_level(level)
+    z, r, *_ = rows(1, 20011, torch.float32)
+    weight, losses, grad = torch.zeros(n), torch.empty(2, n), torch.empty(n, 20011)
+    weight[0] = 2.0
+    answers = torch.empty(n, 3)
+    for stored in (True, False):
+        outputs = (grad.data_ptr(), answers.data_ptr()) if stored else (0, 0)
+        _C.intervention_loss(
+            TYPES[torch.float32], n, 20011, z.data_ptr(), 1 << 44, r.data_ptr(), 1 << 44, 0, 0, 0, weight.data_ptr(),
+            0.0, 1.0, softcap, False, False, losses[0].data_ptr(), losses[1].data_ptr(), *outputs, 2,
+        )  # fmt: skip
+        assert losses[1, 0] > 0
+        assert not losses[1, 1:].any()
+    assert grad[0].any()
+    assert not grad[1:].any()
+    assert not answers.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 3, 31, 64, 96, 128])
 def test_levels_agree_on_scaled_heads(width: int, dtype: torch.dtype) -> None:
@@ -209,8 +268,8 @@ def test_nothing_outside_the_outputs_is_written(dtype: torch.dtype) -> None:
     grad, losses, answer_grad = guarded[63 : 63 + 3 * vocab], torch.empty(2, 3), torch.empty(3, 3)
     _C.intervention_loss(
         TYPES[dtype], 3, vocab, z.data_ptr(), vocab, r.data_ptr(), vocab, correct.data_ptr(), wrong.data_ptr(),
-        direction.data_ptr(), 1.0, 1.0, True, False, losses[0].data_ptr(), losses[1].data_ptr(), grad.data_ptr(),
-        answer_grad.data_ptr(), 2,
+        direction.data_ptr(), 0, 1.0, 1.0, 0.0, True, False, losses[0].data_ptr(), losses[1].data_ptr(),
+        grad.data_ptr(), answer_grad.data_ptr(), 2,
     )  # fmt: skip
     assert (guarded[:63] == 7).all()
     assert (guarded[63 + 3 * vocab :] == 7).all()

@@ -131,8 +131,8 @@ def test_nothing_outside_of_the_outputs_is_written(inputs: Inputs, device: Modul
         memory.fill_(5.0), small.fill_(5.0)
         outputs = [small[4:].data_ptr(), small[16:].data_ptr(), memory[start:].data_ptr(), small[32:].data_ptr()]
         device.cuda.intervention_loss(
-            1, 3, 421, rows.logits.data_ptr(), 421, rows.reference.data_ptr(), 421, *ids, 1.0, 1.0, True, False,
-            *outputs, 0, False, 0, 0, 0, 0,
+            1, 3, 421, rows.logits.data_ptr(), 421, rows.reference.data_ptr(), 421, *ids, 0, 1.0, 1.0, 0.0, True,
+            False, *outputs, 0, False, 0, 0, 0, 0,
         )  # fmt: skip
         assert (memory[:start] == 5).all()
         assert (memory[start + 3 * 421 :] == 5).all()
@@ -158,6 +158,47 @@ def test_a_gradient_in_the_logits_memory_is_the_same_gradient(inputs: Inputs, de
             within = cuda.intervention_loss(*arguments, in_place=True)
             assert within[2].data_ptr() == logits.data_ptr()
             assert same(apart, within)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_capped_and_weighted_rows_are_the_same_however_they_are_cut(
+    inputs: Inputs, device: ModuleType, dtype: torch.dtype
+) -> None:
+    """Vectors at the row's ends hold what lies beyond as −inf, which the cap must not make a possible token."""
+    rows, weight = inputs.rows(3, 1531, dtype), torch.tensor([2.0, 0.0, -0.5])
+    rows.logits[1] = torch.nan
+    arguments = (*rows[:2], None, None, None, None, 0.0, 0.7, False)
+    for reverse in (False, True):
+        z, r = (5 * torch.tanh(side.double() / 5) * 0.7 for side in (rows.logits.nan_to_num(), rows.reference))
+        log_w, log_o = (t.log_softmax(-1) for t in ((z, r) if reverse else (r, z)))
+        exact = weight * (log_w.exp() * (log_w - log_o)).sum(-1)
+        gradients = []
+        for cluster, kept in ((1, True), (4, True), (1, False)):
+            device.set_limits(*limits_for(device, cluster, rows) if kept else (1, 512 + 2 * 16 * 3 * 1024, 10**6, 0, 1))
+            losses = cuda.intervention_loss(*arguments, reverse, True, weight, 5.0)
+            torch.testing.assert_close(losses[1].double(), exact, rtol=1e-5, atol=1e-6)
+            assert not losses[2][1].any()
+            gradients.append(losses[2])
+        for other in gradients[1:]:
+            torch.testing.assert_close(other, gradients[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_a_row_of_weight_zero_is_not_read(inputs: Inputs, device: ModuleType, cluster: int) -> None:
+    """Its logits would lie where no memory is."""
+    rows, weight = inputs.rows(2, 1531), torch.tensor([1.0, 0.0])
+    device.set_limits(*limits_for(device, cluster, rows))
+    losses, grad, answers = torch.empty(2, 2), torch.empty(2, 1531), torch.empty(2, 3)
+    device.cuda.intervention_loss(
+        0, 2, 1531, rows.logits.data_ptr(), 1 << 44, rows.reference.data_ptr(), 1 << 44, 0, 0, 0, weight.data_ptr(),
+        0.0, 1.0, 0.0, False, False, losses[0].data_ptr(), losses[1].data_ptr(), grad.data_ptr(), answers.data_ptr(),
+        0, False, 0, 0, 0, 0,
+    )  # fmt: skip
+    assert losses[1, 0] > 0
+    assert losses[1, 1] == 0
+    assert grad[0].any()
+    assert not grad[1].any()
+    assert not answers.any()
 
 
 @pytest.mark.parametrize("bad", [-1, 700, 2**31 + 5, 2**40, -(2**40)])

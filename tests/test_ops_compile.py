@@ -28,7 +28,7 @@ def loss_arguments(inputs: Inputs, device: torch.device, **changes: Any) -> tupl
     values = {
         "logits": rows.logits.requires_grad_(), "reference_logits": rows.reference, "correct": rows.correct,
         "wrong": rows.wrong, "direction": rows.direction, "scalars": None, "margin": 1.5, "inverse_temperature": 1.0,
-        "exclude_answers": True, "reverse": False, "need_grad": True,
+        "exclude_answers": True, "reverse": False, "need_grad": True, "row_weight": None, "softcap": None,
     }  # fmt: skip
     return tuple({**values, **changes}.values())
 
@@ -69,6 +69,7 @@ def test_opcheck_passes_for_every_op(backend: Backend, inputs: Inputs) -> None:
         torch.library.opcheck(library.intervention_loss.default, loss_arguments(inputs, device, **changes))
     plain = loss_arguments(inputs, device, correct=None, wrong=None, direction=None, exclude_answers=False)
     torch.library.opcheck(library.intervention_loss.default, plain)
+    torch.library.opcheck(library.intervention_loss.default, (*plain[:-2], inputs.normal(5).abs().to(device), 4.0))
     inference = [v.detach() if isinstance(v, Tensor) else v for v in loss_arguments(inputs, device, need_grad=False)]
     torch.library.opcheck(library.intervention_loss.default, tuple(inference))
     rows = inputs.rows(5, 37).to(device)
@@ -180,6 +181,31 @@ def test_kl_div_compiles_into_one_graph_for_every_batch_size(backend: Backend, i
     def make(rows: int) -> tuple[list[Tensor], list[Any]]:
         made = inputs.rows(rows, 41).to(backend.device)
         return [made.logits.requires_grad_()], [made.reference]
+
+    assert_compiles_to_the_same(call, make, compiler="aot_eager")
+
+
+@over()
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_the_divergence_of_labelled_rows_compiles_into_one_graph_for_every_batch_size(
+    backend: Backend, reduction: Any, inputs: Inputs
+) -> None:
+    def call(logits: Tensor, reference: Tensor, labels: Tensor, weight: Tensor, plain: Tensor) -> Tensor:
+        options: dict[str, Any] = {"temperature": 2.0, "softcap": 4.0, "reduction": reduction}
+        value = ops.kl_div_from_logits(logits * 0.5, reference, labels=labels, row_weight=weight, **options)
+        return value.sum() + ops.kl_div_from_logits(logits, plain, reduction=reduction).sum()
+
+    def make(rows: int) -> tuple[list[Tensor], list[Any]]:
+        made = inputs.rows(rows, 41).to(backend.device)
+        made.reference[1] = torch.nan
+        labels = torch.where(torch.arange(rows) == 1, -100, 5).to(backend.device)
+        weight = inputs.normal(rows).abs().to(backend.device)
+        return [made.logits.requires_grad_()], [
+            made.reference,
+            labels,
+            weight,
+            inputs.rows(rows, 41).to(backend.device).logits,
+        ]
 
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
 

@@ -27,6 +27,8 @@ KERNELS = {
     "scale_heads_bwd_kernel",
     "dynamic_scale_fwd_kernel",
     "dynamic_scale_bwd_kernel",
+    "scale_channels_fwd_kernel",
+    "scale_channels_bwd_kernel",
     "sum_groups_kernel",
     "intervention_loss_scan_kernel",
     "intervention_loss_finish_kernel",
@@ -123,6 +125,12 @@ def launches(multiprocessors: int) -> list[tuple[Any, tuple[Any, ...], dict[str,
             kernels.dynamic_scale(x, weight, bias, 1.0, meta(B), group)
             kernels.dynamic_scale_backward(x, alpha, x, weight, alpha, 1.0, meta(B), group, True, True, True)
             kernels.dynamic_scale_backward(x, alpha, x, weight, alpha, 1.0, meta(B), group, False, True, True)
+        for N, d in ((16384, 4096), (96, 768), (8192, 14336)):
+            x, weight = meta(N, d, dtype=dtype), meta(d)
+            kernels.scale_channels(x, weight)
+            kernels.scale_channels_backward(x, x, weight, True, True)
+            kernels.scale_channels_backward(x, x, weight, False, True)
+            kernels.scale_channels_backward(x, x, weight, True, False)
         B, T, H, D = 2, 32, 1, 4096
         x, group = meta(B, T, H, D, dtype=dtype), meta(B, dtype=torch.int64)
         alpha, shift = meta(3, T, H), meta(3, T, H, D)
@@ -136,6 +144,10 @@ def launches(multiprocessors: int) -> list[tuple[Any, tuple[Any, ...], dict[str,
                     z, z, ids, ids, meta(N), meta(24, 1, 32), 1.0, 1.0, exclude, reverse, True
                 )
             kernels.intervention_loss_scale_(z, meta(N), meta(N), ids, ids, answer_grad)
+            for reverse, softcap in ((False, 30.0), (True, 30.0), (False, None)):
+                kernels.intervention_loss(
+                    z, z, None, None, None, None, 0.0, 0.5, False, reverse, True, meta(N), softcap
+                )
         kernels.intervention_loss(z[:64], z[:64], None, None, None, None, 1.0, 1.0, True, False, False)
     for R, V in ((64, 128256), (128, 50257), (3, 50257), (1040, 128256)):
         products, ids, bias = meta(R, V), meta(R, dtype=torch.int64), meta(V)

@@ -73,6 +73,23 @@ class BackendModule(Protocol):
         Sums in a fixed order.
         """
 
+    def scale_channels(
+        self,
+        x: Tensor,  # [..., d] contiguous, or [N, d] with any stride over N and unit stride over d
+        weight: Tensor,  # [d] float32 contiguous
+    ) -> Tensor:
+        """y = x·weight of x's shape, contiguous; one rounding from float32. ValueError for another layout of x."""
+
+    def scale_channels_backward(
+        self,
+        dy: Tensor,  # of x's shape and dtype, any strides, stride 0 included
+        x: Tensor,  # as in the forward
+        weight: Tensor,
+        need_dx: bool,
+        need_dweight: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(dx of x's shape, contiguous, dweight [d] float32). Sums in a fixed order."""
+
     def intervention_loss(
         self,
         logits: Tensor,  # [N, V], unit stride over V, any row stride
@@ -86,6 +103,8 @@ class BackendModule(Protocol):
         exclude_answers: bool,
         reverse: bool,
         need_grad: bool,
+        row_weight: Tensor | None = None,  # [N] float32 contiguous; without answers
+        softcap: float | None = None,  # of both sides' logits, before the temperature; without answers
         in_place: bool = False,  # with need_grad; logits are contiguous then
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(effectiveness [N], faithfulness [N], grad [N, V], answer_grad [N, 3], l1 [], sign like scalars).
@@ -93,7 +112,8 @@ class BackendModule(Protocol):
         grad: d(effectiveness + faithfulness)/dlogits in the logits' dtype, contiguous, the two answer columns summed in
         float32 before rounding. answer_grad: d faithfulness/dz[c], d faithfulness/dz[w], d effectiveness/dz[c] in
         float32 (d effectiveness/dz[w] is minus the last). All but the logits' gradient are float32. With in_place grad
-        lies in the memory of the logits, which are gone.
+        lies in the memory of the logits, which are gone. With row_weight both faithfulness and grad are multiplied by
+        the row's; where it is 0, neither row is read and both are 0.
         """
 
     def intervention_loss_scale_(

@@ -21,7 +21,7 @@ KLDirection = Literal["forward", "reverse"]
 
 def _fake_intervention_loss(  # type: ignore[no-untyped-def]
     logits, reference_logits, correct, wrong, direction, scalars, margin, inverse_temperature, exclude_answers, reverse,
-    need_grad,
+    need_grad, row_weight, softcap,
 ):  # fmt: skip
     rows = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return (
@@ -36,8 +36,8 @@ def _fake_intervention_loss(  # type: ignore[no-untyped-def]
 
 _loss_op = define(
     "intervention_loss(Tensor logits, Tensor reference_logits, Tensor? correct, Tensor? wrong, Tensor? direction,"
-    " Tensor? scalars, float margin, float inverse_temperature, bool exclude_answers, bool reverse, bool need_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? scalars, float margin, float inverse_temperature, bool exclude_answers, bool reverse, bool need_grad,"
+    " Tensor? row_weight, float? softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_intervention_loss,
 )
 _scale_op_ = define(
@@ -88,7 +88,7 @@ def intervention_loss(
 
     Once differentiable; torch.func transforms are not supported.
     """
-    _check_logits(logits, reference_logits)
+    check_logits(logits, reference_logits)
     n_rows = logits.shape[0]
     correct = checks.index_vector("correct", correct, n_rows, logits.device)
     wrong = checks.index_vector("wrong", wrong, n_rows, logits.device)
@@ -96,7 +96,7 @@ def intervention_loss(
     if scalars is not None:
         checks.same_device("scalars", checks.floating_tensor("scalars", scalars, "of any shape"), logits.device)
     if inplace_gradient:
-        _check_overwritable(logits, reference_logits)
+        check_overwritable(logits, reference_logits)
     margin, reverse = checks.number("margin", margin), is_reverse(kl)
     if backends.resolve(logits.device, logits.dtype) == "reference":
         check_answers(correct, wrong, direction, logits.shape[1])
@@ -108,61 +108,14 @@ def intervention_loss(
     if scalars is not None:
         scalars = scalars.to(torch.float32).contiguous()
     direction = direction.to(torch.float32)
-    results = _run(
+    results = fused_losses(
         logits, reference_logits, correct, wrong, direction, scalars, margin, 1.0, exclude_answers, reverse,
         in_place=inplace_gradient,
     )  # fmt: skip
     return results if scalars is not None else results[:2]
 
 
-def kl_div_from_logits(
-    logits: Tensor,
-    reference_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    reduction: Literal["none", "sum", "mean", "batchmean"] = "none",
-    kl: KLDirection = "forward",
-) -> Tensor:
-    """KL divergence between the softmaxes of two logit tensors, row by row, with the gradient of `logits` in one pass.
-
-    Args:
-        logits: [..., V], the student's or steered logits.
-        reference_logits: [..., V], the teacher's or frozen logits; constant (no gradient).
-        temperature: T > 0; both sides are softmax(logits / T). The result is *not* multiplied by T².
-        reduction: "none": [...]; "sum" over rows; "mean" and "batchmean" both divide that sum by the number of rows
-            (never by V, as `F.kl_div`'s "mean" does).
-        kl: "forward" KL(reference ‖ logits), as `F.kl_div` computes it, or "reverse" KL(logits ‖ reference), in nats.
-
-    Returns:
-        float32 (float64 for float64 inputs), of shape [...] or [].
-
-    Raises:
-        TypeError, ValueError: a wrong type, dtype, shape, device, temperature or reduction.
-    """
-    if not isinstance(logits, Tensor) or logits.dim() < 1:
-        raise TypeError(f"logits: got {getattr(logits, 'shape', type(logits).__name__)}, expected a tensor [..., V]")
-    if not checks.number("temperature", temperature) > 0:
-        raise ValueError(f"temperature: got {temperature}, expected a positive number")
-    if reduction not in ("none", "sum", "mean", "batchmean"):
-        raise ValueError(f"reduction: got {reduction!r}, expected 'none', 'sum', 'mean' or 'batchmean'")
-    leading, width = logits.shape[:-1], logits.shape[-1]
-    if checks.floating_tensor("reference_logits", reference_logits, "[..., V]").shape != logits.shape:
-        raise ValueError(f"reference_logits: got shape {tuple(reference_logits.shape)}, expected {tuple(logits.shape)}")
-    z = logits if logits.dim() == 2 else logits.reshape(leading.numel(), width)
-    r = reference_logits if logits.dim() == 2 else reference_logits.reshape(leading.numel(), width)
-    _check_logits(z, r)
-    reverse, inverse_temperature = is_reverse(kl), 1.0 / temperature
-    if backends.resolve(z.device, z.dtype) == "reference":
-        options = {"inverse_temperature": inverse_temperature, "reverse": reverse}
-        divergence = reference.intervention_loss(z, r, None, None, None, **options)[1]  # type: ignore[arg-type]
-    else:
-        divergence = _run(z, r, None, None, None, None, 0.0, inverse_temperature, False, reverse)[1]
-    if reduction == "none":
-        return divergence.reshape(leading)
-    return divergence.sum() if reduction == "sum" else divergence.mean()
-
-
-def _check_logits(logits: Tensor, reference_logits: Tensor) -> None:
+def check_logits(logits: Tensor, reference_logits: Tensor) -> None:
     checks.floating_tensor("logits", logits, "[N, V]")
     checks.floating_tensor("reference_logits", reference_logits, "[N, V]")
     if logits.dim() != 2:
@@ -176,7 +129,7 @@ def _check_logits(logits: Tensor, reference_logits: Tensor) -> None:
         raise ValueError("reference_logits: requires a gradient, but the reference is a constant; detach it")
 
 
-def _check_overwritable(logits: Tensor, reference_logits: Tensor) -> None:
+def check_overwritable(logits: Tensor, reference_logits: Tensor) -> None:
     if not is_eager(logits, reference_logits):  # nothing is overwritten there, and a trace has no memory yet
         return
     if not logits.is_contiguous():
@@ -220,27 +173,38 @@ def check_answers(correct: Tensor, wrong: Tensor, direction: Tensor, width: int)
         raise ValueError(f"direction: row {row} is {float(direction[row])}, expected 1 or -1")
 
 
-def _run(
+def fused_losses(
     logits: Tensor, reference_logits: Tensor, correct: Tensor | None, wrong: Tensor | None, direction: Tensor | None,
-    scalars: Tensor | None, *options: float | bool, in_place: bool = False,
+    scalars: Tensor | None, *options: float | bool, row_weight: Tensor | None = None, softcap: float | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The fused op: (effectiveness, faithfulness, l1)."""
+    """The fused op: (effectiveness, faithfulness, l1). `options` are those from margin to reverse."""
     if logits.shape[1] > 1:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         reference_logits = reference_logits if reference_logits.stride(1) == 1 else reference_logits.contiguous()
     learned = logits.requires_grad or (scalars is not None and scalars.requires_grad)
     need_grad = learned and torch.is_grad_enabled()
     tensors = (logits, reference_logits, correct, wrong, direction, scalars)
-    if not is_eager(*tensors):
-        results = _loss_op(*tensors, *options, need_grad)
-    elif need_grad:
+    rest = (*options, need_grad, row_weight, softcap)
+    if need_grad and is_eager(*tensors, row_weight):
         in_place = in_place and logits.requires_grad
-        results = _InterventionLoss.apply(*tensors, *options, need_grad, "in place" if in_place else "eager")
+        results = _InterventionLoss.apply(*tensors, *rest, "in place" if in_place else "eager")
         if in_place:
             torch.autograd.graph.increment_version(logits)
     else:
-        results = backend_of(logits).intervention_loss(*tensors, *options, need_grad)  # type: ignore[arg-type,call-arg]
+        results = computed(*tensors, *rest)
     return results[0], results[1], results[4]
+
+
+def computed(*arguments: Any, in_place: bool = False) -> tuple[Tensor, ...]:
+    """The op's six results without autograd, by the kernels themselves where nothing traces.
+
+    `in_place` says what may be done: a trace has its own memory.
+    """
+    if not is_eager(*arguments[:6], arguments[11]):
+        return _loss_op(*arguments)  # type: ignore[no-any-return]
+    compute: Any = backend_of(arguments[0]).intervention_loss
+    return compute(*arguments, in_place=True) if in_place else compute(*arguments)  # type: ignore[no-any-return]
 
 
 class _InterventionLoss(torch.autograd.Function):
@@ -273,7 +237,7 @@ class _InterventionLoss(torch.autograd.Function):
             if ctx.grad is None:
                 raise RuntimeError("intervention_loss: a second backward needs retain_graph=True in the first one")
             answers = ctx.saved_tensors
-            if _graph_is_kept(upstream[0]):
+            if graph_is_kept(upstream[0]):
                 d_logits = ctx.grad.clone()
             else:
                 d_logits, ctx.grad = ctx.grad, None
@@ -285,10 +249,10 @@ class _InterventionLoss(torch.autograd.Function):
             scale_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
         if ctx.needs_input_grad[5] and d_l1 is not None:
             d_scalars = d_l1 * ctx.sign
-        return d_logits, None, None, None, None, d_scalars, None, None, None, None, None, None
+        return d_logits, *[None] * 4, d_scalars, *[None] * 8
 
 
-def _graph_is_kept(upstream: Tensor) -> bool:
+def graph_is_kept(upstream: Tensor) -> bool:
     """Whether the saved gradient must survive this backward: retain_graph=True, or a trace that is not run yet."""
     return type(upstream) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
 

@@ -40,6 +40,12 @@ def scale_heads(
     return y.to(x.dtype)
 
 
+def scale_channels(x: Tensor, weight: Tensor) -> Tensor:
+    """y = x·w: x [..., d], w [d] (arXiv 2205.05638, section 3.3)."""
+    acc = accumulation_dtype(x.dtype)
+    return (x.to(acc) * weight.to(acc)).to(x.dtype)
+
+
 def dynamic_scale(
     x: Tensor,  # [B, T, H, D]
     weight: Tensor,  # [G, H, D]
@@ -100,14 +106,22 @@ def intervention_loss(
     inverse_temperature: float = 1.0,
     exclude_answers: bool = True,
     reverse: bool = False,
+    row_weight: Tensor | None = None,  # [N]; without answers
+    softcap: float | None = None,  # without answers
 ) -> tuple[Tensor, Tensor]:
     """(effectiveness [N], faithfulness [N]).
 
     effectiveness = max(0, m − s·(z[c] − z[w])), faithfulness = KL(p₀ ‖ p_s) over V∖{c, w}, both sides renormalised.
     The hinge, the direction of the KL and the exclusion are this package's reading of the paper (see README).
+    A row of weight 0 counts 0 and has no gradient, whatever its logits are.
     """
     acc = accumulation_dtype(logits.dtype)
     z, r = logits.to(acc), reference_logits.to(acc)
+    if row_weight is not None:
+        counted = (row_weight != 0)[:, None]
+        z, r = (torch.where(counted, side, 0.0) for side in (z, r))
+    if softcap is not None:
+        z, r = softcap * torch.tanh(z / softcap), softcap * torch.tanh(r / softcap)
     effectiveness = z.new_zeros(z.shape[0])
     valid: Tensor | None = None
     if correct is not None and wrong is not None and direction is not None:
@@ -124,7 +138,8 @@ def intervention_loss(
                 return effectiveness, valid * (0.0 * difference)
             z, r = without_columns(z, answers), without_columns(r, answers)
     divergence = kl_divergence(z * inverse_temperature, r * inverse_temperature, reverse=reverse)
-    return effectiveness, divergence if valid is None else valid * divergence
+    factor = valid if row_weight is None else row_weight.to(acc)
+    return effectiveness, divergence if factor is None else factor * divergence
 
 
 def l1_norm(scalars: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import importlib
 from ..case import Case
 
 #: The ops.
-DEFAULT = ("loss", "linear", "kl_div", "scale_heads", "dynamic_scale", "proximal", "overhead")
+DEFAULT = ("loss", "linear", "kl_div", "linear_kl", "scale_heads", "dynamic_scale", "proximal", "overhead")
 #: Other libraries' own paths beside ours, where they are installed; asked for by name.
 INTEGRATIONS = ("head_mask", "serving", "vectors", "gates", "transformer_lens", "pyvene", "nnsight", "peft")
 #: Steps on a real model, which take minutes; asked for by name.

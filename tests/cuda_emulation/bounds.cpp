@@ -41,6 +41,10 @@ template <class T> void losses(Type type, int64_t rows, int64_t vocab, int64_t o
     s.type = type, s.rows = rows, s.vocab = vocab, s.grad = grad.at(), s.answer_grad = answers.at();
     s.d_effectiveness = s.d_faithfulness = upstream.at(), s.correct = correct.at(), s.wrong = wrong.at();
     check(cuda::scale_gradient(s, nullptr));
+    Buffer<float> weight(rows, 0.5f);
+    weight.at()[rows - 1] = 0;
+    c.correct = c.wrong = nullptr, c.row_weight = weight.at(), c.softcap = 5;
+    check(cuda::intervention_loss(c, {}, nullptr));
 }
 
 template <class T> void heads(Type type, int64_t B, int64_t P, int64_t H, int64_t D, int64_t positions, int64_t off) {

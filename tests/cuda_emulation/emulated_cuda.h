@@ -204,6 +204,7 @@ inline float exp2_approximate(float x) {
     const float y = exp2f(x);
     return y < 1.17549435e-38f ? 0.0f : y;  // NaN stays
 }
+inline float reciprocal(float x) { return 1 / x; }
 inline float rounded_product(float a, float b) {
     volatile float product = a * b;
     return product;

@@ -13,6 +13,7 @@ import torch as torch  # its OpenMP runtime, before the extension's
 
 from actscale_fast import _C
 
+from .channels import scale_channels, scale_channels_backward
 from .dynamic import dynamic_scale, dynamic_scale_backward
 from .linear import linear_softmax
 from .loss import intervention_loss, intervention_loss_scale_
@@ -29,6 +30,8 @@ __all__ = [
     "intervention_loss_scale_",
     "linear_softmax",
     "proximal_adam_",
+    "scale_channels",
+    "scale_channels_backward",
     "scale_heads",
     "scale_heads_backward",
 ]

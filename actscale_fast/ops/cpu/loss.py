@@ -34,6 +34,8 @@ def intervention_loss(
     exclude_answers: bool,
     reverse: bool,
     need_grad: bool,
+    row_weight: Tensor | None = None,
+    softcap: float | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, vocab = logits.shape
@@ -43,9 +45,10 @@ def intervention_loss(
     answer_grad = effectiveness.new_empty((n_rows, 3) if need_grad else (0,))
     _C.intervention_loss(
         TYPES[logits.dtype], n_rows, vocab, logits.data_ptr(), logits.stride(0), reference_logits.data_ptr(),
-        reference_logits.stride(0), address(correct), address(wrong), address(direction), margin,
-        inverse_temperature, exclude_answers, reverse, effectiveness.data_ptr(), faithfulness.data_ptr(),
-        grad.data_ptr() if need_grad else 0, answer_grad.data_ptr() if need_grad else 0, torch.get_num_threads(),
+        reference_logits.stride(0), address(correct), address(wrong), address(direction), address(row_weight), margin,
+        inverse_temperature, softcap or 0.0, exclude_answers, reverse, effectiveness.data_ptr(),
+        faithfulness.data_ptr(), grad.data_ptr() if need_grad else 0, answer_grad.data_ptr() if need_grad else 0,
+        torch.get_num_threads(),
     )  # fmt: skip
     l1 = effectiveness.new_empty(() if scalars is not None else (0,))
     sign = torch.empty_like(scalars) if scalars is not None and need_grad else effectiveness.new_empty(0)

@@ -1,12 +1,14 @@
 """The ops as CUDA kernels of the extension (csrc/cuda_*): a `interface.BackendModule`.
 
-Run on an emulated device and compiled for sm_80, sm_90 and sm_100; not run on a GPU yet. `linear_softmax` has no kernel
-of its own here: PyTorch's matrix products, and plain PyTorch between them.
+Run on an emulated device and compiled for sm_80, sm_90 and sm_100; not run on a GPU yet. Two ops have no kernel
+of their own here: `linear_softmax` is PyTorch's matrix products, and plain PyTorch between them; `scale_channels`
+reads and writes each element once, as Triton's kernel does.
 """
 
 from __future__ import annotations
 
 from ..linear_softmax import in_chunks as linear_softmax
+from ..triton.scale_channels import scale_channels, scale_channels_backward
 from .dynamic import dynamic_scale, dynamic_scale_backward
 from .loss import intervention_loss, intervention_loss_scale_
 from .optimizer import proximal_adam_
@@ -19,6 +21,8 @@ __all__ = [
     "intervention_loss_scale_",
     "linear_softmax",
     "proximal_adam_",
+    "scale_channels",
+    "scale_channels_backward",
     "scale_heads",
     "scale_heads_backward",
 ]

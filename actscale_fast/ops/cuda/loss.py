@@ -21,6 +21,8 @@ def intervention_loss(
     exclude_answers: bool,
     reverse: bool,
     need_grad: bool,
+    row_weight: Tensor | None = None,
+    softcap: float | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(effectiveness, faithfulness, grad, answer_grad, l1, sign); see `interface.BackendModule`."""
@@ -34,10 +36,10 @@ def intervention_loss(
     with launch.on_device_of(logits):
         launch.kernels.intervention_loss(
             TYPES[logits.dtype], n_rows, vocab, logits.data_ptr(), logits.stride(0), reference_logits.data_ptr(),
-            reference_logits.stride(0), address(correct), address(wrong), address(direction), margin,
-            inverse_temperature, exclude_answers, reverse, effectiveness.data_ptr(), faithfulness.data_ptr(),
-            grad.data_ptr() if need_grad else 0, answer_grad.data_ptr() if need_grad else 0, address(scalars),
-            scalars is not None, 0 if scalars is None else scalars.numel(), l1.data_ptr(),
+            reference_logits.stride(0), address(correct), address(wrong), address(direction), address(row_weight),
+            margin, inverse_temperature, softcap or 0.0, exclude_answers, reverse, effectiveness.data_ptr(),
+            faithfulness.data_ptr(), grad.data_ptr() if need_grad else 0, answer_grad.data_ptr() if need_grad else 0,
+            address(scalars), scalars is not None, 0 if scalars is None else scalars.numel(), l1.data_ptr(),
             sign.data_ptr() if need_grad else 0, launch.stream_of(logits),
         )  # fmt: skip
     return effectiveness, faithfulness, grad, answer_grad, l1, sign

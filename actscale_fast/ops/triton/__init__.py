@@ -7,6 +7,7 @@ from .linear_softmax import linear_softmax
 from .loss import intervention_loss
 from .proximal import proximal_adam_
 from .rescale import intervention_loss_scale_
+from .scale_channels import scale_channels, scale_channels_backward
 from .scale_heads import scale_heads, scale_heads_backward
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "intervention_loss_scale_",
     "linear_softmax",
     "proximal_adam_",
+    "scale_channels",
+    "scale_channels_backward",
     "scale_heads",
     "scale_heads_backward",
 ]

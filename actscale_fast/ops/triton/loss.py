@@ -5,7 +5,8 @@ are kept (all, or all but the answers c and w), s = ±1 the direction:
     effectiveness E = max(0, m − s·(z[c] − z[w]))              dE/dz[c] = −s where E > 0, dE/dz[w] = s where E > 0
     faithfulness  F = Σ p (log p − log q)                      dF/dz = i·(q − p)
                   F = Σ q (log q − log p)   (reverse)          dF/dz = i·q·(log q − log p − F)
-The sums behind F and dF/dz are those of softmaxes.py.
+The sums behind F and dF/dz are those of softmaxes.py. Without answers on request: weights of rows, w·F and w·dF/dz, and
+a soft-cap of both sides' logits. A row of weight 0 is not read, its gradient is written as zeros.
 
 Nothing is saved for backward but the gradient itself and three numbers a row. Bytes per logit of b bytes: 2·b for the
 losses; with the gradient 5·b, of which up to 2·b come from L2: the second pass walks over rows and columns backwards.
@@ -76,13 +77,16 @@ def intervention_loss_scan_kernel(
     p_o,  # [N, V] the other ones
     p_correct,  # [N] or None
     p_wrong,
+    p_weight,  # [N] or None
     V,
     stride_w,
     stride_o,
     splits,
     tiles,
     inverse_temperature,
+    softcap,
     EXCLUDE: tl.constexpr,
+    CAPPED: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -90,11 +94,14 @@ def intervention_loss_scan_kernel(
 ):
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
+    if p_weight is not None:  # noqa: SIM102  (known when compiled; the other when run)
+        if tl.load(p_weight + row) == 0.0:
+            return
     c, w, _ = _answers(p_correct, p_wrong, row, V)
     top_w, sum_w, top_o, sum_o, a = scan(
         p_w + row_start(row, stride_w, VECTOR, SHIFTED), p_o + row_start(row, stride_o, VECTOR, SHIFTED), c, w, V,
-        row_shift(row, stride_w, VECTOR, SHIFTED), split * tiles, tiles, inverse_temperature * LOG2E,
-        EXCLUDE, UNROLL, LANES, VECTOR,
+        row_shift(row, stride_w, VECTOR, SHIFTED), split * tiles, tiles, inverse_temperature * LOG2E, softcap,
+        EXCLUDE, CAPPED, UNROLL, LANES, VECTOR,
     )  # fmt: skip
     if p_correct is not None:  # noqa: SIM102  (known when compiled; the other when run)
         if split == 0:
@@ -126,6 +133,24 @@ def _partials(p_partials, row, splits, scale):
     return merge(m_w, l_w, m_o, l_o, a, scale)
 
 
+@triton.jit
+def _write_zeros(
+    p_grad, row, V, first_tile, tiles, UNROLL: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = UNROLL * LANES * VECTOR
+    positions = tile_positions(UNROLL, LANES, VECTOR)
+    shift = row_shift(row, V, VECTOR, SHIFTED)
+    p_grad += row_start(row, V, VECTOR, SHIFTED)
+    b_zero = tl.zeros([UNROLL, LANES, VECTOR], p_grad.dtype.element_ty)
+    for tile in range(first_tile, first_tile + tiles):
+        columns = tile * TILE - shift + positions
+        if (tile * TILE >= shift) & (tile * TILE - shift + TILE <= V):
+            tl.store(p_grad + tile * TILE + positions, b_zero)
+        else:
+            tl.store(p_grad + tile * TILE + positions, b_zero, mask=(columns >= 0) & (columns < V))
+
+
 @triton.jit(do_not_specialize=["n_scalars", "splits", "programs", "tiles"])
 def intervention_loss_finish_kernel(
     p_partials,  # of the scan kernel, or None: the program scans its row itself (programs == 1)
@@ -135,6 +160,7 @@ def intervention_loss_finish_kernel(
     p_correct,  # [N] or None
     p_wrong,
     p_direction,  # [N] or None
+    p_weight,  # [N] or None
     p_effectiveness,  # [N]
     p_faithfulness,  # [N]
     p_grad,  # [N, V] or None; may be p_o or p_w
@@ -151,7 +177,9 @@ def intervention_loss_finish_kernel(
     tiles,  # a program
     margin,
     inverse_temperature,
+    softcap,
     EXCLUDE: tl.constexpr,
+    CAPPED: tl.constexpr,
     NOTHING_LEFT: tl.constexpr,  # V = 0, or V ≤ 2 without the answers: F = 0
     REVERSE: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -169,6 +197,21 @@ def intervention_loss_finish_kernel(
     row = (program // programs).to(tl.int64)
     split = program % programs
     scale = inverse_temperature * LOG2E
+    factor = inverse_temperature
+    if p_weight is not None:
+        weight = tl.load(p_weight + row)
+        factor = factor * weight
+        if weight == 0.0:
+            if split == 0:
+                tl.store(p_effectiveness + row, 0.0)
+                tl.store(p_faithfulness + row, 0.0)
+                if p_answer_grad is not None:
+                    tl.store(
+                        p_answer_grad + row * 3 + tl.arange(0, 4), tl.zeros([4], tl.float32), mask=tl.arange(0, 4) < 3
+                    )
+            if p_grad is not None:
+                _write_zeros(p_grad, row, V, split * tiles, tiles, UNROLL, LANES, VECTOR, SHIFTED)
+            return
     c, w, valid = _answers(p_correct, p_wrong, row, V)
     p_first = p_w + row * stride_w
     p_second = p_o + row * stride_o
@@ -186,7 +229,7 @@ def intervention_loss_finish_kernel(
         if p_correct is not None:  # before the scan, whose reductions all warps end before one may overwrite them
             w_c, w_w, o_c, o_w = _answer_logits(p_first, p_second, c, w)
         top_w, sum_w, top_o, sum_o, a = scan(
-            p_w, p_o, c, w, V, shift, 0, tiles, scale, EXCLUDE, UNROLL, LANES, VECTOR
+            p_w, p_o, c, w, V, shift, 0, tiles, scale, softcap, EXCLUDE, CAPPED, UNROLL, LANES, VECTOR
         )  # fmt: skip
     log_w, log_o = tl.log2(sum_w), tl.log2(sum_o)
     faithfulness = inverse_temperature * (a / sum_w) + LN2 * tl.log2(sum_o / sum_w)
@@ -214,7 +257,10 @@ def intervention_loss_finish_kernel(
 
     if split == 0:
         tl.store(p_effectiveness + row, effectiveness)
-        tl.store(p_faithfulness + row, faithfulness)
+        if p_weight is not None:
+            tl.store(p_faithfulness + row, weight * faithfulness)
+        else:
+            tl.store(p_faithfulness + row, faithfulness)
         if p_answer_grad is not None:
             p_answer_grad += row * 3
             if p_correct is None:
@@ -224,10 +270,10 @@ def intervention_loss_finish_kernel(
                     at_c, at_w = poison, poison
                 else:
                     at_c = kl_gradient(
-                        w_c, o_c, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
+                        w_c, o_c, top_w, log_w, top_o, log_o, faithfulness, scale, softcap, factor, REVERSE, CAPPED
                     )
                     at_w = kl_gradient(
-                        w_w, o_w, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
+                        w_w, o_w, top_w, log_w, top_o, log_o, faithfulness, scale, softcap, factor, REVERSE, CAPPED
                     )
                 tl.store(p_answer_grad, at_c)
                 tl.store(p_answer_grad + 1, at_w)
@@ -247,7 +293,7 @@ def intervention_loss_finish_kernel(
                 b_w = tl.load(p_w + offsets).to(tl.float32)
                 b_o = tl.load(p_o + offsets).to(tl.float32)
                 b_g = kl_gradient(
-                    b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
+                    b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, softcap, factor, REVERSE, CAPPED
                 )
                 tl.store(p_grad + offsets, b_g.to(p_grad.dtype.element_ty))
             else:
@@ -256,7 +302,7 @@ def intervention_loss_finish_kernel(
                 b_w = tl.load(p_w + offsets, mask=here, other=float("-inf")).to(tl.float32)
                 b_o = tl.load(p_o + offsets, mask=here, other=float("-inf")).to(tl.float32)
                 b_g = kl_gradient(
-                    b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE
+                    b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, softcap, factor, REVERSE, CAPPED
                 )
                 if p_correct is not None:
                     if EXCLUDE:
@@ -277,6 +323,8 @@ def intervention_loss(
     exclude_answers: bool,
     reverse: bool,
     need_grad: bool,
+    row_weight: Tensor | None = None,
+    softcap: float | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(effectiveness, faithfulness, grad, answer_grad, l1, sign); see `interface.BackendModule`."""
@@ -302,18 +350,18 @@ def intervention_loss(
             partials = torch.empty((N, 5, tiling.splits), dtype=torch.float32, device=device)
             answers = torch.empty((N, 4), dtype=torch.float32, device=device) if correct is not None else None
             intervention_loss_scan_kernel[(N * tiling.splits,)](
-                partials, answers, p_w, p_o, correct, wrong, V, *strides[:2], tiling.splits, tiling.tiles,
-                inverse_temperature, EXCLUDE=exclude, **tiling.constants,
+                partials, answers, p_w, p_o, correct, wrong, row_weight, V, *strides[:2], tiling.splits, tiling.tiles,
+                inverse_temperature, softcap or 0.0, EXCLUDE=exclude, CAPPED=softcap is not None, **tiling.constants,
             )  # fmt: skip
         programs = tiling.splits if need_grad else 1  # without a gradient only the combination is left to do
         grid = N * programs + (scalars is not None)
         if grid > 0:
             intervention_loss_finish_kernel[(grid,)](
-                partials, answers, p_w, p_o, correct, wrong, direction, effectiveness, faithfulness,
+                partials, answers, p_w, p_o, correct, wrong, direction, row_weight, effectiveness, faithfulness,
                 grad if need_grad else None, answer_grad if need_grad else None,
                 scalars, l1 if scalars is not None else None, sign if need_sign else None,
                 0 if scalars is None else scalars.numel(), V, *strides[:2], tiling.splits, programs, tiling.tiles,
-                margin, inverse_temperature,
-                EXCLUDE=exclude, NOTHING_LEFT=V == 0 or (exclude and V <= 2), REVERSE=reverse, **tiling.constants,
+                margin, inverse_temperature, softcap or 0.0, EXCLUDE=exclude, CAPPED=softcap is not None,
+                NOTHING_LEFT=V == 0 or (exclude and V <= 2), REVERSE=reverse, **tiling.constants,
             )  # fmt: skip
     return effectiveness, faithfulness, grad, answer_grad, l1, sign

@@ -9,6 +9,10 @@ ever multiplied or added up, so a common offset costs no digits; equal rows give
 exactly 0. The gradient takes q and p from e^{i(·−M) − log L}, the sum inside the exponent, so equal rows subtract equal
 numbers; a product with 1/L would be contracted into the subtraction and leave a rounding error.
 
+With a soft-cap the logits are u = s·tanh(v/s) of those in memory, and the gradient takes du/dv = 1 − tanh²(v/s) as a
+factor. With e = 2^x, x = 2·log₂(e)·v/s: tanh = (e − 1)/(e + 1) and 1 − tanh² = 4e/(e + 1)². e − 1 comes from the
+polynomial of 2^f, |f| ≤ ½, without its 1, so that small logits keep their digits; the slope is no difference of ones.
+
 −inf on both sides weighs nothing and adds nothing; −inf in o alone makes A infinite where the weight is positive.
 Nothing is saved. Per pair of logits: 2·b bytes and two 2^x, and two more 2^x per thread and tile of 16 pairs.
 """
@@ -24,6 +28,26 @@ from .columns import in_tile, tile_positions
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+ROUNDER = tl.constexpr(12582912.0)  # 1.5·2²³: a float32 beside it has no digits behind the point
+ONE_BITS = tl.constexpr(0x3F800000)  # of 1.0
+
+
+@triton.jit
+def capped(b_v, softcap):
+    """(softcap·tanh(v/softcap), its slope). Beyond |x| = 64 tanh is 1 and the slope below 3e-19; NaN stays."""
+    b_x = b_v * (2.0 * LOG2E / softcap)
+    b_x = tl.where(b_x > 64.0, 64.0, tl.where(b_x < -64.0, -64.0, b_x))
+    b_shifted = b_x + ROUNDER  # its lowest bits are x rounded
+    b_f = b_x - (b_shifted - ROUNDER)
+    b_power = ((b_shifted.to(tl.int32, bitcast=True) << 23) + ONE_BITS).to(tl.float32, bitcast=True)
+    b_q = tl.fma(b_f, 1.5469732e-4, 1.3410001e-3)
+    b_q = tl.fma(b_f, b_q, 9.618031e-3)
+    b_q = tl.fma(b_f, b_q, 5.5502973e-2)
+    b_q = tl.fma(b_f, b_q, 2.402265e-1)
+    b_part = b_f * tl.fma(b_f, b_q, 6.9314724e-1)  # 2^f − 1
+    b_less_one = tl.fma(b_power, b_part, b_power - 1.0)
+    b_inverse = 1.0 / (b_less_one + 2.0)
+    return b_less_one * b_inverse * softcap, 4.0 * tl.fma(b_power, b_part, b_power) * b_inverse * b_inverse
 
 
 @triton.jit
@@ -61,7 +85,9 @@ def scan(
     first_tile,
     tiles,
     scale,
+    softcap,
     EXCLUDE: tl.constexpr,
+    CAPPED: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -90,6 +116,12 @@ def scan(
                 kept = kept & (columns != c) & (columns != w)
             b_w = tl.load(p_w + offsets, mask=kept, other=float("-inf")).to(tl.float32)
             b_o = tl.load(p_o + offsets, mask=kept, other=float("-inf")).to(tl.float32)
+        if CAPPED:  # what is beyond the row's ends stays −inf
+            b_w, _ = capped(b_w, softcap)
+            b_o, _ = capped(b_o, softcap)
+            inside = (first + positions >= 0) & (first + positions < V)
+            b_w = tl.where(inside, b_w, float("-inf"))
+            b_o = tl.where(inside, b_o, float("-inf"))
         top_w = tl.maximum(m_w, tl.max(tl.max(b_w, 2), 0))
         top_o = tl.maximum(m_o, tl.max(tl.max(b_o, 2), 0))
         b_w -= finite(top_w)[None, :, None]
@@ -105,12 +137,23 @@ def scan(
 
 
 @triton.jit
-def kl_gradient(b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, inverse_temperature, REVERSE: tl.constexpr):
-    """dF/dz of columns whose logits are b_w and b_o; log_w, log_o are the logarithms to base 2 of L_w, L_o."""
+def kl_gradient(
+    b_w, b_o, top_w, log_w, top_o, log_o, faithfulness, scale, softcap, factor, REVERSE: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """dF/dz of columns whose logits are b_w and b_o, times factor over the inverse temperature; log_w, log_o are the
+    logarithms to base 2 of L_w, L_o."""
+    if CAPPED:
+        b_w, b_slope_w = capped(b_w, softcap)
+        b_o, b_slope_o = capped(b_o, softcap)
+        if REVERSE:
+            factor = factor * b_slope_w
+        else:
+            factor = factor * b_slope_o
     b_w = (b_w - finite(top_w)) * scale - log_w
     b_o = (b_o - finite(top_o)) * scale - log_o
     if REVERSE:
         b_q = tl.exp2(b_w)
-        return tl.where(b_q == 0.0, 0.0, inverse_temperature * b_q * ((b_w - b_o) * LN2 - faithfulness))
+        return tl.where(b_q == 0.0, 0.0, factor * b_q * ((b_w - b_o) * LN2 - faithfulness))
     else:  # noqa: RET505  (Triton wants both branches of a constexpr)
-        return inverse_temperature * (tl.exp2(b_o) - tl.exp2(b_w))
+        return factor * (tl.exp2(b_o) - tl.exp2(b_w))

@@ -1,0 +1,142 @@
+"""y = x·w, one factor a channel, and its gradients: arXiv 2205.05638, section 3.3 (`reference.scale_channels`).
+
+    y[n,d] = x[n,d]·w[d],   dx[n,d] = dy[n,d]·w[d],   dw[d] = Σ_n x[n,d]·dy[n,d]
+Saved for backward: x where dw is wanted, and w.
+Bytes per element of x, b its size: forward 2·b (x, y); backward 3·b (dy, x, dx), less b without dx and less b without
+dw. The sums ride along: a program adds up its rows in registers and stores one partial a channel, which a second kernel
+adds up in the order of the rows. No atomics: two runs agree bit for bit.
+
+A program takes one tile of rows × channels, reads w once, and walks over `steps` tiles of rows. Row offsets are int64
+throughout: they are scalars or one a row of the tile.
+
+The launch constants are not measured on a GPU; they are those of scale_heads, whose traffic is the same.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import layout
+from .device import OPTIONS, ceil_div, on_device_of, processors
+from .group_sums import sum_groups
+from .scale_heads import MAX_STEPS, TILE, WARPS
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the grid covers [N, d]: tiles of rows × channels, `steps` tiles of rows a program."""
+
+    rows: int  # tile
+    channels: int  # tile
+    channel_tiles: int
+    steps: int
+    chunks: int  # of `steps` tiles of rows
+
+    @staticmethod
+    def of(N: int, width: int, multiprocessors: int) -> Geometry:
+        """A closed form of the shape: the widest tile, then as many steps as leave 16 programs a multiprocessor."""
+        channels = min(triton.next_power_of_2(width), TILE)
+        rows = min(triton.next_power_of_2(N), TILE // channels)
+        channel_tiles, row_tiles = ceil_div(width, channels), ceil_div(N, rows)
+        steps = min(max(row_tiles * channel_tiles // (16 * multiprocessors), 1), MAX_STEPS)
+        return Geometry(rows, channels, channel_tiles, steps, ceil_div(row_tiles, steps))
+
+
+@triton.jit(do_not_specialize=["N", "steps"])
+def scale_channels_fwd_kernel(
+    p_y,  # [N, D]
+    p_x,  # [N, D]
+    p_weight,  # [D]
+    N,
+    D,
+    steps,
+    stride_y,
+    stride_x,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_weight = tl.load(p_weight + d, mask=d < D, other=0.0)[None, :]
+    first = tl.program_id(0).to(tl.int64) * steps * BLOCK_N
+    for i in range(steps):
+        n = first + i * BLOCK_N + tl.arange(0, BLOCK_N)
+        here = (n < N)[:, None] & (d < D)[None, :]
+        b_x = tl.load(p_x + (n * stride_x)[:, None] + d[None, :], mask=here).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        tl.store(p_y + (n * stride_y)[:, None] + d[None, :], (b_x * b_weight).to(p_y.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["N", "steps"])
+def scale_channels_bwd_kernel(
+    p_dx,  # [N, D], or None
+    p_dweight,  # partial sums [chunks, D], or None
+    p_dy,  # [N, D]
+    p_x,  # read for dweight alone
+    p_weight,
+    N,
+    D,
+    steps,
+    stride_dx,
+    stride_dy,
+    stride_x,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_weight = tl.load(p_weight + d, mask=d < D, other=0.0)[None, :]
+    first = tl.program_id(0).to(tl.int64) * steps * BLOCK_N
+    b_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for i in range(steps):
+        n = first + i * BLOCK_N + tl.arange(0, BLOCK_N)
+        here = (n < N)[:, None] & (d < D)[None, :]
+        b_dy = tl.load(p_dy + (n * stride_dy)[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
+        if p_dweight is not None:
+            b_x = tl.load(p_x + (n * stride_x)[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
+            b_sum += b_dy * b_x
+        if p_dx is not None:
+            b_dx = (b_dy * b_weight).to(p_dx.dtype.element_ty)
+            tl.store(p_dx + (n * stride_dx)[:, None] + d[None, :], b_dx, mask=here)
+    if p_dweight is not None:
+        p_dweight += tl.program_id(0).to(tl.int64) * D
+        tl.store(p_dweight + d, tl.sum(b_sum, 0), mask=d < D)
+
+
+def scale_channels(x: Tensor, weight: Tensor) -> Tensor:
+    """y [..., d]; see `interface.BackendModule`."""
+    N, width, stride = layout.rows_of(x)
+    y = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return y
+    geometry = Geometry.of(N, width, processors(x.device))
+    with on_device_of(x):
+        scale_channels_fwd_kernel[geometry.chunks, geometry.channel_tiles](
+            y, x, weight, N, width, geometry.steps, width, stride,
+            BLOCK_N=geometry.rows, BLOCK_D=geometry.channels, num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip
+    return y
+
+
+def scale_channels_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), empty where not needed; see `interface.BackendModule`."""
+    N, width, stride = layout.rows_of(x)
+    dx = x.new_empty(x.shape if need_dx else 0)
+    if x.numel() == 0 or not (need_dx or need_dweight):
+        return dx, torch.zeros_like(weight) if need_dweight else weight.new_empty(0)
+    dy, dy_stride = layout.gradient_rows(dy.to(x.dtype))
+    geometry = Geometry.of(N, width, processors(x.device))
+    partial = weight.new_empty(1, 1, geometry.chunks, width) if need_dweight else None
+    with on_device_of(x):
+        scale_channels_bwd_kernel[geometry.chunks, geometry.channel_tiles](
+            dx if need_dx else None, partial, dy, x, weight, N, width, geometry.steps, width, dy_stride, stride,
+            BLOCK_N=geometry.rows, BLOCK_D=geometry.channels, num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip
+        dweight = weight.new_empty(0) if partial is None else sum_groups(partial, weight.view(1, 1, width), None)
+    return dx, dweight.view(-1)
