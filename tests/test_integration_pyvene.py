@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,6 +222,129 @@ def test_what_neither_side_can_say_is_refused_with_the_reason() -> None:
         from_pyvene(adding(model, "block_output", None))
 
 
+def test_heads_that_a_call_names_are_not_taken_for_all_heads(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    one = head_scaling(model, 1)
+    zeros = pyvene.IntervenableModel(
+        [{"layer": 1, "component": HEADS, "unit": "h", "intervention_type": pyvene.ZeroIntervention}], model
+    )
+    for name, intervenable, reason in (
+        ("one", one, "scales 1 heads that each call names, expected all 4"),
+        ("zeros", zeros, "zeroes heads that each call names, expected a whole site"),
+    ):
+        intervenable.save(str(tmp_path / name))
+        for read in (lambda i=intervenable: from_pyvene(i), lambda n=name: load_pyvene(tmp_path / n, model)):
+            with pytest.raises(ValueError, match=reason):
+                read()
+    torch.save({"alpha": torch.ones(4)}, tmp_path / "alpha")
+    whole = to_pyvene(scalars(model, site="residual", layers=[0]), model)
+    whole.save(str(tmp_path / "whole"))
+    (file,) = (tmp_path / "whole").glob("*.bin")
+    for tensors, reason in (({"alpha": torch.ones(4)}, "has 4 factors, expected one"), ({}, r"no factors \(alpha\)")):
+        torch.save(tensors, file)
+        with pytest.raises(ValueError, match=reason):
+            load_pyvene(tmp_path / "whole", model)
+
+
+def test_linked_interventions_are_refused_as_the_second_gives_the_first_ones_output(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    config = {"component": "block_output", "intervention_type": ScaleIntervention, "intervention_link_key": 0}
+    intervenable = pyvene.IntervenableModel([{**config, "layer": layer} for layer in range(2)], model)
+    (shared,) = set(intervenable.interventions.values())
+    with torch.no_grad():
+        shared.alpha.fill_(0.5)
+    separate = randomised(af.ActivScalar.for_model(model, site="residual"))
+    with torch.no_grad():
+        separate.alpha.fill_(0.5)
+    assert not torch.allclose(run(intervenable), patched(model, separate), atol=1e-2)
+    intervenable.save(str(tmp_path))
+    for read in (lambda: from_pyvene(intervenable), lambda: load_pyvene(tmp_path, model)):
+        with pytest.raises(ValueError, match=r"layer_0_comp_block_output.*is linked \(intervention_link_key\)"):
+            read()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("place", ["residual", "attn_out"])
+def test_of_two_modules_at_one_place_the_one_that_runs_first_acts_first(
+    place: str, swapped: bool, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    vector = torch.linspace(-2, 2, 32)
+    first, second = {
+        "residual": ((0, "block_output"), (1, "block_input")),
+        "attn_out": ((1, "model.layers[1].self_attn.o_proj.output"), (1, "attention_output")),
+    }[place]
+    if swapped:
+        first, second = second, first
+    config = [
+        {"layer": second[0], "component": second[1], "intervention_type": ScaleIntervention},
+        {
+            "layer": first[0], "component": first[1], "intervention_type": pyvene.AdditionIntervention,
+            "source_representation": vector,
+        },
+    ]  # fmt: skip
+    intervenable = pyvene.IntervenableModel(config, model)
+    with torch.no_grad():
+        intervenable.interventions[intervenable.sorted_keys[0]].alpha.fill_(-0.6)
+    intervenable.save(str(tmp_path))
+    expected = run(intervenable)
+    for back in (from_pyvene(intervenable), load_pyvene(tmp_path, model)):
+        torch.testing.assert_close(patched(model, back), expected)
+        assert [type(part) for part in back.singles] == (
+            [af.ActivScalar, af.SteerVec] if swapped else [af.SteerVec, af.ActivScalar]
+        )
+
+
+def test_the_order_is_pyvenes_own_where_it_sorts_the_config() -> None:
+    model = tiny_model("llama")
+    config = [
+        {"layer": 0, "component": "block_output", "intervention_type": pyvene.AdditionIntervention,
+         "source_representation": torch.linspace(-2, 2, 32)},
+        {"layer": 0, "component": "block_output", "intervention_type": ScaleIntervention},
+    ]  # fmt: skip
+    intervenable = pyvene.IntervenableModel(
+        config, model, intervenables_sort_fn=lambda model, representations: [*representations][::-1]
+    )
+    with torch.no_grad():
+        intervenable.interventions[intervenable.sorted_keys[0]].alpha.fill_(-0.6)
+    torch.testing.assert_close(patched(model, from_pyvene(intervenable)), run(intervenable))
+
+
+def test_an_addition_to_a_float64_model_keeps_its_digits() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    for kind in (pyvene.AdditionIntervention, pyvene.SubtractionIntervention):
+        stock, fast, path = both_paths(adding(model, "block_output", torch.randn(32).double() / 3, kind=kind))
+        assert path == "fused"
+        torch.testing.assert_close(fast, stock, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # of one heads · head_dim is not the hidden size
+def test_what_scaling_cannot_limit_is_refused_on_both_paths(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    intervenable = head_scaling(model, 2)
+    (intervention,) = intervenable.interventions.values()
+    refused: list[tuple[dict[str, Any], str]] = [({"subspaces": [[[0]] * 3]}, r"subspaces: got \[\[0\]")]
+    run(intervenable, unit_locations=at([0, 3]))
+    intervenable.save(str(tmp_path / "all"))
+    again = pyvene.IntervenableModel.load(str(tmp_path / "all"), model)
+    assert torch.equal(run(again, unit_locations=at([0, 3])), run(intervenable, unit_locations=at([0, 3])))
+    for n_dims in (None, 5):
+        if n_dims:
+            intervention.set_interchange_dim(n_dims)
+            refused = [({}, "interchange_dim: got 5, expected")]
+        for options, reason in refused:
+            with pytest.raises(ValueError, match=reason):
+                run(intervenable, unit_locations=at([0, 3]), **options)
+            with accelerate(intervenable), pytest.raises(ValueError, match=reason):
+                run(intervenable, unit_locations=at([0, 3]), **options)
+    whole = pyvene.IntervenableModel([{"layer": 0, "component": "block_output",
+                                       "intervention_type": ScaleIntervention}], model)  # fmt: skip
+    next(iter(whole.interventions.values())).set_interchange_dim(5)
+    for call in (lambda: run(whole), lambda: from_pyvene(whole)):
+        with pytest.raises(ValueError, match="5"):
+            call()
+
+
 def test_a_damaged_folder_says_what_is_wrong_and_runs_nothing(tmp_path: Path) -> None:
     model = tiny_model("llama")
     to_pyvene(scalars(model), model).save(str(tmp_path))
@@ -236,6 +360,24 @@ def test_a_damaged_folder_says_what_is_wrong_and_runs_nothing(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"is <class 'os\.path\.Thing'>, expected one of"):
         load_pyvene(tmp_path, model)
+    to_pyvene(scalars(model, layers=[0]), model).save(str(tmp_path / "place"))
+    (file,), place = (tmp_path / "place").glob("*.bin"), tmp_path / "place" / "config.json"
+    saved = place.read_text()
+    for old, new, reason in (
+        ("0,", "99,", "layer_99_.*no component 'head_attention_value_output' of layer 99"),
+        (f'"{HEADS}"', '"nothing"', "no component 'nothing' of layer 0"),
+        (f'"{HEADS}"', '"model.layers[0].mlp"', r"no component 'model\.layers\[0\]\.mlp'"),
+    ):
+        changed = json.loads(saved)
+        text = json.dumps(changed["representations"]).replace(old, new, 1)
+        changed["representations"] = json.loads(text)
+        place.write_text(json.dumps(changed))
+        representation = pyvene.RepresentationConfig(*changed["representations"][0])
+        counter = SimpleNamespace(_key_collision_counter={})
+        key = pyvene.IntervenableModel._get_representation_key(counter, representation)
+        file = file.rename(tmp_path / "place" / f"intkey_{key}.bin")
+        with pytest.raises(ValueError, match=reason):
+            load_pyvene(tmp_path / "place", model)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="damaged or not a pyvene config"):
         load_pyvene(tmp_path, model)
@@ -295,6 +437,85 @@ def test_additions_limited_to_some_dimensions_stay_limited() -> None:
         stock, fast, path = both_paths(intervenable)
         assert path == "fused"
         assert torch.equal(fast, stock)
+
+
+def whole_site(model: Any, component: str, width: int) -> list[Any]:
+    """Every covered kind at all positions of a component."""
+    scaling, vector = ScaleIntervention(), torch.linspace(-1, 1, width)
+    with torch.no_grad():
+        scaling.alpha.fill_(-1.7)  # of a factor that a norm follows only the sign gets through
+    made = [
+        scaling,
+        pyvene.AdditionIntervention(embed_dim=width, source_representation=vector),
+        pyvene.SubtractionIntervention(embed_dim=width - 3, source_representation=vector),
+        pyvene.ZeroIntervention(embed_dim=width - 3),
+    ]
+    return [pyvene.IntervenableModel([{"component": component, "intervention": item}], model) for item in made]
+
+
+@pytest.mark.parametrize(
+    ("component", "width"),
+    [("model.layers[1].self_attn.q_norm.output", 10), ("model.layers[1].self_attn.k_norm.input", 10),
+     ("model.output", 32)],
+)  # fmt: skip
+def test_whole_sites_of_four_dimensions_and_in_a_dict_take_the_fast_path_too(component: str, width: int) -> None:
+    model = tiny_model("qwen3")
+    with torch.no_grad():
+        before = model(IDS).logits
+    for intervenable in whole_site(model, component, width):
+        stock, fast, path = both_paths(intervenable)
+        assert path == "fused"
+        assert torch.equal(fast, stock)
+        assert not torch.allclose(fast, before, atol=1e-2)
+        with torch.no_grad(), accelerate(intervenable):
+            whole = intervenable(base=BASE, output_original_output=True)
+        assert torch.equal(whole[0].logits, before)
+
+
+def test_positions_of_a_norm_a_head_are_scaled_and_its_heads_refused() -> None:
+    """Of [B, T, H, D], which pyvene does not split by heads, unit "h" would mean tokens."""
+    model, component = tiny_model("qwen3"), "model.layers[1].self_attn.q_norm.output"
+    scaling = whole_site(model, component, 10)[0]
+    seen: list[Tensor] = []
+    handle = model.model.layers[1].self_attn.q_norm.register_forward_hook(lambda m, a, y: seen.append(y.clone()))
+    with torch.no_grad():
+        model(IDS)
+    handle.remove()
+    expected = seen[0].clone()
+    expected[:, [1, 4]] *= -0.7
+    forward = model.model.layers[1].self_attn.q_norm.forward
+    model.model.layers[1].self_attn.q_norm.forward = lambda x: expected
+    with torch.no_grad():
+        logits = model(IDS).logits
+    model.model.layers[1].self_attn.q_norm.forward = forward
+    torch.testing.assert_close(run(scaling, unit_locations={"base": [[[1, 4]] * 3]}), logits)
+    item = ScaleIntervention(unit="h", max_number_of_units=4)
+    config = {"component": component, "unit": "h", "max_number_of_units": 4, "intervention": item}
+    by_head = pyvene.IntervenableModel([config], model)
+    with pytest.raises(ValueError, match=r"got shape \(3, 6, 4, 10\), expected \(B, 4, T, D\)"):
+        run(by_head)
+    with accelerate(by_head), pytest.raises(ValueError, match=r"expected \(B, 4, T, D\), split by heads"):
+        run(by_head)
+    with pytest.raises(ValueError, match=r"got shape \(3, 3, 6, 8\), expected \(B, 2, T, D\)"):
+        run(head_scaling(tiny_model("llama"), 2), unit_locations=at([0, 1, 2]))
+
+
+def test_a_patch_that_is_on_ends_with_pyvenes_next_call_until_it_is_applied_again() -> None:
+    """pyvene takes the hooks off; removal leaves the model whole."""
+    for site in SITES:
+        model = tiny_model("llama")
+        intervention, other = scalars(model, site=site), adding(model, "block_output", torch.zeros(32))
+        with torch.no_grad():
+            plain = model(IDS).logits
+        with af.patch(model, intervention), torch.no_grad():
+            assert not torch.equal(model(IDS).logits, plain)
+            for result in both_paths(other)[:2]:
+                assert torch.equal(result, plain)
+            assert torch.equal(model(IDS).logits, plain)
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+        assert not torch.equal(patched(model, intervention), plain)
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, plain)
 
 
 def test_what_is_not_covered_keeps_pyvenes_path_and_the_handle_says_so() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..interventions import SITES, ActivScalar, Intervention, Location, SteerVec
 from ..models.adapter import ModelLayout, layout
-from ..models.patch import one_strength
+from ..models.steering import one_strength
 from ._pyvene_kinds import KINDS, SIGNS, ScaleIntervention, added_vector, unknown_kind
 
 #: pyvene's names for the sites; that of a layer is used where it means the same module.
@@ -79,12 +79,14 @@ def from_pyvene(intervenable: Any) -> Intervention:
     Raises:
         TypeError: not an IntervenableModel.
         ValueError: an intervention that is neither multiplication by a scalar a head, nor zeroing, nor addition of a
-            constant vector; or one at a component that is not a site.
+            constant vector; one at a component that is not a site; factors for fewer heads than the site has, or a
+            zeroing by heads, which each call names; linked ones.
     """
     if not isinstance(intervenable, pyvene.IntervenableModel):
         raise TypeError(f"intervenable: got {type(intervenable).__name__}, expected a pyvene.IntervenableModel")
     parts = []
-    for key, item in intervenable.interventions.items():
+    for key in intervenable.sorted_keys:
+        item = intervenable.interventions[key]
         n_dims = getattr(item, "interchange_dim", None)
         tensors = {name: value.detach() for name, value in item.state_dict().items()}
         n_dims = None if n_dims is None else int(n_dims)
@@ -177,11 +179,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _assembled(parts: list[_Part], found: ModelLayout) -> Intervention:
-    """One intervention for each run of layers that can stand in one, in pyvene's order at each place."""
-    sites = dict(_sites(found))
-    groups: list[tuple[str, type[Intervention], dict[int, Tensor]]] = []
+    """One intervention for each run of layers that can stand in one, in the order of execution at each place."""
     for part in parts:
-        site, layer = _place(part, found, sites)
+        if part.representation.intervention_link_key is not None:
+            raise ValueError(f"{part.key}: is linked (intervention_link_key), expected one that acts for itself")
+    sites = dict(_sites(found))
+    places = [_place(part, found, sites) for part in parts]
+    groups: list[tuple[str, type[Intervention], dict[int, Tensor]]] = []
+    for (site, layer, _), part in sorted(zip(places, parts, strict=True), key=lambda pair: pair[0].is_later):
         kind, values = _parameters(part, found, site)
         chosen: dict[int, Tensor] | None = None
         for other_site, other_kind, layers in reversed(groups):
@@ -206,26 +211,37 @@ def _assembled(parts: list[_Part], found: ModelLayout) -> Intervention:
     return functools.reduce(operator.add, made)
 
 
-def _sites(found: ModelLayout) -> Iterator[tuple[tuple[int, bool], tuple[str, int]]]:
-    """(module, whether its input) -> (site, layer)."""
+class _Place(NamedTuple):
+    """Where an intervention acts."""
+
+    site: str
+    layer: int
+    is_later: bool  # at another module, which runs after the site's own, whatever the order in the config
+
+
+def _sites(found: ModelLayout) -> Iterator[tuple[tuple[int, bool], _Place]]:
+    """(module, whether its input) -> place."""
     for layer, block in enumerate(found.layers):
         for site in SITES:
             if site == "mlp_out" and not found.mlp:
                 continue
-            yield (id(found.site_module(site, layer)), site == "head"), (site, layer)
+            yield (id(found.site_module(site, layer)), site == "head"), _Place(site, layer, False)
         if layer:
-            yield (id(block), True), ("residual", layer - 1)
+            yield (id(block), True), _Place("residual", layer - 1, True)
 
 
-def _place(part: _Part, found: ModelLayout, sites: dict[tuple[int, bool], tuple[str, int]]) -> tuple[str, int]:
-    hook = get_module_hook(found.model, part.representation)
+def _place(part: _Part, found: ModelLayout, sites: dict[tuple[int, bool], _Place]) -> _Place:
+    component, layer = part.representation.component, part.representation.layer
+    try:
+        hook = get_module_hook(found.model, part.representation)
+    except (AttributeError, IndexError, NameError, TypeError, ValueError) as error:  # pyvene checks neither
+        raise ValueError(f"{part.key}: the model has no component {component!r} of layer {layer} ({error})") from None
     place = sites.get((id(hook.__self__), hook.__name__ == CONST_INPUT_HOOK))
-    if place is None and part.representation.component == "attention_output":
-        place = "attn_out", part.representation.layer  # the attention module hands on what its projection returns
+    if place is None and component == "attention_output":
+        # The attention module hands on what its projection returns.
+        place = _Place("attn_out", layer % found.n_layers, True)
     if place is None:
-        raise ValueError(
-            f"{part.key}: component {part.representation.component!r} is none of the sites {', '.join(SITES)}"
-        )
+        raise ValueError(f"{part.key}: component {component!r} is none of the sites {', '.join(SITES)}")
     return place
 
 
@@ -242,13 +258,25 @@ def _parameters(part: _Part, found: ModelLayout, site: str) -> tuple[type[Interv
         if source.numel() != width:
             raise ValueError(f"{part.key}: its source has {source.numel()} numbers, expected {width}")
         return SteerVec, added_vector(part.kind, source, part.n_dims)
+    by_head = str(part.representation.unit).startswith("h")
     if part.kind is pyvene.ZeroIntervention:
-        if part.n_dims is not None and part.n_dims < width:
-            raise ValueError(f"{part.key}: zeroes {part.n_dims} of {width} dimensions, expected all of them")
+        if by_head:
+            raise ValueError(f"{part.key}: zeroes heads that each call names, expected a whole site (unit 'pos')")
+        _check_dims(part, "zeroes", width)
         return ActivScalar, torch.full((n_heads,), -1.0)
-    alpha = part.tensors["alpha"]
-    if alpha.numel() not in (1, n_heads):
+    alpha = part.tensors.get("alpha")
+    if alpha is None:
+        raise ValueError(f"{part.key}: has no factors (alpha)")
+    _check_dims(part, "scales", width // n_heads if by_head else width)
+    if by_head and alpha.numel() != n_heads:
         raise ValueError(
             f"{part.key}: scales {alpha.numel()} heads that each call names, expected all {n_heads} of the site {site}"
         )
+    if not by_head and alpha.numel() != 1:
+        raise ValueError(f"{part.key}: has {alpha.numel()} factors, expected one for the whole site (unit 'pos')")
     return ActivScalar, alpha.float().expand(n_heads)
+
+
+def _check_dims(part: _Part, does: str, width: int) -> None:
+    if part.n_dims is not None and part.n_dims < width:
+        raise ValueError(f"{part.key}: {does} {part.n_dims} of {width} dimensions, expected all of them")

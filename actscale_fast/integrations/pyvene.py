@@ -10,8 +10,12 @@ interventions. `accelerate` replaces, on one IntervenableModel, how intervention
 
 pyvene's writing in place overwrites what SDPA keeps for its backward pass: under SDPA, heads above the lowest edited
 layer have gradients on the accelerated path alone. Without gradients a run of few neighbouring heads is written back
-alone, as pyvene writes them. pyvene takes every forward hook off the model after each call of its own, so an `af.patch`
-on the same model ends there: use one of them.
+alone, as pyvene writes them.
+
+pyvene takes every forward hook off the model before and after each of its calls. An `af.patch` that is on acts neither
+in that call nor after it, without a word, until it is removed and applied again: use one of the two.
+Importing pyvene imports nnsight, which replaces `torch.Tensor.backward` everywhere: in a `with` block written on one
+line, any context manager's, `loss.backward()` does nothing; give it a line of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from ..ops import scale_heads  # noqa: E402
 from ._pyvene_exchange import from_pyvene, load_pyvene, to_pyvene  # noqa: E402
-from ._pyvene_kinds import SIGNS, ScaleIntervention, added_vector, unknown_kind  # noqa: E402
+from ._pyvene_kinds import ALL_DIMS, SIGNS, ScaleIntervention, added_vector, unknown_kind  # noqa: E402
 
 __all__ = ["Accelerated", "ScaleIntervention", "accelerate", "from_pyvene", "load_pyvene", "to_pyvene"]
 
@@ -128,6 +132,10 @@ class Accelerated:
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             state.inc_setter_version()
+            if isinstance(output, dict):  # a ModelOutput
+                first = next(iter(output))
+                output[first] = edit(output[first])
+                return output
             return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
         return register(before if register.__name__ == CONST_INPUT_HOOK else after, with_kwargs=True)
@@ -142,6 +150,8 @@ class Accelerated:
             return "an adaptor, or a model with a state"
         if key in intervenable._intervention_reverse_link:
             return "linked with other interventions"
+        if isinstance(intervention, ScaleIntervention) and self._n_dims(key, intervention) not in (None, ALL_DIMS):
+            return "limited to some dimensions"
         if type(intervention) in SIGNS:
             source = getattr(intervention, "source_representation", None)
             if source is None or not intervention.is_source_constant:
@@ -157,8 +167,9 @@ class Accelerated:
         learned = intervention.alpha.numel() if isinstance(intervention, ScaleIntervention) else None
         n_dims = self._n_dims(key, intervention)
         if locations is None:
-            n_heads = learned or 1
-            return lambda x: _edited(intervention, n_dims, x, n_heads, None, None), ""
+            if learned:
+                return lambda x: intervention(x), ""
+            return lambda x: _edited(intervention, n_dims, x, 1, None, None), ""
         if representation.unit != "h":
             return None, f"positions in the call (unit {representation.unit!r})"
         if intervenable._is_generation:
@@ -199,10 +210,12 @@ def _edited(
 ) -> Tensor:
     """x [B, T, H·D], edited at all positions: every head, or those of `index`; `run` is the same where it can be.
 
+    With one head x is [..., D]: OPT flattens rows and tokens, a norm a head (Qwen 3) gets [B, T, H, D].
     A run is edited where it lies if nothing needs a gradient, as pyvene edits it.
     """
-    if x.dim() == 2:  # OPT flattens rows and tokens
-        return _edited(intervention, n_dims, x[None], n_heads, index, run)[0]
+    if x.dim() != 3 and n_heads == 1:
+        flat = x.reshape(1, -1, x.shape[-1])
+        return _edited(intervention, n_dims, flat, n_heads, index, run).reshape(x.shape)
     heads = x.unflatten(-1, (n_heads, -1))
     kind, count = type(intervention), n_heads if index is None else len(index)
     if kind is pyvene.ZeroIntervention:

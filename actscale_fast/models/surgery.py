@@ -106,9 +106,15 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
         state[name] = type(state[name])((key, value) for key, value in state[name].items() if key not in ids)
     record.clean(state)
     inner: type[nn.Module] = type(self).__mro__[1]
-    plain = inner.__new__(inner)
+    if inner.__reduce_ex__ is object.__reduce_ex__ and inner.__reduce__ is object.__reduce__:
+        return _rebuild, (inner,), state  # what object's method returns pickle refuses for an object of another class
+    plain = _rebuild(inner)
     plain.__dict__.update(state)
     return plain.__reduce_ex__(protocol)
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
 
 
 def _edit_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,291 @@
+"""(IA)³ adapters of PEFT and activation scalars: one is written as the other where both say the same.
+
+    site head       h·(1 + β·α_h) before the output projection     a feed-forward vector of that projection, [1, H·D],
+                                                                   with head h's factor D times
+    attn_out,       the projection's output · (1 + β·α)            the output vector of the attention's (the MLP's last)
+    mlp_out                                                        projection, [d, 1], with one factor d times
+Nothing else of an intervention fits into an adapter, and nothing else of an adapter into scalars: both say why. An
+adapter's factors l are those that `af.patch` multiplies with, 1 + β·α in float32, so a written adapter gives the same
+bits; α = l − 1 is read back, exactly for l ≥ 1/2 and for every factor that was written here, else to 3e-8.
+
+An adapter folder is `adapter_config.json` and `adapter_model.safetensors`; one with a pickle instead is not opened.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .._files import atomic_path, write_json
+from ..interventions import ActivScalar, Composite, Intervention, Location
+from ..interventions.saving import made_folder
+from ..models.adapter import ModelLayout, layout, unwrap
+from ..models.families import FAMILIES
+from ..models.merge import site_linear
+from ..models.steering import one_strength
+
+#: What PEFT puts before a module's name, and after it.
+_BEFORE, _AFTER = "base_model.model.", ".ia3_l"
+_SITES = ("head", "attn_out", "mlp_out")
+
+
+def to_peft_ia3(
+    intervention: Intervention, folder: str | Path, *, strength: float = 1.0, model: nn.Module | None = None
+) -> None:
+    """Write activation scalars as an (IA)³ adapter that any PEFT loads: `PeftModel.from_pretrained(model, folder)`.
+
+    The adapter names the chosen layers' modules in full. Ones in the other layers would say the same, but cost a pass
+    over the activation in each of them and be trained along by whoever goes on training the adapter.
+
+    Args:
+        intervention: an ActivScalar with positions=None and not stacked, at the sites head, attn_out or mlp_out; or a
+            Composite of such, not with both head and attn_out of one layer.
+        folder: made where it is not there; an adapter in it is replaced.
+        strength: β, one number: the adapter holds 1 + β·α.
+        model: the model that the adapter will be loaded on, or one like it: its modules give the names. None: the names
+            of the causal language model of a family in the table, at the sites head and attn_out.
+
+    Raises:
+        TypeError, ValueError: an intervention that factors of channels cannot express, with the reason; another model;
+            values that are not finite. Nothing is written then.
+    """
+    if not isinstance(intervention, Intervention):
+        raise TypeError(f"intervention: got {type(intervention).__name__}, expected an ActivScalar")
+    beta = one_strength(strength, "one number")
+    vectors: dict[str, Tensor] = {}
+    inputs_first = False  # Conv1D keeps [in, out]
+    for factor, part in intervention.pairs if isinstance(intervention, Composite) else [(1.0, intervention)]:
+        _check_expressible(part)
+        part.check_finite()
+        for index, (name, transposed) in enumerate(_modules(part, model)):
+            vector = _vector(part, index, factor * beta)
+            before = vectors.get(name, torch.ones_like(vector))
+            if before.shape != vector.shape:
+                raise ValueError(
+                    f"intervention: it scales both the input (heads) and the output of {name!r}, but an (IA)³ adapter "
+                    "holds one vector for each module; write two adapters"
+                )
+            vectors[name], inputs_first = before * vector, inputs_first or transposed
+    for name, vector in vectors.items():
+        if not vector.isfinite().all():
+            raise ValueError(f"strength: with {beta}, factors of {name!r} are not finite")
+    inner: Any = None if model is None else unwrap(model)
+    config = IA3Config(
+        task_type="CAUSAL_LM" if inner is None or inner.can_generate() else None,  # type: ignore[operator]
+        base_model_name_or_path=getattr(inner, "name_or_path", None) or None,
+        target_modules=list(vectors),
+        feedforward_modules=[name for name, vector in vectors.items() if vector.shape[0] == 1],
+        fan_in_fan_out=inputs_first,
+        inference_mode=True,
+    )
+    _write(Path(folder), config, {f"{_BEFORE}{name}{_AFTER}": vector for name, vector in vectors.items()})
+
+
+def _check_expressible(part: Intervention) -> None:
+    """Refuse what one factor a channel, the same for every token and row, cannot say."""
+    location = part.location
+    reason = ""
+    if type(part) is not ActivScalar:
+        reason = f"{type(part).__name__} is not one factor a channel"
+    elif part.n_groups is not None:
+        reason = "a stack acts by row group, but an adapter serves all rows; write one of its parts"
+    elif location.positions is not None:
+        reason = "it has positions, but an adapter acts on every token"
+    elif location.site == "residual":
+        reason = "no linear layer produces the residual stream by itself"
+    if reason:
+        raise ValueError(f"intervention: {reason}; use patch")
+
+
+def _modules(part: Intervention, model: nn.Module | None) -> list[tuple[str, bool]]:
+    """(name, whether it is a Conv1D) of the linear layer that stands for the site, in each of the part's layers."""
+    location = part.location
+    if model is None:
+        family = FAMILIES.get(location.model.model_type)
+        if family is None or location.paths or location.site == "mlp_out":
+            raise ValueError(
+                f"model: got None, but the modules of {location.model.model_type!r} at the site {location.site!r} are "
+                "known from the model alone"
+            )
+        path = f"{family.layers}.{{}}.{family.projection}"  # of the table's families GPT-2's is the one with Conv1D
+        return [(path.format(layer), location.model.model_type == "gpt2") for layer in location.layers]
+    found = layout(model, location.paths)
+    location.model.require(found.fingerprint)
+    names = _names(found)
+    modules = []
+    for layer in location.layers:
+        module = site_linear(found, location.site, layer)
+        kind = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if not isinstance(kind, nn.Linear | Conv1D):
+            raise ValueError(
+                f"model: layer {layer}'s projection is a {type(kind).__name__}, expected nn.Linear or Conv1D"
+            )
+        modules.append((names[module], isinstance(kind, Conv1D)))
+    return modules
+
+
+def _names(found: ModelLayout) -> dict[nn.Module, str]:
+    """Of each module the name that it has where no adapter is on the model: PEFT's layers keep it for themselves."""
+    return {module: name.replace(".base_layer", "") for name, module in found.model.named_modules()}
+
+
+def _vector(part: Any, index: int, strength: float) -> Tensor:
+    """PEFT's vector of one layer: [1, in] at the head site, [out, 1] at the others, float32."""
+    factors = (1 + strength * part.alpha.detach()[index].reshape(-1).float()).cpu()  # [H] or [1], as the kernels do
+    if part.location.site == "head":
+        return factors.repeat_interleave(part.location.width)[None].contiguous()
+    return factors.expand(part.location.width, 1).contiguous()
+
+
+def _write(folder: Path, config: IA3Config, tensors: dict[str, Tensor]) -> None:
+    """Both files, each whole or not at all; between the two the folder holds no adapter rather than a mixture."""
+    content = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+    payload = save_tensors(tensors, metadata={"format": "pt"})
+    (made_folder(folder) / CONFIG_NAME).unlink(missing_ok=True)
+    with atomic_path(folder / SAFETENSORS_WEIGHTS_NAME) as temporary:
+        temporary.write_bytes(payload)
+    write_json(folder / CONFIG_NAME, content)
+
+
+def from_peft_ia3(folder: str | Path, model: nn.Module) -> ActivScalar | Composite:
+    """Read an (IA)³ adapter as activation scalars, where its vectors are tied by head (or by site): α = l − 1.
+
+    Args:
+        folder: what PEFT's `save_pretrained` wrote, or a snapshot of the hub's: adapter_config.json and
+            adapter_model.safetensors.
+        model: the model that the adapter belongs to.
+
+    Returns:
+        An ActivScalar with the adapter's layers, on the CPU; a Composite where several sites are in it.
+
+    Raises:
+        FileNotFoundError: the folder or a file is missing.
+        ValueError: a pickle; another kind of adapter, or one that trains more than (IA)³'s vectors; damaged; made for
+            another model; modules that are no site (keys, values, the MLP's inner width); factors that differ within a
+            head or site, with the layer, the head and by how much.
+    """
+    folder = Path(folder)
+    _check_config(folder)
+    found = layout(model)
+    places = _places(found)
+    read: dict[str, dict[int, Tensor]] = {}
+    for key, vector in sorted(_tensors(folder).items()):
+        name = key.removeprefix(_BEFORE).removesuffix(_AFTER)
+        site, layer = _place(places, name, vector, folder)
+        shape = (1, found.n_heads * found.head_dim) if site == "head" else (found.hidden_size, 1)
+        if tuple(vector.shape) != shape:
+            raise ValueError(f"{folder}: {name!r} has shape {tuple(vector.shape)}, expected {shape}: another model's")
+        read.setdefault(site, {})[layer] = _tied(vector, found.n_heads if site == "head" else 1, layer, site, folder)
+    parts = [_scalars(found, site, read[site], folder) for site in _SITES if site in read]
+    if not parts:
+        raise ValueError(f"{folder}: holds no (IA)³ vector")
+    return parts[0] if len(parts) == 1 else Composite([(1.0, part) for part in parts])
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse what is no plain (IA)³ adapter."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, expected an adapter folder as PEFT's save_pretrained writes it")
+    try:
+        config = json.loads(path.read_bytes())
+        kind, others = config["peft_type"], config.get("modules_to_save")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged or not an adapter's ({type(error).__name__}: {error})") from None
+    if kind != "IA3":
+        raise ValueError(f"{path}: got a {kind} adapter, expected IA3")
+    if others:
+        raise ValueError(f"{path}: the adapter replaces whole modules ({', '.join(others)}), which are no scalars")
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        if (folder / WEIGHTS_NAME).is_file():
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME}: a pickle, which can run code when it is opened; load it with PEFT and save "
+                "it again (save_pretrained writes safetensors)"
+            )
+        raise FileNotFoundError(f"{path}: not found, expected an adapter folder as PEFT's save_pretrained writes it")
+    try:
+        tensors = load_tensors(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    strange = [key for key in tensors if not (key.startswith(_BEFORE) and key.endswith(_AFTER))]
+    if strange:
+        raise ValueError(f"{path}: got the tensor {strange[0]!r}, expected only {_BEFORE}<module>{_AFTER}")
+    return tensors
+
+
+#: (module name, whether its vector scales the input) -> (site, layer)
+_Places = dict[tuple[str, bool], tuple[str, int]]
+
+
+def _places(found: ModelLayout) -> _Places:
+    names = _names(found)
+    places: _Places = {}
+    for site in _SITES:
+        for layer in range(found.n_layers):
+            try:
+                module = site_linear(found, site, layer)
+            except ValueError:
+                if site != "mlp_out":
+                    raise
+                continue  # no MLP whose output is one linear layer's
+            places[names[module], site == "head"] = (site, layer)
+    return places
+
+
+def _place(places: _Places, name: str, vector: Tensor, folder: Path) -> tuple[str, int]:
+    """The site and layer of one of the adapter's vectors; ValueError where it has none."""
+    if vector.dim() != 2 or 1 not in vector.shape:
+        raise ValueError(f"{folder}: {name!r} has shape {tuple(vector.shape)}, expected [1, in] or [out, 1]")
+    place = places.get((name, vector.shape[0] == 1))
+    if place is not None:
+        return place
+    if (name, False) in places:
+        raise ValueError(
+            f"{folder}: {name!r} is a feed-forward module here, so the MLP's inner width is scaled; activation scalars "
+            "have no site there"
+        )
+    raise ValueError(
+        f"{folder}: {name!r} is neither the output projection of an attention nor the last one of an MLP; activation "
+        "scalars have no site there"
+    )
+
+
+def _tied(vector: Tensor, groups: int, layer: int, site: str, folder: Path) -> Tensor:
+    """The one factor of each of `groups` equal parts of the vector [groups], float64."""
+    parts = vector.reshape(groups, -1).double()
+    low, high = parts.amin(1), parts.amax(1)
+    wrong = (~(low == high)).nonzero()
+    if len(wrong):
+        head = int(wrong[0])
+        at, unit = (f", head {head}", "head") if site == "head" else (f", {site}", "site")
+        least, most = float(low[head]), float(high[head])
+        raise ValueError(
+            f"{folder}: layer {layer}{at}: factors from {least:.6g} to {most:.6g} (spread {most - least:.3g}), "
+            f"expected one a {unit}: the adapter is not tied by {unit} ({len(wrong)} of {groups} here are not)"
+        )
+    return low
+
+
+def _scalars(found: ModelLayout, site: str, factors: dict[int, Tensor], folder: Path) -> ActivScalar:
+    scalars = ActivScalar(Location(site, tuple(sorted(factors)), None, False, found.fingerprint))
+    scalars.restore({"alpha": torch.stack([factors[layer] - 1 for layer in scalars.location.layers])[:, None]})
+    try:
+        scalars.check_finite()
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return scalars
