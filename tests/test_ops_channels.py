@@ -236,6 +236,15 @@ def test_a_nan_factor_reaches_its_channel_and_no_other(backend: Backend, inputs:
 
 
 @over()
+def test_the_result_is_contiguous_however_x_lies(backend: Backend, inputs: Inputs) -> None:
+    x, weight = inputs.normal(3, 4, 6).to(backend.device), inputs.normal(6).to(backend.device)
+    for some in (x, x.transpose(0, 1), x[:, :2], inputs.normal(6, 4, 3).to(backend.device).permute(2, 1, 0)):
+        y = ops.scale_channels(some, weight)
+        assert y.is_contiguous()
+        assert torch.equal(y, some * weight)
+
+
+@over()
 def test_a_negative_view_counts_with_its_sign(backend: Backend, inputs: Inputs) -> None:
     given = arguments(inputs, (5, 9), torch.float32).to(backend.device)
     flipped = given._replace(x=torch._neg_view(-given.x), weight=torch._neg_view(-given.weight))

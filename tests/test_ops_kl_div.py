@@ -65,6 +65,8 @@ def check(backend: Backend, rows: Rows, upstream: Tensor, weight: Tensor, **opti
     assert_as_exact_as_eager(
         "kl", got, weight.double() * exact.faithfulness, weight * eager.faithfulness, condition=condition
     )
+    if rows.logits.dtype == torch.float16:  # stored for a largest weight of 1, which is applied to it afterwards
+        upstream = upstream * weight.abs().max()
     assert_gradient(gradient, exact, eager, (torch.zeros_like(upstream), upstream), backend)
 
 
@@ -179,6 +181,56 @@ def test_the_mean_of_float16_keeps_gradients_that_a_loss_scale_is_to_save(backen
         _, gradient = fused(rows, scale, reduction="mean", **options)
         exact = textbook(rows, torch.full((n_rows,), 128.0), torch.float64, None).gradient
         assert (gradient.cpu().double() - exact).norm() <= 2e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@over()
+def test_a_factor_in_the_weights_costs_float16_no_gradients(backend: Backend, as_tensor: bool, inputs: Inputs) -> None:
+    """T²/n and a loss scale, as a trainer has them: of a gradient stored with T²/n in it 99 % would be 0."""
+    n, temperature = 32768, 2.0
+    factor = temperature**2 / n
+    rows = inputs.rows(8, 2000, dtype=torch.float16, scale=0.5).to(backend.device)
+    weight = torch.tensor(factor, device=backend.device) if as_tensor else factor
+    exact = textbook(rows, torch.full((8,), factor * 65536), torch.float64, None, temperature=temperature).gradient
+    upstream = torch.full((8,), 65536.0, device=backend.device)
+    for reduction in ("none", "sum"):
+        _, gradient = fused(
+            rows, upstream if reduction == "none" else upstream[0], row_weight=weight, reduction=reduction,
+            temperature=temperature,
+        )  # fmt: skip
+        assert (gradient.cpu().double() - exact).norm() <= 2e-3 * exact.norm()
+
+
+@over()
+def test_the_scale_of_the_weights_is_nothing_to_a_mean_in_float16(backend: Backend, inputs: Inputs) -> None:
+    rows = inputs.rows(4, 50, dtype=torch.float16).to(backend.device)
+    weight = torch.tensor([1.0, 0.0, 0.5, 2.0], device=backend.device)
+    scale = torch.tensor(16.0, device=backend.device)
+    value, gradient = fused(rows, scale, reduction="mean", row_weight=weight)
+    for factor in (2.0**20, 2.0**-30, -(2.0**20)):
+        others = fused(rows, scale, reduction="mean", row_weight=factor * weight)
+        assert torch.equal(others[0], value)
+        assert torch.equal(others[1], gradient)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@over(dtypes=[torch.float32, torch.float16])
+def test_an_ignored_row_has_no_gradient_whatever_its_upstream_is(
+    backend: Backend, dtype: torch.dtype, reduction: str, inputs: Inputs
+) -> None:
+    """The square root of a loss of 0 sends inf back."""
+    rows = inputs.rows(4, 21, dtype=dtype).to(backend.device)
+    labels = torch.tensor([3, -100, 5, -100], device=backend.device)
+    logits = rows.logits.detach().requires_grad_()
+    value = ops.kl_div_from_logits(logits, rows.reference, labels=labels, reduction="none")
+    if reduction == "sum":
+        (gradient,) = torch.autograd.grad(value.sum(), logits, torch.tensor(torch.nan, device=backend.device))
+        assert gradient[[0, 2]].isnan().all()
+    else:
+        (gradient,) = torch.autograd.grad(value.sqrt().sum(), logits)
+        assert gradient.isfinite().all()
+        assert gradient[[0, 2]].any(-1).all()
+    assert not gradient[[1, 3]].any()
 
 
 @over(dtypes=[torch.float32, torch.float16])
@@ -361,7 +413,17 @@ def test_errors_name_the_argument_what_came_and_what_was_expected(backend: Backe
     ids = torch.zeros(2, 3, dtype=torch.int64, device=backend.device)
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"softcap": 0.0}, ValueError, "softcap: got 0.0, expected a positive number"),
-        ({"softcap": float("inf")}, ValueError, "softcap: got inf, expected a positive number"),
+        ({"softcap": float("inf")}, ValueError, "softcap: got inf, expected a positive number that float32 holds"),
+        ({"softcap": 1e39}, ValueError, "softcap: got 1e+39, expected a positive number that float32 holds"),
+        (
+            {"temperature": float("inf")}, ValueError,
+            "temperature: got inf, expected a positive number that float32 holds",
+        ),
+        ({"temperature": 1e-40}, ValueError, "temperature: got 1e-40, expected a positive number that float32 holds"),
+        (
+            {"temperature": 2e38}, ValueError,
+            "1 / temperature: got 5e-39, expected a positive number that float32 holds",
+        ),
         ({"softcap": "30"}, TypeError, "softcap: got str, expected a number"),
         ({"labels": [1]}, TypeError, "labels: got list, expected an int64 tensor [2, 3]"),
         ({"labels": ids.float()}, TypeError, "labels: got dtype torch.float32, expected int64"),

@@ -60,7 +60,12 @@ def test_errors_of_both_functions_name_the_argument_what_came_and_what_was_expec
         ({"bias": h.bias[1:]}, ValueError, "bias: got shape (30,), expected (31,)"),
         ({"bias": h.bias.to("meta")}, ValueError, f"bias: got a tensor on meta, expected one on {here}"),
         ({"softcap": 0.0}, ValueError, "softcap: got 0.0, expected a positive number"),
+        ({"softcap": 1e39}, ValueError, "softcap: got 1e+39, expected a positive number that float32 holds"),
         ({"softcap": "30"}, TypeError, "softcap: got str, expected a number"),
+        (
+            {"logit_scale": float("inf")}, ValueError,
+            "logit_scale: got inf, expected a positive number that float32 holds",
+        ),
         ({"logit_scale": -1.0}, ValueError, "logit_scale: got -1.0, expected a positive number"),
         ({"logit_scale": float("nan")}, ValueError, "logit_scale: got nan, expected a number"),
         ({"chunk_bytes": 0}, ValueError, "chunk_bytes: got 0, expected a positive int"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from actscale_fast import ops
-from actscale_fast.ops import linear_kl
+from actscale_fast.ops import linear_kl_passes
 from benchmarks.memory import peak_bytes
 
 pytestmark = [
@@ -134,6 +134,44 @@ def test_16_bit_heads_round_their_logits_as_models_do_and_add_gradients_up_in_fl
         assert_close_to_exact(got, wanted, plain, 131)
 
 
+@over(dtypes=[torch.float16, torch.bfloat16], backends=["reference", "cpu", "cuda"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean"])
+def test_16_bit_heads_get_a_mean_whose_sum_their_dtype_does_not_hold(
+    backend: Backend, dtype: torch.dtype, reduction: str, inputs: Inputs
+) -> None:
+    """Σ dPᵀ·h of 2000 rows is more than float16 holds, 1/2000 of a row's gradient less than it keeps digits of."""
+    n_rows = 2000
+    m = models(inputs, backend, (n_rows, 11, 4, 3), dtype)
+    m.hidden[:, 0], m.weight[:, 0], m.bias[0] = 400.0, 0.0, 3.0
+    m = m.learned()
+    factor = torch.full((n_rows,), 1 / n_rows, device=backend.device)
+    exact = textbook(m, factor, torch.float64)
+    eager = textbook(m, factor, torch.float32, rounded=dtype)
+    assert exact.gradients[1].abs().max() * n_rows > torch.finfo(torch.float16).max
+    value = m.loss(reduction=reduction)
+    gradients = torch.autograd.grad(value, m[:3], factor if reduction == "none" else None)
+    for got, wanted, plain in zip(gradients, exact.gradients, eager.gradients, strict=True):
+        assert_close_to_exact(got, wanted, plain, n_rows)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learns"])
+@over(dtypes=[torch.float32, torch.float16], backends=["reference", "cpu", "cuda"])
+def test_an_ignored_row_has_no_gradient_whatever_its_upstream_is(
+    backend: Backend, dtype: torch.dtype, learns: bool, inputs: Inputs
+) -> None:
+    """The square root of a loss of 0 sends inf back."""
+    m = models(inputs, backend, (4, 31, 8, 5), dtype)
+    leaves = [t.requires_grad_() for t in (m[:3] if learns else m[:1])]
+    labels = torch.tensor([3, -100, 5, -100], device=backend.device)
+    d_hidden, *of_head = torch.autograd.grad(m.loss(labels=labels).sqrt().sum(), leaves)
+    assert not d_hidden[[1, 3]].any()
+    assert all(g.isfinite().all() and g.any() for g in (d_hidden, *of_head))
+    nan = torch.tensor(torch.nan, device=backend.device)
+    d_hidden, *of_head = torch.autograd.grad(m.loss(labels=labels, reduction="sum"), leaves, nan)
+    assert not d_hidden[[1, 3]].any()
+    assert all(g.isnan().all() for g in (d_hidden[[0, 2]], *of_head))
+
+
 @over()
 def test_reductions_are_those_of_the_loss_from_logits(backend: Backend, inputs: Inputs) -> None:
     m = models(inputs, backend, (6, 41, 8, 8))
@@ -195,7 +233,7 @@ def test_ignored_rows_are_left_out_of_the_matrix_products(
         rows.append(len(x))
         return F.linear(x, *head)
 
-    monkeypatch.setattr(linear_kl, "F", type("Counting", (), {"linear": staticmethod(linear)}))
+    monkeypatch.setattr(linear_kl_passes, "F", type("Counting", (), {"linear": staticmethod(linear)}))
     m = models(inputs, backend, (20, 41, 8, 5)).learned()
     labels = torch.full((20,), -100)
     labels[3:7] = 2
@@ -270,7 +308,7 @@ def bytes_of(*tensors: Tensor) -> int:
 @pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learns"])
 @pytest.mark.parametrize("ignored", [False, True], ids=["all rows", "half of the rows"])
 @over(dtypes=[torch.float32, torch.bfloat16], backends=["reference", "cpu"])
-def test_memory_stays_within_the_chunk_beside_the_gradients(
+def test_memory_stays_within_the_chunk_beside_the_gradients_and_the_sum_of_a_16_bit_head(
     backend: Backend, dtype: torch.dtype, learns: bool, ignored: bool, options: dict[str, Any], inputs: Inputs
 ) -> None:
     m = models(inputs, backend, (400, 3001, 16, 24), dtype)
@@ -284,7 +322,7 @@ def test_memory_stays_within_the_chunk_beside_the_gradients(
 
     results = bytes_of(*step())
     if learns and dtype != torch.float32:
-        results += 4 * (m.weight.numel() + m.bias.numel())  # dW before it is rounded
+        results += 4 * (m.weight.numel() + m.bias.numel())  # beside the gradients: dW in float32, until it is rounded
     of_rows = 400 * 64
     peak = peak_bytes(step, CPU)
     assert peak <= CHUNK_BYTES + results + of_rows
@@ -311,6 +349,52 @@ def test_it_compiles_into_one_graph(backend: Backend, reduction: str, chunk_byte
     results = [[f(*m[:3]), *torch.autograd.grad(f(*m[:3]), m[:3])] for f in (compiled, call)]
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-6)
+    torch.compiler.reset()
+
+
+@over(dtypes=[torch.float32, torch.bfloat16], backends=["cpu"])
+def test_a_graph_makes_the_logits_of_the_tensors_dtype_under_autocast_and_adds_gradients_up_in_float32(
+    backend: Backend, dtype: torch.dtype, inputs: Inputs
+) -> None:
+    torch.compiler.reset()
+    m = models(inputs, backend, (600, 41, 8, 5), dtype)
+    m = m._replace(hidden=m.hidden + 4).learned()  # sums that grow: 16 bits lose the last parts of such
+    compiled = torch.compile(
+        lambda h, w, b: Models(h, w, b, *m[3:]).loss(reduction="sum", chunk_bytes=7000), fullgraph=True,
+        backend="aot_eager",
+    )  # fmt: skip
+    one = torch.ones(600)
+    exact = textbook(m, one, torch.float64)
+    eager = textbook(m, one, torch.float32, rounded=None if dtype == torch.float32 else dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(compiled(*m[:3]), m[:3])
+    for got, wanted, plain in zip(gradients, exact.gradients, eager.gradients, strict=True):
+        assert got.dtype == dtype
+        assert_close_to_exact(got, wanted, plain, 600)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learns"])
+@over(dtypes=[torch.float32, torch.bfloat16], backends=["cpu"])
+def test_the_memory_of_a_graph_stays_within_the_chunk_too(
+    backend: Backend, dtype: torch.dtype, learns: bool, inputs: Inputs
+) -> None:
+    torch.compiler.reset()
+    m = models(inputs, backend, (400, 3001, 16, 24), dtype)
+    leaves = [t.requires_grad_() for t in (m[:3] if learns else m[:1])]
+    compiled = torch.compile(
+        lambda h, w, b: Models(h, w, b, *m[3:]).loss(reduction="mean", chunk_bytes=CHUNK_BYTES), fullgraph=True,
+        backend="aot_eager",
+    )  # fmt: skip
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(compiled(*m[:3]), leaves)
+
+    results = bytes_of(*step())
+    if learns:  # the sum over chunks beside a chunk's part; of 16 bits the head and the sum in float32
+        results += (2 if dtype == torch.float32 else 4) * 4 * m.weight.numel()
+    peak = peak_bytes(step, CPU)
+    assert peak <= CHUNK_BYTES + results + 400 * 64
     torch.compiler.reset()
 
 
@@ -378,6 +462,18 @@ def test_errors_name_the_argument_what_came_and_what_was_expected(backend: Backe
         ({"temperature": -1.0}, ValueError, "temperature: got -1.0, expected a positive number"),
         ({"softcap": 0}, ValueError, "softcap: got 0, expected a positive number"),
         ({"logit_scale": 0}, ValueError, "logit_scale: got 0, expected a positive number"),
+        (
+            {"logit_scale": float("inf")}, ValueError,
+            "logit_scale: got inf, expected a positive number that float32 holds",
+        ),
+        (
+            {"logit_scale": 1e30, "temperature": 1e-30}, ValueError,
+            "logit_scale / temperature: got 1e+60, expected a positive number that float32 holds",
+        ),
+        (
+            {"logit_scale": 1e-30, "softcap": 1e30}, ValueError,
+            "softcap / logit_scale: got 1e+60, expected a positive number that float32 holds",
+        ),
         ({"chunk_bytes": 0}, ValueError, "chunk_bytes: got 0, expected a positive int"),
         (
             {"reduction": "max"}, ValueError,

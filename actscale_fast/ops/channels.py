@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, checks, reference
-from .registry import LIBRARY, backend_of, define, is_eager
+from .registry import LIBRARY, backend_of, define, is_eager, once_differentiable
 
 
 def _fake_scale_channels(x, weight):  # type: ignore[no-untyped-def]
@@ -61,7 +60,7 @@ def scale_channels(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
     checks.same_device("weight", weight, x.device)
     if backends.resolve(x.device, x.dtype) == "reference":
-        return reference.scale_channels(x, weight)
+        return reference.scale_channels(x, weight).contiguous()
     weight = weight.to(torch.float32).contiguous()
     if x.is_contiguous():
         return _scaled(x, weight)
@@ -89,7 +88,7 @@ class _ScaleChannels(torch.autograd.Function):
             return _forward_op(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("scale_channels")
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         need_dx, need_dweight = ctx.needs_input_grad[:2]

@@ -29,6 +29,17 @@ def number(name: str, value: object) -> float:
     return result
 
 
+_LEAST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def positive(name: str, value: object) -> float:
+    """`value` as a float that float32, in which the kernels take it, holds as a positive number too."""
+    result = number(name, value)
+    if not _LEAST <= result <= _LARGEST:
+        raise ValueError(f"{name}: got {value}, expected a positive number" + " that float32 holds" * (result > 0))
+    return result
+
+
 def index_vector(name: str, value: object, length: int, device: torch.device) -> Tensor:
     """`value` as an int64 vector of `length` on `device`."""
     if not isinstance(value, Tensor):

@@ -10,10 +10,9 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, checks, layout, reference
-from .registry import LIBRARY, backend_of, define, is_eager
+from .registry import LIBRARY, backend_of, define, is_eager, once_differentiable
 
 
 def _fake_dynamic_scale(x, weight, bias, strength, row_strength, group):  # type: ignore[no-untyped-def]
@@ -167,7 +166,7 @@ class _DynamicScale(torch.autograd.Function):
         return y, scalars
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("dynamic_scale")
     def backward(ctx: Any, dy, d_scalars):  # type: ignore[no-untyped-def]
         if dy is None and d_scalars is None:
             return (None,) * 7

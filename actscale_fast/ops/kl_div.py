@@ -39,7 +39,7 @@ def kl_div_from_logits(
     Args:
         logits: [..., V], the student's or steered logits.
         reference_logits: [..., V], the teacher's or frozen logits; constant (no gradient).
-        temperature: T > 0; both sides are softmax(logits / T).
+        temperature: T > 0, of which T and 1/T are float32 numbers; both sides are softmax(logits / T).
         reduction: "none": w·KL, [...]; "sum": Σ w·KL; "mean" and "batchmean": Σ w·KL / Σ w, over the rows that are not
             ignored. Where Σ w is 0, as with no row left, the mean is 0 and so is its gradient.
         kl: "forward" KL(reference ‖ logits), as `F.kl_div` computes it, or "reverse" KL(logits ‖ reference), in nats.
@@ -59,21 +59,23 @@ def kl_div_from_logits(
 
     What other losses of this kind do differently, and a trainer that moves here has to know:
         - T²: the result is not multiplied by it, and gradients shrink as 1/T²: distillation usually multiplies.
-          Any factor is free as row_weight with "sum"; multiplied to the result it is a second pass over the gradient.
+          Any factor is free as row_weight with "sum" (not in float16, see below); multiplied to the result it is a
+          second pass over the gradient.
         - Soft-cap: models that have one (Gemma 2: 30) return capped logits. Give `softcap` for raw logits alone:
           capping twice is another distribution. The cap takes −inf to −s, a possible token: mask after it.
         - Hard labels: `labels` only say which rows count. Cross-entropy on them, and its weight, are the caller's.
         - Mean: over rows (tokens), never over V as `F.kl_div`'s "mean"; with all rows ignored 0, not NaN.
         - Direction: "forward" is F.kl_div(log q, log p), beta = 0 of TRL's GKDTrainer; "reverse" its beta = 1.
         - Shift labels, not logits: logits[:, :-1] would be copied to become rows, labels padded at the end are not.
-        - float16: the mean's 1/Σw is applied to the finished gradient, in a second pass, since float16 would lose small
-          gradients to it before a loss scale could save them.
+        - float16: rows weigh w/max |w| in the finished gradient, and what that leaves out (max |w|; of a mean 1/Σw too)
+          is applied to it in a second pass, together with the loss scale: float16 would lose small gradients to a
+          factor such as T²/n before a loss scale could save them, and overflow under a large one.
 
     Once differentiable (float64: any number of times); torch.func transforms are not supported.
     """
     if not isinstance(logits, Tensor) or logits.dim() < 1:
         raise TypeError(f"logits: got {getattr(logits, 'shape', type(logits).__name__)}, expected a tensor [..., V]")
-    options = check_options(temperature, reduction, kl, softcap)
+    inverse_temperature, reverse, softcap = check_options(temperature, reduction, kl, softcap)
     leading, width = logits.shape[:-1], logits.shape[-1]
     if checks.floating_tensor("reference_logits", reference_logits, "[..., V]").shape != logits.shape:
         raise ValueError(f"reference_logits: got shape {tuple(reference_logits.shape)}, expected {tuple(logits.shape)}")
@@ -83,31 +85,29 @@ def kl_div_from_logits(
     if inplace_gradient:
         check_overwritable(logits, reference_logits)
     weights = row_weights(labels, ignore_index, row_weight, leading, z)
-    weights, divisor = reduced_weights(weights, reduction, z)
+    weights, factor = reduced_weights(weights, reduction, z)
     if backends.resolve(z.device, z.dtype) == "reference":
         divergence = reference.intervention_loss(
-            z, r, None, None, None, inverse_temperature=options[0], reverse=options[1], row_weight=weights,
-            softcap=softcap,
+            z, r, None, None, None, inverse_temperature=inverse_temperature, reverse=reverse,
+            row_weight=weights, softcap=softcap,
         )[1]  # fmt: skip
     else:
         divergence = fused_losses(
-            z, r, None, None, None, None, 0.0, options[0], False, options[1], row_weight=weights, softcap=softcap,
-            in_place=inplace_gradient,
+            z, r, None, None, None, None, 0.0, inverse_temperature, False, reverse, row_weight=weights,
+            softcap=softcap, in_place=inplace_gradient,
         )[1]  # fmt: skip
-    if reduction == "none":
-        return divergence.reshape(leading)
-    return divergence.sum() if divisor is None else divergence.sum() / divisor
+    divergence = divergence.reshape(leading) if reduction == "none" else divergence.sum()
+    return divergence if factor is None else divergence * factor
 
 
-def check_options(temperature: float, reduction: str, kl: str, softcap: float | None) -> tuple[float, bool]:
-    """(inverse temperature, whether the KL is the reverse one)."""
-    if not checks.number("temperature", temperature) > 0:
-        raise ValueError(f"temperature: got {temperature}, expected a positive number")
+def check_options(
+    temperature: float, reduction: str, kl: str, softcap: float | None
+) -> tuple[float, bool, float | None]:
+    """(inverse temperature, whether the KL is the reverse one, soft-cap)."""
+    inverse_temperature = checks.positive("1 / temperature", 1.0 / checks.positive("temperature", temperature))
     if reduction not in ("none", "sum", "mean", "batchmean"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'none', 'sum', 'mean' or 'batchmean'")
-    if softcap is not None and not 0 < checks.number("softcap", softcap) < float("inf"):
-        raise ValueError(f"softcap: got {softcap}, expected a positive number")
-    return 1.0 / temperature, is_reverse(kl)
+    return inverse_temperature, is_reverse(kl), None if softcap is None else checks.positive("softcap", softcap)
 
 
 def row_weights(
@@ -150,19 +150,34 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
 
 
-def reduced_weights(weights: Tensor | None, reduction: str, like: Tensor) -> tuple[Tensor | None, Tensor | int | None]:
-    """The weights with which a sum over rows is the reduction, and what that sum is still to be divided by."""
-    if reduction not in ("mean", "batchmean"):
+def reduced_weights(
+    weights: Tensor | None, reduction: str, like: Tensor
+) -> tuple[Tensor | None, Tensor | float | None]:
+    """The weights whose sum over rows is the reduction, and the factor that is left for the result; None: 1."""
+    mean = reduction in ("mean", "batchmean")
+    if like.dtype == torch.float16:  # its gradients hold neither 1/Σw nor any row_weight
+        if weights is None:
+            return None, 1 / max(like.shape[0], 1) if mean else None
+        weights, largest = normalised(weights)
+        return weights, _inverse(weights.sum()) if mean else largest
+    if not mean:
         return weights, None
-    afterwards = like.dtype == torch.float16  # whose gradients do not hold 1/Σw
     if weights is None:
-        count = max(like.shape[0], 1)
-        return (
-            (None, count)
-            if afterwards
-            else (like.new_full((like.shape[0],), 1 / count, dtype=reference.accumulation_dtype(like.dtype)), None)
-        )
+        acc = reference.accumulation_dtype(like.dtype)
+        return like.new_full((like.shape[0],), 1 / max(like.shape[0], 1), dtype=acc), None
     total = weights.sum()
-    if afterwards:
-        return weights, total.masked_fill(total == 0, torch.inf)
     return (weights / total).masked_fill(total == 0, 0.0), None
+
+
+def normalised(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(w/max |w|, max |w|), nothing of it read by the host; no row weighs more than 1."""
+    if len(weights) == 0:
+        return weights, weights.new_ones(())
+    largest = weights.abs().amax()
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return weights / largest, largest
+
+
+def _inverse(total: Tensor) -> Tensor:
+    """1/Σw, 0 where Σw is 0."""
+    return (1 / total).masked_fill(total == 0, 0.0)

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .linear_logits import chunks, logits_of, of_products
 from .linear_softmax import wide_product
 from .loss import intervention_loss
 from .reference import accumulation_dtype
+from .registry import once_differentiable
 
 #: Rows of W whose gradient is made at once.
 COLUMNS = 4096
@@ -83,7 +83,7 @@ class _LearnedHeadLoss(torch.autograd.Function):
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_intervention_loss")
     def backward(ctx: Any, *upstream):  # type: ignore[no-untyped-def]
         hidden, weight, bias, reference_logits, correct, wrong, direction = ctx.saved_tensors
         softcap, scale, chunk_bytes, options = ctx.setting

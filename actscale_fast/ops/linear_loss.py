@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks
 from .linear_learned import Setting, learned_head_loss
@@ -28,7 +27,7 @@ from .linear_softmax import CHUNK_BYTES, linear_softmax
 from .linear_statistics import ReferenceStatistics, centred, check_head, expected_logit, unit_stride
 from .loss import KLDirection, check_answers, intervention_loss, is_reverse
 from .reference import l1_norm
-from .registry import is_eager
+from .registry import is_eager, once_differentiable
 
 
 def linear_intervention_loss(
@@ -79,6 +78,7 @@ def linear_intervention_loss(
     and follow `torch.set_float32_matmul_precision`: TF32 where that allows it.
     """
     correct, wrong = check_head(hidden, weight, bias, correct, wrong, softcap, logit_scale, chunk_bytes)
+    softcap = None if softcap is None else float(softcap)
     direction = checks.row_values("direction", direction, hidden.shape[0], hidden.device)
     if scalars is not None:
         checks.same_device("scalars", checks.floating_tensor("scalars", scalars, "of any shape"), hidden.device)
@@ -160,7 +160,7 @@ class _LinearLoss(torch.autograd.Function):
         return effectiveness, faithfulness
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_intervention_loss")
     def backward(ctx: Any, d_effectiveness, d_faithfulness):  # type: ignore[no-untyped-def]
         faithfulness_grad, answers_grad, correct, wrong, weight = ctx.saved_tensors
         d_hidden = d_faithfulness[:, None] * faithfulness_grad

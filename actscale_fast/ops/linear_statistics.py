@@ -100,6 +100,7 @@ def reference_statistics(
         TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also a token id out of range.
     """
     correct, wrong = check_head(hidden, weight, bias, correct, wrong, softcap, logit_scale, chunk_bytes)
+    softcap = None if softcap is None else float(softcap)
     learned = weight.requires_grad or (bias is not None and bias.requires_grad)
     # Copies, since the caller may fill his ids with the next batch's.
     common = (correct.clone(), wrong.clone(), exclude_answers, float(logit_scale), softcap)
@@ -160,8 +161,8 @@ def check_head(
         if bias.shape != (width,):
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({width},)")
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
-        if value is not None and not checks.number(name, value) > 0:
-            raise ValueError(f"{name}: got {value}, expected a positive number")
+        if value is not None:
+            checks.positive(name, value)
     if not isinstance(chunk_bytes, int) or chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes: got {chunk_bytes!r}, expected a positive int")
     correct = checks.index_vector("correct", correct, hidden.shape[0], hidden.device)

@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, checks, reference
-from .registry import LIBRARY, backend_of, define, is_eager
+from .registry import LIBRARY, backend_of, define, is_eager, once_differentiable
 
 KLDirection = Literal["forward", "reverse"]
 
@@ -225,11 +224,12 @@ class _InterventionLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
         # Neither the logits nor the reference outlive the forward pass: the gradient is all that the backward needs.
         ctx.grad, ctx.answer_grad, ctx.sign = grad, answer_grad, sign
+        ctx.ignored = None if rest[-3] is None else rest[-3] == 0  # not the weights: those the caller may fill anew
         ctx.save_for_backward(correct, wrong)  # the caller's own: a change in place before the backward raises
         return results
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("intervention_loss, kl_div_from_logits")
     def backward(ctx: Any, d_effectiveness, d_faithfulness, _grad, _answer_grad, d_l1, _sign):  # type: ignore[no-untyped-def]
         d_logits = d_scalars = None
         upstream = [d for d in (d_effectiveness, d_faithfulness) if d is not None]
@@ -244,6 +244,8 @@ class _InterventionLoss(torch.autograd.Function):
             zero = upstream[0].new_zeros(()).expand(d_logits.shape[0])
             d_effectiveness = zero if d_effectiveness is None else d_effectiveness
             d_faithfulness = zero if d_faithfulness is None else d_faithfulness
+            if ctx.ignored is not None:  # their zeros, which an upstream of inf or NaN would make NaN
+                d_faithfulness = d_faithfulness.masked_fill(ctx.ignored, 1.0)
             eager = ctx.eager and is_eager(d_effectiveness, d_faithfulness)
             scale_: Any = backend_of(d_logits).intervention_loss_scale_ if eager else _scale_op_
             scale_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C import _functions
 from torch.autograd import forward_ad
 
 from . import backends
@@ -51,6 +52,51 @@ def backend_of(x: Tensor) -> BackendModule:
     if name == "reference":  # the op was called directly, or the backend changed between forward and backward
         name = "cpu" if x.device.type == "cpu" else "triton"
     return _module(name)
+
+
+def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a Function's backward: gradients that are differentiated again (a gradient penalty) raise.
+
+    `torch.autograd.function.once_differentiable` does so only where the upstream requires a gradient, and that of a
+    loss is a constant 1: the penalty's part would be missing without a word.
+
+    Args:
+        op: the name in the message.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *upstream: Any) -> Any:
+            with torch.no_grad():
+                gradients = backward(ctx, *upstream)
+            # Grad mode is on under create_graph=True; a compiler traces backward passes with it on, and refuses a
+            # second derivative itself.
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return gradients
+            # It lies above the forward's leaves, so that torch.autograd.grad by one of them passes it too.
+            inputs = [None if g is None else g.detach().requires_grad_() for g in gradients]
+            inputs += [*upstream, *_leaves_below(ctx)]
+            message = f"{op}: its gradient (create_graph=True) was differentiated, but the op is once differentiable"
+            refuse: Any = _functions.DelayedError(message.encode(), len(inputs))
+            return refuse(*inputs)[: len(gradients)]
+
+        return wrapper
+
+    return decorate
+
+
+def _leaves_below(node: Any) -> list[Tensor]:
+    """The tensors whose gradients a backward pass through `node` accumulates."""
+    seen, waiting, leaves = {node}, [node], []
+    while waiting:
+        for below, _ in waiting.pop().next_functions:
+            if below is None or below in seen:
+                continue
+            seen.add(below)
+            waiting.append(below)
+            if isinstance(below, _functions.AccumulateGrad):  # type: ignore[attr-defined]
+                leaves.append(below.variable)
+    return leaves
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, checks, layout, reference
-from .registry import LIBRARY, backend_of, define, is_eager
+from .registry import LIBRARY, backend_of, define, is_eager, once_differentiable
 
 
 def _fake_scale_heads(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
@@ -132,7 +131,7 @@ class _ScaleHeads(torch.autograd.Function):
             return _forward_op(x, alpha, shift, strength, row_strength, group)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("scale_heads")
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, alpha, shift, row_strength, group = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
