@@ -65,7 +65,7 @@ def to_peft_ia3(
     beta = one_strength(strength, "one number")
     vectors: dict[str, Tensor] = {}
     inputs_first = False  # Conv1D keeps [in, out]
-    for factor, part in intervention.pairs if isinstance(intervention, Composite) else [(1.0, intervention)]:
+    for factor, part in intervention.pairs:
         _check_expressible(part)
         part.check_finite()
         for index, (name, transposed) in enumerate(_modules(part, model)):

@@ -65,7 +65,7 @@ def to_pyvene(intervention: Intervention, model: nn.Module, strength: float = 1.
         raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
     found, strength = layout(model, intervention.paths), one_strength(strength, "a float")
     representations = []
-    for part, factor in zip(intervention.singles, getattr(intervention, "factors", (1.0,)), strict=True):
+    for factor, part in intervention.pairs:
         _check_part(part)
         part.location.model.require(found.fingerprint)
         for index, layer in enumerate(part.location.layers):

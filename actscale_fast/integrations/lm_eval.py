@@ -8,7 +8,6 @@ From the shell, the harness's own command line with that type added:
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..interventions import Intervention, load_intervention
 from ..models import patch
+from ..models.steering import one_strength
 from ._library import require
 
 require("lm-eval")
@@ -48,11 +48,10 @@ class SteeredLM(HFLM):  # type: ignore[misc]
     def __init__(
         self, pretrained: Any, intervention: Intervention | str | Path, strength: float = 1.0, **kwargs: Any
     ) -> None:
-        if not math.isfinite(strength):
-            raise ValueError(f"strength: got {strength}, expected a finite number")
+        strength = one_strength(strength, "one number")  # before the model is loaded
         given = intervention if isinstance(intervention, Intervention) else load_intervention(intervention)
         super().__init__(pretrained, **kwargs)
-        self._patch = patch(self.model, given, float(strength))
+        self._patch = patch(self.model, given, strength)
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for part in self._patch.intervention.singles:

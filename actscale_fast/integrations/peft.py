@@ -11,13 +11,13 @@ and 3 times, with PEFT's own roundings. Where model and adapter have one dtype, 
 from __future__ import annotations
 
 import weakref
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models import surgery
+from ..models.handle import Handle
 from ..ops import backends, scale_channels
 from ..ops.registry import is_eager
 from ._library import require
@@ -92,7 +92,7 @@ def _is_served(x: Tensor, factors: Tensor) -> bool:
     )
 
 
-class Accelerated:
+class Accelerated(Handle):
     """The layers that `accelerate` changed: a context manager, and a handle with `remove`.
 
     Attributes:
@@ -121,14 +121,6 @@ class Accelerated:
             if layer is not None and _class_of(layer) is FusedLinear:
                 _set_class(layer, Linear)
         self._layers.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def accelerate(model: nn.Module) -> Accelerated:

@@ -21,8 +21,7 @@ line, any context manager's, `loss.backward()` does nothing; give it a line of i
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ._library import require
 
@@ -34,6 +33,7 @@ from pyvene.models.constants import CONST_INPUT_HOOK, split_head_and_permute  # 
 from pyvene.models.modeling_utils import HandlerList, get_dimension_by_component  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from ..models.handle import Handle  # noqa: E402
 from ..ops import scale_heads  # noqa: E402
 from ._pyvene_exchange import from_pyvene, load_pyvene, to_pyvene  # noqa: E402
 from ._pyvene_kinds import ALL_DIMS, SIGNS, ScaleIntervention, added_vector, unknown_kind  # noqa: E402
@@ -65,7 +65,7 @@ def accelerate(intervenable: Any) -> Accelerated:
     return Accelerated(intervenable)
 
 
-class Accelerated:
+class Accelerated(Handle):
     """The handle of `accelerate`."""
 
     def __init__(self, intervenable: Any) -> None:
@@ -90,14 +90,6 @@ class Accelerated:
             intervenable.__dict__.pop("_intervention_setter", None)
         else:
             intervenable.__dict__["_intervention_setter"] = self._there
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def _setter(
         self, keys: list[str], unit_locations_base: Any, subspaces: Any, intervention_additional_kwargs: Any

@@ -163,9 +163,14 @@ class Intervention(nn.Module):
         return self + -1.0 * other
 
     @property
+    def pairs(self) -> list[tuple[float, Intervention]]:
+        """(factor of the strength, intervention of one place) of each that this one is made of, as they are applied."""
+        return [(1.0, self)]
+
+    @property
     def singles(self) -> tuple[Intervention, ...]:
         """The interventions of one place each that this one is made of."""
-        return (self,)
+        return tuple(part for _, part in self.pairs)
 
     @property
     def paths(self) -> dict[str, str]:

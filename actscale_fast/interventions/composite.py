@@ -43,8 +43,7 @@ class Composite(Intervention):
         for factor, part in parts:
             _check_part(part)
             _check_factor(factor)
-            inner = part.pairs if isinstance(part, Composite) else [(1.0, part)]
-            flat += [(factor * other, one) for other, one in inner]
+            flat += [(factor * other, one) for other, one in part.pairs]
         if not flat:
             raise ValueError("parts: got none, expected at least one intervention")
         for _, part in flat[1:]:
@@ -58,16 +57,11 @@ class Composite(Intervention):
 
     @property
     def pairs(self) -> list[tuple[float, Intervention]]:
-        """(factor, part) in the order in which they are applied."""
         return list(zip(self.factors, self.parts, strict=True))  # type: ignore[arg-type]
 
     @property
     def location(self) -> NoReturn:  # type: ignore[override]
         raise TypeError(f"intervention: a Composite of {len(self.parts)} has no single location; see its .parts")
-
-    @property
-    def singles(self) -> tuple[Intervention, ...]:
-        return tuple(part for _, part in self.pairs)
 
     @property
     def device(self) -> torch.device:

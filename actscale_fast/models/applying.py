@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor, nn
 
 from ..interventions import Composite, Intervention
+from .handle import Handle
 from .patch import Patch
 
 
@@ -47,7 +46,7 @@ def patch(
     return Patch(model, intervention, strength, group)
 
 
-class Patches:
+class Patches(Handle):
     """The applied parts of a `Composite`, as one handle; see `patch`."""
 
     def __init__(self, model: nn.Module, composite: Composite, strength: float | Tensor, group: Tensor | None) -> None:
@@ -113,14 +112,6 @@ class Patches:
     def alone(self) -> bool:
         """Whether the model has no patch but these."""
         return self.parts[0].neighbours == tuple(self.parts)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 AnyPatch = Patch | Patches

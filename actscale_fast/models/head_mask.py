@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from ..ops import scale_heads
 from .adapter import layout
 from .attachment import Attachment
 from .context import Call, Context
+from .handle import Handle
 from .placement import per_row
 
 _SHAPES = "[H], [L, H] or [B, L, H]"
@@ -51,7 +50,7 @@ def head_mask(model: nn.Module, mask: Tensor) -> HeadMask:
     return HeadMask(model, mask)
 
 
-class HeadMask:
+class HeadMask(Handle):
     """An applied head mask; see `head_mask`."""
 
     def __init__(self, model: nn.Module, mask: Tensor) -> None:
@@ -109,11 +108,3 @@ class HeadMask:
     def remove(self) -> None:
         """Take the mask out of the model; nothing happens where it is out already, or the model is gone."""
         self._attachment.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interventions import ActivScalar, Composite, Intervention, SteerVec
+from ..interventions import ActivScalar, Intervention, SteerVec
 from .adapter import ModelLayout, layout, unwrap
 from .families import FAMILIES
 from .steering import one_strength
@@ -40,7 +40,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
     if isinstance(strength, Tensor) and strength.dim() > 0:
         raise ValueError("strength: got one value per row, expected one number: the weights serve all rows")
     beta = one_strength(strength, "one number")
-    parts = intervention.pairs if isinstance(intervention, Composite) else [(1.0, intervention)]
+    parts = intervention.pairs
     for _, part in parts:
         _check_mergeable(part)
     found = layout(model, intervention.paths)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor, nn
 
@@ -13,10 +11,11 @@ from ..interventions import Intervention
 from . import context as contexts
 from .adapter import execution_device, layout
 from .attachment import Attachment
+from .handle import Handle
 from .steering import Steering
 
 
-class Patch(Steering):
+class Patch(Steering, Handle):
     """An applied intervention; see `applying.patch`."""
 
     def __init__(
@@ -52,14 +51,6 @@ class Patch(Steering):
     def remove(self) -> None:
         """Take the intervention out of the model; nothing happens where it is out already, or the model is gone."""
         self._attachment.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     @property
     def neighbours(self) -> tuple[contexts.Contextual, ...]:

@@ -170,9 +170,10 @@ def steerings(
             raise TypeError(
                 f"intervention: {type(part).__name__} needs the activations of a source, which af.patch gives"
             )
-    made = [Steering(part, device, strength, group) for part in intervention.singles]
-    for steering, factor in zip(made, getattr(intervention, "factors", (1.0,)), strict=True):
-        steering.strength = factor * steering.strength
+    made = []
+    for factor, part in intervention.pairs:
+        made.append(Steering(part, device, strength, group))
+        made[-1].strength = factor * made[-1].strength
     return made
 
 

@@ -86,18 +86,25 @@ def kl_div_from_logits(
         check_overwritable(logits, reference_logits)
     weights = row_weights(labels, ignore_index, row_weight, leading, z)
     weights, factor = reduced_weights(weights, reduction, z)
-    if backends.resolve(z.device, z.dtype) == "reference":
-        divergence = reference.intervention_loss(
-            z, r, None, None, None, inverse_temperature=inverse_temperature, reverse=reverse,
-            row_weight=weights, softcap=softcap,
-        )[1]  # fmt: skip
-    else:
-        divergence = fused_losses(
-            z, r, None, None, None, None, 0.0, inverse_temperature, False, reverse, row_weight=weights,
-            softcap=softcap, in_place=inplace_gradient,
-        )[1]  # fmt: skip
+    divergence = weighted_divergence(z, r, weights, inverse_temperature, reverse, softcap, in_place=inplace_gradient)
     divergence = divergence.reshape(leading) if reduction == "none" else divergence.sum()
     return divergence if factor is None else divergence * factor
+
+
+def weighted_divergence(
+    logits: Tensor, reference_logits: Tensor, weights: Tensor | None, inverse_temperature: float, reverse: bool,
+    softcap: float | None, *, in_place: bool = False,
+) -> Tensor:  # fmt: skip
+    """w·KL of each row [N], differentiable by the logits [N, V]."""
+    if backends.resolve(logits.device, logits.dtype) == "reference":
+        return reference.intervention_loss(
+            logits, reference_logits, None, None, None, inverse_temperature=inverse_temperature, reverse=reverse,
+            row_weight=weights, softcap=softcap,
+        )[1]  # fmt: skip
+    return fused_losses(
+        logits, reference_logits, None, None, None, None, 0.0, inverse_temperature, False, reverse,
+        row_weight=weights, softcap=softcap, in_place=in_place,
+    )[1]  # fmt: skip
 
 
 def check_options(

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import backends, reference
-from .kl_div import normalised
+from .kl_div import normalised, weighted_divergence
 from .linear_logits import slices
 from .linear_softmax import wide_product
-from .loss import computed, fused_losses, graph_is_kept
+from .loss import computed, graph_is_kept
 from .registry import is_eager, once_differentiable
 
 #: Rows of W whose gradient is made at once.
@@ -58,7 +58,7 @@ def traced(student: Side, teacher: Side, weights: Tensor | None, setting: Settin
         h = h if weight is None else h.masked_fill((weight == 0)[:, None], 0.0)
         with torch.autocast(h.device.type, enabled=False):
             p = _Product.apply(h, wide.to(dtype), None if bias is None else bias.to(dtype))
-            return _divergence(p, teacher._replace(hidden=other).products(every), weight, setting)
+            return weighted_divergence(p, teacher._replace(hidden=other).products(every), weight, *setting[:3])
 
     parts = [
         checkpoint(
@@ -89,18 +89,6 @@ class _Product(torch.autograd.Function):
             )
 
 
-def _divergence(products: Tensor, others: Tensor, weights: Tensor | None, setting: Setting) -> Tensor:
-    """w·KL [R], differentiable by the products."""
-    i, reverse, softcap, _ = setting
-    if backends.resolve(products.device, products.dtype) != "reference":
-        return fused_losses(
-            products, others, None, None, None, None, 0.0, i, False, reverse, row_weight=weights, softcap=softcap
-        )[1]
-    return reference.intervention_loss(
-        products, others, None, None, None, inverse_temperature=i, reverse=reverse, row_weight=weights, softcap=softcap
-    )[1]
-
-
 def _divergence_and_gradient(
     products: Tensor, others: Tensor, weights: Tensor | None, setting: Setting, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +96,7 @@ def _divergence_and_gradient(
     if backends.resolve(products.device, products.dtype) == "reference":
         products.requires_grad_(need_grad)
         with torch.set_grad_enabled(need_grad):
-            divergence = _divergence(products, others, weights, setting)
+            divergence = weighted_divergence(products, others, weights, *setting[:3])
             gradient = torch.autograd.grad(divergence.sum(), products)[0] if need_grad else products
         return divergence.detach(), gradient
     i, reverse, softcap, _ = setting
