@@ -127,8 +127,11 @@ class Intervention(nn.Module):
         """Refuse sources that are not one for each of n_rows; of a class that needs them."""
 
     def of_layer(self, parameter: Tensor, layer: int, device: torch.device) -> Tensor:
-        """One layer's values [G, P, ...] as a view; copied only where that layer lives on another device."""
+        """One layer's values [G, P, ...] as a view, of its own heads; copied only where it is on another device."""
         values = parameter.narrow(0, layer, 1) if self.n_groups is None else parameter.select(1, layer)
+        n_heads = self.location.heads_of(layer)
+        if values.dim() > 2 and values.shape[2] > n_heads:
+            values = values.narrow(2, 0, n_heads)
         return values if values.device == device else values.to(device, non_blocking=True)
 
     @classmethod
@@ -190,7 +193,9 @@ class Intervention(nn.Module):
     @property
     def n_parameters(self) -> int:
         """How many numbers are learned."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        own = [self.location.heads_of(index) for index in range(len(self.location.layers))]
+        most = max(own) * len(own)  # parameters have room for the heads of the layer that has the most
+        return sum(parameter.numel() * sum(own) // most for parameter in self.parameters())
 
     @property
     def n_active(self) -> int:

@@ -203,8 +203,9 @@ def common_location(locations: Sequence[Location]) -> Location:
             raise ValueError("interventions: their positions differ and are counted from both ends of the prompt")
         positions = tuple(every)
     return replace(
-        first, layers=layers, positions=positions, generated=any(location.generated for location in locations)
-    )
+        first, layers=layers, positions=positions, generated=any(location.generated for location in locations),
+        heads={layer: sizes for location in locations for layer, sizes in location.heads.items()},
+    )  # fmt: skip
 
 
 def _place(part: Intervention, whole: Intervention, group: int | None) -> None:

@@ -42,16 +42,36 @@ class Location:
     generated: bool
     model: ModelFingerprint
     paths: dict[str, str] = field(default_factory=dict)
+    #: (heads, their width) of the layers that differ from the model's n_heads and head_dim, by the layer's number.
+    heads: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def n_heads(self) -> int:
-        """H: the heads at the head site, 1 at a whole site."""
-        return self.model.n_heads if self.site == "head" else 1
+        """H: the heads at the head site, of the chosen layer that has the most; 1 at a whole site."""
+        return max(self.heads_of(index) for index in range(len(self.layers)))
+
+    def heads_of(self, index: int) -> int:
+        """The heads of one layer (its index among the chosen ones); 1 at a whole site."""
+        if self.site != "head":
+            return 1
+        return self.heads.get(self.layers[index], (self.model.n_heads, 0))[0]
 
     @property
     def width(self) -> int:
-        """D: the length of the vectors that are edited."""
-        return self.model.head_dim if self.site == "head" else self.model.hidden_size
+        """D: the length of the vectors that are edited.
+
+        Raises:
+            ValueError: the heads of the chosen layers have several widths.
+        """
+        if self.site != "head":
+            return self.model.hidden_size
+        widths = {self.heads.get(layer, (0, self.model.head_dim))[1] for layer in self.layers}
+        if len(widths) > 1:
+            raise ValueError(
+                f"layers: their heads are {' and '.join(map(str, sorted(widths)))} wide, expected one width; make one "
+                "intervention for the layers of each width and add them"
+            )
+        return widths.pop()
 
     @property
     def n_slots(self) -> int:
@@ -64,7 +84,12 @@ class Location:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""
-        return asdict(self)
+        data = asdict(self)
+        if not data["heads"]:
+            del data["heads"]
+        else:
+            data["heads"] = {str(layer): list(sizes) for layer, sizes in data["heads"].items()}
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Location:
@@ -83,9 +108,19 @@ class Location:
                 generated=bool(data["generated"]),
                 model=model,
                 paths={str(key): str(value) for key, value in data["paths"].items()},
+                heads=_heads_from(data.get("heads", {})),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the description of an intervention: {type(error).__name__} {error}") from None
+
+
+def _heads_from(data: Any) -> dict[int, tuple[int, int]]:
+    found = {}
+    for layer, sizes in data.items():
+        if not isinstance(sizes, list) or [type(size) for size in sizes] != [int, int] or min(sizes) < 1:
+            raise ValueError(f"heads: got {sizes!r}, expected [heads, width]")
+        found[int(layer)] = (sizes[0], sizes[1])
+    return found
 
 
 def check_site(site: object) -> str:
