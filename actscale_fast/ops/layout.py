@@ -36,6 +36,9 @@ def gradient_rows(dy: Tensor) -> tuple[Tensor, int]:
 
 
 def require_unit_stride(x: Tensor) -> None:
-    """Refuses what the kernels would read past; the public function has made it contiguous."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    """Refuses what the kernels would read past; the public function has made it contiguous.
+
+    Nothing is read of an empty x, whatever its strides: PyTorch calls it contiguous, and `contiguous()` keeps them.
+    """
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
         raise ValueError(f"x: got strides {x.stride()}, expected 1 over the last axis; call contiguous() first")
