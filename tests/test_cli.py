@@ -71,8 +71,9 @@ def test_the_demo_leaves_an_intervention_pictures_and_figures(
 ) -> None:
     out = tmp_path / "demo"
     assert main(["demo", "--model", model, "--out", str(out), "--steps", "2", "--threads", "1"]) == 0
-    names = {"intervention.safetensors", "intervention.json", "heads.png", "history.png", "history.json", "demo.json"}
+    names = {"intervention.json", "heads.png", "history.png", "history.json", "demo.json"}
     names.add("fit.json")
+    names |= {entry.name for entry in out.glob("intervention-*.safetensors")}
     assert {entry.name for entry in out.iterdir()} == names
     report = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     assert report["held_out"]["n_active"] == load_intervention(out).n_active
@@ -482,7 +483,7 @@ def test_sweep_fits_every_combination_and_goes_on_where_it_stopped(
     told = json.loads((tmp_path / "s" / "sweep.json").read_text())
     assert [fit["chosen"]["minimality"] for fit in told] == [0.4] * 4 + [0.01] * 4
     assert (tmp_path / "s" / "front.png").is_file()
-    first = {place: place.stat().st_mtime_ns for place in (tmp_path / "s").rglob("intervention.safetensors")}
+    first = {place: place.stat().st_mtime_ns for place in (tmp_path / "s").rglob("intervention-*.safetensors")}
     assert len(first) == 8
     assert main([*words, "--minimality", "0.4,0.01", "--seeds", "0-2", "--layers", "1", "--layers", "0,1"]) == 0
     assert all(place.stat().st_mtime_ns == when for place, when in first.items())

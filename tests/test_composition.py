@@ -16,6 +16,7 @@ from model_zoo import randomised, tiny_model
 from torch import Tensor
 
 import actscale_fast as af
+from actscale_fast._json import write_sealed
 from actscale_fast.interventions import Composite, Intervention
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 2], [8, 8, 41, 3, 19, 60]])
@@ -127,18 +128,24 @@ def test_a_saved_composite_steers_the_same_and_replaces_what_stood_there(tmp_pat
     (parts["scalars"] + parts["vector"] + parts["probes"]).save_pretrained(tmp_path)
     whole = parts["scalars"] + -0.5 * parts["projection"]
     whole.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["intervention.json", "part-0", "part-1", "part-time"]
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert (made[0], made[-1], len(made)) == ("intervention.json", "part-time", 4)
     loaded = af.load_intervention(tmp_path)
     assert isinstance(loaded, Composite)
     assert loaded.factors == (1.0, -0.5)
     assert torch.equal(patched(model, loaded, 0.7), patched(model, whole, 0.7))
-    parts["other scalars"].save_pretrained(tmp_path / "part-0")
-    with pytest.raises(ValueError, match="part-0: damaged, its checksum"):
+    parts["other scalars"].save_pretrained(tmp_path / made[1])
+    with pytest.raises(ValueError, match=rf"{made[1]}/intervention\.json: damaged, its checksum"):
         af.load_intervention(tmp_path)
     parts["scalars"].save_pretrained(tmp_path)
     assert isinstance(af.load_intervention(tmp_path), af.ActivScalar)
     description = json.loads((tmp_path / "intervention.json").read_text())
-    (tmp_path / "intervention.json").write_text(json.dumps(description | {"class": "Composite", "parts": [{}]}))
+    for parts_listed in ([{}], [], None, [{"folder": "..", "factor": 1.0, "sha256": "0" * 64}]):
+        changed = {"format": 2, "class": "Composite", "parts": parts_listed}
+        write_sealed(tmp_path / "intervention.json", changed)
+        with pytest.raises(ValueError, match=r"intervention\.json: damaged or not an intervention \(parts"):
+            af.load_intervention(tmp_path)
+    (tmp_path / "intervention.json").write_text(json.dumps(description | {"class": "Composite"}))
     with pytest.raises(ValueError, match="damaged or not an intervention"):
         af.load_intervention(tmp_path)
 

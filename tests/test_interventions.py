@@ -12,8 +12,9 @@ from model_zoo import randomised, tiny_model
 from torch import Tensor
 
 from actscale_fast import _files
+from actscale_fast._json import write_sealed
 from actscale_fast.interventions import ActivScalar, Intervention, SteerVec, load_intervention
-from actscale_fast.interventions.saving import DESCRIPTION, TENSORS
+from actscale_fast.interventions.saving import DESCRIPTION
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 2]])
 
@@ -96,7 +97,8 @@ def test_a_saved_intervention_comes_back_to_the_bit(cls: type[Intervention], sta
     if stacked:
         intervention = cls.stack([intervention, randomised(cls.for_model(model, **where(intervention)))])
     intervention.save_pretrained(tmp_path / "new" / "folder")
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [DESCRIPTION, TENSORS]
+    made = tmp_path / "new" / "folder"
+    assert {path.name for path in made.iterdir()} == {DESCRIPTION, tensors_in(made).name}
     for loaded in (
         load_intervention(tmp_path / "new" / "folder"),
         cls.from_pretrained(str(tmp_path / "new" / "folder")),
@@ -119,44 +121,52 @@ def where(intervention: Intervention) -> dict[str, object]:
     }
 
 
+def tensors_in(folder: Path) -> Path:
+    (path,) = folder.glob("*.safetensors")
+    return path
+
+
 def edited(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    """A change by somebody who makes the checksum agree."""
+
     def damage(folder: Path) -> None:
         description = json.loads((folder / DESCRIPTION).read_text())
         change(description)
-        (folder / DESCRIPTION).write_text(json.dumps(description))
+        write_sealed(folder / DESCRIPTION, description)
 
     return damage
 
 
-def truncated(name: str, keep: float) -> Callable[[Path], None]:
+def truncated(pattern: str, keep: float) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: int(len(content) * keep)])
+        (path,) = folder.glob(pattern)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * keep)])
 
     return damage
 
 
 def flipped(folder: Path) -> None:
-    content = bytearray((folder / TENSORS).read_bytes())
+    content = bytearray(tensors_in(folder).read_bytes())
     content[-3] ^= 1
-    (folder / TENSORS).write_bytes(content)
+    tensors_in(folder).write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda folder: (folder / TENSORS).unlink(), FileNotFoundError, "intervention.safetensors: not found"),
+        (lambda folder: tensors_in(folder).unlink(), FileNotFoundError, r"intervention-\w+.safetensors: not found"),
         (lambda folder: (folder / DESCRIPTION).unlink(), FileNotFoundError, "intervention.json: not found"),
-        (truncated(TENSORS, 0.5), ValueError, "intervention.safetensors: damaged or truncated"),
-        (truncated(TENSORS, 0), ValueError, "intervention.safetensors: damaged or truncated"),
+        (truncated("*.safetensors", 0.5), ValueError, r"intervention-\w+.safetensors: damaged or truncated"),
+        (truncated("*.safetensors", 0), ValueError, r"intervention-\w+.safetensors: damaged or truncated"),
         (truncated(DESCRIPTION, 0.5), ValueError, "intervention.json: damaged or not an intervention"),
-        (flipped, ValueError, "intervention.safetensors: damaged or truncated"),
+        (flipped, ValueError, r"intervention-\w+.safetensors: damaged or truncated"),
         (
             edited(lambda d: d.update({"class": "Unheard"})),
             ValueError,
             "unknown class 'Unheard', expected one of ActivScalar",
         ),
-        (edited(lambda d: d.update({"format": 2})), ValueError, "format 2, this version reads 1"),
+        (edited(lambda d: d.update({"format": 3})), ValueError, "format 3, this version reads 1 and 2"),
         (edited(lambda d: d.pop("location")), ValueError, "intervention.json: damaged"),
         (edited(lambda d: d["location"].update({"site": "nose"})), ValueError, "site: got 'nose'"),  # type: ignore[attr-defined]
         (edited(lambda d: d["location"].update({"layers": [7]})), ValueError, "layers: got 7, expected -2 to 1"),  # type: ignore[attr-defined]
@@ -197,11 +207,13 @@ def test_non_finite_parameters_are_neither_saved_nor_loaded(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="alpha: 2 of 8 values are not finite"):
         intervention.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    tensors: dict[str, Tensor] = load_file(tmp_path / TENSORS)
+    tensors: dict[str, Tensor] = load_file(tensors_in(tmp_path))
     tensors["alpha"][0] = float("nan")
-    save_file(tensors, tmp_path / TENSORS)
-    digest = hashlib.sha256((tmp_path / TENSORS).read_bytes()).hexdigest()
-    edited(lambda d: d.update({"sha256": digest}))(tmp_path)
+    save_file(tensors, tensors_in(tmp_path))
+    digest = hashlib.sha256(tensors_in(tmp_path).read_bytes()).hexdigest()
+    name = f"intervention-{digest[:16]}.safetensors"
+    tensors_in(tmp_path).rename(tmp_path / name)
+    edited(lambda d: d.update({"tensors": {"file": name, "sha256": digest}}))(tmp_path)
     with pytest.raises(ValueError, match="alpha: 4 of 8 values are not finite"):
         load_intervention(tmp_path)
 

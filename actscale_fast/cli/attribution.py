@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import learning
-from .._files import write_json
+from .._json import write_json
 from .loading import load_file, load_model, load_task, output_folder
 from .output import print_table, say
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import defaults, learning, models, plots
-from .._files import write_json
+from .._json import write_json
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
 from .output import continuations, exchanging, print_continuations, print_evaluation, say

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 
 from .. import defaults, learning, plots
-from .._files import write_json
+from .._json import write_json
 from ..interventions import ActivScalar
 from .loading import load_model, output_folder
 from .output import continuations, print_continuations, print_evaluation, say

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import defaults
-from .._files import write_json
+from .._json import write_json
 from .output import print_evaluation
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .._files import atomic_path, write_json
+from .._files import atomic_path
+from .._json import write_json
 from ..interventions import ActivScalar, Composite, Intervention, Location
 from ..interventions.saving import made_folder
 from ..models.adapter import ModelLayout, layout, unwrap

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from .._files import write_bytes
 from . import saving
 from .location import Location, check_positions, check_site
 from .positions import Placement
@@ -215,12 +216,22 @@ class Intervention(nn.Module):
                 raise ValueError(f"{name}: {bad} of {parameter.numel()} values are not finite")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `intervention.safetensors` and `intervention.json` into `folder`, each whole or not at all.
+        """Write the intervention into `folder`: its tensors, then `intervention.json`, which commits them.
+
+        An intervention that the folder holds is replaced as a whole: a process that is killed at any moment leaves the
+        older one or the new one.
 
         Raises:
             ValueError: a parameter is not finite. Nothing is written then.
+            OSError: a file cannot be written; names it.
         """
         saving.save(self, Path(folder))
+
+    def write_data(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
+        """Write everything but `intervention.json`; returns its fields, and the names that it refers to."""
+        encoded = saving.encode(self)
+        write_bytes(folder / encoded.name, encoded.payload)
+        return encoded.description, [encoded.name]
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """What `save_pretrained` writes."""
@@ -238,19 +249,15 @@ class Intervention(nn.Module):
                 self.get_parameter(name).copy_(tensor)
 
     @classmethod
-    def read(cls, folder: Path, description: dict[str, Any]) -> Self:
+    def read(cls, description: saving.Description) -> Self:
         """The intervention in a folder whose `intervention.json` says that it is of this class."""
-        location, n_groups, tensors = saving.load(folder, description)
-        shapes = cls.saved_shapes(location, n_groups)
-        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        if found != shapes:
-            raise ValueError(f"{folder}: holds tensors {found}, expected {shapes}")
-        intervention = cls(location, n_groups=n_groups)
-        intervention.restore(tensors)
-        try:
-            intervention.check_finite()
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+        location, n_groups = saving.place(description)
+        shapes = description.checked(lambda: cls.saved_shapes(location, n_groups))
+        tensors = saving.load(description, shapes)
+
+        intervention = description.checked(lambda: cls(location, n_groups=n_groups))
+        description.checked(lambda: intervention.restore(tensors))
+        description.checked(intervention.check_finite)
         return intervention
 
     @classmethod
@@ -276,10 +283,21 @@ def load_intervention(folder: str | Path) -> Intervention:
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is damaged, of an unknown class or format, of a wrong shape, or holds non-finite values.
+        ValueError: a file was changed, is of an unknown class or format, leads out of the folder, has tensors of wrong
+            shapes or types, or holds non-finite values; names the file.
+        OSError: a file cannot be read; names it.
     """
-    description = saving.read_description(Path(folder))
-    name = description["class"]
-    if name not in Intervention.classes:
-        raise ValueError(f"{folder}: unknown class {name!r}, expected one of {', '.join(sorted(Intervention.classes))}")
-    return Intervention.classes[name].read(Path(folder), description)
+    folder = Path(folder)
+    for _ in range(4):
+        description = saving.read_description(folder)
+        try:
+            return read_part(description)
+        except (FileNotFoundError, ValueError):
+            if saving.read_description(folder).sha256 == description.sha256:
+                raise  # otherwise another process has saved over it meanwhile
+    return read_part(saving.read_description(folder))
+
+
+def read_part(description: saving.Description) -> Intervention:
+    """The intervention that is described."""
+    return saving.class_of(description, Intervention.classes).read(description)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import shutil
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,14 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import nn
 
+from .._files import write_bytes
 from . import saving
-from .base import Intervention, load_intervention
+from .base import Intervention, read_part
 from .location import Location
 from .vector import SteerVec
+
+#: Parts of a Composite that is saved or loaded.
+_MOST_PARTS = 1024
 
 
 class Composite(Intervention):
@@ -79,31 +83,40 @@ class Composite(Intervention):
     def l1(self) -> float:
         return sum(single.l1 for single in dict.fromkeys(self.singles))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write each part into a folder of its own, `part-0` first, and `intervention.json`, which comes last."""
-        self.check_finite()
-        folder = saving.made_folder(Path(folder))
-        before = _parts_in(folder)
+    def write_data(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
+        """Write each part into a folder that its contents name; a part that is used twice is written once."""
+        if len(self.parts) > _MOST_PARTS:
+            raise ValueError(f"parts: got {len(self.parts)}, expected at most {_MOST_PARTS} in a Composite to be saved")
+        written: dict[Intervention, tuple[str, str]] = {}
         listed: list[dict[str, Any]] = []
-        for index, (factor, part) in enumerate(self.pairs):
-            part.save_pretrained(folder / f"part-{index}")
-            listed.append({"folder": f"part-{index}", "factor": factor, "sha256": _checksum(folder / f"part-{index}")})
-        saving.write_description(folder, {"class": type(self).__name__, "parts": listed})
-        (folder / saving.TENSORS).unlink(missing_ok=True)  # of another intervention that this one replaces
-        for name in before[len(listed) :]:
-            shutil.rmtree(folder / name, ignore_errors=True)
+        for factor, part in self.pairs:
+            if part not in written:
+                encoded = saving.encode(part)
+                raw = saving.description_bytes(encoded.description)
+                digest = hashlib.sha256(raw).hexdigest()
+                alike = sum(other == digest for _, other in written.values())  # equal, and yet another part
+                name = f"part-{digest[:16]}" + (f"-{alike + 1}" if alike else "")
+                write_bytes(folder / name / encoded.name, encoded.payload)
+                write_bytes(folder / name / saving.DESCRIPTION, raw)
+                written[part] = name, digest
+            name, digest = written[part]
+            listed.append({"folder": name, "factor": factor, "sha256": digest})
+        return {"class": type(self).__name__, "parts": listed}, [name for name, _ in written.values()]
 
     @classmethod
-    def read(cls, folder: Path, description: dict[str, Any]) -> Self:
-        try:
-            listed = [(float(part["factor"]), str(part["folder"]), part["sha256"]) for part in description["parts"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / saving.DESCRIPTION}: damaged or not an intervention ({error})") from None
-        parts = [(factor, load_intervention(folder / name)) for factor, name, _ in listed]
-        for _, name, checksum in listed:
-            if _checksum(folder / name) != checksum:
-                raise ValueError(f"{folder / name}: damaged, its checksum is not the one in {saving.DESCRIPTION}")
-        return cls(parts)
+    def read(cls, description: saving.Description) -> Self:
+        listed = description.checked(lambda: _listed(description.fields))
+        parts: dict[str, Intervention] = {}
+        for name, _, digest in listed:
+            if name not in parts:
+                folder = description.folder / name
+                if folder.is_symlink():
+                    raise ValueError(f"{folder}: a link, expected a folder")
+                part = saving.read_description(folder, digest)
+                if part.fields["class"] == cls.__name__:
+                    raise ValueError(f"{part.path}: damaged, a {cls.__name__} is no part of another")
+                parts[name] = read_part(part)
+        return description.checked(lambda: cls([(factor, parts[name]) for name, factor, _ in listed]))
 
     def extra_repr(self) -> str:
         return f"factors={list(self.factors)}"
@@ -215,7 +228,8 @@ def _place(part: Intervention, whole: Intervention, group: int | None) -> None:
     slots = [0]
     if here.positions is not None and not part.shares_positions:
         assert there.positions is not None
-        slots = [there.positions.index(position) for position in here.positions]
+        slot_of = {position: slot for slot, position in enumerate(there.positions)}
+        slots = [slot_of[position] for position in here.positions]
         slots += [there.n_slots - 1] * here.generated
     rows, columns = torch.tensor(layers)[:, None], torch.tensor(slots)[None]
     for name, value in part.named_parameters():
@@ -226,18 +240,22 @@ def _place(part: Intervention, whole: Intervention, group: int | None) -> None:
         target[rows, columns] += value.to(target.device)
 
 
-def _parts_in(folder: Path) -> list[str]:
-    """The folders of a Composite that was saved here before, in order; only such as `save_pretrained` names."""
-    try:
-        listed = [str(part["folder"]) for part in saving.read_description(folder).get("parts", ())]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [name for index, name in enumerate(listed) if name == f"part-{index}"]
-
-
-def _checksum(folder: Path) -> str:
-    """Of a part's description, which holds that of its tensors."""
-    return hashlib.sha256((folder / saving.DESCRIPTION).read_bytes()).hexdigest()
+def _listed(fields: dict[str, Any]) -> list[tuple[str, float, str]]:
+    """(folder, factor, SHA-256 of its description) of each part; raises ValueError, KeyError or TypeError."""
+    entries = fields["parts"]
+    if not isinstance(entries, list) or not 0 < len(entries) <= _MOST_PARTS:
+        number = f"{len(entries)} of them" if isinstance(entries, list) else type(entries).__name__
+        raise ValueError(f"parts: got {number}, expected a list of 1 to {_MOST_PARTS}")
+    listed = []
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict) or entry.keys() != {"folder", "factor", "sha256"}:
+            raise ValueError(f"parts: number {index} has not exactly a folder, a factor and a sha256")
+        digest = saving.checked_sha256(entry["sha256"])
+        wanted = rf"part-{digest[:16]}(-[1-9]\d{{0,3}})?" if fields["format"] > 1 else f"part-{index}"
+        if not isinstance(entry["folder"], str) or not re.fullmatch(wanted, entry["folder"]):
+            raise ValueError(f"parts: the folder of number {index} is {ascii(entry['folder'])[:80]}")
+        listed.append((entry["folder"], saving.number("factor", entry["factor"]), digest))
+    return listed
 
 
 def _check_part(part: object) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Site = Literal["head", "attn_out", "mlp_out", "residual"]
@@ -92,35 +93,80 @@ class Location:
         return data
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Location:
-        """The inverse of `to_dict`. Raises ValueError where a field is missing or makes no sense."""
+    def from_dict(cls, data: Any) -> Location:
+        """The inverse of `to_dict`, of data that nothing is taken for granted of.
+
+        Raises:
+            ValueError: a field is missing, unknown, of a wrong type or makes no sense.
+        """
+        _check_keys("location", data, cls)
+        _check_keys("model", data["model"], ModelFingerprint)
+        model = ModelFingerprint(**data["model"])
+        numbers = [getattr(model, item.name) for item in fields(model)[1:]]
+        if not isinstance(model.model_type, str) or not all(_is_size(value) for value in numbers):
+            raise ValueError(f"model: got {_shown(data['model'])}, expected a name and positive integers")
+        layers, positions, paths = data["layers"], data["positions"], data["paths"]
+        if not isinstance(layers, list) or len(layers) > model.n_layers:
+            raise ValueError(f"layers: got {_shown(layers)}, expected a list of at most {model.n_layers}")
+        if positions is not None and not isinstance(positions, list):
+            raise ValueError(f"positions: got {_shown(positions)}, expected null or a list")
+        if not all(type(position) is int and abs(position) < _LARGEST for position in positions or ()):
+            raise ValueError(f"positions: got {_shown(positions)}, expected integers of tokens")
+        if type(data["generated"]) is not bool:
+            raise ValueError(f"generated: got {_shown(data['generated'])}, expected true or false")
+        if not isinstance(paths, dict) or not all(isinstance(value, str) for value in paths.values()):
+            raise ValueError(f"paths: got {_shown(paths)}, expected names of modules")
         try:
-            model = ModelFingerprint(**data["model"])
-            if not isinstance(model.model_type, str) or any(
-                type(getattr(model, item.name)) is not int or getattr(model, item.name) < 1
-                for item in fields(model)[1:]
-            ):
-                raise ValueError(f"model: got {data['model']!r}")
             return cls(
                 site=check_site(data["site"]),
-                layers=check_layers(data["layers"], model.n_layers),
-                positions=check_positions(data["positions"], bool(data["generated"])),
-                generated=bool(data["generated"]),
+                layers=check_layers(layers, model.n_layers),
+                positions=check_positions(positions, data["generated"]),
+                generated=data["generated"],
                 model=model,
-                paths={str(key): str(value) for key, value in data["paths"].items()},
-                heads=_heads_from(data.get("heads", {})),
+                paths=dict(paths),
+                heads=_heads_from(data.get("heads", {}), model.n_layers),
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not the description of an intervention: {type(error).__name__} {error}") from None
+        except TypeError as error:
+            raise ValueError(str(error)[:300]) from None
 
 
-def _heads_from(data: Any) -> dict[int, tuple[int, int]]:
+def _heads_from(data: Any, n_layers: int) -> dict[int, tuple[int, int]]:
+    if not isinstance(data, dict) or len(data) > n_layers:
+        raise ValueError(f"heads: got {_shown(data)}, expected an object of layers")
     found = {}
     for layer, sizes in data.items():
-        if not isinstance(sizes, list) or [type(size) for size in sizes] != [int, int] or min(sizes) < 1:
-            raise ValueError(f"heads: got {sizes!r}, expected [heads, width]")
+        if not isinstance(sizes, list) or len(sizes) != 2 or not all(_is_size(size) for size in sizes):
+            raise ValueError(f"heads: got {_shown(sizes)}, expected [heads, width]")
+        if not (layer.isascii() and layer.isdigit() and len(layer) < 9 and int(layer) < n_layers):
+            raise ValueError(f"heads: got the layer {_shown(layer)}, expected 0 to {n_layers - 1}")
         found[int(layer)] = (sizes[0], sizes[1])
     return found
+
+
+#: More layers, heads, channels or tokens than any model has.
+_LARGEST = 1 << 24
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < _LARGEST
+
+
+def _shown(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _check_keys(name: str, data: Any, cls: type[Any]) -> None:
+    """Raise a ValueError where JSON data has not the fields of a dataclass; those with a default may be missing."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{name}: got {_shown(data)}, expected an object")
+    known = {item.name for item in fields(cls)}
+    needed = {item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING}
+    needed |= {"paths"} & known
+    if missing := needed - data.keys():
+        raise ValueError(f"{name}: {', '.join(sorted(missing))} missing")
+    if unknown := data.keys() - known:
+        raise ValueError(f"{name}: got the unknown {_shown(sorted(unknown))}")
 
 
 def check_site(site: object) -> str:
@@ -173,6 +219,10 @@ def _integers(name: str, values: object) -> list[int]:
 
 
 def _refuse_duplicates(name: str, values: list[int]) -> None:
-    twice = sorted({value for value in values if values.count(value) > 1})
+    twice = sorted(value for value, count in Counter(values).items() if count > 1)
     if twice:
-        raise ValueError(f"{name}: got {', '.join(map(str, twice))} more than once")
+        raise ValueError(f"{name}: got {_listed(twice)} more than once")
+
+
+def _listed(values: list[int], most: int = 10) -> str:
+    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -1,102 +1,326 @@
-"""The two files of a saved intervention: its tensors, and a description that knows the tensors' checksum.
+"""The folder of a saved intervention: tensors under a name made of their contents, and a description that commits them.
 
-Each is written under a temporary name and renamed. A crash between the two renames leaves a checksum that does not
-match, which reads as damaged rather than as another intervention.
+`intervention.json` names the tensors file with its checksum, carries one of its own bytes, and is renamed into place
+last: a process that is killed at any moment leaves the older intervention or the new one, whole. What the description
+no longer names is removed after that. A Composite keeps each part in a folder of that kind, named by its contents.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from .._files import atomic_path
+from .._files import exclusive, naming, regular_size, write_bytes
+from .._json import CHECKSUM, LARGE, check_seal, has_seal, parsed, read_limited, sealed
+from .._tensor_files import read_header
 from .location import Location
 
 if TYPE_CHECKING:
     from .base import Intervention
 
-FORMAT = 1
-TENSORS, DESCRIPTION = "intervention.safetensors", "intervention.json"
+T = TypeVar("T")
+
+FORMAT = 2
+DESCRIPTION = "intervention.json"
+#: The tensors file of format 1, whose description had no checksum of its own.
+TENSORS_1 = "intervention.safetensors"
+#: Classes of this package that are not imported with it.
+_ELSEWHERE = {"JoLA": "actscale_fast.integrations.jola"}
+_TENSORS = re.compile(r"intervention-([0-9a-f]{16})\.safetensors")
+_PART = re.compile(r"part-([0-9a-f]{16})(-[1-9]\d{0,3})?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMON = {"format", "class"}
+_KEYS = {
+    (1, False): _COMMON | {"module", "n_groups", "location", "sha256"},
+    (1, True): _COMMON | {"parts"},
+    (2, False): _COMMON | {"module", "n_groups", "location", "tensors"},
+    (2, True): _COMMON | {"parts"},
+}
+_HEADER = 1 << 20  # bytes of a tensors file beside its values, at most
 
 
-def save(intervention: Intervention, folder: Path) -> None:
-    """Write both files; raises ValueError before anything is written where a parameter is not finite."""
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What an `intervention.json` says, already checked against its checksum."""
+
+    folder: Path
+    fields: dict[str, Any]
+    sha256: str  # of the file
+
+    @property
+    def path(self) -> Path:
+        return self.folder / DESCRIPTION
+
+    def checked(self, make: Callable[[], T]) -> T:
+        """The result of `make`, whose complaints are about this file."""
+        try:
+            return make()
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            why = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{self.path}: damaged or not an intervention ({why})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An intervention of one place, ready to be written."""
+
+    name: str  # of the tensors file
+    payload: bytes
+    description: dict[str, Any]
+
+
+def save(intervention: Intervention, folder: Path, strength: float | None = None) -> str:
+    """Write an intervention over what the folder holds; returns the SHA-256 of its description.
+
+    Args:
+        intervention: checked before anything is written.
+        folder: made where it is not there.
+        strength: of the `ActScaleModel` that is saved.
+    """
     intervention.check_finite()
-    payload = save_tensors({name: t.detach().cpu().contiguous() for name, t in intervention.saved_tensors().items()})
-    made_folder(folder)
-    with atomic_path(folder / TENSORS) as temporary:
-        temporary.write_bytes(payload)
-    write_description(
-        folder,
-        {
-            "class": type(intervention).__name__,
-            "module": type(intervention).__module__,
-            "n_groups": intervention.n_groups,
-            "location": intervention.location.to_dict(),
-            "sha256": hashlib.sha256(payload).hexdigest(),
-        },
-    )
+    folder = made_folder(folder)
+    with exclusive(folder):
+        former = _parts_of_format_1(folder)
+        fields, kept = intervention.write_data(folder)
+        raw = description_bytes(fields if strength is None else fields | {"strength": strength})
+        write_bytes(folder / DESCRIPTION, raw)
+        _remove_replaced(folder, kept, former)
+    return hashlib.sha256(raw).hexdigest()
+
+
+def encode(intervention: Intervention) -> Encoded:
+    """The files of an intervention of one place."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in intervention.saved_tensors().items()}
+    payload = save_tensors(tensors)
+    digest = hashlib.sha256(payload).hexdigest()
+    name = f"intervention-{digest[:16]}.safetensors"
+    description = {
+        "class": type(intervention).__name__,
+        "module": type(intervention).__module__,
+        "n_groups": intervention.n_groups,
+        "location": intervention.location.to_dict(),
+        "tensors": {"file": name, "sha256": digest},
+    }
+    return Encoded(name, payload, description)
+
+
+def description_bytes(fields: dict[str, Any]) -> bytes:
+    """`intervention.json`."""
+    raw = sealed({"format": FORMAT, **fields})
+    if len(raw) > LARGE:
+        raise ValueError(f"intervention: its description has {len(raw)} bytes, expected at most {LARGE}")
+    return raw
 
 
 def made_folder(folder: Path) -> Path:
     """The folder, made where it is not there."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"folder: {folder} is a file, expected a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"folder: {folder} is a file, expected a folder") from None
+    except OSError as error:
+        raise naming(error, folder) from error
     return folder
 
 
-def write_description(folder: Path, description: dict[str, Any]) -> None:
-    """Write `intervention.json`."""
-    with atomic_path(folder / DESCRIPTION) as temporary:
-        temporary.write_text(json.dumps({"format": FORMAT, **description}, indent=1) + "\n", encoding="utf-8")
+def read_description(folder: Path, sha256: str | None = None) -> Description:
+    """What `intervention.json` says; see `base.load_intervention` for the errors.
 
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """What `intervention.json` says; see `base.load_intervention` for the errors."""
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found, expected a folder written by save_pretrained")
+    Args:
+        folder: of the intervention.
+        sha256: what the file must have, where another file says so.
+    """
+    path = inside(folder, DESCRIPTION)
     try:
-        description = json.loads(path.read_bytes())
-        if not isinstance(description, dict):
-            raise ValueError(f"a JSON {type(description).__name__}, expected an object")
-        if description.get("format") != FORMAT:
-            raise ValueError(f"format {description.get('format')!r}, this version reads {FORMAT}")
-        if not isinstance(description.get("class"), str):
-            raise ValueError("no class")
-        module = description.get("module", "")
-        if str(module).startswith("actscale_fast.integrations."):  # of this package, but not imported with it
-            importlib.import_module(module)
+        raw = read_limited(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: not found, expected a folder written by save_pretrained") from None
+    digest = hashlib.sha256(raw).hexdigest()
+    if sha256 not in (None, digest):
+        raise ValueError(f"{path}: damaged, its checksum is not the one in {folder.parent / DESCRIPTION}")
+    try:
+        return Description(folder, _checked_fields(raw), digest)
     except ValueError as error:  # JSON and Unicode errors are ValueErrors
         raise ValueError(f"{path}: damaged or not an intervention ({error})") from None
-    return description
 
 
-def load(folder: Path, description: dict[str, Any]) -> tuple[Location, int | None, dict[str, Tensor]]:
-    """(location, number of groups, tensors); see `base.load_intervention` for the errors."""
-    path = folder / TENSORS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found, expected a folder written by save_pretrained")
-    payload = path.read_bytes()
+def _checked_fields(raw: bytes) -> dict[str, Any]:
+    if has_seal(raw):
+        check_seal(raw)
+    fields = parsed(raw)
+    if not isinstance(fields, dict):
+        raise ValueError(f"a JSON {type(fields).__name__}, expected an object")
+    version = fields.get("format")
+    if type(version) is not int or version not in (1, FORMAT):
+        raise ValueError(f"format {_shown(version)}, this version reads 1 and {FORMAT}")
+    if has_seal(raw) != (version > 1):
+        raise ValueError("no checksum" if version > 1 else "a checksum, which format 1 has not")
+    fields.pop(CHECKSUM, None)
+    name = fields.get("class")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError("no class" if name is None else f"class: got {_shown(name)}, expected a name")
+    expected = _KEYS[version, name == "Composite"]
+    unknown, missing = fields.keys() - expected - ({"strength"} if version > 1 else set()), expected - fields.keys()
+    if unknown or missing:
+        words = [f"missing: {', '.join(sorted(missing))}"] if missing else []
+        words += [f"unknown: {_shown(sorted(unknown))}"] if unknown else []
+        raise ValueError("; ".join(words))
+    if not isinstance(fields.get("module", ""), str):
+        raise ValueError(f"module: got {_shown(fields['module'])}, expected a string")
+    if "strength" in fields:
+        number("strength", fields["strength"])
+    return fields
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number of a file, as a float; raises ValueError."""
+    if type(value) not in (int, float) or not abs(value) < 1e300:
+        raise ValueError(f"{name}: got {_shown(value)}, expected a finite number")
+    return float(value)
+
+
+def class_of(description: Description, classes: dict[str, type[Intervention]]) -> type[Intervention]:
+    """The class that is described. Of this package's own modules those in a table are imported, and no others."""
+    name = description.fields["class"]
+    if name not in classes and name in _ELSEWHERE:
+        importlib.import_module(_ELSEWHERE[name])
+    if name not in classes:
+        raise ValueError(
+            f"{description.path}: unknown class {_shown(name)}, expected one of {', '.join(sorted(classes))}; "
+            "a class of your own must be imported first"
+        )
+    return classes[name]
+
+
+def place(description: Description) -> tuple[Location, int | None]:
+    """The location and the number of groups of an intervention of one place."""
+
+    def read() -> tuple[Location, int | None]:
+        n_groups = description.fields["n_groups"]
+        if n_groups is not None and (type(n_groups) is not int or not 1 <= n_groups < 1 << 31):
+            raise ValueError(f"n_groups: got {_shown(n_groups)}, expected null or a positive integer")
+        return Location.from_dict(description.fields["location"]), n_groups
+
+    return description.checked(read)
+
+
+def load(description: Description, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of an intervention, which must have these names and shapes; see `base.load_intervention`."""
+    name, digest = description.checked(lambda: _tensors_file(description.fields))
+    path = inside(description.folder, name)
     try:
-        location, n_groups = Location.from_dict(description["location"]), description["n_groups"]
-        if n_groups is not None and (type(n_groups) is not int or n_groups < 1):
-            raise ValueError(f"n_groups: got {n_groups!r}, expected null or a positive integer")
-        checksum = description["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / DESCRIPTION}: damaged or not an intervention ({error})") from None
-    if hashlib.sha256(payload).hexdigest() != checksum:
+        size = regular_size(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found, expected a folder written by save_pretrained") from None
+    largest = _HEADER + 8 * sum(math.prod(shape) for shape in shapes.values())
+    if size > largest:  # before a byte of it is read
+        raise ValueError(
+            f"{path}: has {size} bytes, expected at most {largest} for the tensors that {DESCRIPTION} tells of"
+        )
+    payload = read_limited(path, largest)
+    if hashlib.sha256(payload).hexdigest() != digest:
         raise ValueError(f"{path}: damaged or truncated, its checksum is not the one in {DESCRIPTION}")
     try:
-        return location, n_groups, load_tensors(payload)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+        header = read_header(path, _HEADER)
+        if header.shapes != shapes:
+            raise ValueError(f"holds tensors {_shown(header.shapes)}, expected {_shown(shapes)}")
+        for key, dtype in header.dtypes.items():
+            if not dtype.is_floating_point:
+                raise ValueError(f"{key!r} is {dtype}, expected floating point")
+        return load_tensors(payload)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged, or not an intervention's tensors ({error})") from None
+
+
+def _tensors_file(fields: dict[str, Any]) -> tuple[str, str]:
+    """(name, SHA-256) of the tensors file."""
+    if fields["format"] == 1:
+        return TENSORS_1, checked_sha256(fields["sha256"])
+    told = fields["tensors"]
+    if not isinstance(told, dict) or told.keys() != {"file", "sha256"}:
+        raise ValueError(f"tensors: got {_shown(told)}, expected a file and its sha256")
+    digest = checked_sha256(told["sha256"])
+    if told["file"] != f"intervention-{digest[:16]}.safetensors":
+        raise ValueError(f"tensors: got the file {_shown(told['file'])}, expected a name made of its checksum")
+    return told["file"], digest
+
+
+def checked_sha256(value: Any) -> str:
+    """A SHA-256 of a file; raises ValueError."""
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError(f"sha256: got {_shown(value)}, expected 64 hexadecimal digits")
+    return value
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of something in a folder; in a snapshot of the Hugging Face hub files are links to its blobs.
+
+    Raises:
+        ValueError: a link that leads out of the folder.
+    """
+    path = folder / name
+    target = Path(os.path.realpath(path))
+    roots = [Path(os.path.realpath(folder))]
+    here = Path(os.path.abspath(folder))  # noqa: PTH100 (links stay)
+    for snapshot in (here, here.parent):  # a part of a Composite stands one folder deeper
+        if snapshot.parent.name == "snapshots":
+            roots.append(Path(os.path.realpath(snapshot.parent.parent / "blobs")))
+    if not any(target.is_relative_to(root) for root in roots):
+        raise ValueError(f"{path}: a link to {target}, which is outside the folder")
+    return path
+
+
+def _parts_of_format_1(folder: Path) -> set[str]:
+    """The folders of a Composite that an earlier version saved here; only such as it names."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        listed = [part["folder"] for part in read_description(folder).fields["parts"]]
+        return {name for index, name in enumerate(listed) if name == f"part-{index}"}
+    return set()
+
+
+def _remove_replaced(folder: Path, kept: Iterable[str], former: set[str]) -> None:
+    """Remove what earlier saves wrote here and the description no longer names; files of others stay."""
+    kept = set(kept)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
+    for name in names:
+        if name in kept:
+            continue
+        path = folder / name
+        if _TENSORS.fullmatch(name) or name == TENSORS_1:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        elif (_PART.fullmatch(name) or name in former) and not path.is_symlink():
+            _remove_part(path)
+
+
+def _remove_part(folder: Path) -> None:
+    """Remove a part's own files, and its folder where nothing else is in it. The description goes last."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == DESCRIPTION):
+            own = _TENSORS.fullmatch(path.name) or path.name in (TENSORS_1, DESCRIPTION)
+            if own or path.name.startswith(".intervention"):  # a temporary of a killed save
+                path.unlink()
+        folder.rmdir()
+
+
+def _shown(value: Any) -> str:
+    """A value of a file, short enough for a message."""
+    text = repr(value) if isinstance(value, dict) else json.dumps(value, default=repr)
+    if isinstance(value, str):
+        text = ascii(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

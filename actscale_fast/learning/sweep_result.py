@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from .._files import write_json
+from .._json import write_json
 from ..interventions import Intervention, load_intervention
 from . import checkpoint as checkpoints
 from .evaluation import Evaluation

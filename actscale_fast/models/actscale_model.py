@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
-from .._files import atomic_path
-from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
+from .._json import CHECKSUM, check_seal, has_seal, parsed, read_limited, read_sealed, write_sealed
+from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention, saving
 from .applying import AnyPatch, patch
 from .merge import merge
 
@@ -200,11 +199,12 @@ class ActScaleModel(nn.Module):
         """
         if isinstance(self.strength, Tensor):
             raise ValueError("strength: got one value per row, which belong to a batch; set one number before saving")
-        self.intervention.save_pretrained(folder)
+        digest = saving.save(self.intervention, Path(folder), float(self.strength))
         base = getattr(getattr(self.model, "config", None), "_name_or_path", "") or None
-        with atomic_path(Path(folder) / CONFIG) as temporary:
-            config = {"strength": self.strength, "base_model_name_or_path": base}
-            temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        write_sealed(
+            Path(folder) / CONFIG,
+            {"format": 2, "strength": self.strength, "base_model_name_or_path": base, "intervention": digest},
+        )
 
     @classmethod
     def from_pretrained(
@@ -234,7 +234,7 @@ class ActScaleModel(nn.Module):
                     f"folder: {folder} is no folder, and not on the hub either ({error})"
                 ) from error
         intervention = load_intervention(path)
-        strength = _read_strength(path / CONFIG)
+        strength = _read_strength(path)
         return cls(model, intervention.requires_grad_(is_trainable), strength)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
@@ -255,7 +255,7 @@ class ActScaleModel(nn.Module):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with SoftTemporaryDirectory() as temporary:
             self.save_pretrained(temporary)
-            base = json.loads((Path(temporary) / CONFIG).read_bytes())["base_model_name_or_path"]
+            base = read_sealed(Path(temporary) / CONFIG)["base_model_name_or_path"]
             data = ModelCardData(library_name="actscale_fast", base_model=base, tags=["activation-scaling"])
             card = f"---\n{data.to_yaml()}\n---\n\n# {type(self.intervention).__name__}\n\n{self.intervention!r}\n"
             ModelCard(card, ignore_metadata_errors=True).save(Path(temporary) / "README.md")
@@ -321,10 +321,27 @@ def _without_the_models_keys(module: ActScaleModel, incompatible: Any) -> None:
     ]
 
 
-def _read_strength(path: Path) -> float:
-    if not path.is_file():  # of an intervention that was saved by itself
-        return 1.0
+def _read_strength(folder: Path) -> float:
+    """The strength that an ActScaleModel was saved with; 1 of an intervention that was saved by itself.
+
+    It stands in `intervention.json`, which is what commits a save; the config beside it is for other readers, and must
+    be intact all the same. Of an earlier version it is the config that tells.
+    """
+    path = saving.inside(folder, CONFIG)
+    description = saving.read_description(folder)
+    told = description.fields.get("strength", 1.0)
     try:
-        return float(json.loads(path.read_bytes())["strength"])
+        raw = read_limited(path)
+    except FileNotFoundError:
+        return float(told)
+    try:
+        if has_seal(raw):
+            check_seal(raw)
+        config = parsed(raw)
+        strength = saving.number("strength", config["strength"])
+        own = {"strength", "base_model_name_or_path"}
+        if config.keys() != (own | {CHECKSUM, "format", "intervention"} if has_seal(raw) else own):
+            raise ValueError(f"its keys are {', '.join(sorted(config))}"[:300])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or not an ActScaleModel's ({error!r})") from None
+        raise ValueError(f"{path}: damaged or not an ActScaleModel's ({error})") from None
+    return strength if description.fields["format"] == 1 else float(told)

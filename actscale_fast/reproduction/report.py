@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .._files import atomic_path, write_json
+from .._files import atomic_path
+from .._json import write_json
 from ..models import layout
 from .claims import judged
 from .comparing import Laboratory

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .._files import write_json
+from .._json import write_json
 
 
 class Stages:

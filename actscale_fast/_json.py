@@ -1,0 +1,149 @@
+"""JSON files that tell any change of their bytes, read with bounds.
+
+A sealed file is an object, or a list that begins with one, whose first key is `checksum`: the SHA-256 of the file's own
+bytes with zeros in the place of these 64 digits. Whatever byte changes, the two no longer agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ._files import naming, regular_size, write_bytes
+
+CHECKSUM = "checksum"
+#: Descriptions of interventions; with a million positions one has 12 MiB.
+LARGE = 64 << 20
+#: Histories of long fits: a step has about 250 bytes.
+LARGEST = 1 << 30
+_ZEROS = "0" * 64
+_SEAL = re.compile(rb'\s*(?:\[\s*)?\{\s*"checksum": "([0-9a-f]{64})"')
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """JSON that a person can read, whole or not at all."""
+    write_bytes(path, encoded(content))
+
+
+def write_sealed(path: str | os.PathLike[str], content: dict[str, Any] | list[dict[str, Any]]) -> bytes:
+    """Write JSON with its own checksum as the first key, of a list's first object where it is one; the bytes."""
+    payload = sealed(content)
+    write_bytes(path, payload)
+    return payload
+
+
+def encoded(content: Any) -> bytes:
+    """UTF-8 of readable JSON."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def sealed(content: dict[str, Any] | list[dict[str, Any]]) -> bytes:
+    """The bytes of a sealed file."""
+    first, *rest = content if isinstance(content, list) else [content]
+    first = {CHECKSUM: _ZEROS} | {key: value for key, value in first.items() if key != CHECKSUM}
+    open_ = encoded([first, *rest] if isinstance(content, list) else first)
+    return open_.replace(_ZEROS.encode(), hashlib.sha256(open_).hexdigest().encode(), 1)
+
+
+def read_limited(path: Path, limit: int = LARGE) -> bytes:
+    """The bytes of a file of bounded size.
+
+    Raises:
+        FileNotFoundError, OSError: it is not there or cannot be read; names it.
+        ValueError: it is too large, or no file.
+    """
+    size = regular_size(path)
+    if size > limit:
+        raise ValueError(f"{path}: has {size} bytes, expected at most {limit}")
+    try:
+        with path.open("rb") as file:
+            payload = file.read(limit + 1)
+    except OSError as error:
+        raise naming(error, path) from error
+    if len(payload) > limit:
+        raise ValueError(f"{path}: grew to more than {limit} bytes while it was read")
+    return payload
+
+
+def parsed(payload: bytes, *, finite: bool = True) -> Any:
+    """JSON in UTF-8 without repeated keys, and with `finite` without NaN and infinity.
+
+    Raises:
+        ValueError: something else, or nested too deeply.
+    """
+    strict: dict[str, Any] = {"parse_constant": _refused_constant, "parse_float": _finite_float} if finite else {}
+    try:
+        return json.loads(payload.decode("utf-8"), object_pairs_hook=_without_repeats, **strict)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def has_seal(payload: bytes) -> bool:
+    """Whether these are the bytes of a sealed file, intact or not."""
+    return _SEAL.match(payload) is not None
+
+
+def check_seal(payload: bytes) -> None:
+    """Raise a ValueError where the bytes are not those that were sealed."""
+    found = _SEAL.match(payload)
+    if found is None:
+        raise ValueError("it has no checksum")
+    start, end = found.span(1)
+    digest = hashlib.sha256(payload[:start] + _ZEROS.encode() + payload[end:]).hexdigest()
+    if digest.encode() != found[1]:
+        raise ValueError("it does not match its checksum")
+
+
+def read_sealed(
+    path: Path, *, limit: int = LARGEST, finite: bool = True, older: str = "written by an earlier version"
+) -> Any:
+    """The content of a sealed file, without the checksum.
+
+    Args:
+        path: of the file.
+        limit: bytes it may have.
+        finite: refuse NaN and infinity.
+        older: what to say of a file without a checksum.
+
+    Raises:
+        FileNotFoundError, OSError: it is not there or cannot be read; names it.
+        ValueError: it was changed, or is of another kind; names it.
+    """
+    return unsealed(path, read_limited(path, limit), finite=finite, older=older)
+
+
+def unsealed(path: Path, payload: bytes, *, finite: bool = True, older: str = "written by an earlier version") -> Any:
+    """As `read_sealed`, of bytes that were read already."""
+    try:
+        if has_seal(payload):
+            check_seal(payload)
+        content = parsed(payload, finite=finite)
+        if not has_seal(payload):
+            raise ValueError(f"it has no checksum: {older}, or another kind of file")
+    except ValueError as error:  # JSON and Unicode errors are ValueErrors
+        raise ValueError(f"{path}: damaged ({error})") from None
+    (content if isinstance(content, dict) else content[0]).pop(CHECKSUM)
+    return content
+
+
+def _refused_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:30]} is not finite")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key is repeated")
+    return content

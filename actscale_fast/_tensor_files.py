@@ -1,0 +1,149 @@
+"""safetensors files whose header is checked before anything is read, with a checksum of the whole file inside.
+
+A file begins with 8 bytes, the header's length n; n bytes of JSON: {name: {dtype, shape, data_offsets}}; and the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._files import naming, regular_size
+from ._json import parsed
+
+#: The checksum's key in a file's metadata.
+CHECKSUM = "checksum"
+#: Stands there before the file is sealed.
+UNSEALED = "0" * 64
+_LARGEST_HEADER = 100_000_000  # of the format itself
+_CHUNK = 1 << 22
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "C64": torch.complex64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says of itself; its size agrees with it."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    metadata: dict[str, str]
+    raw: bytes
+    size: int  # of the file, in bytes
+
+
+def read_header(path: Path, limit: int = _LARGEST_HEADER) -> Header:
+    """The header of a safetensors file.
+
+    Raises:
+        FileNotFoundError, OSError: the file is not there or cannot be read; names it.
+        ValueError: it is no safetensors file, its header is larger than `limit`, or it is longer or shorter than its
+            header says; does not name the file.
+    """
+    size = regular_size(path)
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(limit, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise naming(error, path) from error
+    content = parsed(raw)
+    if not isinstance(content, dict):
+        raise ValueError(f"its header is a JSON {type(content).__name__}, expected an object")
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is not an object of strings")
+    shapes, dtypes, spans = {}, {}, []
+    for name, entry in content.items():
+        shapes[name], dtypes[name], span = _entry(name, entry)
+        spans.append(span)
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise ValueError("its tensors overlap or leave gaps")
+        end = stop
+    if 8 + length + end != size:
+        raise ValueError(f"it has {size} bytes, expected {8 + length + end}")
+    return Header(shapes, dtypes, metadata, raw, size)
+
+
+def _entry(name: str, entry: Any) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
+    """(shape, dtype, first byte and the one after the last) of one tensor."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name[:80]!r} is not described as a tensor")
+    shape, span, kind = entry["shape"], entry["data_offsets"], entry["dtype"]
+    if not isinstance(kind, str) or kind not in _DTYPES:
+        raise ValueError(f"{name[:80]!r} has the dtype {str(kind)[:20]!r}, expected one of {', '.join(_DTYPES)}")
+    if not all(isinstance(values, list) and all(_is_size(value) for value in values) for values in (shape, span)):
+        raise ValueError(f"{name[:80]!r} has no shape")
+    dtype = _DTYPES[kind]
+    if len(shape) > 16 or len(span) != 2 or span[1] - span[0] != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"the shape of {name[:80]!r} does not agree with its bytes")
+    return tuple(shape), dtype, (span[0], span[1])
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
+def seal(path: Path) -> None:
+    """Put the checksum of all bytes into the metadata of a file that was written with `CHECKSUM: UNSEALED` there."""
+    header = read_header(path)
+    start = _place(header.raw, UNSEALED)
+    if start is None:
+        raise ValueError(f"{path}: has no place for a checksum")
+    digest = _digest(path, start)
+    with path.open("rb+") as file:
+        file.seek(start)
+        file.write(digest.encode())
+
+
+def check_seal(path: Path, header: Header) -> None:
+    """Raise a ValueError where the file is not as it was sealed; does not name the file."""
+    claimed = header.metadata.get(CHECKSUM, "")
+    start = _place(header.raw, claimed) if re.fullmatch(r"[0-9a-f]{64}", claimed) else None
+    if start is None:
+        raise ValueError("it has no checksum")
+    if _digest(path, start) != claimed:
+        raise ValueError("it does not match its checksum")
+
+
+def _place(raw: bytes, digits: str) -> int | None:
+    """Where in the file the checksum's digits are. Quotes inside other metadata are escaped, so there is one place."""
+    key = f'"{CHECKSUM}":"'.encode()
+    return None if raw.count(key + digits.encode()) != 1 else 8 + raw.index(key + digits.encode()) + len(key)
+
+
+def _digest(path: Path, start: int) -> str:
+    """SHA-256 of a file with zeros at the 64 bytes from `start` on."""
+    found = hashlib.sha256()
+    for offset, chunk in _chunks(path):
+        first, last = max(start - offset, 0), min(start + 64 - offset, len(chunk))
+        if first < last:
+            chunk[first:last] = b"0" * (last - first)
+        found.update(chunk)
+    return found.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[tuple[int, bytearray]]:
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            while chunk := bytearray(file.read(_CHUNK)):
+                yield offset, chunk
+                offset += len(chunk)
+    except OSError as error:
+        raise naming(error, os.fspath(path)) from error
