@@ -210,7 +210,7 @@ def test_an_uncertain_family_is_refused_and_the_error_says_how_to_name_the_proje
     before = logits(model)
     with patch(model, named):  # the name is kept with the intervention
         assert not torch.equal(logits(model), before)
-    with pytest.raises(ValueError, match=r"no attention 'self_attn.nothing'"):
+    with pytest.raises(ValueError, match=r"no layer \(LlamaDecoderLayer\) has a module 'self_attn.nothing'"):
         ActivScalar.for_model(model, projection="self_attn.nothing")
     with pytest.raises(ValueError, match=r"layers_path: LlamaForCausalLM has no module 'model.blocks'"):
         ActivScalar.for_model(model, layers_path="model.blocks")
@@ -224,12 +224,11 @@ def test_an_mlp_that_may_add_the_residual_itself_is_not_guessed() -> None:
     assert ActivScalar.for_model(model, site="mlp_out", mlp="ffn.down_proj").location.paths == {"mlp": "ffn.down_proj"}
 
 
-def test_a_layer_without_attention_is_refused_by_number() -> None:
-    model = tiny_model("llama")
-    del model.model.layers[1].self_attn
-    with pytest.raises(ValueError, match=r"layer 1 \(LlamaDecoderLayer\) has no attention 'self_attn.o_proj'"):
-        ActivScalar.for_model(model)
-    assert ActivScalar.for_model(model, layers=[0]).alpha.shape == (1, 1, 4)
+def test_a_layer_without_attention_is_left_out_or_refused_by_number() -> None:
+    model = tiny_model("qwen3_next")
+    assert ActivScalar.for_model(model).location.layers == (1, 3)
+    with pytest.raises(ValueError, match=r"layer 2 \(Qwen3NextDecoderLayer\) has no attention 'self_attn.o_proj'"):
+        ActivScalar.for_model(model, layers=[1, 2])
 
 
 def test_models_that_are_no_causal_language_models_are_refused() -> None:

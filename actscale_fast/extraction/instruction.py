@@ -224,7 +224,7 @@ def instruction_vectors(
     vectors = (with_states - without).mean(0)  # [L, d]
     directions = torch.nn.functional.normalize(vectors, dim=-1)
     targets = (with_states * directions).sum(-1).mean(0)  # [L]
-    location = Location("residual", chosen, None, False, found.fingerprint, dict(paths or {}))
+    location = found.location("residual", chosen, paths=paths)
     return InstructionVectors(location, vectors.float(), targets.float())
 
 

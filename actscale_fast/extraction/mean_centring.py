@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..interventions import Location, SteerVec
-from ..interventions.location import check_layers
+from ..interventions.location import check_layers, check_site
 from ..models import Reader, layout
 from .texts import Encoder, check_count, check_finite
 
@@ -110,8 +110,8 @@ def mean_activations(
     found = layout(model, paths)
     encoder = Encoder(found, tokenizer)
     limit = min((n for n in (max_tokens, encoder.context) if n is not None), default=None)
-    chosen = check_layers(layers, found.n_layers)
-    location = Location(site, chosen, None, False, found.fingerprint, dict(paths or {}))
+    location = found.location(check_site(site), layers, paths=paths)
+    chosen = location.layers
     n_texts = n_tokens = n_cut = n_empty = 0
     sums = torch.zeros(len(chosen), location.n_heads, location.width, dtype=torch.float64)
     total = len(texts) if isinstance(texts, Sequence) else None

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .._files import atomic_path
 from .._json import write_json
-from ..interventions import ActivScalar, Composite, Intervention, Location
+from ..interventions import ActivScalar, Composite, Intervention
 from ..interventions.saving import made_folder
 from ..models.adapter import ModelLayout, layout, unwrap
 from ..models.families import FAMILIES
@@ -184,10 +184,11 @@ def from_peft_ia3(folder: str | Path, model: nn.Module) -> ActivScalar | Composi
     for key, vector in sorted(_tensors(folder).items()):
         name = key.removeprefix(_BEFORE).removesuffix(_AFTER)
         site, layer = _place(places, name, vector, folder)
-        shape = (1, found.n_heads * found.head_dim) if site == "head" else (found.hidden_size, 1)
+        sizes = found.heads[layer] or (0, 0)
+        shape = (1, sizes[0] * sizes[1]) if site == "head" else (found.hidden_size, 1)
         if tuple(vector.shape) != shape:
             raise ValueError(f"{folder}: {name!r} has shape {tuple(vector.shape)}, expected {shape}: another model's")
-        read.setdefault(site, {})[layer] = _tied(vector, found.n_heads if site == "head" else 1, layer, site, folder)
+        read.setdefault(site, {})[layer] = _tied(vector, sizes[0] if site == "head" else 1, layer, site, folder)
     parts = [_scalars(found, site, read[site], folder) for site in _SITES if site in read]
     if not parts:
         raise ValueError(f"{folder}: holds no (IA)³ vector")
@@ -283,7 +284,7 @@ def _tied(vector: Tensor, groups: int, layer: int, site: str, folder: Path) -> T
 
 
 def _scalars(found: ModelLayout, site: str, factors: dict[int, Tensor], folder: Path) -> ActivScalar:
-    scalars = ActivScalar(Location(site, tuple(sorted(factors)), None, False, found.fingerprint))
+    scalars = ActivScalar(found.location(site, sorted(factors)))
     scalars.restore({"alpha": torch.stack([factors[layer] - 1 for layer in scalars.location.layers])[:, None]})
     try:
         scalars.check_finite()

@@ -21,7 +21,7 @@ from pyvene.models.constants import CONST_INPUT_HOOK
 from pyvene.models.modeling_utils import get_module_hook
 from torch import Tensor, nn
 
-from ..interventions import SITES, ActivScalar, Intervention, Location, SteerVec
+from ..interventions import SITES, ActivScalar, Intervention, SteerVec
 from ..models.adapter import ModelLayout, layout
 from ..models.steering import one_strength
 from ._pyvene_kinds import KINDS, SIGNS, ScaleIntervention, added_vector, unknown_kind
@@ -202,7 +202,7 @@ def _assembled(parts: list[_Part], found: ModelLayout) -> Intervention:
         raise ValueError("intervenable: has no intervention, expected at least one")
     made = []
     for site, kind, layers in groups:
-        location = Location(site, tuple(sorted(layers)), None, False, found.fingerprint)
+        location = found.location(site, sorted(layers))
         one = kind(location, device=next(iter(layers.values())).device)
         (parameter,) = one.parameters()
         with torch.no_grad():

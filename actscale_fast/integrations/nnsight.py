@@ -13,14 +13,15 @@ multiplication costs, and nnsight's handover of each site costs more than both (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..interventions import SITES, Intervention, Prompt
-from ..models import context as contexts
 from ..models.adapter import ModelLayout, execution_device, layout
+from ..models.call import argument_names, read
 from ..models.steering import Steering, steerings
 from ._library import require
 
@@ -79,7 +80,9 @@ def _one_pass(model: Any, found: ModelLayout, parts: list[Steering], prompt: Pro
     noted = [part for part in parts if part.reads_calls]
     if noted:
         args, kwargs = _envoy(model, found.decoder).inputs
-        call = contexts.read(contexts.argument_names(type(found.decoder)), prompt, args, kwargs)
+        call = replace(read(argument_names(type(found.decoder)), args, kwargs), prompt=prompt)
+        if any(part.places_tokens for part in noted):
+            call.understood()
         for part in noted:
             part.context = part.enter(call)
         if prompt is None:  # the first pass: later ones may hold it again, where there is no KV cache

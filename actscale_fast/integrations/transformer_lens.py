@@ -22,6 +22,8 @@ from ..interventions import ActivScalar, Intervention, Location, ModelFingerprin
 from ..interventions.location import check_layers, check_positions, check_site
 from ..models import context as contexts
 from ..models.adapter import layout
+from ..models.call import Call
+from ..models.links import Links
 from ..models.steering import Steering, steerings
 from ._head_sweeps import check_model, head_patching, head_scaling
 from ._library import require
@@ -128,6 +130,8 @@ class _Noted:
 
     def __init__(self, steering: Steering) -> None:
         self.steering = weakref.ref(steering)
+        self.links = Links(steering.intervention, ())
+        self.places_tokens = True
 
     @property
     def context(self) -> contexts.Context | None:
@@ -140,7 +144,7 @@ class _Noted:
         if steering is not None:
             steering.context = value
 
-    def enter(self, call: contexts.Call) -> contexts.Context | None:
+    def enter(self, call: Call) -> contexts.Context | None:
         steering = self.steering()
         return None if steering is None else steering.enter(call)
 

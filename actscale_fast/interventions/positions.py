@@ -66,6 +66,7 @@ def slot_index(
     length: int | Tensor,
     mask: Tensor | None = None,
     generated: bool = False,
+    separate: Tensor | None = None,
 ) -> Tensor:
     """The slot of each token of one forward pass, without a synchronisation.
 
@@ -76,6 +77,8 @@ def slot_index(
         length: columns of the prompt, padding included.
         mask: bool [B, ≥ length], real tokens of the prompt; None where all are.
         generated: whether the tokens after the prompt have a slot of their own, number P.
+        separate: int64 [R, T], ascending numbers of the sequences that stand in a row, each a prompt of its own; R = B
+            or 1. None: a row is one sequence. Only for a pass that holds the whole prompt.
 
     Returns:
         int64 [B, T] (B = 1 without a mask). P (P + 1 with `generated`) is the empty slot. A position outside a row's
@@ -92,11 +95,17 @@ def slot_index(
         rank = seen[:, within] - 1  # [B, T]
         in_prompt = in_prompt & mask[:, within]
         count = seen[:, -1:]  # [B, 1]
+    if separate is not None and mask is None:
+        separate = separate.contiguous()
+        start = torch.searchsorted(separate, separate)  # [R, T]: where each token's own sequence begins
+        count = torch.searchsorted(separate, separate, right=True) - start  # [R, T]
+        rank = torch.arange(n_tokens, device=wanted.device) - start
     empty = n_wanted + generated
     slots = torch.full_like(rank, empty)
     if n_wanted:
-        targets = torch.where(wanted < 0, wanted + count, wanted)  # [P] or [B, P]
-        hit = (rank[:, :, None] == targets.reshape(-1, 1, n_wanted)) & in_prompt[:, :, None]  # [B, T, P]
+        total = count[..., None] if isinstance(count, Tensor) and count.dim() == 2 else count  # [B, 1 or T, 1]
+        targets = torch.where(wanted < 0, wanted + total, wanted)  # [P] or [B, 1 or T, P]
+        hit = (rank[:, :, None] == targets) & in_prompt[:, :, None]  # [B, T, P]
         slots = torch.where(hit, torch.arange(n_wanted, device=wanted.device), empty).amin(-1)
     if generated:
         slots = torch.where((columns >= length)[None], n_wanted, slots)

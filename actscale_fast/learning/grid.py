@@ -129,7 +129,9 @@ def _restricted(template: Intervention, layers: Any, found: ModelLayout) -> Inte
     """The template's values at some layers, 0 where it has none."""
     from ..interventions.location import check_layers
 
-    location = replace(template.location, layers=check_layers(layers, found.n_layers))
+    chosen = check_layers(layers, found.n_layers)
+    heads = found.heads_apart(template.location.site, chosen)
+    location = replace(template.location, layers=chosen, heads=heads)
     made = type(template)(location, device=template.device)
     with torch.no_grad():
         for name, parameter in made.named_parameters():

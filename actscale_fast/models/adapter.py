@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..interventions.location import Location, ModelFingerprint, check_layers, check_site
 from .families import FAMILIES
-from .structure import find_family, in_features, submodule
+from .structure import HELP, config_heads, find_layers, find_mlp, find_projection, has, heads_of, part, submodule
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,17 @@ class ModelLayout:
     model: nn.Module
     decoder: nn.Module  # the module that owns the layers; takes input_ids or inputs_embeds, and attention_mask
     layers: tuple[nn.Module, ...]
+    layers_path: str  # of the layers in the model
     projection: str
     mlp: str
-    n_heads: int
-    head_dim: int
+    #: (heads, their width) of each layer's attention; None: the layer has none.
+    heads: tuple[tuple[int, int] | None, ...]
     hidden_size: int
     max_context: int | None  # tokens; None: the config sets no limit
     model_type: str
+    n_heads: int  # of most layers that have heads
+    head_dim: int  # of most layers that have heads
+    uncertain: ValueError | None = None  # why no projection was found
 
     @property
     def n_layers(self) -> int:
@@ -40,35 +45,99 @@ class ModelLayout:
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
-        """The attention's output projection of every layer."""
-        return tuple(self.site_module("head", layer) for layer in range(self.n_layers))
+        """The attention's output projection of every layer that has heads, lowest first."""
+        return tuple(self.site_module("head", layer) for layer in self.layers_of("head"))
+
+    def layers_of(self, site: str) -> tuple[int, ...]:
+        """The numbers of the layers that have a site: of the head site those with attention, in hybrids not all."""
+        if site == "residual":
+            return tuple(range(self.n_layers))
+        if site == "mlp_out":
+            return tuple(index for index, layer in enumerate(self.layers) if has(layer, self.mlp))
+        return tuple(index for index, sizes in enumerate(self.heads) if sizes is not None)
+
+    def chosen(self, site: str, layers: Iterable[int] | None) -> tuple[int, ...]:
+        """The chosen layers as numbers from 0; None: all that have the site.
+
+        Raises:
+            TypeError, ValueError: a bad number, or one twice; no layer has the site.
+        """
+        if layers is not None:
+            return check_layers(layers, self.n_layers)
+        found = self.layers_of(site)
+        if not found:
+            self.site_module(site, 0)  # says why
+        return found
+
+    def location(
+        self, site: str, layers: Iterable[int] | None, positions: tuple[int, ...] | None = None,
+        generated: bool = False, paths: dict[str, str] | None = None,
+    ) -> Location:  # fmt: skip
+        """The location at a site of these layers (None: all that have it), each of which must have it."""
+        chosen = self.chosen(site, layers)
+        for layer in chosen:
+            self.site_module(site, layer)
+        heads = self.heads_apart(site, chosen)
+        return Location(site, chosen, positions, generated, self.fingerprint, dict(paths or {}), heads)
+
+    def heads_apart(self, site: str, layers: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """`Location.heads` of these layers."""
+        usual = (self.n_heads, self.head_dim)
+        found = {layer: self.heads[layer] for layer in layers} if site == "head" else {}
+        return {layer: sizes for layer, sizes in found.items() if sizes is not None and sizes != usual}
+
+    def site_path(self, site: str, layer: int) -> str:
+        """The path in the model of the module that a site belongs to."""
+        block = f"{self.layers_path}.{layer}"
+        return block if site == "residual" else f"{block}.{self.mlp if site == 'mlp_out' else self.projection}"
+
+    def paths_of_sites(self) -> list[str]:
+        """The paths of all modules that sites belong to, and of the layers."""
+        return [
+            self.site_path(site, layer)
+            for site in ("residual", "head", *(["mlp_out"] if self.mlp else []))
+            for layer in self.layers_of(site)
+        ]
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the config counts."""
+        return _integer(text_config(self.model), "vocab_size") or 1
+
+    def site_module_or_none(self, site: str, layer: int) -> nn.Module | None:
+        """`site_module`, or None where it refuses."""
+        try:
+            return self.site_module(site, layer)
+        except ValueError:
+            return None
 
     def site_module(self, site: str, layer: int) -> nn.Module:
         """The module that a site belongs to: its input at the head site, its output at the others.
 
         Raises:
-            ValueError: the layer has no such part, or one of another width.
+            ValueError: the layer has no such part, or one that stands at another layer too.
         """
         block = self.layers[layer]
-        if site == "residual":
-            return block
-        path = self.mlp if site == "mlp_out" else self.projection
-        if not path:
+        path = "" if site == "residual" else self.mlp if site == "mlp_out" else self.projection
+        if site == "mlp_out" and not path:
             raise ValueError(
                 f"site: 'mlp_out' of {self.model_type!r} is not certain: its MLP is not known, or may add the residual "
                 "stream itself; name the module whose output is the addend: for_model(..., mlp='mlp.down_proj')"
             )
-        try:
-            module = block.get_submodule(path)
-        except AttributeError:
-            part = "MLP" if site == "mlp_out" else "attention"
-            raise ValueError(f"layers: layer {layer} ({type(block).__name__}) has no {part} {path!r}") from None
-        width = self.n_heads * self.head_dim
-        if site == "head" and in_features(module) != width:
-            raise ValueError(
-                f"layers: the projection {path!r} of layer {layer} takes {in_features(module)} inputs, expected "
-                f"{self.n_heads} heads · {self.head_dim} = {width}"
-            )
+        if not path and site != "residual":
+            raise self.uncertain or ValueError(f"site: {self.model_type!r} has no {site!r}")
+        module = block if not path else part(block, path)
+        if module is None:
+            what = "MLP" if site == "mlp_out" else "attention"
+            raise ValueError(f"layers: layer {layer} ({type(block).__name__}) has no {what} {path!r}")
+        if site == "head" and self.heads[layer] is None:
+            raise ValueError(f"layers: {path!r} of layer {layer} is a {type(module).__name__} of unknown input width")
+        for other in self.layers_of(site):
+            if other != layer and (self.layers[other] if not path else part(self.layers[other], path)) is module:
+                raise ValueError(
+                    f"layers: layers {min(layer, other)} and {max(layer, other)} share one module for the site {site!r} "
+                    f"({type(module).__name__}): an edit would act at both"
+                )
         return module
 
 
@@ -89,7 +158,8 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     """Read a model's parts and sizes.
 
     Args:
-        model: a Hugging Face causal language model or its base model, compiled, PEFT-wrapped or plain.
+        model: a Hugging Face causal language model or its base model, compiled, PEFT-wrapped or plain; of a model that
+            also sees or hears the text decoder is meant.
         paths: "layers_path", "projection" and "mlp" for a family that is not in the table.
 
     Raises:
@@ -102,38 +172,54 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
         raise TypeError(f"model: got {type(model).__name__}, expected a Hugging Face model with a config")
     if getattr(outer, "is_encoder_decoder", False):
         raise ValueError(f"model: {type(model).__name__} is an encoder-decoder, expected a causal language model")
-    config = outer.get_text_config()
-    missing = [k for k in ("num_hidden_layers", "num_attention_heads", "hidden_size") if _integer(config, k) is None]
-    if missing:
+    config = text_config(model)
+    n_heads, hidden_size = config_heads(config), _integer(config, "hidden_size") or _integer(config, "d_model")
+    missing = [name for name, value in (("num_attention_heads", n_heads), ("hidden_size", hidden_size)) if not value]
+    if missing or n_heads is None or hidden_size is None:
         raise ValueError(f"model: the config of {type(model).__name__} has no {', '.join(missing)}")
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
         raise ValueError("model: config.slow_but_exact computes the projections outside their modules; set it to False")
-    n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
-    head_dim = _integer(config, "head_dim") or config.hidden_size // n_heads
-    model_type = config.model_type
+    model_type, head_dim = config.model_type, _integer(config, "head_dim") or hidden_size // n_heads
     family = FAMILIES.get(model_type)
-    if family is None or paths:
-        known = (
-            {} if family is None else {"layers_path": family.layers, "projection": family.projection, "mlp": family.mlp}
-        )
-        family = find_family(model, model_type, n_layers, n_heads * head_dim, {**known, **paths})
-    path = family.layers
-    if not _has(model, path) and _has(model, path.partition(".")[2]):
-        path = path.partition(".")[2]  # the bare base model
+    path = paths.get("layers_path") or find_layers(model, config, family and family.layers)
     layers = submodule(model, path, "layers_path")
-    decoder = submodule(model, path.rpartition(".")[0], "layers_path")
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ValueError(f"layers_path: {path!r} is a {type(layers).__name__}, expected a list of layers; {HELP}")
+    decoder = submodule(model, path.rpartition(".")[0], "layers_path") if "." in path else model
+    projection = paths.get("projection") or (family.projection if family else None)
+    uncertain: ValueError | None = None
+    if projection is None:
+        try:
+            projection = find_projection(layers, model_type, n_heads * head_dim)
+        except ValueError as error:  # the residual stream is there all the same
+            projection, uncertain = "", error
+    if paths.get("projection") and not any(has(layer, projection) for layer in layers):
+        raise ValueError(f"projection: no layer ({type(layers[0]).__name__}) has a module {projection!r}")
+    mlp = paths.get("mlp") or (family.mlp if family else find_mlp(layers))
+    heads = tuple(heads_of(layer, projection, config, index) if projection else None for index, layer in enumerate(layers))
+    usual = Counter(sizes for sizes in heads if sizes is not None).most_common(1)
+    n_heads, head_dim = usual[0][0] if usual else (n_heads, head_dim)
     return ModelLayout(
         model=model,
         decoder=decoder,
-        layers=tuple(layers),  # type: ignore[arg-type]
-        projection=family.projection,
-        mlp=family.mlp,
-        n_heads=n_heads,
-        head_dim=head_dim,
-        hidden_size=config.hidden_size,
+        layers=tuple(layers),
+        layers_path=path,
+        projection=projection,
+        mlp=mlp,
+        heads=heads,
+        hidden_size=hidden_size,
         max_context=_integer(config, "max_position_embeddings") or _integer(config, "max_seq_len"),
         model_type=model_type,
+        n_heads=n_heads,
+        head_dim=head_dim,
+        uncertain=uncertain,
     )
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a model's text decoder; of BART's kind the decoder's half of it."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
 
 
 def locate(
@@ -145,11 +231,13 @@ def locate(
     paths: dict[str, str],
 ) -> tuple[Location, torch.device]:
     """The checked location of a new intervention, and the device that its parameters belong on."""
+    from .check import require
+
     found = layout(model, paths)
-    chosen = check_layers(layers, found.n_layers)
-    modules = [found.site_module(check_site(site), layer) for layer in chosen]
-    location = Location(site, chosen, positions, generated, found.fingerprint, paths)
-    return location, execution_device(modules[0]) or torch.device("cpu")
+    location = found.location(check_site(site), layers, positions, generated, paths)
+    first = found.site_module(site, location.layers[0])
+    require(found, site, location.layers)
+    return location, execution_device(first) or torch.device("cpu")
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
@@ -161,14 +249,6 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if parameter is None or parameter.device.type == "meta" else parameter.device
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return bool(path)
-
-
 def _integer(config: Any, name: str) -> int | None:
     value = getattr(config, name, None)
-    return value if isinstance(value, int) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
 from ..interventions import Prompt
+from . import check, surgery
 from . import context as contexts
-from . import surgery
 from .adapter import ModelLayout
+from .links import Links
 from .recompute import Carrier
 
 
@@ -21,30 +23,36 @@ class Attachment:
     Args:
         found: the model.
         patch: gets `context` set for each forward pass, and is asked for it by `enter`.
+        site: whose module's first input is edited at "head", whose output at the others.
         edits: the modules and what is done to them.
-        layers: numbers of the layers whose recomputation under gradient checkpointing needs the context.
-        before: edit the modules' first input; else their output.
+        layers: numbers of the steered layers.
+
+    Raises:
+        ValueError: the check shows that the site of a layer is not what its name says.
     """
 
     def __init__(
         self,
         found: ModelLayout,
         patch: contexts.Contextual,
+        site: str,
         edits: Iterable[tuple[nn.Module, surgery.Edit]],
-        layers: Iterable[int],
-        *,
-        before: bool,
+        layers: Sequence[int],
     ) -> None:
         self._patch = patch
+        waiting = not check.require(found, site, layers)
         # Also at the site residual: early versions of transformers 5 checkpoint a layer together with its hooks.
         self._layers = [weakref.ref(found.layers[layer]) for layer in layers]
         self._model, self._decoder = weakref.ref(found.model), weakref.ref(found.decoder)
         self._edits: list[tuple[weakref.ref[nn.Module], surgery.Edit]] = []
         try:
+            patch.links = Links(found.model, found.paths_of_sites())
             self._calls = contexts.join(found.decoder, found.model, patch)
             for module, edit in edits:
                 self._edits.append((weakref.ref(module), edit))
-                surgery.attach(module, edit, before=before)
+                surgery.attach(module, edit, before=site == "head")
+            if waiting:
+                self._calls.pending.append(functools.partial(check.require, found, site, layers, now=True))
         except BaseException:
             self.remove()
             raise
@@ -62,7 +70,7 @@ class Attachment:
         decoder, model = self._decoder(), self._model()
         if decoder is None or not contexts.part(decoder, self._patch) or model is None:
             return
-        if surgery.record_of(model):  # generate(), wrapped for the first patch
+        if model is not decoder and surgery.record_of(model):  # generate(), wrapped for the first patch
             surgery.unmark(model)
 
     def carriers(self) -> list[nn.Module]:
@@ -80,5 +88,5 @@ class Attachment:
         """Say how much of the sequence is prompt; see `Patch.prompt`."""
         if mask is not None and (mask.dim() != 2 or mask.shape[1] != length):
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (B, {length})")
-        with self._calls.announced(Prompt(length, None if mask is None else mask != 0)):
+        with self._calls.says(Prompt(length, None if mask is None else mask != 0)):
             yield

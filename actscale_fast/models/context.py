@@ -1,18 +1,14 @@
 """What the edits must know of the forward pass they stand in: rows, padding, how much is prompt, how long the cache is.
 
 The module that owns the layers sees all of it in its arguments, whoever calls it. A pre-hook there builds one `Context`
-a patch and forward pass, shared by all layers and made without a synchronisation; generate() is wrapped on the instance
-because only it knows where the prompt ends once a pass holds prompt and generated tokens together.
+per patch and forward pass, shared by all layers and made without a synchronisation; `generation` tells the prompt.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +16,9 @@ from torch import Tensor, nn
 
 from ..interventions.positions import Placement, Prompt
 from . import surgery
+from .call import Call, argument_names, read
+from .generation import Announced, Generation
+from .links import Links
 from .recompute import Carrier
 
 
@@ -44,27 +43,16 @@ class Context:
         return self.elsewhere[device]
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one forward pass that matter here."""
-
-    n_rows: int
-    n_tokens: int
-    mask: Any  # as the model got it: a tensor, a dictionary of 4-D masks, or None
-    cache: Any
-    packed: bool
-    prompt: Prompt | None  # as generate() or `Patch.prompt` announced it
-
-    @property
-    def past(self) -> int | Tensor:
-        """Tokens in the KV cache: an int, or for a static cache a tensor on its device."""
-        return 0 if self.cache is None else self.cache.get_seq_length()
-
-
 class Contextual(Protocol):
     """A patch, as far as this file needs to know it."""
 
     context: Context | None
+    #: The modules that must stay where they are while the patch is on.
+    links: Links
+
+    @property
+    def places_tokens(self) -> bool:
+        """Whether it must know where each token stands in its prompt."""
 
     def enter(self, call: Call) -> Context: ...
     def carriers(self) -> list[nn.Module]: ...
@@ -75,8 +63,12 @@ class Calls:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.patches: tuple[Contextual, ...] = ()
-        self.prompt: Prompt | None = None
+        self.announced: Announced | None = None
         self.names = argument_names(decoder)
+        #: Work that waits for the first forward pass, which it runs before; see `check`.
+        self.pending: list[Callable[[], object]] = []
+        #: While True, forward passes edit nothing and are not read.
+        self.suspended = False
         self.handles: dict[str, Any] = {
             "enter": decoder.register_forward_pre_hook(_enter, with_kwargs=True),
             "leave": decoder.register_forward_hook(_leave, always_call=True),
@@ -86,34 +78,18 @@ class Calls:
         pass
 
     @contextlib.contextmanager
-    def announced(self, prompt: Prompt | None) -> Iterator[None]:
+    def announcing(self, announced: Announced) -> Iterator[None]:
         """Let the forward passes inside know the prompt."""
-        before = self.prompt
-        self.prompt = prompt
+        before = self.announced
+        self.announced = announced
         try:
             yield
         finally:
-            self.prompt = before
+            self.announced = before
 
-
-def argument_names(decoder: nn.Module | type[nn.Module]) -> list[str]:
-    """The names of what the module's forward takes, in order."""
-    return [name for name in inspect.signature(decoder.forward).parameters if name != "self"]
-
-
-class Generation:
-    """The wrapped generate() of one model; lives on that model."""
-
-    def __init__(self, model: nn.Module, calls: Calls) -> None:
-        self.handles: dict[str, Any] = {}
-        self.there = model.__dict__.get("generate")  # another library's, on the instance
-        model.__dict__["generate"] = _wrapped_generate(model, calls, self.there)
-
-    def clean(self, state: dict[str, Any]) -> None:
-        if self.there is None:
-            state.pop("generate", None)
-        else:
-            state["generate"] = self.there
+    def says(self, prompt: Prompt) -> contextlib.AbstractContextManager[None]:
+        """All forward passes inside are of this prompt."""
+        return self.announcing(Announced(prompt, every_pass=True))
 
 
 def join(decoder: nn.Module, model: nn.Module, patch: Contextual) -> Calls:
@@ -122,8 +98,10 @@ def join(decoder: nn.Module, model: nn.Module, patch: Contextual) -> Calls:
     if calls is None:
         calls = Calls(decoder)
         surgery.mark(decoder, calls)
-    if hasattr(model, "generate") and model is not decoder and surgery.record_of(model) is None:
-        surgery.mark(model, Generation(model, calls))
+    if model is not decoder and surgery.record_of(model) is None:
+        generation = Generation(model, calls)
+        generation.handles["enter"] = model.register_forward_pre_hook(_enter_model)
+        surgery.mark(model, generation)
     calls.patches += (patch,)
     return calls
 
@@ -146,10 +124,27 @@ def part(decoder: nn.Module, patch: Contextual) -> bool:
     return True
 
 
+def _enter_model(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a pass of the whole model: a decoder that was exchanged would run without any of its hooks."""
+    for patch in surgery.record_of(model).calls.patches:
+        patch.links.check()
+
+
 def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     calls: Calls = surgery.record_of(decoder)
-    call = read(calls.names, calls.prompt, args, kwargs)
+    if calls.suspended:
+        for patch in calls.patches:
+            patch.context = Context(None, 0.0)
+        return
+    while calls.pending:
+        calls.pending.pop()()
+    call = read(calls.names, args, kwargs)
+    if any(patch.places_tokens for patch in calls.patches):
+        call.understood()
+    if calls.announced is not None:
+        call = replace(call, prompt=calls.announced.prompt_of(call))
     for patch in calls.patches:
+        patch.links.check()
         patch.context = patch.enter(call)
     if decoder.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         for patch in calls.patches:
@@ -160,62 +155,3 @@ def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _leave(decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     for patch in surgery.record_of(decoder).patches:
         patch.context = None
-
-
-def read(names: list[str], prompt: Prompt | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The call of a forward pass from its arguments; `names` are those of the positional ones."""
-    values = kwargs
-    if args:
-        values = {**dict(zip(names, args, strict=False)), **kwargs}
-    tokens = values.get("input_ids")
-    if tokens is None:
-        tokens = values.get("inputs_embeds")
-    if not isinstance(tokens, Tensor):
-        raise ValueError("input_ids, inputs_embeds: got neither, expected one of them")
-    return Call(
-        n_rows=tokens.shape[0],
-        n_tokens=tokens.shape[1],
-        mask=values.get("attention_mask"),
-        cache=values.get("past_key_values"),
-        packed=values.get("cu_seq_lens_q") is not None,
-        prompt=prompt,
-    )
-
-
-def _wrapped_generate(model: nn.Module, calls: Calls, there: Callable[..., Any] | None) -> Callable[..., Any]:
-    """generate() of this instance, which says where the prompt ends before it begins."""
-    reference = weakref.ref(model)  # the model holds this function: no cycle
-
-    original: Callable[..., Any] = there or getattr(type(model), "generate")  # noqa: B009
-
-    @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        model = reference()
-        assert model is not None
-        with calls.announced(_prompt_of(model, args, kwargs)):
-            return there(*args, **kwargs) if there else original(model, *args, **kwargs)
-
-    return generate
-
-
-def _prompt_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt | None:
-    """The prompt of a generate() call, its padding inferred as generate() itself infers it."""
-    embeds = kwargs.get("inputs_embeds")
-    ids = (
-        args[0] if args else next((kwargs[key] for key in ("inputs", "input_ids") if kwargs.get(key) is not None), None)
-    )
-    tokens = embeds if embeds is not None else ids
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return Prompt(mask.shape[1], mask != 0)
-    if not isinstance(tokens, Tensor):
-        return None  # generate() starts from the beginning-of-sequence token or says what is wrong
-    if tokens.dim() == 2 and not tokens.is_floating_point():
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
-        pad, eos = (kwargs.get(key, getattr(config, key, None)) for key in ("pad_token_id", "eos_token_id"))
-        ends = eos.tolist() if isinstance(eos, Tensor) else eos if isinstance(eos, list | tuple) else [eos]
-        if pad is not None and int(pad) not in [int(end) for end in ends if end is not None]:
-            padding = tokens == int(pad)
-            if bool(padding.any()):
-                return Prompt(tokens.shape[1], ~padding)
-    return Prompt(tokens.shape[1])

@@ -11,14 +11,18 @@ from ..interventions.positions import EVERYWHERE
 from ..ops import scale_heads
 from .adapter import layout
 from .attachment import Attachment
-from .context import Call, Context
+from .call import Call
+from .context import Context
 from .handle import Handle
-from .placement import per_row
+from .links import Links
+from .placement import per_row, refuse_separate_rows
 
 _SHAPES = "[H], [L, H] or [B, L, H]"
 
 
-def head_mask(model: nn.Module, mask: Tensor) -> HeadMask:
+def head_mask(
+    model: nn.Module, mask: Tensor, *, projection: str | None = None, layers_path: str | None = None
+) -> HeadMask:
     """Multiply each attention head's output by a factor: until the `with` block ends, or until `.remove()`.
 
     The factor stands at the input of the attention's output projection. That is what a mask on the attention's
@@ -29,11 +33,13 @@ def head_mask(model: nn.Module, mask: Tensor) -> HeadMask:
     Args:
         model: a causal language model of Hugging Face; its weights may be frozen.
         mask: [H] for all layers, [L, H], or [B, L, H], one for each row of the batch (repeated for its beams in
-            generate()); 1 keeps a head, 0 removes it. Any floating dtype, integers or bool. Read in each forward pass,
+            generate()). L counts the layers that have attention heads, in hybrids not all; H is the number of heads,
+            of the layer that has the most where they differ (a layer ignores what is over). 1 keeps a head, 0 removes it. Any floating dtype, integers or bool. Read in each forward pass,
             so that an optimizer's step, or a change in place, takes effect with the next one. Applied as 1 + (mask − 1)
             in float32, like every scalar here: a factor is exact to 6e-8. One that is computed from other tensors needs
             use_reentrant=False under gradient checkpointing: the other kind would run back through its graph layer by
             layer, which PyTorch refuses.
+        projection, layers_path: module paths for a family that is not in the table, as `for_model` takes them.
 
     Returns:
         The handle: a context manager with `.remove()` and `.mask`.
@@ -47,21 +53,26 @@ def head_mask(model: nn.Module, mask: Tensor) -> HeadMask:
         ...     model(**inputs, labels=labels).loss.backward()
         >>> mask.grad  # [30, 9]
     """
-    return HeadMask(model, mask)
+    paths = {"projection": projection, "layers_path": layers_path}
+    return HeadMask(model, mask, {name: path for name, path in paths.items() if path is not None})
 
 
 class HeadMask(Handle):
     """An applied head mask; see `head_mask`."""
 
-    def __init__(self, model: nn.Module, mask: Tensor) -> None:
-        found = layout(model)
+    def __init__(self, model: nn.Module, mask: Tensor, paths: dict[str, str] | None = None) -> None:
+        found = layout(model, paths)
+        layers = found.chosen("head", None)
+        modules = [found.site_module("head", layer) for layer in layers]
         self.context: Context | None = None
-        self._n_layers, self._n_heads, self._width = found.n_layers, found.n_heads, found.head_dim
+        self.links = Links(found.model, ())
+        self._heads = [sizes[0] for sizes in found.heads if sizes is not None]
+        self._n_layers, self._n_heads = len(layers), max(self._heads)
         self.mask = mask
         if not bool(torch.isfinite(mask).all()):  # once: setting a mask in a loop must not wait for the device
             raise ValueError("mask: some of its values are not finite")
-        edits = [(module, partial(self._scale, layer)) for layer, module in enumerate(found.projections)]
-        self._attachment = Attachment(found, self, edits, range(found.n_layers), before=True)
+        edits = [(module, partial(self._scale, index)) for index, module in enumerate(modules)]
+        self._attachment = Attachment(found, self, "head", edits, layers)
 
     @property
     def mask(self) -> Tensor:
@@ -80,12 +91,18 @@ class HeadMask(Handle):
             )
         self._mask = value
 
+    @property
+    def places_tokens(self) -> bool:
+        """Whether it must know where each token stands in its prompt: it acts on all of them."""
+        return False
+
     def enter(self, call: Call) -> Context:
         """The context of one forward pass: its strength is the mask as it is now, [L or 1, H] or [B, L, H]."""
         mask = self._mask
         if mask.dim() == 3 and len(mask) > 1:
             if call.packed:
                 raise ValueError("mask: packed sequences have no rows; pad the batch, or give one mask for all rows")
+            refuse_separate_rows("mask", call)
             mask = per_row("mask", mask, call)
         return self._context(mask, call.n_rows)
 
@@ -93,12 +110,14 @@ class HeadMask(Handle):
         factors = mask.to(torch.float32, copy=True)  # a change in place afterwards is for the next pass
         return Context(EVERYWHERE, factors if mask.dim() > 1 else factors[None], n_rows, mask.device)
 
-    def _scale(self, layer: int, x: Tensor) -> Tensor:
+    def _scale(self, index: int, x: Tensor) -> Tensor:
         context = self.context or self._context(self._mask, None)  # None: the layer was called by itself
-        factors = context.on(x.device).strength
+        if context.placement is None:
+            return x
+        factors, n_heads = context.on(x.device).strength, self._heads[index]
         assert isinstance(factors, Tensor)
-        alpha = factors[..., min(layer, factors.shape[-2] - 1), :].view(-1, 1, self._n_heads) - 1  # [1 or B, 1, H]
-        heads = x.view(context.n_rows or len(alpha), -1, self._n_heads, self._width)  # OPT may flatten rows and tokens
+        alpha = factors[..., min(index, factors.shape[-2] - 1), :n_heads].reshape(-1, 1, n_heads) - 1  # [1 or B, 1, H]
+        heads = x.view(context.n_rows or len(alpha), -1, n_heads, x.shape[-1] // n_heads)  # OPT flattens rows, tokens
         return scale_heads(heads, alpha).view(x.shape)
 
     def carriers(self) -> list[nn.Module]:

@@ -162,10 +162,11 @@ def _updated(
         vector = intervention.vectors.detach()[index].reshape(-1).to(bias.device, wide)
         return {"bias": (bias.to(wide) + strength * vector).to(bias.dtype)}
     assert isinstance(intervention, ActivScalar)
-    scale = 1 + strength * intervention.alpha.detach()[index].reshape(-1).to(weight.device, wide)  # [H] or [1]
+    own = intervention.of_layer(intervention.alpha.detach(), index, weight.device)
+    scale = 1 + strength * own.reshape(-1).to(wide)  # [H] or [1]
     inputs_first = _is_conv1d(module)  # Conv1D keeps [in, out], nn.Linear [out, in]
     if location.site == "head":
-        columns = scale.repeat_interleave(location.width)
+        columns = scale.repeat_interleave(weight.shape[0 if inputs_first else 1] // len(scale))
         columns = columns[:, None] if inputs_first else columns
         return {"weight": (weight.to(wide) * columns).to(weight.dtype)}
     result = {"weight": (weight.to(wide) * scale).to(weight.dtype)}

@@ -33,7 +33,7 @@ class Patch(Steering, Handle):
         modules = {layer: found.site_module(location.site, layer) for layer in location.layers}
         super().__init__(intervention, execution_device(modules[location.layers[0]]), strength, group)
         edits = [(modules[layer], edit) for layer, edit in self.edits()]
-        self._attachment = Attachment(found, self, edits, location.layers, before=location.site == "head")
+        self._attachment = Attachment(found, self, location.site, edits, location.layers)
 
     @contextlib.contextmanager
     def prompt(self, length: int, mask: Tensor | None = None) -> Iterator[None]:

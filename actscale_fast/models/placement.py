@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..interventions import Intervention, Placement, slot_index
-from .context import Call
+from .call import Call
 
 
 def place(intervention: Intervention, call: Call, group: Tensor | None, device: torch.device) -> Placement | None:
@@ -29,7 +29,11 @@ def place(intervention: Intervention, call: Call, group: Tensor | None, device: 
     if mask is not None:
         mask = expand("attention_mask", mask.to(device), call.n_rows)
     wanted = intervention.wanted_positions.to(device)
-    slots = slot_index(wanted, call.n_tokens, past=past, length=length, mask=mask, generated=location.generated)
+    separate = call.separate
+    slots = slot_index(
+        wanted, call.n_tokens, past=past, length=length, mask=mask, generated=location.generated,
+        separate=None if separate is None else separate.to(device),
+    )  # fmt: skip
     if group is not None:
         slots = slots + group[:, None] * (location.n_slots + 1)
     rows = torch.arange(call.n_rows, device=device) if slots.shape[0] > 1 else None
@@ -43,6 +47,22 @@ def per_row(name: str, values: Tensor, call: Call) -> Tensor:
             f"{name}: got {values.shape[0]} values for a batch of {call.n_rows} rows, expected one per row"
         )
     return expand(name, values, call.n_rows)
+
+
+def refuse_separate_rows(name: str, call: Call) -> None:
+    """ValueError where position ids say that several sequences stand in one row; inside a graph a RuntimeError."""
+    separate = call.separate
+    if separate is None:
+        return
+    message = (
+        f"{name}: position_ids tell several sequences of one row apart, which one value per row cannot serve; pad the "
+        "batch, or give one value for all rows"
+    )
+    several = separate[:, -1].any()
+    if torch.compiler.is_compiling():
+        torch._assert_async(~several, message)
+    elif bool(several):
+        raise ValueError(message)
 
 
 def expand(name: str, values: Tensor, n_rows: int) -> Tensor:

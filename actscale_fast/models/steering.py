@@ -11,18 +11,20 @@ from torch import Tensor
 from ..interventions import Intervention, Placement
 from ..interventions.positions import EVERYWHERE
 from . import context as contexts
-from .placement import per_row, place
+from .call import Call
+from .links import Links
+from .placement import per_row, place, refuse_separate_rows
 
 
 class Edit:
     """One layer's edit: reads the context of the running forward pass and hands the activation to the intervention."""
 
     def __init__(self, steering: Steering, layer: int) -> None:
-        location = steering.intervention.location
         self.steering = steering
         self.intervention = steering.intervention
         self.layer = layer
-        self.n_heads, self.width = location.n_heads, location.width
+        self.whole = steering.intervention.location.site != "head"
+        self.n_heads = steering.intervention.location.heads_of(layer)
 
     def __call__(self, x: Tensor) -> Tensor:
         context = self.steering.context or self.steering.outside(x)
@@ -33,9 +35,9 @@ class Edit:
         if x.dim() == 2:  # OPT flattens rows and tokens
             return self(x.unflatten(0, (context.n_rows or 1, -1))).flatten(0, 1)
         edit = self.intervention.edit
-        if self.n_heads == 1:
+        if self.whole:
             return edit(x.unsqueeze(2), self.layer, context.strength, context.placement).squeeze(2)
-        heads = x.unflatten(2, (self.n_heads, self.width))
+        heads = x.unflatten(2, (self.n_heads, -1))
         return edit(heads, self.layer, context.strength, context.placement).flatten(2)
 
 
@@ -56,6 +58,7 @@ class Steering:
         intervention.check_finite()
         self.intervention = intervention
         self.context: contexts.Context | None = None
+        self.links = Links(intervention, ())
         #: While True, a forward pass edits nothing.
         self.paused = False
         self._home = device or intervention.device
@@ -116,12 +119,17 @@ class Steering:
     def _rowwise(self) -> bool:
         return isinstance(self._strength, Tensor) or self._group is not None
 
+    @property
+    def places_tokens(self) -> bool:
+        """Whether it must know where each token stands in its prompt."""
+        return self.intervention.location.positions is not None
+
     def edits(self) -> Iterator[tuple[int, Edit]]:
         """(number of the layer, its edit): a function of the activation [B, T, H·D] or [B, T, d]."""
         for index, layer in enumerate(self.intervention.location.layers):
             yield layer, Edit(self, index)
 
-    def enter(self, call: contexts.Call) -> contexts.Context:
+    def enter(self, call: Call) -> contexts.Context:
         """The context of one forward pass."""
         location = self.intervention.location
         if self.paused:
@@ -134,6 +142,8 @@ class Steering:
             raise ValueError(
                 "positions, strength, group: packed sequences have no rows to place them by; pad the batch"
             )
+        if self._rowwise:
+            refuse_separate_rows("strength, group", call)
         strength, group = self._strength, self._group
         if isinstance(strength, Tensor):
             strength = per_row("strength", strength, call).to(self._home)

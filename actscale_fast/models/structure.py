@@ -1,17 +1,28 @@
-"""The parts of a family that is not in the table, found by their structure where that is certain."""
+"""The parts of a model, found by their structure: its layers, the projection of its attention, its MLP, its heads.
+
+The table of families names what is known; the rest is found where it is certain, and named by the caller where not.
+Layers may differ: hybrids have attention in some layers only, and heads may differ in number or width.
+"""
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
-from .families import Family
-
 #: Names that attention's output projections go by; the last step of the module's path.
-PROJECTION_NAMES = frozenset({"o_proj", "out_proj", "c_proj", "dense", "wo", "dense_out", "proj_out"})
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-_HELP = (
+PROJECTION_NAMES = frozenset(
+    {"o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "dense_out", "proj_out", "out_lin", "linear_out", "out"}
+)
+#: Parts of a layer that are no self-attention with heads side by side.
+_OTHER_PARTS = (
+    "mlp", "ffn", "feed_forward", "feedforward", "expert", "moe", "linear_attn", "mamba", "conv", "ssm", "rnn",
+    "cross", "encoder_attn", "encoder_attention", "intermediate", "indexer", "compressor", "adapter",
+)  # fmt: skip
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "feedforward", "mlp_block")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "n_local_heads", "nh")
+HELP = (
     "name it: for_model(..., layers_path='model.layers', projection='self_attn.o_proj', mlp='mlp'), "
     "layers_path from the model, the other two from a layer"
 )
@@ -23,26 +34,18 @@ def in_features(module: nn.Module) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def find_family(
-    model: nn.Module, model_type: str, n_layers: int, attention_width: int, paths: dict[str, str]
-) -> Family:
-    """The family's paths, from those given and, for the rest, from the model's structure.
+def has(module: nn.Module, path: str) -> bool:
+    """Whether a module has a part of this path."""
+    return bool(path) and part(module, path) is not None
 
-    Args:
-        model: the causal language model or its base model.
-        model_type: for the messages.
-        n_layers, attention_width: from the config; attention_width is heads · head_dim.
-        paths: "layers_path", "projection" and "mlp" where the caller named them.
 
-    Raises:
-        ValueError: the layers, or the projection in each layer, are not exactly one.
-    """
-    layers_path = paths.get("layers_path") or _layers_path(model, model_type, n_layers)
-    layers = submodule(model, layers_path, "layers_path")
-    if not isinstance(layers, nn.ModuleList) or len(layers) != n_layers:
-        raise ValueError(f"layers_path: {layers_path!r} is not a list of {n_layers} layers; {_HELP}")
-    projection = paths.get("projection") or _projection(layers, model_type, attention_width)
-    return Family(layers_path, projection, paths.get("mlp") or _mlp(layers))
+def part(module: nn.Module, path: str) -> nn.Module | None:
+    """The part of a module, or None where it has none of this path."""
+    try:
+        found = module.get_submodule(path)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def submodule(module: nn.Module, path: str, name: str) -> nn.Module:
@@ -53,43 +56,145 @@ def submodule(module: nn.Module, path: str, name: str) -> nn.Module:
         raise ValueError(f"{name}: {type(module).__name__} has no module {path!r}") from None
 
 
-def _layers_path(model: nn.Module, model_type: str, n_layers: int) -> str:
-    found = [
-        name
+def find_layers(model: nn.Module, config: Any, known: str | None) -> str:
+    """The path of the decoder's layers.
+
+    Args:
+        model: the causal language model or its base model.
+        config: of its text decoder.
+        known: the path in the table of families; it is looked for in the whole model, in its base model, and in the
+            text tower of a model that sees or hears, too.
+
+    Raises:
+        ValueError: no list of layers, or more than one that could be meant.
+    """
+    if known is not None:
+        for path in (known, known.partition(".")[2]):
+            if has(model, path):
+                return path
+    lists = {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and len({type(layer) for layer in module}) == 1
-    ]
+        if isinstance(module, nn.ModuleList) and len(module) and _look_like_layers(module)
+    }
+    # Experts, heads of several scales: lists inside of another list's items.
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
+    lengths = {getattr(config, key, None) for key in ("num_hidden_layers", "decoder_layers", "n_layer", "n_layers")}
+    found = [name for name in outer if len(lists[name]) in lengths]
+    for choose in (_of_this_config, _of_the_decoder):
+        if len(found) > 1:
+            found = choose(model, config, found) or found
     if len(found) != 1:
         raise ValueError(
-            f"model: the family {model_type!r} is not known, and {len(found)} of its parts look like the list of "
-            f"{n_layers} layers ({', '.join(found) or 'none'}); {_HELP}"
+            f"model: the family {config.model_type!r} is not known, and {len(found)} of its parts look like the list "
+            f"of its layers ({', '.join(found) or 'none'}); {HELP}"
         )
     return found[0]
 
 
-def _projection(layers: nn.ModuleList, model_type: str, attention_width: int) -> str:
-    common: set[str] | None = None
+def find_projection(layers: nn.ModuleList, model_type: str, head_width: int) -> str:
+    """The path, from a layer, of attention's output projection; in the layers that have attention.
+
+    Args:
+        layers: of the decoder.
+        model_type: for the message.
+        head_width: heads · width as the config has them, which decides where several could be meant.
+
+    Raises:
+        ValueError: none, or no single one.
+    """
+    names: dict[str, set[int | None]] = {}
     for layer in layers:
-        names = {
-            name
-            for name, module in layer.named_modules()
-            if name.rpartition(".")[2] in PROJECTION_NAMES and in_features(module) == attention_width
-        }
-        common = names if common is None or common == names else set()
-    if common is None or len(common) != 1:
+        for name, module in layer.named_modules():
+            if name.rpartition(".")[2] in PROJECTION_NAMES and in_features(module) is not None and _is_attention(name):
+                names.setdefault(name, set()).add(in_features(module))
+    found = sorted(names)
+    if len(found) > 1:
+        found = [name for name in found if names[name] == {head_width}] or found
+    if len(found) != 1:
         raise ValueError(
             f"model: the family {model_type!r} is not known, and the output projection of its attention is not certain "
-            f"(with {attention_width} inputs: {', '.join(sorted(common or ())) or 'none in every layer'}); {_HELP}"
+            f"(found: {', '.join(found) or 'none'}); {HELP}"
         )
-    return common.pop()
+    return found[0]
 
 
-def _mlp(layers: nn.ModuleList) -> str:
+def find_mlp(layers: nn.ModuleList) -> str:
     """The MLP's name where there is one that takes the activation alone: one that takes more may add the residual."""
     for name in MLP_NAMES:
-        module = getattr(layers[0], name, None)
-        if isinstance(module, nn.Module):
-            parameters = inspect.signature(module.forward).parameters.values()
-            required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-            return name if len(required) == 1 else ""
+        modules = [module for layer in layers if isinstance(module := getattr(layer, name, None), nn.Module)]
+        if modules:
+            return name if all(_takes_one(module) for module in modules) else ""
     return ""
+
+
+def heads_of(layer: nn.Module, projection: str, config: Any, index: int) -> tuple[int, int] | None:
+    """(heads, their width) of a layer; None: it has no such projection.
+
+    The number is attention's own where the module has one, else the config's. That the projection's input is these
+    heads side by side is for the check to show.
+
+    Raises:
+        ValueError: the projection's input is not a whole number of vectors, one per head.
+    """
+    module = part(layer, projection)
+    width = None if module is None else in_features(module)
+    if width is None:
+        return None
+    count = _own_count(layer, projection) or config_heads(config, index)
+    if count is None or width % count:
+        raise ValueError(
+            f"layers: the projection {projection!r} of layer {index} takes {width} inputs, which are not {count} heads "
+            "side by side"
+        )
+    return count, width // count
+
+
+def config_heads(config: Any, index: int | None = None) -> int | None:
+    """The number of attention heads that a config gives a layer (None: the first number that there is)."""
+    for key in ("decoder_attention_heads", "num_attention_heads", "n_head", "n_heads", "num_heads"):
+        value = getattr(config, key, None)
+        if isinstance(value, list | tuple) and value:
+            value = value[0 if index is None else min(index, len(value) - 1)]
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _own_count(layer: nn.Module, projection: str) -> int | None:
+    steps = projection.split(".")
+    for end in range(len(steps) - 1, 0, -1):
+        module = part(layer, ".".join(steps[:end]))
+        for name in _HEAD_COUNTS:
+            value = getattr(module, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+def _takes_one(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(required) == 1
+
+
+def _look_like_layers(modules: nn.ModuleList) -> bool:
+    """Whether all items are made of several parts that have weights."""
+    return all(sum(1 for _ in item.parameters()) > 1 and sum(1 for _ in item.children()) > 1 for item in modules)
+
+
+def _is_attention(name: str) -> bool:
+    lowered = name.lower()
+    return "." in name and not any(other in lowered for other in _OTHER_PARTS)
+
+
+def _of_this_config(model: nn.Module, config: Any, names: list[str]) -> list[str]:
+    """Those whose owner says that it is of the text decoder's config."""
+    own = {name: getattr(part(model, name.rpartition(".")[0]) or model, "config", None) for name in names}
+    return [name for name in names if getattr(own[name], "model_type", None) == config.model_type]
+
+
+def _of_the_decoder(model: nn.Module, config: Any, names: list[str]) -> list[str]:
+    """Those that stand in what the model itself calls its decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    return [name for name in names if (part(model, name.rpartition(".")[0]) or model) is decoder]

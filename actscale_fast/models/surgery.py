@@ -129,7 +129,19 @@ def _edit_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    y = output[0] if isinstance(output, tuple) else output
+    y = first_of(output)
     for edit in module.__dict__[_KEY].after:
         y = edit(y)
-    return (y, *output[1:]) if isinstance(output, tuple) else y
+    return with_first(output, y)
+
+
+def first_of(output: Any) -> Any:
+    """What a module's output begins with, or the output itself where it is one tensor."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_first(output: Any, first: Any) -> Any:
+    """The output with another beginning, of the same kind: a tensor, a tuple or a list."""
+    if isinstance(output, tuple):
+        return (first, *output[1:])
+    return [first, *output[1:]] if isinstance(output, list) else first

@@ -1,0 +1,101 @@
+"""Reaching into a model's attention for one forward pass: what its heads return, scaled where they return it.
+
+This file alone knows how transformers calls attention: through `ALL_ATTENTION_FUNCTIONS`, or `eager_attention_forward`,
+in the globals of the file that a model is written in, with the attention module first and [B, T, H, D] as the first
+result. Families that compute attention by themselves put their values through the KV cache. A test fails where both
+have changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+#: Of one attention module: what it returned [B, T, H, D], and what is to be handed on instead.
+Change = Callable[[Tensor], Tensor]
+_FUNCTIONS, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+
+
+class _Functions:
+    """Stands for transformers' table of attention functions; what it hands out lets `changes` see the results."""
+
+    def __init__(self, table: Any, changes: Mapping[nn.Module, Change]) -> None:
+        self._table, self._changes = table, changes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def __getitem__(self, key: str) -> Any:
+        return _seen(self._table[key], self._changes)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._table
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return _seen(self._table.get(key, default), self._changes)
+
+    def get_interface(self, implementation: str, default: Any) -> Any:
+        return _seen(self._table.get_interface(implementation, default), self._changes)
+
+
+class _Seen:
+    """An attention function that shows its result."""
+
+    def __init__(self, function: Callable[..., Any], changes: Mapping[nn.Module, Change]) -> None:
+        self.function, self.changes = function, changes
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = self.function(module, *args, **kwargs)
+        change = self.changes.get(module)
+        if change is None or not isinstance(result, tuple) or not isinstance(result[0], Tensor):
+            return result
+        return (change(result[0]), *result[1:])
+
+
+def _seen(function: Any, changes: Mapping[nn.Module, Change]) -> Any:
+    return function if function is None or isinstance(function, _Seen) else _Seen(function, changes)
+
+
+@contextlib.contextmanager
+def heads_changed(changes: Mapping[nn.Module, Change]) -> Iterator[None]:
+    """Let the attention functions of these modules hand on something else; other models go on as they are."""
+    with contextlib.ExitStack() as undo:
+        for place in _globals(changes):
+            for name in (_FUNCTIONS, _EAGER):
+                if name in place:
+                    undo.callback(place.__setitem__, name, place[name])
+            if _FUNCTIONS in place:
+                place[_FUNCTIONS] = _Functions(place[_FUNCTIONS], changes)
+            if _EAGER in place:
+                place[_EAGER] = _seen(place[_EAGER], changes)
+        yield
+
+
+def _globals(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """The namespaces of the files that these modules' classes are written in, each once."""
+    found: dict[int, dict[str, Any]] = {}
+    for cls in {cls for module in modules for cls in type(module).__mro__}:
+        forward = cls.__dict__.get("forward")
+        place = getattr(inspect.unwrap(forward), "__globals__", {}) if callable(forward) else {}
+        if _FUNCTIONS in place or _EAGER in place:
+            found[id(place)] = place
+    return list(found.values())
+
+
+def values_changed(change: Callable[[int, Tensor], Tensor]) -> Any:
+    """An empty KV cache that hands on changed values.
+
+    Args:
+        change: gets the layer's number and its values [B, key-value heads, T, D].
+    """
+    from transformers import DynamicCache
+
+    class Changed(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            return super().update(key_states, change(layer_idx, value_states), layer_idx, *args, **kwargs)
+
+    return Changed()

@@ -1,0 +1,351 @@
+"""The model itself is asked whether its sites are what their names say: one short forward pass per site and model.
+
+Head site: rows that differ in nothing but the factors by which attention's result is scaled, head by head, must differ
+in just these factors where they enter the output projection. A norm over all heads, the difference of two heads, or
+heads in another order in between are found that way, whatever a family is called. Whole sites: rows in which the site's
+output is doubled or negated must differ after the layer; where doubling changes nothing, because a norm without scale
+follows, scalars cannot act. Every steered module must run once in a pass.
+
+Factors are powers of two, exact in every dtype; each row has one digit of the head's number in base 8.
+
+The verdict is kept for the model. `ACTSCALE_CHECK=0` skips the check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import surgery
+from .attention import heads_changed, values_changed
+from .call import cache_argument
+from .quiet import unnoticed
+
+if TYPE_CHECKING:
+    from .adapter import ModelLayout
+
+_FACTORS = (2.0, 0.5, 4.0, 0.25, 8.0, 0.125, 16.0, 0.0625)
+_N_TOKENS = 4
+#: What rows may differ by beside the factors, relative to their norm: rounding of another order of sums.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+#: A site cannot act where doubling its output changes the stream by less than this share of what negating changes.
+_IDLE = 0.02
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Verdict]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the check of one site showed, by layer."""
+
+    reasons: Mapping[int, str]  # why the site of a layer is refused
+    idle: frozenset[int]  # layers where a factor on the site's output changes nothing
+
+
+def require(found: ModelLayout, site: str, layers: Iterable[int], *, now: bool = False) -> bool:
+    """Raise a ValueError where the site of one of these layers is not what its name says.
+
+    Args:
+        found: the model's layout.
+        site, layers: what is to be steered.
+        now: also where the model's weights are not in place before a forward pass (sharded, or on no device yet).
+
+    Returns:
+        Whether that is known; False: the model cannot run yet, so that the check waits for its first forward pass.
+    """
+    verdict = verdict_of(found, site, now=now)
+    if verdict is None:
+        return skipped()
+    for layer in layers:
+        if layer in verdict.reasons:
+            raise ValueError(f"site: {site!r} at layer {layer} of {found.model_type!r}: {verdict.reasons[layer]}")
+    return True
+
+
+def idle_layers(found: ModelLayout, site: str, layers: Iterable[int]) -> list[int]:
+    """Those of the layers where a factor on the site's output changes nothing: a norm without scale follows it.
+
+    A head among others always acts. Nothing is said of a model that cannot run yet.
+    """
+    if site == "head":
+        layers = [layer for layer in layers if (found.heads[layer] or (0, 0))[0] == 1]
+        site = "attn_out" if layers else site
+    verdict = verdict_of(found, site) if site != "head" else None
+    return [] if verdict is None else [layer for layer in layers if layer in verdict.idle]
+
+
+def verdict_of(found: ModelLayout, site: str, *, now: bool = False) -> Verdict | None:
+    """The verdict on a site of all layers, from the model or as it is known; None: skipped, or it has to wait."""
+    if skipped():
+        return None
+    modules = {layer: found.site_module_or_none(site, layer) for layer in found.layers_of(site)}
+    key = (site, found.heads, _implementation(found), tuple(id(module) for module in modules.values()))
+    known = _verdicts.setdefault(found.decoder, {})
+    if key not in known:
+        if not now and _must_wait(found.decoder):
+            return None
+        probe = _Probe(found, {layer: module for layer, module in modules.items() if module is not None})
+        try:
+            known[key] = probe.heads() if site == "head" else probe.whole(site)
+        except Exception as error:
+            raise ValueError(
+                f"model: a short forward pass of {type(found.decoder).__name__}, which shows that its parts are what "
+                f"they are taken for, failed: {type(error).__name__}: {error}; ACTSCALE_CHECK=0 skips it"
+            ) from error
+    return known[key]
+
+
+def skipped() -> bool:
+    """Whether the environment switches the check off."""
+    return os.environ.get("ACTSCALE_CHECK", "1").lower() in ("0", "off", "false", "no")
+
+
+class _Probe:
+    """Short forward passes of a decoder whose rows begin alike."""
+
+    def __init__(self, found: ModelLayout, modules: Mapping[int, nn.Module]) -> None:
+        self.found, self.modules = found, modules
+        self.calls = {layer: 0 for layer in range(found.n_layers)}  # of the layer
+        self.uses = {layer: 0 for layer in modules}  # of the site's module
+        self.reasons: dict[int, str] = {}
+        self.n_rows = 1
+
+    def heads(self) -> Verdict:
+        """Of the head site."""
+        sizes = {layer: self.found.heads[layer] for layer in self.modules}
+        most = max((size[0] for size in sizes.values() if size is not None), default=1)
+        self.n_rows = 1 + _digits(most)
+        scaled: dict[int, Tensor] = {}  # of layers whose heads were scaled: by what, [rows, H]
+
+        def entering(layer: int, size: tuple[int, int]) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+                self.uses[layer] += 1
+                if not args:
+                    self.reasons[layer] = "its projection is called without a positional input"
+                    return None
+                if layer not in scaled:
+                    return None
+                rows = self._rows(args[0])
+                problem = self._compare(rows, scaled[layer])
+                if problem:
+                    self.reasons.setdefault(layer, problem)
+                return (rows[:1].expand_as(rows).reshape(args[0].shape).contiguous(), *args[1:])
+
+            return hook
+
+        changes = {}
+        for layer, size in sizes.items():
+            assert size is not None
+            for module in self._attention(layer):
+                changes[module] = self._returned(layer, size, scaled)
+        with self._watching(), contextlib.ExitStack() as hooks:
+            for layer, module in self.modules.items():
+                size = sizes[layer]
+                assert size is not None
+                hooks.callback(module.register_forward_pre_hook(entering(layer, size)).remove)
+            with heads_changed(changes):
+                self._run()
+            self._once()
+            rest = [layer for layer in self.modules if layer not in scaled and layer not in self.reasons]
+            if rest:
+                self._by_values(rest, sizes, scaled)
+        for layer in self.modules:
+            if layer not in scaled:
+                self.reasons.setdefault(
+                    layer,
+                    "neither an attention function of transformers nor a KV cache shows its heads, so that nothing "
+                    "proves them to stand side by side before the projection",
+                )
+        return Verdict(self.reasons, frozenset())
+
+    def whole(self, site: str) -> Verdict:
+        """Of a whole site: attn_out, mlp_out or residual."""
+        self.n_rows = 3  # as it is, doubled, negated
+        factors, width = torch.tensor([1.0, 2.0, -1.0]), self.found.hidden_size
+        idle: set[int] = set()
+        last = self.found.n_layers - 1
+
+        def changed(x: Tensor) -> Tensor:
+            rows = self._rows(x)
+            return (rows[:1] * factors.to(rows).view(-1, *[1] * (rows.dim() - 1))).reshape(x.shape)
+
+        def leaving(layer: int) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+                self.uses[layer] += 1
+                x = surgery.first_of(output)
+                problem = _no_stream(x, self.n_rows * _N_TOKENS, width)
+                if problem:
+                    self.reasons.setdefault(layer, f"{type(module).__name__} returns {problem}")
+                    return None
+                if site == "residual" and layer != last:
+                    return None
+                return surgery.with_first(output, changed(x))
+
+            return hook
+
+        def left(layer: int) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+                x = surgery.first_of(output)
+                if not isinstance(x, Tensor) or layer in self.reasons or x.numel() % self.n_rows:
+                    return None
+                rows = self._rows(x)
+                if _is_idle(rows):
+                    idle.add(layer)
+                return surgery.with_first(output, rows[:1].expand_as(rows).reshape(x.shape).contiguous())
+
+            return hook
+
+        with self._watching(), contextlib.ExitStack() as hooks:
+            for layer, module in self.modules.items():
+                hooks.callback(module.register_forward_hook(leaving(layer)).remove)
+                if site != "residual":
+                    hooks.callback(self.found.layers[layer].register_forward_hook(left(layer)).remove)
+            output = self._run()
+        self._once()
+        if site == "residual" and last not in self.reasons:
+            final = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            if _is_idle(self._rows(final)):
+                idle.add(last)
+        return Verdict(self.reasons, frozenset(idle))
+
+    def _by_values(
+        self, layers: list[int], sizes: Mapping[int, tuple[int, int] | None], scaled: dict[int, Tensor]
+    ) -> None:
+        """Show the heads of attention that is computed without transformers' functions by its values in the cache."""
+        name = cache_argument(self.found.decoder)
+        if name is None:
+            return
+
+        def change(layer: int, values: Tensor) -> Tensor:
+            size = sizes.get(layer)
+            if layer not in layers or size is None or values.dim() != 4 or size[0] % values.shape[1]:
+                return values
+            factors = self._factors(values.shape[1], values)
+            scaled[layer] = factors.repeat_interleave(size[0] // values.shape[1], 1)  # query heads share them
+            return values * factors[:, :, None, None]
+
+        self._run(**{name: values_changed(change), "use_cache": True})
+
+    def _returned(self, layer: int, size: tuple[int, int], scaled: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
+        def change(heads: Tensor) -> Tensor:
+            if heads.dim() != 4 or heads.shape[0] != self.n_rows or heads.shape[2:] != size:
+                self.reasons.setdefault(
+                    layer,
+                    f"attention returns heads of shape {tuple(heads.shape[2:])}, but the projection's input was taken "
+                    f"for {size[0]} heads of width {size[1]}",
+                )
+                return heads
+            scaled[layer] = self._factors(size[0], heads)
+            return heads * scaled[layer][:, None, :, None]
+
+        return change
+
+    def _factors(self, n_heads: int, like: Tensor) -> Tensor:
+        """[rows, H]; the first row is 1."""
+        digits = [[1.0] * n_heads]
+        for digit in range(self.n_rows - 1):
+            digits.append([_FACTORS[head // 8**digit % 8] for head in range(n_heads)])
+        return torch.tensor(digits, dtype=like.dtype, device=like.device)
+
+    def _compare(self, rows: Tensor, factors: Tensor) -> str | None:
+        """What is wrong with the projection's input [rows, ..., H·D] under factors [rows, H], or None."""
+        n_heads = factors.shape[1]
+        heads = rows.detach().reshape(self.n_rows, -1, n_heads, rows.shape[-1] // n_heads).double()
+        expected = heads[:1] * factors.to(heads)[:, None, :, None]
+        off = (heads - expected).norm(dim=(1, 3))  # [rows, H]
+        size = expected.norm(dim=(1, 3))
+        bad = (off > _TOLERANCE.get(rows.dtype, 0.05) * size).any(0)
+        if not bool(bad.any()):
+            return None
+        return (
+            f"something between its heads and the projection mixes or normalises them: a factor on head "
+            f"{int(bad.int().argmax())} does not arrive as that factor at its place of the projection's input "
+            f"({int(bad.sum())} of {n_heads} heads)"
+        )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x [B, T, ...], or [B·T, ...] of a family that flattens rows and tokens, with the rows apart."""
+        return x if x.shape[0] == self.n_rows else x.reshape(self.n_rows, -1, *x.shape[1:])
+
+    def _attention(self, layer: int) -> list[nn.Module]:
+        """The modules that attention of a layer is made of."""
+        block = self.found.layers[layer]
+        top = self.found.projection.partition(".")[0]
+        return list(block.get_submodule(top).modules())
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Count the calls of the layers; nothing else in the model tells afterwards that it ran."""
+        calls = surgery.record_of(self.found.decoder)
+        with unnoticed(self.found.model), contextlib.ExitStack() as undo:
+            if calls is not None:
+                undo.callback(setattr, calls, "suspended", calls.suspended)
+                calls.suspended = True
+            for index, layer in enumerate(self.found.layers):
+
+                def count(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
+                    self.calls[index] += 1
+
+                undo.callback(layer.register_forward_pre_hook(count).remove)
+            yield
+
+    def _run(self, **arguments: Any) -> Any:
+        from .calling import accepted_arguments
+
+        decoder = self.found.decoder
+        embedding: Any = self.found.model.get_input_embeddings()  # type: ignore[operator]
+        weight = getattr(embedding, "weight", None)
+        n_known = int(getattr(embedding, "num_embeddings", 0) or self.found.vocabulary)
+        ids = torch.tensor([[7, 11, 5, 13][:_N_TOKENS]], dtype=torch.int64) % max(n_known, 1)
+        device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else None
+        ids = ids.repeat(self.n_rows, 1).to(device or torch.device("cpu"))
+        if "use_cache" in accepted_arguments(decoder):  # type: ignore[arg-type]
+            arguments.setdefault("use_cache", False)
+        return decoder(input_ids=ids, **arguments)
+
+    def _once(self) -> None:
+        """Refuse layers, and modules of the site, that do not run exactly once."""
+        for layer in self.modules:
+            for what, count in (("the layer", self.calls[layer]), ("its module", self.uses[layer])):
+                if count != 1 and layer not in self.reasons:
+                    times = "does not run" if not count else f"runs {count} times"
+                    self.reasons[layer] = f"{what} {times} in a forward pass of text, expected once"
+
+
+def _digits(n_heads: int) -> int:
+    count = 1
+    while 8**count < n_heads:
+        count += 1
+    return count
+
+
+def _no_stream(x: Any, n_tokens: int, width: int) -> str | None:
+    """What a site's output is where it is no [B, T, d], or [B·T, d] of a family that flattens rows and tokens."""
+    if not isinstance(x, Tensor):
+        return f"a {type(x).__name__}"
+    if x.dim() not in (2, 3) or x.shape[-1] != width or x.numel() != n_tokens * width:
+        return f"a tensor {tuple(x.shape)}, not the stream of {width} numbers per token"
+    return None
+
+
+def _is_idle(rows: Tensor) -> bool:
+    """Whether doubling changed nothing where negating did, or neither did: [as it is, doubled, negated]."""
+    doubled, negated = ((rows[index] - rows[0]).double().norm() for index in (1, 2))
+    return bool(doubled <= _IDLE * negated)
+
+
+def _implementation(found: ModelLayout) -> str:
+    return str(getattr(getattr(found.decoder, "config", None), "_attn_implementation", None))
+
+
+def _must_wait(decoder: nn.Module) -> bool:
+    """Whether weights are not in place yet: on no device without anybody to fetch them, or sharded."""
+    fetched = any("_hf_hook" in module.__dict__ for module in decoder.modules())
+    return any((p.is_meta and not fetched) or type(p).__name__ == "DTensor" for p in decoder.parameters())
