@@ -9,7 +9,8 @@ from .interchange import InterchangeResult, fit_interchange
 from .objective import Objective
 from .path import minimality_path
 from .sources import source_activations
-from .sweep_result import SweepFit, SweepResult, load_sweep
+from .sweep_files import load_sweep
+from .sweep_result import SweepFit, SweepResult
 from .sweeping import sweep
 
 __all__ = [

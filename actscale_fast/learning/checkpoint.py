@@ -1,11 +1,13 @@
-"""The state of a fit on disk: one safetensors file, written whole or not at all, resumed to the same bits."""
+"""The state of a fit on disk: one safetensors file with a checksum of all its bytes, written whole or not at all.
+
+A fit resumes from it to the same bits. The file's checksum covers tensors, settings, progress and header.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._files import atomic_path
+from .._files import atomic_path, check_writable, naming
+from .._json import parsed
+from .._tensor_files import CHECKSUM, UNSEALED, Header, check_seal, read_header, seal
+from .weights import weights_digest
 
-_FORMAT = "actscale_fast fit 1"
-_SAMPLE = 256  # elements of each layer that stand for its weights
+__all__ = ["FitState", "check_place", "digest", "load", "restore", "save", "weights_digest"]
+
+_FORMAT, _OLDER = "actscale_fast fit 2", ("actscale_fast fit 1",)
+_SPARE = 256 << 20  # bytes of a file beside its tensors; a step's record has about 250
 
 
 @dataclass(slots=True)
@@ -30,38 +37,64 @@ class FitState:
     history: list[dict[str, float]]
 
 
+def check_place(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
+    """Find out before the first step whether the state can be written.
+
+    Raises:
+        OSError: it cannot be; names the path.
+    """
+    check_writable(path, _n_bytes(tensors))
+
+
 def save(path: str | os.PathLike[str], state: FitState, settings: dict[str, Any]) -> None:
-    """Write the state and the settings it belongs to."""
+    """Write the state and the settings it belongs to.
+
+    Raises:
+        OSError: the file cannot be written; names it. The file before it is still there.
+    """
     metadata = {
         "format": _FORMAT,
         "settings": json.dumps(settings, sort_keys=True),
         "progress": json.dumps({"step": state.step, "history": state.history}),
+        CHECKSUM: UNSEALED,
     }
     with atomic_path(path) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-        save_file(tensors, temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # of the system: a full disk, say
+            raise OSError(f"{os.fspath(path)}: {error}") from error
+        seal(temporary)
 
 
 def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[str, Tensor]) -> FitState | None:
     """The state in `path`, or None where there is no such file.
 
     Raises:
-        ValueError: a file that is truncated or no checkpoint of a fit, one made with other settings (they are named),
-            or one whose tensors do not fit the intervention.
+        ValueError: a file that was changed, that is truncated or no checkpoint of a fit, one made with other settings
+            (they are named), or one whose tensors do not fit the intervention.
+        OSError: it cannot be read; names it.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not os.path.lexists(path):
         return None
-    if Path(path).is_dir():
+    if path.is_dir():
         raise ValueError(f"checkpoint: {path} is a folder, expected the path of a file")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint: {path} is truncated or another kind of file ({error})") from None
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"checkpoint: {path} is not a checkpoint of a fit (format {metadata.get('format')!r})")
-    saved = json.loads(metadata["settings"])
+        header = read_header(path)
+        _check_format(header)
+        # A file of another intervention may be of any size: its settings or shapes refuse it below.
+        if header.size <= 2 * _n_bytes(expected) + _SPARE:
+            check_seal(path, header)
+        saved = parsed(header.metadata["settings"].encode(), finite=False)
+        progress = parsed(header.metadata["progress"].encode(), finite=False)
+        step, history = _checked_progress(progress)
+        if not isinstance(saved, dict):
+            raise ValueError("its settings are no object")
+    except _OtherKindError as error:
+        raise ValueError(f"checkpoint: {path} {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint: {path} is damaged, truncated or another kind of file ({error})") from None
     current = json.loads(json.dumps(settings))
     other = [
         f"{name} {saved.get(name)!r}, now {current.get(name)!r}"
@@ -70,12 +103,44 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[
     ]
     if other:
         raise ValueError(f"checkpoint: {path} belongs to another fit: {'; '.join(other)}; name another file")
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    if shapes != wanted:
-        raise ValueError(f"checkpoint: {path} holds {shapes}, expected {wanted}")
-    progress = json.loads(metadata["progress"])
-    return FitState(progress["step"], tensors, progress["history"])
+    found = {name: (header.dtypes[name], shape) for name, shape in header.shapes.items()}
+    wanted = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in expected.items()}
+    if found != wanted:
+        raise ValueError(f"checkpoint: {path} holds {found}, expected {wanted}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in wanted}
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint: {path} is damaged, truncated or another kind of file ({error})") from None
+    except OSError as error:
+        raise naming(error, path) from error
+    return FitState(step, tensors, history)
+
+
+class _OtherKindError(ValueError):
+    """A whole file that is no checkpoint of this version."""
+
+
+def _check_format(header: Header) -> None:
+    found = header.metadata.get("format")
+    if found in _OLDER:
+        raise _OtherKindError("was written by an earlier version, without a checksum; delete it to start again")
+    if found != _FORMAT:
+        raise _OtherKindError(f"is not a checkpoint of a fit (format {found!r})")
+
+
+def _checked_progress(progress: Any) -> tuple[int, list[dict[str, float]]]:
+    step, history = progress["step"], progress["history"]
+    if type(step) is not int or not isinstance(history, list) or step != len(history):
+        raise ValueError("its steps do not agree with its history")
+    for record in history:
+        if not isinstance(record, dict) or any(type(value) not in (int, float) for value in record.values()):
+            raise ValueError("its history is no list of numbers by name")
+    return step, history
+
+
+def _n_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def restore(state: FitState, targets: dict[str, Tensor]) -> None:
@@ -88,19 +153,3 @@ def restore(state: FitState, targets: dict[str, Tensor]) -> None:
 def digest(content: Any) -> str:
     """16 hexadecimal digits that stand for JSON content."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-@torch.no_grad()
-def weights_digest(modules: Iterable[nn.Module]) -> str:
-    """16 hexadecimal digits that tell models of one shape apart, from evenly spread elements of each module's weight.
-
-    Weights that are not plain tensors in memory (quantised, offloaded) count with their type and shape alone.
-    """
-    found = hashlib.sha256()
-    for module in modules:
-        weight = getattr(module, "weight", None)
-        found.update(f"{type(module).__name__} {tuple(getattr(weight, 'shape', ()))}".encode())
-        if isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:
-            flat = weight.detach().flatten()
-            found.update(flat[:: max(flat.numel() // _SAMPLE, 1)].double().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]

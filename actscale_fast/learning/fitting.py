@@ -12,7 +12,7 @@ import torch
 
 from .. import defaults
 from ..interventions import Composite, Intervention, Location, Projection
-from ..models import layout, patch
+from ..models import patch
 from . import checkpoint as checkpoints
 from . import parallel
 from .encoding import EncodedExamples
@@ -21,6 +21,7 @@ from .examples import Example, example_fields
 from .objective import Objective
 from .run import Run
 from .settings import FitSettings, Schedule, check_bytes, check_counts
+from .termination import saving_on_sigterm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ def fit(
         memory_bytes: for the activations of one pass; None: half of what is free. Larger batches run in several passes.
         capture: run passes as CUDA graphs, one launch each. Not run on a GPU yet.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps and at the end.
-            Where it exists the fit resumes from it, to the same bits as an uninterrupted one.
+            Where it exists the fit resumes from it, to the same bits as an uninterrupted one. Ctrl-C and SIGTERM save.
         distributed: None: with the other processes of a group that exists or that torchrun describes; False: alone.
         progress: show a progress bar with the three terms, the number of active scalars and the time left.
 
@@ -109,6 +110,7 @@ def fit(
             intervention on generated tokens alone.
         RuntimeError: under torch.inference_mode(), which gradients cannot be enabled in, or distributed=True with one
             process only.
+        OSError: the checkpoint cannot be written, found out before the model runs; names the path.
         FloatingPointError: a term became NaN or infinite; names the step and the term. The parameters are those of the
             step before.
 
@@ -128,7 +130,7 @@ def fit(
     world = parallel.join(distributed)
     every = range(len(data))
     identity = fit_identity(intervention, objective) | examples_identity(data, every)
-    identity |= model_identity(model, paths) | {"accumulate": accumulate}
+    identity |= model_identity(model, checkpoint is not None, world) | {"accumulate": accumulate}
     run = Run(intervention, objective, settings, every, checkpoint=checkpoint, identity=identity)
     begun = time.perf_counter()
     run.resume(world)
@@ -138,7 +140,8 @@ def fit(
         model, data, intervention, [objective], cache_bytes=cache_bytes, spill_bytes=spill_bytes,
         memory_bytes=memory_bytes, accumulate=accumulate, capture=capture, world=world,
     )  # fmt: skip
-    with torch.enable_grad(), engine, _bar(steps, run.taken, progress and world.leads) as bar:
+    saving = saving_on_sigterm(checkpoint is not None)
+    with saving, torch.enable_grad(), engine, _bar(steps, run.taken, progress and world.leads) as bar:
         try:
             while not run.done():
                 terms, gradients = engine.gradients([Share(run.rows(), objective)])
@@ -150,7 +153,7 @@ def fit(
                     run.save()
             run.read(wait=True)
         finally:
-            if world.leads:  # also after Ctrl-C, and where a step failed: the state before it is kept
+            if world.leads:  # also after Ctrl-C and SIGTERM, and where a step failed: the state before it is kept
                 run.save()
     return FitResult(intervention, run.history, time.perf_counter() - begun)
 
@@ -175,9 +178,23 @@ def examples_identity(data: EncodedExamples, rows: Sequence[int]) -> dict[str, A
     }
 
 
-def model_identity(model: PreTrainedModel, paths: dict[str, str]) -> dict[str, Any]:
-    """What tells this model from others of its shape."""
-    return {"model": checkpoints.weights_digest(layout(model, paths).projections)}
+def model_identity(model: PreTrainedModel, kept: bool, world: parallel.World = parallel.ALONE) -> dict[str, Any]:
+    """What tells this model from others of its shape.
+
+    Args:
+        model: as the caller gave it.
+        kept: whether something is written that must belong to this model: then a weight that cannot be read is a
+            ValueError.
+        world: several processes compare their models where they can.
+    """
+    if not kept and world.size == 1:
+        return {}
+    try:
+        return {"model": checkpoints.weights_digest(model)}
+    except ValueError:
+        if kept:
+            raise
+        return {}
 
 
 def checked_objective(objective: Any) -> Objective:

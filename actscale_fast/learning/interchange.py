@@ -23,6 +23,7 @@ from .fitting import examples_identity, model_identity, refuse_inference_mode
 from .interchange_pairs import Pairs
 from .settings import FitSettings, check_counts, is_number
 from .sources import source_activations, source_texts
+from .termination import saving_on_sigterm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,8 +153,11 @@ def fit_interchange(
     fit = _Fit(das, plan, accumulate, checkpoint, identity)
     fit.resume()
     if fit.taken < steps:
+        if checkpoint is not None:
+            checkpoints.check_place(checkpoint, fit.tensors())
         sources = source_activations(model, tokenizer, das, texts, progress=progress)
-        with torch.enable_grad(), Pairs(model, data, das, sources) as pairs, _bar(fit, progress) as bar:
+        saving = saving_on_sigterm(checkpoint is not None)
+        with saving, torch.enable_grad(), Pairs(model, data, das, sources) as pairs, _bar(fit, progress) as bar:
             try:
                 while fit.taken < steps:
                     fit.step(pairs)
@@ -274,7 +278,7 @@ def _identity(
         "intervention": type(das).__name__,
         "location": das.location.to_dict(),
     }
-    return plan.steps.to_dict() | own | examples_identity(data, range(len(data))) | model_identity(model, das.paths)
+    return plan.steps.to_dict() | own | examples_identity(data, range(len(data))) | model_identity(model, True)
 
 
 def _summary(record: dict[str, float]) -> str:

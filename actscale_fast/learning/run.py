@@ -69,12 +69,15 @@ class Run:
 
     def done(self) -> bool:
         """Whether all steps are taken, or `tolerance` and `patience` say that no more are needed."""
-        if self.taken >= self.settings.steps:
+        return self._ends(self.taken, self.history)
+
+    def _ends(self, taken: int, history: list[dict[str, float]]) -> bool:
+        if taken >= self.settings.steps:
             return True
         tolerance, patience = self.settings.tolerance, self.settings.patience
-        if tolerance is None or len(self.history) < patience:
+        if tolerance is None or len(history) < patience:
             return False
-        return all(record["moved"] <= tolerance for record in self.history[-patience:])
+        return all(record["moved"] <= tolerance for record in history[-patience:])
 
     def rows(self) -> list[int]:
         """The examples of the next step."""
@@ -159,12 +162,16 @@ class Run:
 
         Raises:
             ValueError: a checkpoint that is damaged or of another fit; processes with different fits.
+            OSError: a checkpoint that cannot be read, or of a fit with steps to take that cannot be written.
         """
-        state, error = None, None
+        state: checkpoints.FitState | None = None
+        error: ValueError | OSError | None = None
         if self.checkpoint is not None and world.leads:
             try:
                 state = checkpoints.load(self.checkpoint, self.identity, self.tensors())
-            except ValueError as found:
+                if state is None or not self._ends(state.step, state.history):
+                    checkpoints.check_place(self.checkpoint, self.tensors())
+            except (ValueError, OSError) as found:
                 error = found
         resumed = state is not None
         if world.size > 1:
@@ -181,8 +188,8 @@ class Run:
         return resumed
 
     def _agree(
-        self, world: World, state: checkpoints.FitState | None, error: ValueError | None
-    ) -> tuple[checkpoints.FitState, bool, ValueError | None]:
+        self, world: World, state: checkpoints.FitState | None, error: ValueError | OSError | None
+    ) -> tuple[checkpoints.FitState, bool, ValueError | OSError | None]:
         """(where the leading process begins, whether that is its checkpoint, what is wrong), the same in all."""
         tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
         mine = state or checkpoints.FitState(0, tensors, [])

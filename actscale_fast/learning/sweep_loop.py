@@ -17,7 +17,8 @@ from .encoding import EncodedExamples
 from .engine import Engine, Share, extent_of
 from .grid import Point
 from .run import Run
-from .sweep_result import SweepFit, finished, write_finished
+from .sweep_files import finished, write_finished
+from .sweep_result import SweepFit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,6 +156,8 @@ class SweepLoop:
             if found is not None:
                 self.fits[id(point)] = found
                 slot.before = found.intervention
+                assert self.root is not None
+                (self.root / point.folder / _STATE).unlink(missing_ok=True)  # of a process killed right after it
                 bar.skip(point.settings.steps)
                 bar.fits_done()
                 continue

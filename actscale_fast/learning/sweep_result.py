@@ -1,30 +1,17 @@
-"""What a sweep leaves: its fits, in memory and in a folder.
-
-The folder holds one folder a fit: `intervention.safetensors` and `.json`, `history.json`, and last `summary.json`,
-which says that the fit is finished; `evaluation.json` where it was evaluated, `state.safetensors` while it is under
-way. Every file appears whole or not at all.
-"""
+"""What a sweep leaves: its fits, their scores, their front and their table."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from .._json import write_json
-from ..interventions import Intervention, load_intervention
-from . import checkpoint as checkpoints
+from ..interventions import Intervention
 from .evaluation import Evaluation
-from .examples import Example
 from .grid import Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FIT, HISTORY, EVALUATION, INDEX = "summary.json", "history.json", "evaluation.json", "sweep.json"
 
 Score = Literal["flips", "effectiveness"]
 
@@ -145,88 +132,6 @@ class SweepResult:
 
     def _whole(self) -> list[SweepFit]:
         return [fit for fit in self.fits if fit.error is None and fit.history]
-
-
-def finished(root: Path, point: Point) -> SweepFit | None:
-    """The result of a point that is in the folder already.
-
-    Raises:
-        ValueError: its files are damaged or missing.
-    """
-    folder = root / point.folder
-    if not (folder / FIT).is_file():
-        return None
-    try:
-        json.loads((folder / FIT).read_text(encoding="utf-8"))
-        history = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
-        loaded = load_intervention(folder).to(point.intervention.device)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"folder: {folder} is damaged ({error}); delete it to fit this point again") from None
-    return SweepFit.of(point, loaded, history)
-
-
-def write_finished(root: Path, fit: SweepFit) -> None:
-    """Keep a fit; `summary.json` comes last."""
-    folder = root / fit.folder
-    fit.intervention.save_pretrained(folder)
-    write_json(folder / HISTORY, fit.history)
-    write_json(folder / FIT, fit.to_dict())
-
-
-def write_evaluation(root: Path, fit: SweepFit, test_digest: str) -> None:
-    """Keep what a fit does to held-out examples, and which ones these were."""
-    assert fit.evaluation is not None
-    write_json(root / fit.folder / EVALUATION, {"examples": test_digest, "evaluation": fit.evaluation.to_dict()})
-
-
-def read_evaluation(root: Path, fit: SweepFit, test_digest: str) -> Evaluation | None:
-    """The evaluation that is kept, where it is of these examples."""
-    try:
-        kept = json.loads((root / fit.folder / EVALUATION).read_text(encoding="utf-8"))
-        return Evaluation.from_dict(kept["evaluation"]) if kept["examples"] == test_digest else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def digest_of(examples: Sequence[Example]) -> str:
-    """What tells one set of examples from another."""
-    return checkpoints.digest([asdict(example) for example in examples])
-
-
-def write_index(root: Path, result: SweepResult) -> None:
-    """`sweep.json`: all fits in a list, with their folders; those that failed keep what they had come to."""
-    for fit in result.fits:
-        if fit.error is not None:
-            fit.intervention.save_pretrained(root / fit.folder)
-            write_json(root / fit.folder / HISTORY, fit.history)
-    write_json(root / INDEX, [fit.to_dict() for fit in result.fits])
-
-
-def load_sweep(folder: str | os.PathLike[str]) -> SweepResult:
-    """Read what a finished sweep left in its folder; interventions are on the CPU.
-
-    Raises:
-        FileNotFoundError: no `sweep.json` there.
-        ValueError: a damaged file.
-    """
-    root = Path(folder)
-    if not (root / INDEX).is_file():
-        raise FileNotFoundError(f"folder: there is no {INDEX} in {root}, expected the folder of a finished sweep")
-    fits = []
-    try:
-        for told in json.loads((root / INDEX).read_text(encoding="utf-8")):
-            place = root / told["folder"]
-            history = json.loads((place / HISTORY).read_text(encoding="utf-8"))
-            evaluation = None if told["evaluation"] is None else Evaluation.from_dict(told["evaluation"])
-            fits.append(
-                SweepFit(
-                    told["label"], told["chosen"], told["task"], told["settings"], load_intervention(place), history,
-                    told["folder"], evaluation, told["error"],
-                )
-            )  # fmt: skip
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"folder: {root} is damaged ({error})") from None
-    return SweepResult(fits, 0.0)
 
 
 def jsonable(value: Any) -> Any:

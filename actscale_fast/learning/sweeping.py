@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import defaults
+from .._files import check_writable
 from ..interventions import ActivScalar, Intervention
 from ..models import layout, patch
 from . import checkpoint as checkpoints
@@ -28,15 +29,10 @@ from .fitting import (
 from .grid import Grid, Point, chain_by_minimality, points
 from .objective import Objective
 from .settings import FitSettings, Schedule, check_bytes, check_counts
+from .sweep_files import INDEX, digest_of, read_evaluation, write_evaluation, write_index
 from .sweep_loop import SweepLoop
-from .sweep_result import (
-    SweepFit,
-    SweepResult,
-    digest_of,
-    read_evaluation,
-    write_evaluation,
-    write_index,
-)
+from .sweep_result import SweepFit, SweepResult
+from .termination import saving_on_sigterm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,6 +89,7 @@ def sweep(
         at_once: fits under way at the same time; None: all. Passes are bounded in any case.
         evaluate_on: held-out examples (by name where `examples` are) that every result is evaluated on.
         folder: where fits are kept: one folder each, and `sweep.json`. Without one an interrupted sweep leaves nothing.
+            Ctrl-C and SIGTERM save. A file in it that was changed since is an error that names it.
         checkpoint_every: steps of a fit between two checkpoints in that folder.
         cache_bytes, spill_bytes, memory_bytes, capture, distributed: as `fit` takes them.
         progress: show a progress bar with the time left.
@@ -102,6 +99,7 @@ def sweep(
 
     Raises:
         TypeError, ValueError: bad arguments, examples or points, named; a damaged folder.
+        OSError: the folder cannot be written, found out before the model runs; names the path.
         RuntimeError: under torch.inference_mode(); distributed=True of one process.
 
     A fit whose terms are no longer finite stops with a warning and its `error`; the others go on.
@@ -128,7 +126,7 @@ def sweep(
     ends = _ends(sets)
     root = None if folder is None else Path(folder)
     chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
-    of_model = model_identity(model, paths)
+    of_model = {} if root is None else model_identity(model, True)
     of_task = {task: examples_identity(data, range(*rows)) for task, rows in ends.items()}
     for point in (point for chain in chains for point in chain):
         checked_location(point.intervention)
@@ -148,7 +146,9 @@ def sweep(
         "capture": capture,
     }
     work = SweepLoop(model, data, ends, root, checkpoint_every, engine)
-    fits = work.run(world.part(chains), len(chains) if at_once is None else at_once, progress and world.leads)
+    _check_folder(root, world)
+    with saving_on_sigterm(root is not None):
+        fits = work.run(world.part(chains), len(chains) if at_once is None else at_once, progress and world.leads)
     own = _numbered(made, fits)
     if tests is not None:
         _evaluate(model, tokenizer, tests, list(own.values()), root, progress and world.leads)
@@ -162,6 +162,19 @@ def sweep(
     if root is not None and world.leads:
         write_index(root, result)
     return result
+
+
+def _check_folder(root: Path | None, world: parallel.World) -> None:
+    """Find out before the first step whether the folder can be written; in all processes where one cannot."""
+    error: OSError | None = None
+    try:
+        if root is not None:
+            check_writable(root / INDEX)
+    except OSError as found:
+        error = found
+    for found_there in world.gather(error):
+        if found_there is not None:
+            raise found_there
 
 
 def _numbered(made: Sequence[Point], fits: dict[int, SweepFit]) -> dict[int, SweepFit]:

@@ -57,7 +57,7 @@ def reproduce(
     settings = {
         "version": __version__,
         "model": found.model_type,
-        "weights": weights_digest(found.projections),
+        "weights": weights_digest(model),
         "dtype": str(next(model.parameters()).dtype),
         "systems": digest([repr(system) for system in SYSTEMS]),
         **chosen.to_dict(),
