@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_bytes(path, encoded(content))
 
 
-def write_sealed(path: str | os.PathLike[str], content: dict[str, Any] | list[dict[str, Any]]) -> bytes:
+def write_sealed(path: str | os.PathLike[str], content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> bytes:
     """Write JSON with its own checksum as the first key, of a list's first object where it is one; the bytes."""
     payload = sealed(content)
     write_bytes(path, payload)
@@ -42,11 +43,13 @@ def encoded(content: Any) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def sealed(content: dict[str, Any] | list[dict[str, Any]]) -> bytes:
+def sealed(content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> bytes:
     """The bytes of a sealed file."""
-    first, *rest = content if isinstance(content, list) else [content]
+    if not content and not isinstance(content, Mapping):  # an empty list has no place for it
+        return encoded(content)
+    first, *rest = [content] if isinstance(content, Mapping) else content
     first = {CHECKSUM: _ZEROS} | {key: value for key, value in first.items() if key != CHECKSUM}
-    open_ = encoded([first, *rest] if isinstance(content, list) else first)
+    open_ = encoded(first if isinstance(content, Mapping) else [first, *rest])
     return open_.replace(_ZEROS.encode(), hashlib.sha256(open_).hexdigest().encode(), 1)
 
 

@@ -83,11 +83,21 @@ def test_the_command_line_hands_folder_and_size_over(
     assert "report.md" in capsys.readouterr().out
 
 
-def test_a_damaged_stage_is_computed_again(tmp_path: Path) -> None:
+def test_a_stage_is_kept_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     stages = Stages(tmp_path, {"steps": 1})
     assert stages.run("one", lambda: [1, 2]) == [1, 2]
     assert stages.run("one", lambda: [3]) == [1, 2]
-    (tmp_path / "results" / "one.json").write_text("{")
+    file = tmp_path / "results" / "one.json"
+    whole = file.read_bytes()
+    for damaged in (b"{", whole.replace(b"2", b"7", 1), whole + b" "):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"one\.json: damaged .*; delete it to compute this stage again"):
+            stages.run("one", lambda: [3])
+    file.write_bytes(whole)
+    file.rename(tmp_path / "results" / "other.json")
+    with pytest.raises(ValueError, match=r"other\.json: of another stage"):
+        stages.run("other", lambda: [3])
+    (tmp_path / "results" / "other.json").unlink()
     assert stages.run("one", lambda: [3]) == [3]
     assert stages.seconds >= 0
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 
 from .. import defaults, learning, plots
-from .._json import write_json
+from .._json import write_json, write_sealed
 from ..interventions import ActivScalar
 from .loading import load_model, output_folder
 from .output import continuations, print_continuations, print_evaluation, say
@@ -47,7 +47,7 @@ def demo(options: argparse.Namespace) -> int:
     scalars.save_pretrained(out)
     plots.heatmap(scalars, out / "heads.png")
     plots.history(result, out / "history.png")
-    write_json(out / "history.json", result.history)
+    write_sealed(out / "history.json", result.history)
     settings = asdict(DEMO) | {
         "steps": options.steps,
         "seed": options.seed,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import defaults
-from .._json import write_json
+from .._json import check_seal, has_seal, parsed, read_limited, write_json, write_sealed
+from ..interventions.saving import DESCRIPTION
 from .output import print_evaluation
 
 if TYPE_CHECKING:
@@ -25,14 +26,15 @@ _KEPT = (
 
 def save_record(folder: Path, options: argparse.Namespace, **more: Any) -> None:
     """Write the options that decide what is learned; those in `more` are the command's own."""
-    write_json(folder / FILE, {name: getattr(options, name) for name in _KEPT if hasattr(options, name)} | more)
+    record = {name: getattr(options, name) for name in _KEPT if hasattr(options, name)} | more
+    write_sealed(folder / FILE, {"format": 2, "intervention": _intervention_in(folder)} | record)
 
 
 def keep_learned(folder: Path, options: argparse.Namespace, result: FitResult | InterchangeResult) -> None:
     """Write a learned intervention, its history and its record, in place of a former one's."""
     (folder / EVALUATION).unlink(missing_ok=True)  # of a former intervention in this folder
     result.intervention.save_pretrained(folder)
-    write_json(folder / "history.json", result.history)
+    write_sealed(folder / "history.json", result.history)
     save_record(folder, options)
 
 
@@ -63,22 +65,44 @@ def task_seed(folder: Path, task: str | None, given: int | None) -> int:
 
 
 def was_aligned(folder: Path, task: str | None) -> bool:
-    """Whether the recorded fit was on the task's aligned prompts; its parameters belong to their positions."""
+    """Whether the recorded fit was on the task's aligned prompts; its parameters belong to their positions.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
     return task is not None and bool(_of_task(folder / FILE, task).get("aligned"))
 
 
 def _of_task(path: Path, task: str) -> dict[str, Any]:
     """The record of a fit on this task; empty where there was none."""
-    if not path.is_file():
+    try:
+        raw = read_limited(path)
+    except FileNotFoundError:
         return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record if record["task"] == task else {}
+    try:
+        if has_seal(raw):
+            check_seal(raw)
+        record = parsed(raw, finite=False)
+        if has_seal(raw) != ("format" in record):  # an earlier version's has neither
+            raise ValueError("it has no checksum")
+        if "format" in record and record["intervention"] != _intervention_in(path.parent):
+            raise ValueError("it is of another intervention")
+        return record if record["task"] == task else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, or not the record of a fit ({error})") from None
+
+
+def _intervention_in(folder: Path) -> str | None:
+    """The checksum of what describes the folder's intervention, in which that of its tensors is."""
+    try:
+        return hashlib.sha256(read_limited(folder / DESCRIPTION)).hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def _seed_of(path: Path, task: str) -> int | None:
     """The seed that the recorded fit had for this task; None where there was none."""
-    try:
-        record = _of_task(path, task)
-        return int(record["seed"]) if record else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged, or not the record of a fit ({error})") from None
+    record = _of_task(path, task)
+    if record and type(record.get("seed")) is not int:
+        raise ValueError(f"{path}: damaged, or not the record of a fit (seed {record.get('seed')!r})")
+    return record["seed"] if record else None

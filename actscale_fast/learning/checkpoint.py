@@ -20,6 +20,7 @@ from torch import Tensor
 from .._files import atomic_path, check_writable, naming
 from .._json import parsed
 from .._tensor_files import CHECKSUM, UNSEALED, Header, check_seal, read_header, seal
+from .parallel import ALONE, World
 from .weights import weights_digest
 
 __all__ = ["FitState", "check_place", "digest", "load", "restore", "save", "weights_digest"]
@@ -37,13 +38,33 @@ class FitState:
     history: list[dict[str, float]]
 
 
-def check_place(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
-    """Find out before the first step whether the state can be written.
+def check_place(
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor] | None = None,
+    *,
+    world: World = ALONE,
+    new: bool = False,
+) -> None:
+    """Find out before the first step whether the state, or another file, can be written.
+
+    Args:
+        path: of the file.
+        tensors: of the state.
+        world: processes that all call this; what the leading one finds is raised in all of them.
+        new: a file that is there already need not be writable: it may be that of a finished fit.
 
     Raises:
-        OSError: it cannot be; names the path.
+        OSError: it cannot be written; names the path.
     """
-    check_writable(path, _n_bytes(tensors))
+    error = None
+    if world.leads and not (new and os.path.lexists(path)):
+        try:
+            check_writable(path, _n_bytes(tensors or {}))
+        except OSError as found:
+            error = found
+    error = world.gather(error)[0]
+    if error is not None:
+        raise error
 
 
 def save(path: str | os.PathLike[str], state: FitState, settings: dict[str, Any]) -> None:

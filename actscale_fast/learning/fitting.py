@@ -125,9 +125,11 @@ def fit(
     refuse_inference_mode("fit")
     paths = checked_intervention(intervention).paths
     data = EncodedExamples(examples, tokenizer, model, paths)
+    world = parallel.join(distributed)
+    if checkpoint is not None:
+        checkpoints.check_place(checkpoint, world=world, new=True)
     # Refuses another model's intervention before any work, and moves the parameters to this model's device.
     patch(model, intervention).remove()
-    world = parallel.join(distributed)
     every = range(len(data))
     identity = fit_identity(intervention, objective) | examples_identity(data, every)
     identity |= model_identity(model, checkpoint is not None, world) | {"accumulate": accumulate}

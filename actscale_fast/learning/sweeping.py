@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import defaults
-from .._files import check_writable
 from ..interventions import ActivScalar, Intervention
 from ..models import layout, patch
 from . import checkpoint as checkpoints
@@ -124,7 +123,10 @@ def sweep(
     for held_out in (tests or {}).values():
         EncodedExamples(held_out, tokenizer, model, paths)  # refuses a bad one before any work
     ends = _ends(sets)
+    world = parallel.join(distributed)
     root = None if folder is None else Path(folder)
+    if root is not None:
+        checkpoints.check_place(root / INDEX, world=world)
     chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
     of_model = {} if root is None else model_identity(model, True)
     of_task = {task: examples_identity(data, range(*rows)) for task, rows in ends.items()}
@@ -137,7 +139,6 @@ def sweep(
         point.identity |= of_task[point.task] | of_model
         point.identity["start"] = point.after.folder if point.after else _values(point.intervention)
 
-    world = parallel.join(distributed)
     begun = time.perf_counter()
     engine = {
         "cache_bytes": cache_bytes,
@@ -146,7 +147,6 @@ def sweep(
         "capture": capture,
     }
     work = SweepLoop(model, data, ends, root, checkpoint_every, engine)
-    _check_folder(root, world)
     with saving_on_sigterm(root is not None):
         fits = work.run(world.part(chains), len(chains) if at_once is None else at_once, progress and world.leads)
     own = _numbered(made, fits)
@@ -162,19 +162,6 @@ def sweep(
     if root is not None and world.leads:
         write_index(root, result)
     return result
-
-
-def _check_folder(root: Path | None, world: parallel.World) -> None:
-    """Find out before the first step whether the folder can be written; in all processes where one cannot."""
-    error: OSError | None = None
-    try:
-        if root is not None:
-            check_writable(root / INDEX)
-    except OSError as found:
-        error = found
-    for found_there in world.gather(error):
-        if found_there is not None:
-            raise found_there
 
 
 def _numbered(made: Sequence[Point], fits: dict[int, SweepFit]) -> dict[int, SweepFit]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._json import LARGEST, check_seal, has_seal, parsed, read_limited
 from .drawing import BLANK, INK, plain, written
 
 if TYPE_CHECKING:
@@ -75,7 +75,10 @@ def _records(result: FitResult | Sequence[dict[str, float]] | str | os.PathLike[
     if isinstance(result, str | os.PathLike):
         file = Path(result)
         try:
-            records = json.loads(file.read_text(encoding="utf-8"))
+            raw = read_limited(file, LARGEST)
+            if has_seal(raw):
+                check_seal(raw)
+            records = parsed(raw, finite=False)
         except ValueError as error:
             raise ValueError(f"{file}: not JSON ({error})") from None
     else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .._json import write_json
+from .._json import read_sealed, write_sealed
 
 
 class Stages:
@@ -19,37 +19,51 @@ class Stages:
         settings: of the whole run, as JSON has them; results of other settings are refused.
 
     Raises:
-        ValueError: the folder holds the results of another run.
+        ValueError: the folder holds the results of another run, or its settings file was changed; names it.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         file = folder / "settings.json"
-        if file.is_file():
-            there = json.loads(file.read_text(encoding="utf-8"))
+        if os.path.lexists(file):
+            there = _read(file, "delete the folder to start again")
             differ = sorted(name for name in there.keys() | settings if there.get(name) != settings.get(name))
             if differ:
                 raise ValueError(
                     f"out: {folder} holds a run with other settings ({', '.join(differ)} differ); choose another folder"
                 )
         else:
-            write_json(file, settings)
+            write_sealed(file, settings)
 
     def run(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The result of a stage, from its file where there is one. A damaged file is computed again."""
+        """The result of a stage, from its file where there is one.
+
+        Raises:
+            ValueError: the file was changed since it was written, which computing it again would hide; names it.
+        """
         file = self.folder / "results" / f"{name}.json"
-        if file.is_file():
-            try:
-                return json.loads(file.read_text(encoding="utf-8"))["result"]
-            except (ValueError, KeyError, TypeError):
-                pass
-        begun = time.perf_counter()
-        result = compute()
-        write_json(file, {"seconds": round(time.perf_counter() - begun, 1), "result": result})
-        return json.loads(file.read_text(encoding="utf-8"))["result"]
+        if not os.path.lexists(file):
+            begun = time.perf_counter()
+            result = compute()
+            seconds = round(time.perf_counter() - begun, 1)
+            write_sealed(file, {"stage": name, "seconds": seconds, "result": result})
+        kept = _read(file, "delete it to compute this stage again")
+        if kept.get("stage") != name or "result" not in kept:
+            raise ValueError(f"{file}: of another stage; delete it to compute this stage again")
+        return kept["result"]
 
     @property
     def seconds(self) -> float:
         """Of all stages that are done."""
         files = sorted((self.folder / "results").glob("*.json"))
-        return sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files)
+        return sum(float(_read(file, "delete it to compute this stage again")["seconds"]) for file in files)
+
+
+def _read(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = read_sealed(file, finite=False)
+        if not isinstance(content, dict):
+            raise ValueError(f"{file}: damaged (no object)")
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    return content
