@@ -6,7 +6,9 @@ import argparse
 
 from .. import learning
 from .._json import write_json
+from ..interventions import ActivScalar
 from .loading import load_file, load_model, load_task, output_folder
+from .options import given_paths
 from .output import print_table, say
 
 
@@ -17,13 +19,14 @@ def attribution(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options)
     if options.task is not None:
         examples, _ = load_task(options, tokenizer, options.seed)
+    scalars = ActivScalar.for_model(
+        model, site=options.site, layers=options.layers, positions=options.positions, **given_paths(options)
+    )
     result = learning.attribution(
         model,
         tokenizer,
         examples,
-        site=options.site,
-        layers=options.layers,
-        positions=options.positions,
+        intervention=scalars,
         knock_out=not options.no_knock_out,
     )
     _print_top(result, options.top)

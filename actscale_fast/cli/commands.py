@@ -11,6 +11,7 @@ from .. import defaults, learning, models, plots
 from .._json import write_json
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
+from .options import given_paths
 from .output import continuations, exchanging, print_continuations, print_evaluation, say
 from .record import keep_learned, measure_learned, task_seed, was_aligned
 
@@ -71,7 +72,8 @@ def _at_rest(options: argparse.Namespace, model: PreTrainedModel) -> Interventio
         "dyn-scalar": DynScalar,
     }
     where = {"layers": options.layers, "positions": options.positions, "generated": options.generated}
-    parts = [kinds[options.kind].for_model(model, site=site, **where) for site in options.site]
+    paths = given_paths(options)
+    parts = [kinds[options.kind].for_model(model, site=site, **where, **paths) for site in options.site]
     return functools.reduce(lambda first, second: first + second, parts)
 
 

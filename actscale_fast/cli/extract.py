@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import extraction
 from ..interventions import Intervention, SteerVec, load_intervention
 from .loading import load_model, output_folder
+from .options import given_paths
 from .output import say
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ def _act_add(
     options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: dict[str, Any]
 ) -> Intervention:
     return extraction.act_add(
-        model, tokenizer, options.positive, options.negative, layer=options.layer, coefficient=options.coefficient
-    )
+        model, tokenizer, options.positive, options.negative, layer=options.layer, coefficient=options.coefficient,
+        paths=given_paths(options),
+    )  # fmt: skip
 
 
 def _mean_centring(
@@ -72,7 +74,7 @@ def _mean_centring(
     return extraction.mean_centring(
         model, tokenizer, given["target"], given["training"], layers=options.layers, site=options.site,
         coefficient=options.coefficient, positions=None if options.every_token else options.positions,
-        generated=not options.every_token, skip=options.skip,
+        generated=not options.every_token, skip=options.skip, paths=given_paths(options),
     )  # fmt: skip
 
 
@@ -81,7 +83,9 @@ def _instruction(
 ) -> Intervention:
     pairs = given["pairs"]
     told, plain = [pair["with"] for pair in pairs], [pair["without"] for pair in pairs]
-    vectors = extraction.instruction_vectors(model, tokenizer, told, plain, layers=[options.layer])
+    vectors = extraction.instruction_vectors(
+        model, tokenizer, told, plain, layers=[options.layer], paths=given_paths(options)
+    )
     (layer,) = vectors.location.layers
     return vectors.add(layer, options.coefficient) if options.mode == "add" else vectors.projection(layer)
 
@@ -89,8 +93,9 @@ def _instruction(
 def _latent(
     options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: dict[str, Any]
 ) -> Intervention:
-    steps = {} if options.steps is None else {"steps": options.steps}
-    result = extraction.latent_vectors(model, tokenizer, [options.sentence], layer=options.layer, **steps)
+    more: dict[str, Any] = {} if options.steps is None else {"steps": options.steps}
+    more["paths"] = given_paths(options)
+    result = extraction.latent_vectors(model, tokenizer, [options.sentence], layer=options.layer, **more)
     vector: SteerVec = result.vectors[0]
     said = extraction.decode_latent(model, tokenizer, vector)
     say(f"it makes the model say {said!r}" + ("" if result.exact[0] else ", which is not the sentence"))

@@ -7,6 +7,7 @@ import argparse
 from .. import learning
 from ..interventions import BoundlessDAS
 from .loading import check_file, load_files, load_model, load_task, output_folder
+from .options import given_paths
 from .output import say
 from .record import keep_learned, measure_learned
 
@@ -19,7 +20,9 @@ def interchange(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options)
     if options.task is not None:
         train, test = load_task(options, tokenizer, options.seed)
-    das = BoundlessDAS.for_model(model, site=options.site, layers=options.layers, positions=options.positions)
+    das = BoundlessDAS.for_model(
+        model, site=options.site, layers=options.layers, positions=options.positions, **given_paths(options)
+    )
     result = learning.fit_interchange(
         model, tokenizer, train, das, epochs=options.epochs, batch_size=options.batch_size,
         rotation_lr=options.rotation_lr, boundary_lr=options.boundary_lr, boundary_weight=options.boundary_weight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from .. import defaults
 from .settings import DEMO
@@ -76,3 +77,23 @@ def model(command: argparse.ArgumentParser) -> None:
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)"
     )
     model.add_argument("--threads", type=positive_int, metavar="N", help="processor threads (default: torch's choice)")
+
+
+def paths(command: argparse.ArgumentParser) -> None:
+    """Module paths for a model whose parts cannot be told apart; saved interventions keep theirs."""
+    group = command.add_argument_group("parts of a model of an unlisted family, where they cannot be told apart")
+    group.add_argument(
+        "--layers-path", metavar="PATH", help="path of the list of layers in the model, such as model.layers"
+    )
+    group.add_argument(
+        "--projection",
+        metavar="PATH",
+        help="path of attention's output projection in a layer, such as self_attn.o_proj",
+    )
+    group.add_argument("--mlp", metavar="PATH", help="path of the MLP in a layer, such as mlp")
+
+
+def given_paths(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The module paths that were given, as `for_model(**...)` and `paths=` take them."""
+    found = {name: getattr(parsed, name, None) for name in ("layers_path", "projection", "mlp")}
+    return {name: path for name, path in found.items() if path is not None}

@@ -26,6 +26,7 @@ def extract(command: argparse.ArgumentParser, make: Make) -> None:
 
 def _act_add(command: argparse.ArgumentParser) -> None:
     options.model(command)
+    options.paths(command)
     _out(command)
     command.add_argument("--positive", required=True, metavar="TEXT", help="the prompt to steer to, such as Love")
     command.add_argument("--negative", default="", metavar="TEXT", help="the prompt to steer from, such as Hate")
@@ -35,6 +36,7 @@ def _act_add(command: argparse.ArgumentParser) -> None:
 
 def _mean_centring(command: argparse.ArgumentParser) -> None:
     options.model(command)
+    options.paths(command)
     _out(command)
     command.add_argument("--target", required=True, metavar="FILE", help="texts to steer to, one a line")
     command.add_argument("--training", required=True, metavar="FILE", help="ordinary texts, one a line")
@@ -55,6 +57,7 @@ def _mean_centring(command: argparse.ArgumentParser) -> None:
 
 def _instruction(command: argparse.ArgumentParser) -> None:
     options.model(command)
+    options.paths(command)
     _out(command)
     command.add_argument(
         "--data", required=True, metavar="FILE", help='JSONL file, a line: {"with": prompt, "without": prompt}'
@@ -69,6 +72,7 @@ def _instruction(command: argparse.ArgumentParser) -> None:
 
 def _latent(command: argparse.ArgumentParser) -> None:
     options.model(command)
+    options.paths(command)
     _out(command)
     command.add_argument("--sentence", required=True, metavar="TEXT", help="what the model is to say")
     command.add_argument("--layer", type=int, required=True, metavar="N", help="negative from the last")

@@ -22,6 +22,7 @@ from .values import (
 def fit(command: argparse.ArgumentParser) -> None:
     options.model(command)
     options.data(command)
+    options.paths(command)
     command.add_argument("--test-data", metavar="FILE", help="JSONL file of held-out examples to measure on afterwards")
     command.add_argument("--out", required=True, metavar="FOLDER", help="where the intervention is saved")
     command.add_argument(
@@ -122,6 +123,7 @@ def fit(command: argparse.ArgumentParser) -> None:
 def sweep(command: argparse.ArgumentParser) -> None:
     options.model(command)
     options.data(command)
+    options.paths(command)
     command.add_argument("--task-seed", type=int, default=defaults.SEED, metavar="N", help="of a task's examples")
     command.add_argument("--test-data", metavar="FILE", help="JSONL file of held-out examples to measure on afterwards")
     command.add_argument(
@@ -164,6 +166,7 @@ def attribution(command: argparse.ArgumentParser) -> None:
     )
     options.model(command)
     options.data(command)
+    options.paths(command)
     command.set_defaults(n_train=32)  # of a task, those that are run: each runs once for every head
     command.add_argument("--seed", type=int, default=defaults.SEED, metavar="N", help="of a task's examples")
     command.add_argument("--out", required=True, metavar="FOLDER", help="where the figures and the picture are written")
@@ -184,6 +187,7 @@ def interchange(command: argparse.ArgumentParser) -> None:
     )
     options.model(command)
     options.data(command)
+    options.paths(command)
     command.add_argument("--test-data", metavar="FILE", help="JSONL file of held-out pairs to measure on afterwards")
     command.add_argument("--out", required=True, metavar="FOLDER", help="where the intervention is saved")
     where = command.add_argument_group("where activations are exchanged")

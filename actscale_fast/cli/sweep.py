@@ -8,6 +8,7 @@ from typing import Any
 from .. import defaults, learning, plots
 from ..interventions import ActivScalar
 from .loading import check_file, load_files, load_model, load_task, output_folder
+from .options import given_paths
 from .output import print_table, say
 
 
@@ -21,7 +22,7 @@ def sweep(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options)
     if options.task is not None:
         train, test = load_task(options, tokenizer, options.task_seed)
-    template = ActivScalar.for_model(model, site=options.site, positions=options.positions)
+    template = ActivScalar.for_model(model, site=options.site, positions=options.positions, **given_paths(options))
     grid: dict[str, list[Any]] = {}
     for name in ("minimality", "faithfulness", "margin", "lr", "layers"):
         if getattr(options, name) is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models import Batch, ModelLayout, frozen, layout, left_padded, open_ids, pad_id_of
-from ..models.adapter import unwrap
+from ..models.adapter import input_device, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ class Encoder:
             raise TypeError(f"tokenizer: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer")
         embedding: Tensor = found.model.get_input_embeddings().weight  # type: ignore[operator]
         self.tokenizer = tokenizer
-        self.device = embedding.device
+        self.device = input_device(found.model)
         self.n_tokens, self.context = embedding.shape[0], found.max_context
         self.pad_id = pad_id_of(tokenizer)
 

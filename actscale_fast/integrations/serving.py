@@ -137,7 +137,8 @@ class ScalarTable(nn.Module):
             raise ValueError(f"heads: the table has {self.heads}, but a whole model has all {self.fingerprint.n_heads}")
         found = layout(model)
         self.fingerprint.require(found.fingerprint)
-        edits = [(module, partial(self.scale, layer=layer)) for layer, module in zip(found.layers_of("head"), found.projections, strict=True)]
+        places = zip(found.layers_of("head"), found.projections, strict=True)
+        edits = [(module, partial(self.scale, layer=layer)) for layer, module in places]
         try:
             for module, edit in edits:
                 surgery.attach(module, edit, before=True)

@@ -31,6 +31,8 @@ class Intervention(nn.Module):
     homogeneous: ClassVar[bool] = True
     #: Whether all positions of a location use the same parameters, P = 1.
     shares_positions: ClassVar[bool] = False
+    #: Whether an edit multiplies an activation by factors, which a norm without scale after the site undoes.
+    scales: ClassVar[bool] = False
     #: Whether an edit needs the activations of a second prompt for each row.
     needs_source: ClassVar[bool] = False
     _wanted: Tensor
@@ -76,8 +78,12 @@ class Intervention(nn.Module):
             projection, layers_path, mlp: module paths for a family that is not in the table, e.g.
                 projection="self_attn.o_proj", layers_path="model.layers", mlp="mlp".
 
+        Warns:
+            UserWarning: scalars at a site that a norm without scale follows, where a positive factor changes nothing.
+
         Raises:
-            TypeError, ValueError: an unknown site or layer, duplicates, or a family whose parts cannot be told apart.
+            TypeError, ValueError: an unknown site or layer, duplicates, a family whose parts cannot be told apart, or a
+                site that a short forward pass of the model shows to be something else than its name says.
 
         Example:
             >>> intervention = ActivScalar.for_model(model, site="head", layers=range(4, 20))
@@ -95,6 +101,7 @@ class Intervention(nn.Module):
             check_positions(positions, generated),
             generated,
             {key: value for key, value in paths.items() if value is not None},
+            scales=cls.scales,
         )
         return cls(location, device=device)
 

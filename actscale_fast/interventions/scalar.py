@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from ..ops import scale_heads
@@ -17,6 +19,7 @@ class ActivScalar(Intervention):
     identity, α = −1 under β = 1 removes the head, β = −1 inverts the intervention.
     """
 
+    scales: ClassVar[bool] = True
     alpha: nn.Parameter
 
     @classmethod

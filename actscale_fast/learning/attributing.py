@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..interventions import ActivScalar, Location
 from ..models import frozen, patch
+from ..models.check import skipped
 from .encoding import EncodedExamples
-from .engine import CACHE_BYTES, Engine, Share
+from .engine import CACHE_BYTES, Engine, Share, gradient_on_trial
 from .examples import Example
 from .fitting import checked_location, checked_objective, refuse_inference_mode
 from .knock_out import Removals
@@ -192,6 +193,8 @@ def attribution(
             )
             with engine:
                 _, (of_objective,) = engine.gradients([Share(range(len(data)), objective)])
+        elif not skipped():
+            gradient_on_trial(model, data, scalars)
         with frozen(model), Removals(model, data, scalars, batch_size, cache_bytes) as removals:
             found = removals.run(gradient=objective is None, knock_out=knock_out, progress=progress)
     scores = found.gradient if of_objective is None else of_objective

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import Batch, layout, left_padded, open_ids, pad_id_of
+from ..models.adapter import input_device, unwrap
+from ..models.calling import padding_known
 from .examples import Example, check_examples
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ class EncodedExamples:
             prompt, one longer than the model's context or with tokens it does not have; each names the row.
     """
 
+    model: nn.Module | None = None  # the Hugging Face model inside of wrappers
+    #: Whether prompts of one length only stand in a batch, whatever the model does with padding.
+    alike_only: bool = False
+
     def __init__(
         self,
         examples: Sequence[Example],
@@ -36,11 +42,12 @@ class EncodedExamples:
         paths: dict[str, str] | None = None,
     ) -> None:
         found = layout(model, paths)
+        self.model = unwrap(model)
         if not (callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens")):
             raise TypeError(f"tokenizer: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer")
         self.examples = check_examples(examples)
         embedding: Tensor = found.model.get_input_embeddings().weight  # type: ignore[operator]
-        self.device = embedding.device
+        self.device = input_device(model)
         self.pad_id = pad_id_of(tokenizer)
         context, width = found.max_context, model.config.get_text_config().vocab_size
         self.prompts: list[list[int]] = []
@@ -76,7 +83,19 @@ class EncodedExamples:
     def by_length(self, batch_size: int) -> list[list[int]]:
         """All rows in batches of similar length, so that little is padded."""
         order = sorted(range(len(self)), key=lambda row: len(self.prompts[row]))
-        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        batches: list[list[int]] = []
+        for row in order:
+            alike = self.pads or (batches and len(self.prompts[batches[-1][0]]) == len(self.prompts[row]))
+            if batches and alike and len(batches[-1]) < batch_size:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        return batches
+
+    @property
+    def pads(self) -> bool:
+        """Whether prompts of several lengths may stand in one batch: the model leaves padded ones as they are."""
+        return not self.alike_only and (self.model is None or padding_known(self.model) is not False)
 
     def batch(self, rows: Sequence[int], multiple: int = 1) -> Batch:
         """The prompts of these rows, padded on the left to the longest of them.

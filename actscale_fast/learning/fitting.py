@@ -12,7 +12,9 @@ import torch
 
 from .. import defaults
 from ..interventions import Composite, Intervention, Location, Projection
-from ..models import patch
+from ..models import layout, patch
+from ..models.adapter import unwrap
+from ..models.check import idle_layers
 from . import checkpoint as checkpoints
 from . import parallel
 from .encoding import EncodedExamples
@@ -130,6 +132,7 @@ def fit(
         checkpoints.check_place(checkpoint, world=world, new=True)
     # Refuses another model's intervention before any work, and moves the parameters to this model's device.
     patch(model, intervention).remove()
+    refuse_idle(model, intervention)
     every = range(len(data))
     identity = fit_identity(intervention, objective) | examples_identity(data, every)
     identity |= model_identity(model, checkpoint is not None, world) | {"accumulate": accumulate}
@@ -236,6 +239,20 @@ def checked_intervention(intervention: Any) -> Intervention:
             "nothing to learn"
         )
     return intervention
+
+
+def refuse_idle(model: PreTrainedModel, intervention: Intervention) -> None:
+    """ValueError where no part of the intervention can change what the model says: a norm undoes its factors."""
+    for single in intervention.singles:
+        location = single.location
+        idle = idle_layers(layout(model, location.paths), location.site, location.layers) if single.scales else []
+        if len(idle) < len(location.layers):
+            return
+    sites = ", ".join(sorted({repr(single.location.site) for single in intervention.singles}))
+    raise ValueError(
+        f"intervention: at {sites} of {type(unwrap(model)).__name__} a factor changes nothing: a norm without scale "
+        "follows the site, so there is nothing to learn; use site='head', or a SteerVec"
+    )
 
 
 def refuse_inference_mode(what: str) -> None:

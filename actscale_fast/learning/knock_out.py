@@ -115,6 +115,7 @@ class Removals:
         pieces = []
         # Each prompt runs once for every group: that is what a column of padding costs.
         weight, cost = self.n_groups if knock_out else 1, PASS_COST_CPU if self.on_cpu else PASS_COST_GPU
+        cost = cost if self.data.pads else 0  # then every length has passes of its own
         for rows in plan(lengths, weight=weight, pass_cost=cost, max_tokens=None):
             longest = max(lengths[row] for row in rows)
             most = min(self.batch_size, self.max_tokens // longest)

@@ -23,6 +23,7 @@ from .fitting import (
     examples_identity,
     fit_identity,
     model_identity,
+    refuse_idle,
     refuse_inference_mode,
 )
 from .grid import Grid, Point, chain_by_minimality, points
@@ -135,6 +136,7 @@ def sweep(
         if point.intervention.n_groups is not None:
             raise ValueError("grid: got a stack of interventions, expected single ones")
         patch(model, point.intervention).remove()  # refuses another model's before any work
+        refuse_idle(model, point.intervention)
         point.identity = point.settings.to_dict() | fit_identity(point.intervention, point.objective)
         point.identity |= of_task[point.task] | of_model
         point.identity["start"] = point.after.folder if point.after else _values(point.intervention)

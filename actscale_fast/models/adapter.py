@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._versions import require_supported
 from ..interventions.location import Location, ModelFingerprint, check_layers, check_site
 from .families import FAMILIES
 from .structure import HELP, config_heads, find_layers, find_mlp, find_projection, has, heads_of, part, submodule
@@ -135,8 +137,8 @@ class ModelLayout:
         for other in self.layers_of(site):
             if other != layer and (self.layers[other] if not path else part(self.layers[other], path)) is module:
                 raise ValueError(
-                    f"layers: layers {min(layer, other)} and {max(layer, other)} share one module for the site {site!r} "
-                    f"({type(module).__name__}): an edit would act at both"
+                    f"layers: layers {min(layer, other)} and {max(layer, other)} share one module for the site "
+                    f"{site!r} ({type(module).__name__}): an edit would act at both"
                 )
         return module
 
@@ -163,9 +165,11 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
         paths: "layers_path", "projection" and "mlp" for a family that is not in the table.
 
     Raises:
+        ImportError: transformers or PyTorch is installed in a version that does not work.
         TypeError: not a module with a Hugging Face config.
         ValueError: an encoder-decoder, or an unknown family whose parts are not certain.
     """
+    require_supported()
     model, paths = unwrap(model), paths or {}
     outer = getattr(model, "config", None)
     if outer is None or not hasattr(outer, "get_text_config"):
@@ -181,7 +185,7 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
         raise ValueError("model: config.slow_but_exact computes the projections outside their modules; set it to False")
     model_type, head_dim = config.model_type, _integer(config, "head_dim") or hidden_size // n_heads
     family = FAMILIES.get(model_type)
-    path = paths.get("layers_path") or find_layers(model, config, family and family.layers)
+    path = paths.get("layers_path") or find_layers(model, config, family.layers if family else None)
     layers = submodule(model, path, "layers_path")
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(f"layers_path: {path!r} is a {type(layers).__name__}, expected a list of layers; {HELP}")
@@ -196,7 +200,9 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     if paths.get("projection") and not any(has(layer, projection) for layer in layers):
         raise ValueError(f"projection: no layer ({type(layers[0]).__name__}) has a module {projection!r}")
     mlp = paths.get("mlp") or (family.mlp if family else find_mlp(layers))
-    heads = tuple(heads_of(layer, projection, config, index) if projection else None for index, layer in enumerate(layers))
+    heads = tuple(
+        heads_of(layer, projection, config, index) if projection else None for index, layer in enumerate(layers)
+    )
     usual = Counter(sizes for sizes in heads if sizes is not None).most_common(1)
     n_heads, head_dim = usual[0][0] if usual else (n_heads, head_dim)
     return ModelLayout(
@@ -229,15 +235,33 @@ def locate(
     positions: tuple[int, ...] | None,
     generated: bool,
     paths: dict[str, str],
+    *,
+    scales: bool,
 ) -> tuple[Location, torch.device]:
-    """The checked location of a new intervention, and the device that its parameters belong on."""
-    from .check import require
+    """The checked location of a new intervention, and the device that its parameters belong on.
+
+    Args:
+        scales: whether it multiplies by factors: then layers where that changes nothing are warned of.
+    """
+    from .check import idle_layers, require
 
     found = layout(model, paths)
     location = found.location(check_site(site), layers, positions, generated, paths)
     first = found.site_module(site, location.layers[0])
     require(found, site, location.layers)
+    idle = idle_layers(found, site, location.layers) if scales else []
+    if idle:
+        warnings.warn(
+            f"site: {site!r} of {found.model_type!r} cannot act at layer{'s' * (len(idle) > 1)} "
+            f"{', '.join(map(str, idle))}: a norm follows that undoes every positive factor 1 + β·α",
+            stacklevel=4,
+        )
     return location, execution_device(first) or torch.device("cpu")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids belong: where the embedding computes."""
+    return execution_device(unwrap(model).get_input_embeddings()) or torch.device("cpu")  # type: ignore[operator]
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

@@ -166,7 +166,7 @@ def argument_names(decoder: nn.Module | type[nn.Module]) -> tuple[str, ...]:
 
 def cache_argument(model: nn.Module) -> str | None:
     """The name under which a model's forward pass takes a KV cache; None: it takes none."""
-    return _cache_argument(type(model))
+    return _cache_argument(type(model))  # type: ignore[arg-type]
 
 
 @functools.cache

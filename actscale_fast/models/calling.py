@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapter import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_pads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,15 @@ def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = 
         width: the last columns that run; those before stand in a cache. None: all columns.
     """
     accepted = accepted_arguments(model)
+    if batch.padded and padding_known(unwrap(model)) is False:
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} does not leave a prompt as it is when it is padded on the left; give "
+            "prompts of one length together (batch_size=1)"
+        )
     ids = batch.input_ids if width is None else batch.input_ids[:, -width:]
-    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    arguments: dict[str, Any] = {"input_ids": ids}
+    if "use_cache" in accepted:
+        arguments["use_cache"] = False
     if batch.padded:  # without padding the model's own causal path is exact, and faster without a mask
         arguments["attention_mask"] = batch.attention_mask
         if "position_ids" in accepted:
@@ -86,6 +97,16 @@ def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = 
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = 1
     return arguments
+
+
+def note_padding(model: nn.Module, honoured: bool) -> None:
+    """Remember whether padding on the left leaves a model's prompts as they are."""
+    _pads[model] = honoured
+
+
+def padding_known(model: nn.Module) -> bool | None:
+    """What was noted of a model, not wrapped; None: nothing."""
+    return _pads.get(model)
 
 
 def accepted_arguments(model: PreTrainedModel) -> frozenset[str]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import surgery
 from .attention import heads_changed, values_changed
 from .call import cache_argument
+from .context import suspended
 from .quiet import unnoticed
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ class _Probe:
 
     def __init__(self, found: ModelLayout, modules: Mapping[int, nn.Module]) -> None:
         self.found, self.modules = found, modules
-        self.calls = {layer: 0 for layer in range(found.n_layers)}  # of the layer
-        self.uses = {layer: 0 for layer in modules}  # of the site's module
+        self.calls = dict.fromkeys(range(found.n_layers), 0)  # of the layer
+        self.uses = dict.fromkeys(modules, 0)  # of the site's module
         self.reasons: dict[int, str] = {}
         self.n_rows = 1
 
@@ -283,11 +284,7 @@ class _Probe:
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Count the calls of the layers; nothing else in the model tells afterwards that it ran."""
-        calls = surgery.record_of(self.found.decoder)
-        with unnoticed(self.found.model), contextlib.ExitStack() as undo:
-            if calls is not None:
-                undo.callback(setattr, calls, "suspended", calls.suspended)
-                calls.suspended = True
+        with unnoticed(self.found.model), suspended(self.found.decoder), contextlib.ExitStack() as undo:
             for index, layer in enumerate(self.found.layers):
 
                 def count(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:

@@ -124,6 +124,21 @@ def part(decoder: nn.Module, patch: Contextual) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def suspended(decoder: nn.Module) -> Iterator[None]:
+    """Let the forward passes inside run as if no patch were applied."""
+    calls: Calls | None = surgery.record_of(decoder)
+    if calls is None:
+        yield
+        return
+    before = calls.suspended
+    calls.suspended = True
+    try:
+        yield
+    finally:
+        calls.suspended = before
+
+
 def _enter_model(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Before a pass of the whole model: a decoder that was exchanged would run without any of its hooks."""
     for patch in surgery.record_of(model).calls.patches:

@@ -138,10 +138,9 @@ def _announced_by_generate(model: nn.Module, calls: Calls, named: dict[str, Any]
     prompt, tokens = _prompt_of(named, given)
     announced = Announced(prompt, tokens, alone=alone)
     outer = calls.announced
-    if outer is not None and outer.prompt is not None and tokens is not None and outer.tokens is not None:
+    if outer is not None and outer.prompt is not None and _goes_on(tokens, outer.tokens):
         # Drafts of the model for itself, say: the sequence goes on, and with it its prompt.
-        if tokens.shape[1] > outer.tokens.shape[1] and _begins_with(tokens, outer.tokens):
-            announced = Announced(outer.prompt, outer.tokens, alone=alone)
+        announced = Announced(outer.prompt, outer.tokens, alone=alone)
     cache = cache_among(named)
     if cache is not None:
         announced.begun, announced.cache = True, cache
@@ -168,6 +167,13 @@ def _prompt_of(named: dict[str, Any], given: Callable[[str], Any]) -> tuple[Prom
             if bool(padding.any()):
                 return Prompt(tokens.shape[1], ~padding), known
     return Prompt(tokens.shape[1]), known
+
+
+def _goes_on(tokens: Tensor | None, first: Tensor | None) -> bool:
+    """Whether a sequence is another one and more."""
+    if tokens is None or first is None or tokens.shape[1] <= first.shape[1]:
+        return False
+    return _begins_with(tokens, first)
 
 
 def _begins_with(tokens: Tensor, first: Tensor) -> bool:

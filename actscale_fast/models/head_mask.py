@@ -34,11 +34,12 @@ def head_mask(
         model: a causal language model of Hugging Face; its weights may be frozen.
         mask: [H] for all layers, [L, H], or [B, L, H], one for each row of the batch (repeated for its beams in
             generate()). L counts the layers that have attention heads, in hybrids not all; H is the number of heads,
-            of the layer that has the most where they differ (a layer ignores what is over). 1 keeps a head, 0 removes it. Any floating dtype, integers or bool. Read in each forward pass,
-            so that an optimizer's step, or a change in place, takes effect with the next one. Applied as 1 + (mask − 1)
-            in float32, like every scalar here: a factor is exact to 6e-8. One that is computed from other tensors needs
-            use_reentrant=False under gradient checkpointing: the other kind would run back through its graph layer by
-            layer, which PyTorch refuses.
+            of the layer that has the most where they differ (a layer ignores what is over). 1 keeps a head, 0 removes
+            it. Any floating dtype, integers or bool. Read in each forward pass, so that an optimizer's step, or a
+            change in place, takes effect with the next one. Applied as 1 + (mask − 1) in float32, like every scalar
+            here: a factor is exact to 6e-8. One that is computed from other tensors needs use_reentrant=False under
+            gradient checkpointing: the other kind would run back through its graph layer by layer, which PyTorch
+            refuses.
         projection, layers_path: module paths for a family that is not in the table, as `for_model` takes them.
 
     Returns:

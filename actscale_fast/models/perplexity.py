@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .adapter import layout
+from .adapter import input_device, layout
 from .calling import accepted_arguments, forward_arguments, left_padded, open_ids, pad_id_of
 from .modes import frozen
 from .opening import opened
@@ -74,6 +74,7 @@ def perplexity(
             raise ValueError(f"prompts: got {len(prompts)}, expected one for each of the {len(texts)} texts")
     found = layout(model, paths)
     embedding: Tensor = found.model.get_input_embeddings().weight  # type: ignore[operator]
+    device = input_device(found.model)
     rows = [
         _row(tokenizer, text, "" if prompts is None else prompts[number], number, found.max_context, len(embedding))
         for number, text in enumerate(texts)
@@ -85,12 +86,12 @@ def perplexity(
     pad_id = pad_id_of(tokenizer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(found.model))
-        probe = forward_arguments(found.model, left_padded([rows[0].ids], pad_id, embedding.device))  # type: ignore[arg-type]
+        probe = forward_arguments(found.model, left_padded([rows[0].ids], pad_id, device))  # type: ignore[arg-type]
         head, section = stack.enter_context(opened(found, found.model, probe))
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             chosen = [rows[number] for number in numbers]
-            batch = left_padded([row.ids for row in chosen], pad_id, embedding.device)
+            batch = left_padded([row.ids for row in chosen], pad_id, device)
             arguments = forward_arguments(found.model, batch)  # type: ignore[arg-type]
             width = max(row.n_scored for row in chosen) + 1
             if "logits_to_keep" in accepted_arguments(found.model):  # type: ignore[arg-type]

@@ -92,4 +92,5 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if flat.shape[0] == 0:
         return nn.functional.linear(x, weight, bias)
     y: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # Not a view: a model may change it in place (Llama 4's experts do).
+    return y.resize_(*x.shape[:-1], weight.shape[0])

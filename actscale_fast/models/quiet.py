@@ -24,7 +24,9 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
     training = [module for module in model.modules() if module.training]
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    hooks = [(module, name, module.__dict__.get(name)) for module in model.modules() for name in _HOOKS] if alone else []
+    hooks = (
+        [(module, name, module.__dict__.get(name)) for module in model.modules() for name in _HOOKS] if alone else []
+    )
     random, random_cuda = torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device)
     try:
         for module in training:
@@ -41,5 +43,5 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
         for module in training:
             module.training = True
         torch.set_rng_state(random)
-        if random_cuda is not None:
+        if device is not None and random_cuda is not None:
             torch.cuda.set_rng_state(random_cuda, device)

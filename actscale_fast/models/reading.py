@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..interventions.location import check_layers, check_site
 from . import surgery
-from .adapter import layout
+from .adapter import input_device, layout
 from .calling import Batch, forward_arguments
 from .modes import frozen
 from .opening import opened
@@ -147,5 +147,5 @@ class Reader:
         real = mask != 0
         if not bool(real.any(-1).all()):
             raise ValueError(f"attention_mask: row {int(real.any(-1).int().argmin())} has no real token")
-        device = input_ids.device if embedding.is_meta else embedding.device
+        device = input_device(self.found.model)
         return Batch(input_ids.to(device), real.to(device, torch.int64), padded=not bool(real.all()))

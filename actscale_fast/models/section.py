@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import ModelLayout
+from .call import cache_argument
+from .surgery import first_of
 
 _HEAD = -1  # the key under which a section notes the head's input
 KeysValues = tuple[Tensor, Tensor]  # [B, key-value heads, S, head_dim] each
@@ -29,9 +31,14 @@ class Section:
         found: the model's layout.
         head: its output head, as `OutputHead.module`; None: a run returns logits.
         call: what is called; a compiled wrapper of `found.model`, or that model.
+        partial: whether layers may be left out. False: all of them run in every pass, which gives the same where what
+            is left out would have given `hidden`.
     """
 
-    def __init__(self, found: ModelLayout, head: nn.Module | None, call: nn.Module | None = None) -> None:
+    def __init__(
+        self, found: ModelLayout, head: nn.Module | None, call: nn.Module | None = None, *, partial: bool = True
+    ) -> None:
+        self.partial = partial
         self.found, self.head = found, head
         self.call = found.model if call is None else call
         self.first = 0
@@ -84,11 +91,13 @@ class Section:
         """
         n_layers = self.found.n_layers
         self.first, self.end, self.hidden = first, n_layers if end is None else end, hidden
+        if not self.partial:
+            self.first, self.end, self.hidden = 0, n_layers, None
         self.wanted = tuple(wanted) if end is None else (*wanted, end)
         self.noted, self.every_token = {}, every_token
         noted = self.noted
         try:
-            cache = {} if prefix is None else {"past_key_values": prefix.cache(n_layers), "use_cache": True}
+            cache = {} if prefix is None else cache_arguments(self.found.model, prefix.cache(n_layers))
             output = self.call(**arguments | cache)
             if end is not None:
                 return noted[end], noted
@@ -108,15 +117,17 @@ class _Gate:
 
     def __init__(self, section: Section, index: int, original: Callable[..., Any]) -> None:
         self.section, self.index, self.original = section, index, original
-        self.width: int | None = None  # items of the tuple that the layer returns; 0: a tensor; None: not known yet
+        self.width: int | None = None  # items that the layer returns; 0: a tensor; None: not known yet
+        self.kind: type = tuple
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         section, index = self.section, self.index
         if section.first <= index < section.end:
             output = self.original(*args, **kwargs)
-            self.width = len(output) if isinstance(output, tuple) else 0
+            self.width = len(output) if isinstance(output, tuple | list) else 0
+            self.kind = type(output)
             if index + 1 in section.wanted:
-                section.noted[index + 1] = output[0] if self.width else output
+                section.noted[index + 1] = first_of(output)
             return output
         if self.width is None:
             raise RuntimeError("section: its first run must be of all layers, which shows what each of them returns")
@@ -124,7 +135,7 @@ class _Gate:
         if index == section.first - 1:
             assert section.hidden is not None
             inputs = section.hidden
-        return (inputs, *[None] * (self.width - 1)) if self.width else inputs
+        return self.kind((inputs, *[None] * (self.width - 1))) if self.width else inputs
 
 
 class Prefix:
@@ -184,6 +195,18 @@ def prefix_layer() -> Any:
             return torch.cat([shared, new.unflatten(0, (self.times, -1))], 3).flatten(0, 1)
 
     return PrefixLayer
+
+
+def cache_arguments(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments that hand a KV cache to a model.
+
+    Raises:
+        ValueError: the model takes none.
+    """
+    name = cache_argument(model)
+    if name is None:
+        raise ValueError(f"model: {type(model).__name__} takes no KV cache")
+    return {name: cache, "use_cache": True}
 
 
 def keys_and_values(cache: Any, index: int) -> KeysValues:

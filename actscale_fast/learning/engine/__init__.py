@@ -11,6 +11,7 @@ from .arrangement import Item, Share, Unit, may_pack
 from .constants import CACHE_BYTES, SPILL_BYTES, Extent, extent_of
 from .engine import Engine
 from .planning import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
+from .trial import GradientError, gradient_on_trial
 
 __all__ = [
     "CACHE_BYTES",
@@ -20,11 +21,13 @@ __all__ = [
     "SPILL_BYTES",
     "Engine",
     "Extent",
+    "GradientError",
     "Item",
     "Share",
     "Unit",
     "even_size",
     "extent_of",
+    "gradient_on_trial",
     "may_pack",
     "plan",
 ]

@@ -82,6 +82,8 @@ class Arrangement:
                 if max_tokens is None or weight * max(unit.width for unit in units) <= max_tokens
             ]
         pass_cost = PASS_COST_CPU if self.on_cpu else PASS_COST_GPU
+        if not self.data.pads:
+            pass_cost = 0  # then every length has passes of its own
         best: tuple[float, list[list[Unit]]] | None = None
         for units in candidates:
             places = plan(

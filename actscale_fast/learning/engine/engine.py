@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -12,21 +13,39 @@ import torch
 from torch import Tensor
 
 from ...interventions import DynScalar, Intervention
-from ...models import FAMILIES, accepted_arguments, forward_arguments, frozen, layout, opened, patch
+from ...models import FAMILIES, AnyPatch, accepted_arguments, forward_arguments, frozen, layout, opened, patch
+from ...models.check import skipped
 from ..encoding import EncodedExamples
 from ..objective import Objective
 from ..parallel import ALONE, World
 from .arrangement import Arrangement, Item, Share, Unit, may_pack, tokens
 from .capture import CapturedPasses, check_capturable
-from .constants import CACHE_BYTES, SPILL_BYTES, RowStore, extent_of
+from .constants import CACHE_BYTES, SPILL_BYTES, Extent, RowStore, extent_of
 from .frozen_side import FrozenSide
 from .inputs import Assembly
 from .memory import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
 from .passes import Passes
+from .trial import GradientError, Trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+@dataclass(frozen=True)
+class _Way:
+    """What a step leaves out."""
+
+    name: str
+    prefix: bool  # tokens before the first steered one, and what prompts have in common
+    partial: bool  # layers below the lowest steered one, the head's logits of all but the last token
+
+
+#: From the fastest to the plain one; the first that agrees with the whole model is taken.
+_WAYS = (
+    _Way("with all shortcuts", True, True),
+    _Way("with whole prompts", False, True),
+    _Way("with the whole model in every step", False, False),
+)
 
 #: Prompts that show whether a model takes several in a row.
 _PROBED = 3
@@ -77,38 +96,96 @@ class Engine:
             check_capturable(model)
         self.model, self.data, self.intervention, self.world, self.capture = model, data, intervention, world, capture
         self.found = layout(model, intervention.paths)
-        self.extent = extent_of(intervention, data)
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
         self.on_cpu = data.device.type == "cpu"
-        self.memory_bytes = memory_bytes
-        self.arrangement = Arrangement(data, self.extent, self.found.hidden_size, self.on_cpu, accumulate)
-        self.store = RowStore(len(data), cache_bytes, spill_bytes)
+        self.budgets, self.memory_bytes, self.accumulate = (cache_bytes, spill_bytes), memory_bytes, accumulate
         self.halved = False
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        problems: list[str] = []
+        trial = self._plain()
+        for way in _WAYS:
+            try:
+                problem = self._open_by(way, trial)
+            except Exception as error:
+                self._open.close()
+                if way is _WAYS[-1] or out_of_memory(error) or isinstance(error, GradientError):
+                    raise
+                problem = f"{type(error).__name__}: {error}"
+            if problem is None:
+                break
+            self._open.close()
+            problems.append(f"{way.name}: {problem}")
+        else:
+            raise RuntimeError(
+                f"model: steps of {type(self.found.model).__name__} do not give what its forward pass gives: "
+                f"{'; '.join(problems)}"
+            )
+        if problems:
+            warnings.warn(
+                f"{type(self.found.model).__name__}: {'; '.join(problems)}; going on {way.name}, which takes longer",
+                stacklevel=3,
+            )
+        return self
+
+    def _plain(self) -> Trial | None:
+        """What the plain whole model says of two prompts; None where nothing is checked."""
+        if skipped():
+            return None
+        with frozen(self.model), self._patched() as patched:
+            group = None if self.intervention.n_groups is None else 0
+            trial = Trial(self.found.model, self.data, self.intervention, patched, group, self.objectives[0])
+            trial.check_gradient()
+        return trial
+
+    def _patched(self) -> AnyPatch:
+        grouped = self.intervention.n_groups is not None
+        return patch(self.model, self.intervention, group=torch.zeros(0, dtype=torch.int64) if grouped else None)
+
+    def _open_by(self, way: _Way, trial: Trial | None) -> str | None:
+        """Open the model; what shows that this way does not give what the plain whole model gives, or None."""
+        extent = extent_of(self.intervention, self.data)
+        first = extent.first if way.partial else 0
+        self.extent = extent if way.prefix else Extent(first, extent.longest, extent.longest)
+        self.data.alike_only = not way.partial
+        self.way = way
+        self.arrangement = Arrangement(self.data, self.extent, self.found.hidden_size, self.on_cpu, self.accumulate)
+        self.store = RowStore(len(self.data), *self.budgets)
         with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self.data, "alike_only", False)
             stack.enter_context(frozen(self.model))
             arguments = forward_arguments(self.model, self.data.batch([0]))
-            self.head, section = stack.enter_context(opened(self.found, self.model, arguments))
-            grouped = self.intervention.n_groups is not None
-            nobody = torch.zeros(0, dtype=torch.int64) if grouped else None
-            patched = patch(self.model, self.intervention, group=nobody)
+            self.head, section = stack.enter_context(
+                opened(self.found, self.model, arguments, shortcuts=way.partial)
+            )  # fmt: skip
+            if not section.partial and way.partial:
+                self.extent = Extent(0, self.extent.width, self.extent.longest)
+                self.arrangement.extent = self.extent
+            self.partial = section.partial
+            patched = self._patched()
             stack.callback(patched.remove)
             side = FrozenSide(
                 self.model, self.found, self.data, self.extent, section, patched, self.head, self.store
             )  # fmt: skip
-            self.assembly = Assembly(self.data, side, grouped, self.capture)
+            self.assembly = Assembly(self.data, side, self.intervention.n_groups is not None, self.capture)
             self.passes = Passes(self.model, section, patched, self.head, self.found.n_layers, self.parameters)
             self.compute = CapturedPasses(self.passes).compute if self.capture else self.passes.compute
             options = {(objective.exclude_answers, objective.kl) for objective in self.objectives}
             output = side.prepare(sorted(options))
             # Another patch may tell rows and positions apart; a compiled model would be compiled for every width.
-            if self.model is self.found.model and patched.alone:
+            if way.prefix and self.model is self.found.model and patched.alone:
                 self.arrangement.packs = self._packing_agrees(side, output)
             self._bound_passes()
+            problem = None if trial is None else self._disagreement(trial)
             self._open = stack.pop_all()
-        return self
+        return problem
+
+    def _disagreement(self, trial: Trial) -> str | None:
+        """What shows that the engine does not give what the plain whole model gives, or None."""
+        shares = [Share(trial.rows, trial.objective)]
+        items = [Item(0, row) for row in trial.rows]
+        return trial.disagrees(lambda: self._sums(self.arrangement.passes(items, shares), shares))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -160,7 +237,12 @@ class Engine:
 
         It reads the parameters, which on a GPU would wait for the step before: there nothing is taken for quiet.
         """
-        if not self.on_cpu or self.notes_rows or all(len(share.objective.directions) == 1 for share in shares):
+        if (
+            not self.partial
+            or not self.on_cpu
+            or self.notes_rows
+            or all(len(share.objective.directions) == 1 for share in shares)
+        ):
             return 0
         groups = sorted({share.group for share in shares})
         starts = [self.found.n_layers + 1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import ops
 from ...models import AnyPatch, ModelLayout, OutputHead, Section, forward_arguments, keys_and_values
+from ...models.section import cache_arguments
 from ..encoding import EncodedExamples
 from .constants import Extent, RowStore, right_aligned
 from .packing import additive
@@ -104,7 +105,7 @@ class FrozenSide:
         arguments = forward_arguments(self.model, batch)
         cache = DynamicCache() if extent.n_prefix else None
         if cache is not None:
-            arguments |= {"past_key_values": cache, "use_cache": True}
+            arguments |= cache_arguments(self.found.model, cache)
         output, noted = self._paused(arguments, wanted=[extent.first] if extent.first else [])
         kept = {}
         if extent.first:

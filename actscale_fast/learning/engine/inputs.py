@@ -38,7 +38,7 @@ class Assembly:
 
     def __init__(self, data: EncodedExamples, frozen_side: FrozenSide, grouped: bool, capture: bool) -> None:
         self.data, self.frozen_side, self.grouped = data, frozen_side, grouped
-        self.multiple = WIDTHS if capture else 1
+        self.multiple = WIDTHS if capture and data.pads else 1
         self.answers = {"correct": data.correct.cpu(), "wrong": data.wrong.cpu()}
 
     def inputs(self, part: Sequence[Unit], shares: Sequence[Share], quiet_below: int) -> Inputs:
