@@ -77,7 +77,7 @@ def check_writable(path: str | os.PathLike[str], n_bytes: int = 0) -> None:
     """
     path = Path(path)
     try:
-        if os.path.lexists(path) and not stat.S_ISREG(path.stat().st_mode):
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             kind = IsADirectoryError if path.is_dir() else OSError
             raise kind(errno.EISDIR if path.is_dir() else errno.EINVAL, "not a regular file", str(path))
         _make_parent(path)

@@ -18,10 +18,10 @@ from typing import Any
 from ._files import naming, regular_size, write_bytes
 
 CHECKSUM = "checksum"
-#: Descriptions of interventions; with a million positions one has 12 MiB.
-LARGE = 64 << 20
-#: Histories of long fits: a step has about 250 bytes.
-LARGEST = 1 << 30
+#: Bytes of a description of an intervention; one with a million positions has 15 MiB.
+LARGE = 16 << 20
+#: Bytes of the history of a fit; one of a million steps has 250 MiB.
+LARGEST = 1 << 28
 _ZEROS = "0" * 64
 _SEAL = re.compile(rb'\s*(?:\[\s*)?\{\s*"checksum": "([0-9a-f]{64})"')
 
@@ -65,11 +65,11 @@ def read_limited(path: Path, limit: int = LARGE) -> bytes:
         raise ValueError(f"{path}: has {size} bytes, expected at most {limit}")
     try:
         with path.open("rb") as file:
-            payload = file.read(limit + 1)
+            payload = file.read(size + 1)
     except OSError as error:
         raise naming(error, path) from error
-    if len(payload) > limit:
-        raise ValueError(f"{path}: grew to more than {limit} bytes while it was read")
+    if len(payload) != size:
+        raise ValueError(f"{path}: its size changed while it was read")
     return payload
 
 

@@ -180,12 +180,16 @@ def corruptions(count: int, seed: int, folder: Path) -> Counter[str]:
             sources.append(folder / f"{kind.name}-{number}")
             kind.write(sources[-1], number)
         expected = kind.read(sources[0])
+        whole = {path: path.read_bytes() for path in sources[0].rglob("*") if path.is_file()}
         for _ in range(count // len(every) + (index < count % len(every))):
             place = folder / "damaged"
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(sources[0], place)
             what = f"{kind.name}: {corrupt(place, sources[1], rng)}"
             before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+            if before == {place / path.relative_to(sources[0]): value for path, value in whole.items()}:
+                found["no change after all"] += 1  # exchanged for the same, no digit to change
+                continue
             verdict = _verdict(lambda kind=kind, place=place: kind.read(place), expected, place)  # type: ignore[misc]
             if before != {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}:
                 verdict = "unnamed: reading changed the folder"

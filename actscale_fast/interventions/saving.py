@@ -226,7 +226,7 @@ def load(description: Description, shapes: dict[str, tuple[int, ...]]) -> dict[s
         size = regular_size(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found, expected a folder written by save_pretrained") from None
-    largest = _HEADER + 8 * sum(math.prod(shape) for shape in shapes.values())
+    largest = min(_HEADER + 8 * sum(math.prod(shape) for shape in shapes.values()), _memory())
     if size > largest:  # before a byte of it is read
         raise ValueError(
             f"{path}: has {size} bytes, expected at most {largest} for the tensors that {DESCRIPTION} tells of"
@@ -244,6 +244,14 @@ def load(description: Description, shapes: dict[str, tuple[int, ...]]) -> dict[s
         return load_tensors(payload)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged, or not an intervention's tensors ({error})") from None
+
+
+def _memory() -> int:
+    """Bytes that this machine can hold; a file may claim more and be a hole."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not a POSIX system
+        return 1 << 36
 
 
 def _tensors_file(fields: dict[str, Any]) -> tuple[str, str]:

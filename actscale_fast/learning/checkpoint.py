@@ -57,7 +57,7 @@ def check_place(
         OSError: it cannot be written; names the path.
     """
     error = None
-    if world.leads and not (new and os.path.lexists(path)):
+    if world.leads and not (new and Path(path).exists()):
         try:
             check_writable(path, _n_bytes(tensors or {}))
         except OSError as found:
@@ -97,7 +97,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[
         OSError: it cannot be read; names it.
     """
     path = Path(path)
-    if not os.path.lexists(path):
+    if not path.exists():
         return None
     if path.is_dir():
         raise ValueError(f"checkpoint: {path} is a folder, expected the path of a file")
