@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
 
     const float poison = valid ? 0.0f : not_a_number();  // an id out of range: the row is NaN
     const float ratio = LN2 * log2f(sums.sum_o / sums.sum_w);
-    float divergence = c.inverse_temperature * (sums.a / sums.sum_w) + ratio;
+    float divergence = c.inverse_temperature * (sums.a / sums.sum_w * GROWTH) + ratio;
     if (divergence < 0) divergence = 0;  // rounding
     Softmaxes s = {finite(sums.top_w), log2f(sums.sum_w), finite(sums.top_o), log2f(sums.sum_o), divergence,
                    scale, c.inverse_temperature * weight, c.reverse};

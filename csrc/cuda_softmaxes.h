@@ -38,8 +38,9 @@ struct Cap {
     }
 };
 
-struct Sums { float top_w, sum_w, top_o, sum_o, a; };
+struct Sums { float top_w, sum_w, top_o, sum_o, a; };  // a: A/2^24
 constexpr int SUMS = 5;
+constexpr float SHRINK = 0x1p-24f, GROWTH = 0x1p24f;  // of A: no sum of finite differences overflows
 
 DEVICE Sums no_sums() { return {minus_infinity(), 0, minus_infinity(), 0, 0}; }
 
@@ -49,7 +50,8 @@ DEVICE float finite(float top) { return top == minus_infinity() ? 0.0f : top; }
 // The same sums relative to other maxima; where nothing of the weight is left, A is 0 even if it was infinite.
 DEVICE void move(Sums& s, float top_w, float top_o, float scale) {
     const float factor = exp2_approximate((s.top_w - finite(top_w)) * scale);
-    const float delta = (finite(s.top_w) - finite(top_w)) - (finite(s.top_o) - finite(top_o));
+    float delta = ((finite(s.top_w) - finite(top_w)) - (finite(s.top_o) - finite(top_o))) * SHRINK;
+    if (s.top_o == minus_infinity()) delta = 0;  // A is infinite, or nothing has been weighed
     s.a = factor == 0 ? 0.0f : factor * (s.a + s.sum_w * delta);
     s.sum_w = rounded_product(s.sum_w, factor);
     s.sum_o = rounded_product(s.sum_o, exp2_approximate((s.top_o - finite(top_o)) * scale));
@@ -72,7 +74,7 @@ template <int N> DEVICE void scan(Sums& s, const float (&w)[N], const float (&o)
         const float x = w[i] - base_w, y = o[i] - base_o, e = exp2_approximate(x * scale);
         here.sum_w += e;
         here.sum_o += exp2_approximate(y * scale);
-        here.a += e == 0 ? 0.0f : e * (x - y);
+        here.a += e == 0 ? 0.0f : e * ((x - y) * SHRINK);
     }
     add(s, here);
 }
@@ -122,10 +124,12 @@ DEVICE Sums over_cluster(const Sums& s, int blocks, float scale, float* mine, fl
 struct Softmaxes { float base_w, log_w, base_o, log_o, divergence, scale, factor; bool reverse; };
 
 DEVICE float kl_gradient(float w, float o, const Softmaxes& s) {
-    const float x = fmaf(w - s.base_w, s.scale, -s.log_w), y = fmaf(o - s.base_o, s.scale, -s.log_o);
-    if (!s.reverse) return s.factor * (exp2_approximate(y) - exp2_approximate(x));
-    const float q = exp2_approximate(x);
-    return q == 0 ? 0.0f : s.factor * q * ((x - y) * LN2 - s.divergence);
+    const float x = w - s.base_w, y = o - s.base_o, q = exp2_approximate(fmaf(x, s.scale, -s.log_w));
+    if (!s.reverse) return s.factor * (exp2_approximate(fmaf(y, s.scale, -s.log_o)) - q);
+    if (q == 0) return 0.0f;
+    // In nats: to base 2, differences of 3e38 would overflow.
+    const float ratio = fmaf(x - y, rounded_product(s.scale, LN2), -rounded_product(s.log_w - s.log_o, LN2));
+    return s.factor * q * (ratio - s.divergence);
 }
 
 }  // namespace cuda

@@ -2,7 +2,7 @@
 //
 //   x = c·(r - R),  y = c·(z - Z),  c = t·log2(e),  p = 2^x/Sr,  q = 2^y/Sz,     t: the inverse temperature
 //   forward  F = ln2·(Σ p·(x - y) + log2(Sz/Sr))    dF/dz = t·(q - p)
-//   reverse  F = ln2·(Σ q·(y - x) - log2(Sz/Sr))    dF/dz = t·q·(ln2·(y - x - log2(Sz/Sr)) - F)
+//   reverse  F = Σ q·d - ln2·log2(Sz/Sr)            dF/dz = t·q·(d - ln2·log2(Sz/Sr) - F),  d = t·((z - Z) - (r - R))
 //   hinge    E = max(0, m - s·(z[c] - z[w]))        dE/dz[c] = -s, dE/dz[w] = s, where positive
 //   without answers on request: weights of rows, w·F and w·dF/dz; a soft-cap u(z), u(r), whose slope du/dz the gradient
 //   takes as a factor
@@ -10,7 +10,7 @@
 // A row is cut into blocks with anchors R, Z of their own. Any anchor gives the same result as long as no power
 // overflows, so a block takes the largest of its first SAMPLE logits; only where its sums then turn out large or not
 // finite is it done again, with its maximum and with the masks that -inf needs.
-// Pass 1, block by block: both powers, the sums, and a float a logit into scratch: 2^y (reverse: and y - x). The blocks'
+// Pass 1, block by block: both powers, the sums, and a float a logit into scratch: 2^y (reverse: and d). The blocks'
 // sums are joined in double, in order. Pass 2 reads the scratch and r, still in cache, makes 2^x again (cheaper than to
 // keep it: 1.28 vs 1.37 ms), asks for the next row meanwhile (1.16 ms) and writes the gradient. From memory a logit
 // costs three elements: z, r and the gradient. No block knows of another, so rows can be split over threads, and every
@@ -52,33 +52,38 @@ static Row join(const InterventionLoss& c, int64_t n, const Block* blocks, int64
     double weighted = 0;
     for (int64_t j = 0; j < count; j++) {
         const Block& b = blocks[j];
-        const double dz = scale * (b.z_anchor - row.z_anchor), dr = scale * (b.r_anchor - row.r_anchor);
+        const double dz = scale * (double(b.z_anchor) - row.z_anchor), dr = scale * (double(b.r_anchor) - row.r_anchor);
         const double z_scale = exp2(dz), r_scale = exp2(dr);
         row.z_sum += z_scale * b.z_sum, row.r_sum += r_scale * b.r_sum;
         const double factor = c.reverse ? z_scale : r_scale, sum = c.reverse ? b.z_sum : b.r_sum;
         if (factor * sum != 0)  // NaN takes part
-            weighted += factor * (b.weighted + sum * (c.reverse ? dz - dr : dr - dz));
+            weighted += factor * (b.weighted + sum * (c.reverse ? LN2 * (dz - dr) : dr - dz));
     }
     row.log_ratio = log2(row.z_sum / row.r_sum);
-    row.divergence = LN2 * (c.reverse ? weighted / row.z_sum - row.log_ratio : weighted / row.r_sum + row.log_ratio);
+    if (c.reverse) row.divergence = weighted / row.z_sum - LN2 * row.log_ratio;
+    else row.divergence = LN2 * (weighted / row.r_sum + row.log_ratio);
     if (row.divergence < 0) row.divergence = 0;  // rounding
     if (nothing_left(c)) row.divergence = 0;
     return row;
 }
 
-// What turns powers into the gradient: forward a·2^y - b·2^x; reverse a·2^y·(y - x + b).
+// What turns powers into the gradient: forward a·2^y - b·2^x; reverse a·2^y·(d + b), where a is not 0.
 struct Scales { float a, b; };
 static Scales scales_of(const InterventionLoss& c, int64_t n, const Row& row, const Block& block) {
     if (nothing_left(c)) return {0, 0};
     const double t = double(c.inverse_temperature) * weight_of(c, n), scale = scale_of(c);
-    const double dz = scale * (block.z_anchor - row.z_anchor), dr = scale * (block.r_anchor - row.r_anchor);
+    const double dz = scale * (double(block.z_anchor) - row.z_anchor), dr = scale * (double(block.r_anchor) - row.r_anchor);
     const double a = exp2(dz) * t / row.z_sum;
-    if (c.reverse) return {float(a * LN2), float(dz - dr - row.log_ratio - row.divergence / LN2)};
+    if (c.reverse) return {float(a), float(LN2 * (dz - dr - row.log_ratio) - row.divergence)};
     return {float(a), float(exp2(dr) * t / row.r_sum)};
 }
 
 template <bool REVERSE> INLINE F gradient(F power, F other, F a, F b) {
-    if (REVERSE) return keep(not_below(power, set1(FLT_MIN)), power * a * (other + b));
+    // A block far below the row's maximum has weight 0, and differences that may be infinite. NaN stays.
+    if (REVERSE) {
+        const F value = keep(not_below(absolute(a), set1(FLT_TRUE_MIN)), power * a * (other + b));
+        return keep(not_below(power, set1(FLT_MIN)), value);
+    }
     return power * a - other * b;
 }
 

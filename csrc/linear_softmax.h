@@ -25,6 +25,7 @@ constexpr int64_t BLOCK_FLOATS = 96 << 10;  // of W: 384 KiB, which leaves room 
 // A chain of additions rounds as often as it is long. An error of Σ e moves log_sum by itself times h·mean, one of the
 // mean by its product with h.
 constexpr int64_t CHAIN = 16, ROWS_CHAIN = 32;
+constexpr float BIAS_UNIT = 0x1p-8f;  // a chain of biases at the least float, which masks a token, stays in range
 constexpr int64_t SPLIT_COLUMNS = 4096, MOST_SPLITS = 16;
 #if defined(ACTSCALE_AVX512)
 constexpr int TILE = 12;  // rows of a register tile, two vectors wide: 24 of 32 registers
@@ -121,7 +122,7 @@ static void powers_of_block(const LinearSoftmax& c, const LinearPlan& p, int64_t
                             float* z, float* states) {
     const float scale = float(LOG2E * c.scale);
     for (int64_t n = 0; n < rows; n += W) {
-        F most = set1(-FLT_MAX);
+        F most = set1(-INFINITY);
         for (int64_t v = 0; v < count; v++) {
             if (c.bias) store(z + v * GROUP + n, load(z + v * GROUP + n) + set1(c.bias[begin + v]));
             most = larger(load(z + v * GROUP + n), most);
@@ -133,12 +134,12 @@ static void powers_of_block(const LinearSoftmax& c, const LinearPlan& p, int64_t
             Running* r = running_of(total, p.depth);
             if (lanes[i] > r->largest) {
                 const double risen = double(scale) * lanes[i];
-                const float factor = r->largest == -FLT_MAX ? 0 : float(exp2(r->anchor - risen));
+                const float factor = r->largest == -INFINITY ? 0 : float(exp2(r->anchor - risen));
                 r->power_sum = factor == 0 ? 0 : factor * (r->power_sum + r->sum * (r->anchor - risen));
                 r->sum *= factor, r->bias_sum *= factor, r->anchor = risen, r->largest = lanes[i];
                 for (int64_t k = 0; k < p.depth; k += W) store(total + k, load(total + k) * set1(factor));
             }
-            subtrahend[i] = r->largest;
+            subtrahend[i] = r->largest == -INFINITY ? 0 : r->largest;  // nothing yet but -inf
         }
         const F factor = set1(scale), subtracted = load(subtrahend);
         for (int64_t begun = 0; begun < count; begun += CHAIN) {  // short sums in float, joined in double
@@ -148,13 +149,14 @@ static void powers_of_block(const LinearSoftmax& c, const LinearPlan& p, int64_t
                 store(z + v * GROUP + n, e);
                 sum = sum + e;
                 power_sum = fmadd(e, keep(not_below(e, set1(FLT_MIN)), power), power_sum);
-                if (c.bias && c.bias[begin + v] > -FLT_MAX) bias_sum = fmadd(e, set1(c.bias[begin + v]), bias_sum);
+                if (c.bias && c.bias[begin + v] != -INFINITY)
+                    bias_sum = fmadd(e, set1(c.bias[begin + v] * BIAS_UNIT), bias_sum);
             }
             float power_lanes[W], bias_lanes[W];
             store(lanes, sum), store(power_lanes, power_sum), store(bias_lanes, bias_sum);
             for (int i = 0; i < smaller(W, rows - n); i++) {
                 Running* r = running_of(states + (n + i) * p.state, p.depth);
-                r->sum += lanes[i], r->power_sum += power_lanes[i], r->bias_sum += bias_lanes[i];
+                r->sum += lanes[i], r->power_sum += power_lanes[i], r->bias_sum += bias_lanes[i] / double(BIAS_UNIT);
             }
         }
     }
@@ -181,7 +183,7 @@ static void run_split(const LinearSoftmax& c, const LinearPlan& p, int64_t split
     float *z = memory, *copied = memory + p.block * GROUP;
     for (int64_t n = 0; n < rows; n++) {
         memset(states + n * p.state, 0, sizeof(float) * p.state);
-        running_of(states + n * p.state, p.depth)->largest = -FLT_MAX;
+        running_of(states + n * p.state, p.depth)->largest = -INFINITY;
     }
     for (int64_t v = begin; v < end; v += p.block) {
         const int64_t count = smaller(p.block, end - v);
@@ -221,12 +223,12 @@ static void join_splits(const LinearSoftmax& c, const LinearPlan& p, int64_t row
     double anchor = -INFINITY;
     for (int64_t s = 0; s < p.splits; s++) {
         r[s] = running_of(states + s * split_floats, p.depth);
-        if (r[s]->largest > -FLT_MAX && r[s]->anchor > anchor) anchor = r[s]->anchor;
+        if (r[s]->largest > -INFINITY && r[s]->anchor > anchor) anchor = r[s]->anchor;
     }
     double sum = 0, power_sum = 0, bias_sum = 0;
     float factor[MOST_SPLITS];
     for (int64_t s = 0; s < p.splits; s++) {
-        const double scale = r[s]->largest > -FLT_MAX ? exp2(r[s]->anchor - anchor) : 0;
+        const double scale = r[s]->largest > -INFINITY ? exp2(r[s]->anchor - anchor) : 0;
         sum += scale * r[s]->sum, bias_sum += scale * r[s]->bias_sum;
         if (scale != 0) power_sum += scale * (r[s]->power_sum + r[s]->sum * (r[s]->anchor - anchor));
         factor[s] = float(scale);

@@ -14,10 +14,12 @@ constexpr int64_t BLOCK = 2048;                  // two rows of it and their scr
 
 constexpr int64_t SAMPLE = 64;                   // a sample's anchor is exceeded by far less than 2^40 in real logits
 constexpr float LARGE = 0x1p40f;                 // a sum beyond it: the powers lie too far above the anchor
-constexpr float LOWEST = -0x1p120f;              // the least anchor: a block of nothing but -inf has no maximum
+// What an exact pass shrinks differences by, so that no sum of them leaves the range of float while their mean is in it:
+// a teacher's token that the student masks with the least float is 3e38 apart.
+constexpr float SHRINK = 0x1p-24f, GROWTH = 0x1p24f;
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
-struct Block { float z_anchor, r_anchor, z_sum, r_sum, weighted; };
+struct Block { float z_anchor, r_anchor, z_sum, r_sum; double weighted; };  // weighted: forward to base 2, reverse in nats
 
 INLINE const float* at(const void* p, int64_t i, float) { return (const float*)p + i; }
 INLINE const bf16* at(const void* p, int64_t i, bf16) { return (const bf16*)p + i; }
@@ -34,15 +36,15 @@ INLINE float largest(const T* p, int64_t count) {
     int64_t i = 0;
     for (; i + 2 * W <= count; i += 2 * W) first = larger(load(p + i), first), second = larger(load(p + i + W), second);
     for (; i < count; i += W) first = larger(load_part(p + i, int(smaller(W, count - i)), -INFINITY), first);
-    const float most = largest_of(larger(first, second));
-    return most > LOWEST ? most : LOWEST;
+    return largest_of(larger(first, second));  // -FLT_MAX where all are -inf
 }
 
 // c·(v - a) for one a near the largest v. The difference first: equal shifts of a row then change nothing.
 struct Powers {
     F factor, anchor;
     INLINE_MEMBER Powers(float a, float scale) : factor(set1(scale)), anchor(set1(a)) {}
-    INLINE_MEMBER F of(F v) const { return (v - anchor) * factor; }
+    INLINE_MEMBER F below(F v) const { return v - anchor; }
+    INLINE_MEMBER F of(F v) const { return below(v) * factor; }
 };
 
 INLINE float scale_of(const InterventionLoss& c) { return float(LOG2E * c.inverse_temperature); }
@@ -50,21 +52,24 @@ INLINE float scale_of(const InterventionLoss& c) { return float(LOG2E * c.invers
 // `EXACT`: with the block's maxima, and with no term where the weight is 0, whatever the difference.
 // `slope`: of the soft-cap, a logit; with CAPPED and STORE.
 template <class T, bool REVERSE, bool STORE, bool CAPPED, bool EXACT>
-INLINE bool sums_of(const T* z, const T* r, int64_t count, float scale, const float* slope, float* first, float* second,
-                    Block* block) {
+INLINE bool sums_of(const T* z, const T* r, int64_t count, float scale, float temperature, const float* slope,
+                    float* first, float* second, Block* block) {
     const int64_t whole = count / W * W, sample = EXACT ? count : smaller(count, SAMPLE);
     const int rest = int(count - whole);
     block->z_anchor = largest(z, sample), block->r_anchor = largest(r, sample);
     const Powers z_powers(block->z_anchor, scale), r_powers(block->r_anchor, scale);
     F z_sum = set1(0), r_sum = z_sum, weighted = z_sum;
+    const F in_nats = set1(temperature), unit = set1(EXACT ? SHRINK : 1.0f);
     auto step = [&](F zv, F rv, int64_t at) __attribute__((always_inline)) {
         const F y = z_powers.of(zv), x = r_powers.of(rv);
         const F ez = exponential2(y), er = exponential2(x);
         const F weight = REVERSE ? ez : er;
-        F difference = REVERSE ? y - x : x - y;
+        // log2(e) would take differences of 3e38 out of the range of float.
+        const F apart = REVERSE ? z_powers.below(zv) - r_powers.below(rv) : r_powers.below(rv) - z_powers.below(zv);
+        F difference = REVERSE ? apart * in_nats : EXACT ? apart : x - y;
         if (EXACT) difference = keep(not_below(weight, set1(FLT_MIN)), difference);
         z_sum = z_sum + ez, r_sum = r_sum + er;
-        weighted = fmadd(weight, difference, weighted);
+        weighted = fmadd(weight, EXACT ? difference * unit : difference, weighted);
         if (STORE) store(first + at, CAPPED ? ez * load(slope + at) : ez);
         if (STORE && REVERSE) store(second + at, difference);
         if (STORE && CAPPED && !REVERSE) store(second + at, er * load(slope + at));
@@ -74,16 +79,19 @@ INLINE bool sums_of(const T* z, const T* r, int64_t count, float scale, const fl
         step(load(z + i), load(r + i), i);
     }
     if (rest) step(load_part(z + whole, rest, -INFINITY), load_part(r + whole, rest, -INFINITY), whole);
-    block->z_sum = sum_of(z_sum), block->r_sum = sum_of(r_sum), block->weighted = sum_of(weighted);
+    block->z_sum = sum_of(z_sum), block->r_sum = sum_of(r_sum);
+    const float total = sum_of(weighted);
+    block->weighted = EXACT ? double(total) * GROWTH * (REVERSE ? 1.0f : scale) : total;
     // NaN and infinity fail these.
-    return block->z_sum <= LARGE && block->r_sum <= LARGE && fabsf(block->weighted) <= FLT_MAX;
+    return block->z_sum <= LARGE && block->r_sum <= LARGE && fabsf(total) <= FLT_MAX;
 }
 
 template <class T, bool REVERSE, bool STORE, bool CAPPED>
-INLINE void first_pass(const T* z, const T* r, int64_t count, float scale, const float* slope, float* first,
-                       float* second, Block* block) {
-    if (!sums_of<T, REVERSE, STORE, CAPPED, false>(z, r, count, scale, slope, first, second, block))
-        sums_of<T, REVERSE, STORE, CAPPED, true>(z, r, count, scale, slope, first, second, block);
+INLINE void first_pass(const T* z, const T* r, int64_t count, const InterventionLoss& c, const float* slope,
+                       float* first, float* second, Block* block) {
+    const float scale = scale_of(c), t = c.inverse_temperature;
+    if (!sums_of<T, REVERSE, STORE, CAPPED, false>(z, r, count, scale, t, slope, first, second, block))
+        sums_of<T, REVERSE, STORE, CAPPED, true>(z, r, count, scale, t, slope, first, second, block);
 }
 
 // `to` and `slope` have room for whole vectors.
@@ -106,7 +114,7 @@ static void first_pass_capped(const InterventionLoss& c, int64_t row, int64_t be
     float z[BLOCK], r[BLOCK], slope[BLOCK];
     cap(at(c.logits, row * c.logits_stride + begin, T()), count, softcap, z, STORE ? slope : nullptr);
     cap(at(c.reference, row * c.reference_stride + begin, T()), count, softcap, r, nullptr);
-    first_pass<float, REVERSE, STORE, true>(z, r, count, scale_of(c), slope, first, second, block);
+    first_pass<float, REVERSE, STORE, true>(z, r, count, c, slope, first, second, block);
 }
 
 // The block at column `begin` of the row; where it holds an excluded answer, of a copy without it.
@@ -127,7 +135,7 @@ static void first_pass_of(const InterventionLoss& c, int64_t row, int64_t begin,
             z = z_copy, r = r_copy;
         }
     }
-    first_pass<T, REVERSE, STORE, false>(z, r, count, scale_of(c), nullptr, first, second, block);
+    first_pass<T, REVERSE, STORE, false>(z, r, count, c, nullptr, first, second, block);
 }
 
 }  // namespace ACTSCALE_LEVEL

@@ -67,9 +67,9 @@ def kl_div_from_logits(
         - Mean: over rows (tokens), never over V as `F.kl_div`'s "mean"; with all rows ignored 0, not NaN.
         - Direction: "forward" is F.kl_div(log q, log p), beta = 0 of TRL's GKDTrainer; "reverse" its beta = 1.
         - Shift labels, not logits: logits[:, :-1] would be copied to become rows, labels padded at the end are not.
-        - float16: rows weigh w/max |w| in the finished gradient, and what that leaves out (max |w|; of a mean 1/Σw too)
-          is applied to it in a second pass, together with the loss scale: float16 would lose small gradients to a
-          factor such as T²/n before a loss scale could save them, and overflow under a large one.
+        - float16: row weights and a mean's 1/Σw are applied to the finished gradient in a second pass, together with the
+          loss scale: float16 would lose small gradients to a factor such as T²/n before a loss scale could save them,
+          and overflow under a large one.
 
     Once differentiable (float64: any number of times); torch.func transforms are not supported.
     """
@@ -85,8 +85,9 @@ def kl_div_from_logits(
     if inplace_gradient:
         check_overwritable(logits, reference_logits)
     weights = row_weights(labels, ignore_index, row_weight, leading, z)
-    weights, factor = reduced_weights(weights, reduction, z)
+    weights, of_rows, factor = reduced_weights(weights, reduction, z)
     divergence = weighted_divergence(z, r, weights, inverse_temperature, reverse, softcap, in_place=inplace_gradient)
+    divergence = divergence if of_rows is None else divergence * of_rows
     divergence = divergence.reshape(leading) if reduction == "none" else divergence.sum()
     return divergence if factor is None else divergence * factor
 
@@ -159,30 +160,24 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 def reduced_weights(
     weights: Tensor | None, reduction: str, like: Tensor
-) -> tuple[Tensor | None, Tensor | float | None]:
-    """The weights whose sum over rows is the reduction, and the factor that is left for the result; None: 1."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | float | None]:
+    """(weights of the kernel, a factor for each row's result or None, one for the reduced result or None).
+
+    Weights of the kernel are part of the finished gradient, which in float16 holds neither 1/Σw nor weights of very
+    different sizes: there they only say which rows count, and the factors reach the gradient as its upstream.
+    """
     mean = reduction in ("mean", "batchmean")
-    if like.dtype == torch.float16:  # its gradients hold neither 1/Σw nor any row_weight
+    if like.dtype == torch.float16:
         if weights is None:
-            return None, 1 / max(like.shape[0], 1) if mean else None
-        weights, largest = normalised(weights)
-        return weights, _inverse(weights.sum()) if mean else largest
+            return None, None, 1 / max(like.shape[0], 1) if mean else None
+        return (weights != 0).to(weights.dtype), weights, _inverse(weights.sum()) if mean else None
     if not mean:
-        return weights, None
+        return weights, None, None
     if weights is None:
         acc = reference.accumulation_dtype(like.dtype)
-        return like.new_full((like.shape[0],), 1 / max(like.shape[0], 1), dtype=acc), None
+        return like.new_full((like.shape[0],), 1 / max(like.shape[0], 1), dtype=acc), None, None
     total = weights.sum()
-    return (weights / total).masked_fill(total == 0, 0.0), None
-
-
-def normalised(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(w/max |w|, max |w|), nothing of it read by the host; no row weighs more than 1."""
-    if len(weights) == 0:
-        return weights, weights.new_ones(())
-    largest = weights.abs().amax()
-    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-    return weights / largest, largest
+    return (weights / total).masked_fill(total == 0, 0.0), None, None
 
 
 def _inverse(total: Tensor) -> Tensor:

@@ -92,15 +92,17 @@ def linear_kl_div(
     rows = Side(hidden.reshape(leading.numel(), hidden.shape[-1]), weight, bias)
     others = teacher._replace(hidden=teacher.hidden.reshape(leading.numel(), teacher.hidden.shape[-1]))
     weights = row_weights(labels, ignore_index, row_weight, leading, rows.hidden)
-    weights, factor = reduced_weights(weights, reduction, rows.hidden)
+    weights, of_rows, factor = reduced_weights(weights, reduction, rows.hidden)
     setting = Setting(inverse_temperature, reverse, softcap, chunk_bytes)
     reduced = reduction != "none"
     if torch.compiler.is_compiling():  # a graph plans what it keeps and what it makes again
         losses = traced(rows, others, weights, setting)
+        losses = losses if of_rows is None else losses * of_rows
         losses = losses.sum() if reduced else losses
     else:
         needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in rows)
-        losses = LinearKL.apply(*rows, others, weights, setting, reduced, needs)
+        losses = LinearKL.apply(*rows, others, weights, of_rows if reduced else None, setting, reduced, needs)
+        losses = losses if reduced or of_rows is None else losses * of_rows
     losses = losses if reduced else losses.reshape(leading)
     return losses if factor is None else losses * factor
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import backends, reference
-from .kl_div import normalised, weighted_divergence
+from .kl_div import weighted_divergence
 from .linear_logits import slices
 from .linear_softmax import wide_product
 from .loss import computed, graph_is_kept
@@ -127,12 +127,15 @@ def _rows_at_once(student: Side, teacher: Side, setting: Setting, head_learns: b
 
 
 def _pass(
-    student: Side, teacher: Side, weights: Tensor | None, setting: Setting, needs: tuple[bool, ...]
-) -> tuple[Tensor, list[Tensor | None]]:
+    student: Side, teacher: Side, weights: Tensor | None, factors: Tensor | None, setting: Setting,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """(w·KL [N], the gradients of its sum by hidden, weight and bias, None where not needed).
 
     That of hidden is of hidden's dtype; the head's are of the accumulation dtype, since a sum over rows may be more
-    than float16 holds before the reduction's factor.
+    than float16 holds before the reduction's factor. `factors` [N] of the rows are left for the caller to apply to the
+    losses and to the gradient of hidden, whose rows keep their own scale so; the head's gradients are sums over rows and
+    take them here.
     """
     hidden, weight, _ = student
     acc = reference.accumulation_dtype(hidden.dtype)
@@ -142,6 +145,7 @@ def _pass(
         for t, needed in zip(student, needs, strict=True)
     )  # fmt: skip
     divergence = hidden.new_zeros(hidden.shape[0], dtype=acc)
+    factors, largest = (None, None) if factors is None else _normalised(factors)
     counted = _counted_rows(student, weights)
     columns = _columns(student, setting)
     step = _rows_at_once(student, teacher, setting, needs[1] or needs[2])
@@ -158,14 +162,28 @@ def _pass(
             continue
         if d_hidden is not None:
             d_hidden[rows] = dp @ weight
+        if factors is not None:  # on a CPU in float32, which the product copies its sides to
+            f = factors[rows][:, None]
+            h = (h * f).to(h.dtype if h.is_cuda else acc)
         for begin in range(0, dp.shape[1], columns):  # a sum or a product of 16-bit numbers may copy them first
             here = slice(begin, begin + columns)
             if d_weight is not None:
                 d_weight[here] += wide_product(dp[:, here].t(), h)
             if d_bias is not None:
-                d_bias[here] += dp[:, here].sum(0, dtype=acc)
+                d_bias[here] += (dp[:, here] if factors is None else dp[:, here] * f).sum(0, dtype=acc)
         del dp
+    if largest is not None:
+        d_weight, d_bias = (None if d is None else d.mul_(largest) for d in (d_weight, d_bias))
     return divergence, [d_hidden, d_weight, d_bias]
+
+
+def _normalised(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """(f/max |f|, max |f|), nothing of it read by the host; none is more than 1, so that float16 holds their products."""
+    if len(factors) == 0:
+        return factors, factors.new_ones(())
+    largest = factors.abs().amax()
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return factors / largest, largest
 
 
 def _rounded(gradients: list[Tensor | None], student: Side) -> list[Tensor | None]:
@@ -183,51 +201,56 @@ def _counted_rows(student: Side, weights: Tensor | None) -> Tensor | None:
 class LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, hidden, weight, bias, teacher, weights, setting, reduced, needs
+        ctx: Any, hidden, weight, bias, teacher, weights, factors, setting, reduced, needs
     ):
         student = Side(hidden, weight, bias)
         ctx.again = not reduced and (needs[1] or needs[2])
         with torch.autocast(hidden.device.type, enabled=False):
-            divergence, grads = _pass(student, teacher, weights, setting, (False,) * 3 if ctx.again else needs)
+            divergence, grads = _pass(student, teacher, weights, factors, setting, (False,) * 3 if ctx.again else needs)
         ctx.dtypes = [None if t is None else t.dtype for t in student]
         ctx.grads = grads if hidden.dtype == torch.float16 else _rounded(grads, student)
+        ctx.factors = factors
         ctx.ignored = None if weights is None or not needs[0] else weights == 0
         if ctx.again:
             ctx.save_for_backward(*student, *teacher, weights)
             ctx.setting, ctx.needs = setting, needs
+        if factors is not None:
+            divergence = divergence * factors
         return divergence.sum() if reduced else divergence
 
     @staticmethod
     @once_differentiable("linear_kl_div")
     def backward(ctx: Any, upstream):  # type: ignore[no-untyped-def]
         if ctx.again:
-            return *_gradients_again(ctx, upstream), *[None] * 5
+            return *_gradients_again(ctx, upstream), *[None] * 6
         if ctx.grads is None:
             raise RuntimeError("linear_kl_div: a second backward needs retain_graph=True in the first one")
         kept, grads = graph_is_kept(upstream), ctx.grads
         if not kept:
             ctx.grads = None
-        of_rows = upstream if upstream.dim() == 0 else upstream[:, None]
+        of_rows = upstream if ctx.factors is None else upstream * ctx.factors
         if ctx.ignored is not None:  # their zeros, which an upstream of inf or NaN would make NaN
-            of_rows = upstream.expand(len(ctx.ignored)).masked_fill(ctx.ignored, 1.0)[:, None]
+            of_rows = of_rows.expand(len(ctx.ignored)).masked_fill(ctx.ignored, 1.0)
+        of_rows = of_rows if of_rows.dim() == 0 else of_rows[:, None]
         scaled = [
             None if g is None else _times(g, factor, in_place=not kept).to(dtype)
             for g, factor, dtype in zip(grads, (of_rows, upstream, upstream), ctx.dtypes, strict=True)
         ]
-        return *scaled, *[None] * 5
+        return *scaled, *[None] * 6
 
 
 def _gradients_again(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
     student, teacher = Side(*ctx.saved_tensors[:3]), Side(*ctx.saved_tensors[3:6])
     weights = ctx.saved_tensors[6]
-    weights = upstream.contiguous() if weights is None else torch.where(weights == 0, 0.0, weights * upstream)
-    largest = None
-    if student.hidden.dtype == torch.float16:  # which does not hold a loss scale, nor 1/N
-        weights, largest = normalised(weights)
     with torch.autocast(student.hidden.device.type, enabled=False):
-        gradients = _pass(student, teacher, weights, ctx.setting, ctx.needs)[1]
-    if largest is not None:
-        gradients = [None if g is None else _times(g, largest, in_place=True) for g in gradients]
+        if student.hidden.dtype != torch.float16:
+            weights = upstream.contiguous() if weights is None else torch.where(weights == 0, 0.0, weights * upstream)
+            return _rounded(_pass(student, teacher, weights, None, ctx.setting, ctx.needs)[1], student)
+        # float16 holds neither a loss scale nor upstreams of very different sizes in one tensor [rows, V].
+        factors = upstream if weights is None else upstream.masked_fill(weights == 0, 0.0)
+        gradients = _pass(student, teacher, weights, factors, ctx.setting, ctx.needs)[1]
+        if gradients[0] is not None:
+            gradients[0] = _times(gradients[0], factors[:, None], in_place=True)
     return _rounded(gradients, student)
 
 

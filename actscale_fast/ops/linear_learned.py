@@ -49,8 +49,12 @@ def learned_head_loss(
 
 
 def _traced(hidden, weight, bias, reference_logits, correct, wrong, direction, setting):  # type: ignore[no-untyped-def]
+    dtype, acc = weight.dtype, accumulation_dtype(weight.dtype)
+    # A graph adds the chunks' gradients up in the dtype of what they are gradients of.
+    wide, wide_bias = (t.to(acc) if t is not None and t.requires_grad else t for t in (weight, bias))
+
     def of_rows(h, reference_rows, c, w, s):  # type: ignore[no-untyped-def]
-        logits = logits_of(h, weight, bias, setting.softcap, setting.logit_scale)
+        logits = logits_of(h, wide.to(dtype), wide_bias, setting.softcap, setting.logit_scale)
         return intervention_loss(logits, reference_rows, c, w, direction=s, **setting.options)
 
     parts = [

@@ -8,8 +8,11 @@ range: their rows become NaN, and nothing is read out of bounds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,19 +83,65 @@ def without_columns(logits: Tensor, columns: Tensor) -> Tensor:
     return logits.scatter(-1, columns, float("-inf"))
 
 
-def kl_divergence(logits: Tensor, reference_logits: Tensor, *, reverse: bool = False) -> Tensor:
-    """KL(p ‖ q) per row, p = softmax(reference), q = softmax(logits); KL(q ‖ p) where `reverse`.
+def kl_divergence(
+    logits: Tensor, reference_logits: Tensor, *, reverse: bool = False, inverse_temperature: float = 1.0
+) -> Tensor:
+    """KL(p ‖ q) per row, p = softmax(i·reference), q = softmax(i·logits); KL(q ‖ p) where `reverse`.
 
     Where the weighting distribution is 0 the term is 0, also when both are 0 (−inf on both sides); +inf only where it
-    is positive and the other one is 0. Rows of width 0 give 0.
+    is positive and the other one is 0. Rows of width 0 give 0. The gradient of a row's KL to itself is exactly 0.
     """
     if logits.shape[-1] == 0:
         return logits.sum(-1)
-    log_q, log_p = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+    if reference_logits.requires_grad or forward_ad._current_level >= 0:  # which `_KLDivergence` has no formula for
+        return _divergence(logits, reference_logits, reverse, inverse_temperature)
+    return _KLDivergence.apply(logits, reference_logits, reverse, inverse_temperature)  # type: ignore[no-any-return]
+
+
+def _log_softmax(logits: Tensor, inverse_temperature: float) -> Tensor:
+    """log softmax(i·logits). The row's maximum comes off first: the least finite number times i would be −inf."""
+    if inverse_temperature != 1.0:
+        largest = logits.detach().amax(-1, keepdim=True)
+        logits = (logits - largest.masked_fill(largest == -torch.inf, 0.0)) * inverse_temperature
+    return logits.log_softmax(-1)
+
+
+def _difference(logits: Tensor, reference_logits: Tensor, reverse: bool, i: float) -> tuple[Tensor, Tensor]:
+    """(the weighting distribution, the logarithm of its ratio to the other one; 0 where the weight is 0)."""
+    log_q, log_p = _log_softmax(logits, i), _log_softmax(reference_logits, i)
     log_weight, log_other = (log_q, log_p) if reverse else (log_p, log_q)
     weight = log_weight.exp()
-    difference = (log_weight - log_other).masked_fill(weight == 0, 0.0)
+    return weight, (log_weight - log_other).masked_fill(weight == 0, 0.0)
+
+
+def _divergence(logits: Tensor, reference_logits: Tensor, reverse: bool, i: float) -> Tensor:
+    weight, difference = _difference(logits, reference_logits, reverse, i)
     return (weight * difference).sum(-1)
+
+
+class _KLDivergence(torch.autograd.Function):
+    """`_divergence` with its gradient by the formula: i·(q − p), in reverse i·q·(log q − log p − KL).
+
+    Autograd's own, q·Σp − p, is not 0 for equal rows: Σp is 1 up to its rounding. The formula is made of plain PyTorch,
+    so it is differentiable in turn.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits, reference_logits, reverse, i):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(logits, reference_logits)
+        ctx.reverse, ctx.i = reverse, i
+        return _divergence(logits, reference_logits, reverse, i)
+
+    @staticmethod
+    def backward(ctx: Any, upstream):  # type: ignore[no-untyped-def]
+        logits, reference_logits = ctx.saved_tensors
+        if ctx.reverse:
+            weight, difference = _difference(logits, reference_logits, True, ctx.i)
+            divergence = (weight * difference).sum(-1, keepdim=True)
+            gradient = (weight * (difference - divergence)).masked_fill(weight == 0, 0.0)
+        else:
+            gradient = _log_softmax(logits, ctx.i).exp() - _log_softmax(reference_logits, ctx.i).exp()
+        return (upstream * ctx.i).unsqueeze(-1) * gradient, None, None, None
 
 
 def intervention_loss(
@@ -137,7 +186,7 @@ def intervention_loss(
             if width <= 2:  # nothing is left of V: the KL of two empty distributions is 0
                 return effectiveness, valid * (0.0 * difference)
             z, r = without_columns(z, answers), without_columns(r, answers)
-    divergence = kl_divergence(z * inverse_temperature, r * inverse_temperature, reverse=reverse)
+    divergence = kl_divergence(z, r, reverse=reverse, inverse_temperature=inverse_temperature)
     factor = valid if row_weight is None else row_weight.to(acc)
     return effectiveness, divergence if factor is None else factor * divergence
 

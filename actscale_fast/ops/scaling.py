@@ -99,11 +99,13 @@ def scale_heads(
         if group is not None:
             checks.ids_in_range("group", group, n_groups, "group")
         return reference.scale_heads(x, alpha, shift, strength, row_strength, group)
+    alpha = None if alpha is None else alpha.to(torch.float32)
+    shift = None if shift is None else shift.to(torch.float32)
     if alpha is not None and shift is not None and alpha.shape[1] != shift.shape[1]:  # the kernels take one P
-        alpha = alpha.expand(-1, n_positions, -1)
+        alpha = alpha.expand(-1, n_positions, -1)  # of float32: autograd sums the gradient over positions in its dtype
         shift = shift.expand(-1, n_positions, -1, -1)
-    alpha = None if alpha is None else alpha.to(torch.float32).contiguous()
-    shift = None if shift is None else shift.to(torch.float32).contiguous()
+    alpha = None if alpha is None else alpha.contiguous()
+    shift = None if shift is None else shift.contiguous()
     if row_strength is not None:
         row_strength = row_strength.to(torch.float32)
     if x.stride(-1) != 1 and head_dim > 1:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .columns import MAX_SPLITS, Tiling, in_tile, row_shift, row_start, tile_positions
 from .device import on_device_of, processors
-from .softmaxes import LN2, LOG2E, kl_gradient, merge, scan
+from .softmaxes import GROWTH, LN2, LOG2E, kl_gradient, merge, scan
 
 SCALARS_BLOCK = tl.constexpr(1024)
 
@@ -71,7 +71,7 @@ def _l1_and_sign(p_scalars, p_l1, p_sign, n_scalars):
 
 @triton.jit(do_not_specialize=["splits", "tiles"])
 def intervention_loss_scan_kernel(
-    p_partials,  # [N, 5, splits]: M_w, L_w, M_o, L_o, A
+    p_partials,  # [N, 5, splits]: M_w, L_w, M_o, L_o, A/2²⁴
     p_answers,  # [N, 4] or None: w[c], w[w], o[c], o[w], before a gradient in place overwrites them
     p_w,  # [N, V] the weighting distribution's logits
     p_o,  # [N, V] the other ones
@@ -232,7 +232,7 @@ def intervention_loss_finish_kernel(
             p_w, p_o, c, w, V, shift, 0, tiles, scale, softcap, EXCLUDE, CAPPED, UNROLL, LANES, VECTOR
         )  # fmt: skip
     log_w, log_o = tl.log2(sum_w), tl.log2(sum_o)
-    faithfulness = inverse_temperature * (a / sum_w) + LN2 * tl.log2(sum_o / sum_w)
+    faithfulness = inverse_temperature * (a / sum_w * GROWTH) + LN2 * tl.log2(sum_o / sum_w)
     faithfulness = tl.where(faithfulness < 0.0, 0.0, faithfulness)  # rounding; NaN stays
     if NOTHING_LEFT:
         faithfulness = 0.0 * inverse_temperature

@@ -13,7 +13,8 @@ With a soft-cap the logits are u = s·tanh(v/s) of those in memory, and the grad
 factor. With e = 2^x, x = 2·log₂(e)·v/s: tanh = (e − 1)/(e + 1) and 1 − tanh² = 4e/(e + 1)². e − 1 comes from the
 polynomial of 2^f, |f| ≤ ½, without its 1, so that small logits keep their digits; the slope is no difference of ones.
 
-−inf on both sides weighs nothing and adds nothing; −inf in o alone makes A infinite where the weight is positive.
+A is kept in units of 2²⁴, so that no sum of finite differences overflows: a token that one side masks with the least
+float is 3e38 away from what the other side says. −inf on both sides weighs nothing and adds nothing; −inf in o alone makes A infinite where the weight is positive.
 Nothing is saved. Per pair of logits: 2·b bytes and two 2^x, and two more 2^x per thread and tile of 16 pairs.
 """
 
@@ -28,6 +29,8 @@ from .columns import in_tile, tile_positions
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SHRINK = tl.constexpr(2.0**-24)  # of A
+GROWTH = tl.constexpr(2.0**24)
 ROUNDER = tl.constexpr(12582912.0)  # 1.5·2²³: a float32 beside it has no digits behind the point
 ONE_BITS = tl.constexpr(0x3F800000)  # of 1.0
 
@@ -61,7 +64,8 @@ def _moved(m_w, l_w, m_o, a, top_w, top_o, scale):
     """(factor of l_w, a) of a partial sum whose maxima m become `top`; where the factor underflows, a is 0 even if it
     was infinite."""
     factor = tl.exp2((m_w - finite(top_w)) * scale)
-    delta = (finite(m_w) - finite(top_w)) - (finite(m_o) - finite(top_o))
+    delta = ((finite(m_w) - finite(top_w)) - (finite(m_o) - finite(top_o))) * SHRINK
+    delta = tl.where(m_o == float("-inf"), 0.0, delta)  # A is infinite, or nothing has been weighed
     return factor, tl.where(factor == 0.0, 0.0, factor * (a + l_w * delta))
 
 
@@ -92,7 +96,7 @@ def scan(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """(M_w, L_w, M_o, L_o, A) of some tiles; a running set per thread, so the loop reduces in registers only."""
+    """(M_w, L_w, M_o, L_o, A/2²⁴) of some tiles; a running set per thread, so the loop reduces in registers only."""
     TILE: tl.constexpr = UNROLL * LANES * VECTOR
     positions = tile_positions(UNROLL, LANES, VECTOR)
     m_w = tl.full([LANES], float("-inf"), tl.float32)
@@ -128,7 +132,7 @@ def scan(
         b_o -= finite(top_o)[None, :, None]
         b_e = tl.exp2(b_w * scale)
         factor, a = _moved(m_w, l_w, m_o, a, top_w, top_o, scale)
-        a += tl.sum(tl.sum(tl.where(b_e == 0.0, 0.0, b_e * (b_w - b_o)), 2), 0)
+        a += tl.sum(tl.sum(tl.where(b_e == 0.0, 0.0, b_e * ((b_w - b_o) * SHRINK)), 2), 0)
         l_w = tl.fma(l_w, factor, tl.sum(tl.sum(b_e, 2), 0))
         factor = tl.exp2((m_o - finite(top_o)) * scale)
         l_o = tl.fma(l_o, factor, tl.sum(tl.sum(tl.exp2(b_o * scale), 2), 0))
@@ -150,10 +154,11 @@ def kl_gradient(
             factor = factor * b_slope_w
         else:
             factor = factor * b_slope_o
-    b_w = (b_w - finite(top_w)) * scale - log_w
-    b_o = (b_o - finite(top_o)) * scale - log_o
-    if REVERSE:
-        b_q = tl.exp2(b_w)
-        return tl.where(b_q == 0.0, 0.0, factor * b_q * ((b_w - b_o) * LN2 - faithfulness))
+    b_w -= finite(top_w)
+    b_o -= finite(top_o)
+    b_q = tl.exp2(b_w * scale - log_w)
+    if REVERSE:  # in nats: to base 2, differences of 3e38 would overflow
+        b_ratio = (b_w - b_o) * (scale * LN2) - (log_w - log_o) * LN2
+        return tl.where(b_q == 0.0, 0.0, factor * b_q * (b_ratio - faithfulness))
     else:  # noqa: RET505  (Triton wants both branches of a constexpr)
-        return factor * (tl.exp2(b_o) - tl.exp2(b_w))
+        return factor * (tl.exp2(b_o * scale - log_o) - b_q)
