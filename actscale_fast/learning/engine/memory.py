@@ -19,10 +19,10 @@ class KeptBytes:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.known = {
-            tensor.untyped_storage().data_ptr()
+            address
             for module in modules
             for tensor in (*module.parameters(), *module.buffers())
-            if not tensor.is_meta
+            for address, _ in _storages(tensor)
         }
         self.found: dict[int, int] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -39,10 +39,21 @@ class KeptBytes:
         return sum(self.found.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self.found[storage.data_ptr()] = storage.nbytes()
+        for address, n_bytes in _storages(tensor):
+            if address not in self.known:
+                self.found[address] = n_bytes
         return tensor.detach()  # an output that its own node keeps would be a cycle that nobody frees
+
+
+def _storages(tensor: Tensor) -> list[tuple[int, int]]:
+    """(address, bytes) of the memory behind a tensor: of a quantised or sharded one that of its parts."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [one for name in names for one in _storages(getattr(tensor, name))]
+    if tensor.is_meta:
+        return []
+    storage = tensor.untyped_storage()
+    return [(storage.data_ptr(), storage.nbytes())]
 
 
 def free_bytes(device: torch.device) -> int:
