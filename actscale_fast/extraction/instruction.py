@@ -237,7 +237,7 @@ def _median_perplexity(
     paths: dict[str, str],
 ) -> float:
     said = [row for row, text in enumerate(texts) if tokenizer(text, add_special_tokens=False)["input_ids"]]
-    values = torch.full((len(texts),), math.inf)
+    values = torch.full((len(texts),), math.inf, dtype=torch.float32, device="cpu")
     if said:
         values[said] = perplexity(
             model, tokenizer, [texts[row] for row in said], [prompts[row] for row in said], batch_size=batch_size,

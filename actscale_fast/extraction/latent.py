@@ -202,7 +202,7 @@ def _decoded(
     """Whether greedy decoding from the opening gives each sentence."""
     encoder = Encoder(layout(model, vectors[0].paths), tokenizer)
     n_rows, longest = len(vectors), max(map(len, targets))
-    with patch(model, SteerVec.stack(vectors), group=torch.arange(n_rows)):
+    with patch(model, SteerVec.stack(vectors), group=torch.arange(n_rows, device="cpu")):
         made = greedy(model, tokenizer, encoder.batch([opening] * n_rows), longest + 1)
     sentences = [ids[: len(ids) - len(end)] for ids in targets]
     return [(ids if end else ids[: len(wanted)]) == wanted for ids, wanted in zip(made, sentences, strict=True)]

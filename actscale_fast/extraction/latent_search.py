@@ -75,7 +75,7 @@ class LatentSearch:
 
     def start(self, scale: float, generator: torch.Generator) -> None:
         """Begin again: every z at normal noise of `scale` times the stream's size."""
-        noise = torch.randn(self.z.vectors.shape, generator=generator)
+        noise = torch.randn(self.z.vectors.shape, generator=generator, dtype=torch.float32, device="cpu")
         with torch.no_grad():
             self.z.vectors.copy_(noise * scale * self.size)
 

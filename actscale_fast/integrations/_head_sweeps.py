@@ -105,7 +105,7 @@ def _sweep(
     n_rows, n_tokens = tokens.shape
     residuals, n_outputs = _residuals(model, tokens)
     n_cells, step = n_heads * (n_tokens if positions else 1), max(1, rows // n_rows)
-    values = torch.zeros(model.cfg.n_layers, n_cells, device=tokens.device)
+    values = torch.zeros(model.cfg.n_layers, n_cells, dtype=torch.float32, device=tokens.device)
     for layer in range(model.cfg.n_layers):
         for first in range(0, n_cells, step):
             some = torch.arange(first, min(first + step, n_cells), device=tokens.device)

@@ -263,7 +263,7 @@ def _parameters(part: _Part, found: ModelLayout, site: str) -> tuple[type[Interv
         if by_head:
             raise ValueError(f"{part.key}: zeroes heads that each call names, expected a whole site (unit 'pos')")
         _check_dims(part, "zeroes", width)
-        return ActivScalar, torch.full((n_heads,), -1.0)
+        return ActivScalar, torch.full((n_heads,), -1.0, dtype=torch.float32, device="cpu")
     alpha = part.tensors.get("alpha")
     if alpha is None:
         raise ValueError(f"{part.key}: has no factors (alpha)")

@@ -37,7 +37,8 @@ class ScaleIntervention(pyvene.SourcelessIntervention, pyvene.TrainableIntervent
         # Said, not left open: where it is, pyvene's `load` takes the width of a head from hidden_size // n_heads.
         self.set_interchange_dim(ALL_DIMS)
         self._by_head = str(kwargs.get("unit") or "pos").startswith("h")
-        self.alpha = nn.Parameter(torch.zeros(int(kwargs.get("max_number_of_units") or 1) if self._by_head else 1))
+        n_scalars = int(kwargs.get("max_number_of_units") or 1) if self._by_head else 1
+        self.alpha = nn.Parameter(torch.zeros(n_scalars, dtype=torch.float32))
 
     def forward(self, base: Tensor, source: Any = None, subspaces: Any = None, **kwargs: Any) -> Tensor:
         """base [B, n, T, D] of n heads at units "h" and "h.pos"; [B, T, d], [N, d] or [..., D]. The same shape back."""

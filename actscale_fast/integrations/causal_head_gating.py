@@ -48,7 +48,7 @@ def fit_gates(
     clip: float = 4.0, start: float = 2.0) -> HeadGates:  # fmt: skip
     """The three fits. Batches, one an update: what the model takes, and `labels` (−100: not scored); weight: |λ|."""
     found, fits, columns = layout(model), list[Tensor](), [scored(batch) for batch in batches]
-    first = torch.full((found.n_layers, found.n_heads), start, device=model.device)
+    first = torch.full((found.n_layers, found.n_heads), start, dtype=torch.float32, device=model.device)
     with frozen(model), head_mask(model, first.sigmoid()) as handle:
         for pressure in (0.0, weight, -weight):
             optimizer = torch.optim.Adam([theta := (fits[0] if fits else first).clone().requires_grad_()], lr=lr)

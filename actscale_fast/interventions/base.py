@@ -46,7 +46,7 @@ class Intervention(nn.Module):
         self.location = location
         self.n_groups = n_groups
         for name, shape in self.parameter_shapes(location, n_groups).items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)))
         wanted = torch.tensor(location.positions or (), dtype=torch.int64, device=device)
         self.register_buffer("_wanted", wanted, persistent=False)
 

@@ -231,7 +231,7 @@ def _place(part: Intervention, whole: Intervention, group: int | None) -> None:
         slot_of = {position: slot for slot, position in enumerate(there.positions)}
         slots = [slot_of[position] for position in here.positions]
         slots += [there.n_slots - 1] * here.generated
-    rows, columns = torch.tensor(layers)[:, None], torch.tensor(slots)[None]
+    rows, columns = torch.tensor(layers, device="cpu")[:, None], torch.tensor(slots, device="cpu")[None]
     for name, value in part.named_parameters():
         if not value.requires_grad:
             whole.get_parameter(name).requires_grad_(False)

@@ -62,7 +62,7 @@ class BoundlessDAS(Intervention):
         super().__init__(location, device=device)
         with torch.no_grad():
             self.boundary.fill_(0.5)
-        self.register_buffer("temperature", torch.tensor(TEMPERATURE, device=device))
+        self.register_buffer("temperature", torch.tensor(TEMPERATURE, dtype=torch.float32, device=device))
         n_matrices = location.n_slots * location.n_heads
         self.rotations = nn.ModuleList(_Rotation(n_matrices, location.width, device) for _ in location.layers)
         #: While True an edit does nothing, and needs no source.
@@ -105,7 +105,9 @@ class BoundlessDAS(Intervention):
         )
         generator = torch.Generator().manual_seed(seed)
         for rotation in das._rotations():
-            drawn, triangle = torch.linalg.qr(torch.randn(rotation.shape, generator=generator))
+            drawn, triangle = torch.linalg.qr(
+                torch.randn(rotation.shape, generator=generator, dtype=torch.float32, device="cpu")
+            )
             rotation.set(drawn * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None])  # uniform over rotations
         return das
 
@@ -252,7 +254,7 @@ class _Rotation(nn.Module):
     def __init__(self, n_matrices: int, width: int, device: torch.device | None) -> None:
         super().__init__()
         self.shape = (n_matrices, width, width)
-        self.weight = nn.Parameter(torch.eye(width, device=device).repeat(n_matrices, 1, 1))
+        self.weight = nn.Parameter(torch.eye(width, dtype=torch.float32, device=device).repeat(n_matrices, 1, 1))
         orthogonal(self, "weight", orthogonal_map="cayley")
         self._kept: tuple[object, Tensor] | None = None
 
@@ -282,7 +284,7 @@ class _Rotation(nn.Module):
             ValueError: they are not orthogonal.
         """
         matrices = matrices.to(self.base)
-        identity = torch.eye(self.shape[-1], device=matrices.device)
+        identity = torch.eye(self.shape[-1], dtype=matrices.dtype, device=matrices.device)
         off = float((matrices @ matrices.mT - identity).abs().amax())
         if not off <= 1e-3:  # a rotation that was learned is off by some 1e-6
             raise ValueError(f"rotation: R·Rᵀ is off the identity by {off:.2g}, expected an orthogonal matrix")

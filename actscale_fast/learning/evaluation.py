@@ -134,7 +134,9 @@ def evaluate_all(
         for batch_rows in tqdm(data.by_length(batch_size), desc="evaluate", disable=not progress, leave=False):
             batch = data.batch(batch_rows)
             reference = logits(batch)
-            direction = torch.tensor([1.0, -1.0], device=data.device).repeat_interleave(len(batch_rows))
+            direction = torch.tensor([1.0, -1.0], dtype=torch.float32, device=data.device).repeat_interleave(
+                len(batch_rows)
+            )
             correct, wrong, signs = (
                 t.to(reference.device) for t in (data.correct[batch_rows], data.wrong[batch_rows], direction)
             )
@@ -155,7 +157,8 @@ def evaluate_all(
     evaluations = []
     for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
         start, plus, minus, kl_correct, kl_wrong, *tops = values.unbind(-1)
-        baseline = _summary(intervention, start, start, torch.zeros(1), torch.zeros(1), torch.ones(1))
+        none = values.new_zeros(1)
+        baseline = _summary(intervention, start, start, none, none, none + 1)
         after = _summary(intervention, plus, minus, kl_correct, kl_wrong, torch.cat(tops))
         evaluations.append(replace(after, baseline=replace(baseline, n_active=0, l1=0.0)))
     return evaluations

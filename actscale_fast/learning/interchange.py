@@ -186,7 +186,7 @@ class _Fit:
         )
         for value in self.named.values():  # as Adam itself begins
             moments = {name: torch.zeros_like(value) for name in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[value] = {"step": torch.zeros(()), **moments}
+            self.adam.state[value] = {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **moments}
         self.history: list[dict[str, float]] = []
         self.taken = 0
         self._whole, self._saved = True, -1

@@ -149,8 +149,8 @@ class Removals:
         size = even_size(n_items, self.max_tokens // batch.input_ids.shape[1])
         start = self.starts[index]
         differences = []
-        with Patch(self._model, self._one_hot(index), group=torch.zeros(0, dtype=torch.int64)) as patched:
-            for items in torch.arange(n_items).split(size):
+        with Patch(self._model, self._one_hot(index), group=torch.zeros(0, dtype=torch.int64, device="cpu")) as patched:
+            for items in torch.arange(n_items, device="cpu").split(size):
                 place, patched.group = items // self.n_groups, items % self.n_groups
                 part = batch.take(place.to(batch.input_ids.device))
                 states = hidden[start][place.to(hidden[start].device)] if start else None

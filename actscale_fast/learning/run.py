@@ -59,7 +59,7 @@ class Run:
             raise ValueError(f"intervention: {type(intervention).__name__} has no parameters that require a gradient")
         self.values = list(self.named.values())
         self.moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in self.values]
-        self.counters = [torch.zeros((), device=value.device) for value in self.values]
+        self.counters = [torch.zeros((), dtype=torch.float32, device=value.device) for value in self.values]
         self.history: list[dict[str, float]] = []
         self.taken = 0  # steps, those whose figures are not known yet among them
         self._l1 = intervention.l1

@@ -57,7 +57,7 @@ class FitSettings:
         while len(rows) < self.batch_size:
             epoch, offset = divmod(position + len(rows), n_examples)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(n_examples, generator=generator).tolist()
+            order = torch.randperm(n_examples, generator=generator, device="cpu").tolist()
             rows += order[offset : offset + self.batch_size - len(rows)]
         return rows
 

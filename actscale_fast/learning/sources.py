@@ -74,7 +74,9 @@ def source_activations(
                 group = order[start : start + batch_size]
                 batch = left_padded([prompts[text] for text in group], pad_id_of(tokenizer), embedding.device)
                 n_columns = batch.input_ids.shape[1]
-                columns = torch.tensor([[n_columns + place for place in places[text]] for text in group])  # [B, P]
+                columns = torch.tensor(
+                    [[n_columns + place for place in places[text]] for text in group], device="cpu"
+                )  # [B, P]
                 parts.append(read(batch, reduce=functools.partial(_gathered, columns=columns)).transpose(0, 1))
     finally:
         das.paused = was_paused

@@ -169,7 +169,7 @@ class _Probe:
     def whole(self, site: str) -> Verdict:
         """Of a whole site: attn_out, mlp_out or residual."""
         self.n_rows = 3  # as it is, doubled, negated
-        factors, width = torch.tensor([1.0, 2.0, -1.0]), self.found.hidden_size
+        factors, width = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float32, device="cpu"), self.found.hidden_size
         idle: set[int] = set()
         last = self.found.n_layers - 1
 

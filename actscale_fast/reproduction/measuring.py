@@ -47,7 +47,7 @@ def figures(evaluation: Evaluation, intervention: Intervention) -> dict[str, Any
 
 def shuffled(scalars: ActivScalar, seed: int) -> ActivScalar:
     """The same values at random places: equal ℓ1 norm and number."""
-    order = torch.randperm(scalars.alpha.numel(), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(scalars.alpha.numel(), generator=torch.Generator().manual_seed(seed), device="cpu")
     return _with_values(scalars, scalars.alpha.detach().cpu().flatten()[order])
 
 

@@ -220,7 +220,7 @@ class Engine:
         return terms, gradients
 
     def _sums(self, passes: list[list[Unit]], shares: Sequence[Share]) -> tuple[Tensor, list[Tensor]]:
-        terms = torch.zeros(len(shares), 3, device=self.intervention.device)
+        terms = torch.zeros(len(shares), 3, dtype=torch.float32, device=self.intervention.device)
         gradients = [torch.zeros_like(value) for value in self.parameters]
         quiet_below = self._quiet_below(shares)
         for part in passes:

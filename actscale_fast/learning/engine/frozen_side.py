@@ -58,7 +58,7 @@ class FrozenSide:
             outputs.append((rows, output))
             if kept:
                 self.store.put(rows, kept)
-        order = torch.tensor([row for rows, _ in outputs for row in rows]).argsort()
+        order = torch.tensor([row for rows, _ in outputs for row in rows], device="cpu").argsort()
         output = torch.cat([output for _, output in outputs])[order.to(outputs[0][1].device)]
         if self.head is None:
             self.outputs = output

@@ -62,23 +62,23 @@ class Assembly:
             for row, index in enumerate(unit_of)
             for place, item in enumerate(part[index].items)
         ]
-        small = {"expand": torch.tensor(unit_of), "sign": torch.tensor(signs), **_weights(losses, shares)}
+        small = {"expand": _ints(unit_of), "sign": _floats(signs), **_weights(losses, shares)}
         if packed:
-            small["row_of"] = torch.tensor([loss.row for loss in losses])
-            small["column_of"] = torch.tensor([loss.column for loss in losses])
+            small["row_of"] = _ints([loss.row for loss in losses])
+            small["column_of"] = _ints([loss.column for loss in losses])
         if self.grouped:
-            small["groups"] = torch.tensor([shares[unit.items[0].share].group for unit in part])
+            small["groups"] = _ints([shares[unit.items[0].share].group for unit in part])
         kinds: dict[LossOptions, list[int]] = {}
         for place, loss in enumerate(losses):
             objective = shares[loss.item.share].objective
             kinds.setdefault((objective.margin, objective.exclude_answers, objective.kl), []).append(place)
         references: list[ops.ReferenceStatistics | Tensor] = []
         for number, ((_, exclude, kl), places) in enumerate(kinds.items()):
-            examples = torch.tensor([losses[place].item.row for place in places])
+            examples = _ints([losses[place].item.row for place in places])
             for name, ids in self.answers.items():
                 small[f"{name}.{number}"] = ids[examples]
             if len(kinds) > 1:
-                small[f"places.{number}"] = torch.tensor(places)
+                small[f"places.{number}"] = _ints(places)
             references.append(self.frozen_side.reference(examples, exclude, kl))
         tensors = {name: value.to(self.data.device, non_blocking=True) for name, value in small.items()}
         extent = self.frozen_side.extent
@@ -99,21 +99,23 @@ class Assembly:
         """Ids, positions, mask and constant hidden states of packed units, left-aligned."""
         rows = [item.row for unit in part for item in unit.items]
         width = max(unit.width for unit in part)
-        ids = torch.full((len(part), width), self.data.pad_id)
-        positions = torch.zeros(len(part), width, dtype=torch.int64)
-        mask = torch.empty(len(part), 1, width, width, dtype=torch.bool)
-        item_of = torch.zeros(len(part), width, dtype=torch.int64)  # where each token's hidden state is kept
+        ids = torch.full((len(part), width), self.data.pad_id, device="cpu")
+        positions = torch.zeros(len(part), width, dtype=torch.int64, device="cpu")
+        mask = torch.empty(len(part), 1, width, width, dtype=torch.bool, device="cpu")
+        item_of = torch.zeros(
+            len(part), width, dtype=torch.int64, device="cpu"
+        )  # where each token's hidden state is kept
         from_end = torch.full_like(item_of, -1)
         before = 0
         for index, unit in enumerate(part):
             assert unit.tree is not None
-            ids[index, : unit.width] = torch.tensor(unit.tree.tokens)
-            positions[index, : unit.width] = torch.tensor(unit.tree.depths)
+            ids[index, : unit.width] = _ints(unit.tree.tokens)
+            positions[index, : unit.width] = _ints(unit.tree.depths)
             mask[index, 0] = unit.tree.allowed(width)
             places, depths = zip(*unit.tree.sources, strict=True)
-            item_of[index, : unit.width] = before + torch.tensor(places)
+            item_of[index, : unit.width] = before + _ints(places)
             lengths = [len(self.data.prompts[rows[before + place]]) for place in places]
-            from_end[index, : unit.width] = torch.tensor(depths) - torch.tensor(lengths)
+            from_end[index, : unit.width] = _ints(depths) - _ints(lengths)
             before += len(unit.items)
         device = self.data.device
         tensors = {
@@ -129,15 +131,25 @@ class Assembly:
 
 def _weights(losses: Sequence[_Loss], shares: Sequence[Share]) -> dict[str, Tensor]:
     """ "mean" [S, R], "weight" and "sparsity" [R] of `Inputs`."""
-    mean = torch.zeros(len(shares), len(losses))
+    mean = torch.zeros(len(shares), len(losses), dtype=torch.float32, device="cpu")
     for place, loss in enumerate(losses):
         mean[loss.item.share, place] = 1 / len(shares[loss.item.share].rows)
-    faithfulness = torch.tensor([share.objective.faithfulness for share in shares])
+    faithfulness = _floats([share.objective.faithfulness for share in shares])
     weights = {"mean": mean, "weight": faithfulness @ mean}
     if any(share.objective.sparsity == "scalars" for share in shares):
         sparse = [
             share.objective.minimality / len(share.objective.directions) * (share.objective.sparsity == "scalars")
             for share in shares
         ]
-        weights["sparsity"] = torch.tensor(sparse) @ mean
+        weights["sparsity"] = _floats(sparse) @ mean
     return weights
+
+
+def _ints(values: Sequence[int]) -> Tensor:
+    """On the CPU, whatever PyTorch's default device is."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+def _floats(values: Sequence[float]) -> Tensor:
+    """In float32 on the CPU, whatever PyTorch's defaults are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")

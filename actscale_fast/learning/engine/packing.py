@@ -35,10 +35,10 @@ class Tree:
 
     def allowed(self, width: int) -> Tensor:
         """Which columns each column attends to, bool [width, width]; columns after the tree see themselves."""
-        seen = torch.eye(width, dtype=torch.bool)
+        seen = torch.eye(width, dtype=torch.bool, device="cpu")
         for path in self.paths:
-            columns = torch.tensor(path)
-            seen[columns[:, None], columns] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+            columns = torch.tensor(path, device="cpu")
+            seen[columns[:, None], columns] = torch.ones(len(path), len(path), dtype=torch.bool, device="cpu").tril()
         return seen
 
 
