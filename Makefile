@@ -1,23 +1,43 @@
-# make demo   learn, evaluate, save and use activation scalars on a small real model
-# make test   the whole test suite
-# make check  ruff and mypy
-# make bench  the benchmark harness, into benchmarks/results
+# make demo           learn, evaluate, save and use activation scalars on a small real model
+# make test           the whole test suite
+# make test-versions  the tests that other libraries' releases can break, with the oldest and the newest of them
+# make check          ruff and mypy
+# make bench          the benchmark harness, into benchmarks/results
 PYTHON ?= python3
 VENV   ?= .venv
-# One PyTorch for every machine; TORCH="torch==2.13.0 --index-url …" or TORCH=torch takes another build.
-TORCH  ?= torch==2.13.0
+# One PyTorch for every machine, and the Triton that it was released with; TORCH="torch==2.13.0 --index-url …" or
+# TORCH=torch takes another build.
+TORCH  ?= torch==2.13.0 "triton==3.7.1; platform_system == 'Linux'"
+# Everything else in the versions of this file; CONSTRAINTS= takes the newest.
+CONSTRAINTS ?= constraints.txt
+# The ends of the tested range, which actscale_fast/_versions.py states.
+OLDEST ?= torch==2.11.0 transformers==5.0.0
+NEWEST ?= torch==2.15.0 transformers==5.24.0
 MODEL  ?=
 # Test processes; each uses PyTorch's threads, which sleep when they wait so as not to hold up the others.
 WORKERS ?= 2
 RUN    := $(VENV)/bin
+PINS    = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# pip builds the package in an environment of its own, to which the first option does not apply.
+ALL_PINS = $(PINS) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS))
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-versions test-oldest test-newest check bench clean
 
 demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
 
 test: $(VENV)/tested
 	OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n $(WORKERS) --dist loadfile
+
+# Patches, generation with positions, fits, evaluation, every family, and the package's check of a model on itself.
+VERSION_TESTS := versions patch patch_compile patch_gradients positions families section reading packing head_mask \
+	merge engine engine_families fit evaluate attribution interchange extraction_act_add systems
+
+test-versions: test-oldest test-newest
+
+test-oldest test-newest: test-%: .venv-%/installed
+	OMP_WAIT_POLICY=PASSIVE .venv-$*/bin/pytest -n $(WORKERS) --dist loadfile -m "not real_model" \
+		$(VERSION_TESTS:%=tests/test_%.py)
 
 check: $(VENV)/tested
 	$(RUN)/ruff check .
@@ -30,21 +50,31 @@ bench: $(VENV)/tested
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -m pip install --quiet $(TORCH)
+	$(RUN)/python -m pip install --quiet --upgrade pip $(PINS)
+	$(RUN)/python -m pip install --quiet $(TORCH) $(PINS)
 	touch $@
 
 # Installed as any user would: in build isolation, not editable. Sources newer than the stamp are installed again.
-SOURCES := pyproject.toml setup.py tests/unpinned.txt $(shell find csrc actscale_fast -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+SOURCES := pyproject.toml setup.py $(CONSTRAINTS) tests/unpinned.txt $(shell find csrc actscale_fast -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(RUN)/python -m pip install --quiet .
+	$(RUN)/python -m pip install --quiet . $(ALL_PINS)
 	touch $@
 
 $(VENV)/tested: $(VENV)/torch $(SOURCES)
-	$(RUN)/python -m pip install --quiet '.[test]'
-	$(RUN)/python -m pip install --quiet --no-deps -r tests/unpinned.txt
+	$(RUN)/python -m pip install --quiet '.[test]' $(ALL_PINS)
+	$(RUN)/python -m pip install --quiet --no-deps -r tests/unpinned.txt $(PINS)
 	touch $@ $(VENV)/installed
 
+.venv-oldest/installed: LIBRARIES = $(OLDEST)
+.venv-newest/installed: LIBRARIES = $(NEWEST)
+
+# A constraint in the user's own settings would hold the newest versions back.
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	PIP_CONSTRAINT=/dev/null .venv-$*/bin/python -m pip install --quiet . $(LIBRARIES) pytest pytest-xdist
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import actscale_fast
 
@@ -67,6 +71,50 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 def test_the_version_stands_in_one_place() -> None:
     assert metadata.version("actscale-fast") == actscale_fast.__version__
+
+
+def requirements() -> list[Requirement]:
+    """Everything that the Makefile asks pip for, but PyTorch and Triton, which it pins by itself."""
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = described["project"]
+    lines = [
+        *described["build-system"]["requires"],
+        *project["dependencies"],
+        *project["optional-dependencies"]["test"],
+        *lines_of("tests/unpinned.txt"),
+        "pip",
+    ]
+    return [r for r in map(Requirement, lines) if r.name not in ("torch", "triton")]
+
+
+def lines_of(name: str) -> list[str]:
+    return [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+
+
+def test_the_constraints_pin_every_requirement_to_one_version_that_it_allows() -> None:
+    pinned = {canonicalize_name(r.name): r for r in map(Requirement, lines_of("constraints.txt"))}
+    for requirement in requirements():
+        (pin,) = pinned[canonicalize_name(requirement.name)].specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), requirement
+
+
+def test_the_constraints_hold_releases_that_any_machine_can_install() -> None:
+    for line in lines_of("constraints.txt"):
+        assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line  # no options, addresses or local builds
+        assert not re.match(r"(torch|triton|nvidia|cuda)\b", line), line
+    names = [canonicalize_name(line.partition("==")[0]) for line in lines_of("constraints.txt")]
+    assert len(names) == len(set(names))
+
+
+def test_make_pins_pytorch_and_the_triton_that_belongs_to_it_within_the_declared_range() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    (line,) = re.findall(r"^TORCH +\?= (.*)$", makefile, re.MULTILINE)
+    pins = dict(re.findall(r"(\w+)==([\d.]+)", line))
+    assert pins.keys() == {"torch", "triton"}
+    assert all(declared[name].contains(version) for name, version in pins.items())
 
 
 @pytest.mark.slow

@@ -169,3 +169,9 @@ def test_the_first_use_of_a_model_checks_the_versions(install: Install) -> None:
     install("transformers", "4.57.6")
     with pytest.raises(ImportError, match=r"transformers: got version 4\.57\.6"):
         af.ActivScalar.for_model(tiny.llama())
+
+
+@pytest.mark.parametrize("end", ["oldest", "newest"])
+def test_make_test_versions_installs_both_ends_of_the_tested_range(end: str) -> None:
+    (line,) = re.findall(rf"^{end.upper()} \?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert dict(pin.split("==") for pin in line.split()) == {n: getattr(t, end) for n, t in TESTED.items()}
