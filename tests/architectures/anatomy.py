@@ -113,6 +113,7 @@ ANATOMIES: dict[str, Anatomy] = {
     "granitemoeshared": _MOE_AND_SHARED,
     # Two stacks that take turns several times a pass: there is no one list of layers.
     "hrm_text": Anatomy(None, projection=None, mlp=(), residual=False),
+    "idefics3": replace(_LLAMA, layers="model.text_model.layers"),
     "jamba": replace(_LLAMA, mlp=("feed_forward",)),
     # A mixture of attention experts: each token's heads go through the output projections of the experts it chose.
     "jetmoe": Anatomy("model.layers", "self_attention", None),
@@ -161,9 +162,12 @@ ANATOMIES: dict[str, Anatomy] = {
     "roc_bert": _bert("roc_bert"),
     "roformer": _bert("roformer", **_OWN_BERT),
     "rwkv": Anatomy("rwkv.blocks", projection=None, mlp=("feed_forward",)),
+    "smolvlm": replace(_LLAMA, layers="model.text_model.layers"),
     "trocr": replace(_BART, own_heads="value", value="self_attn.v_proj"),
     "whisper": _BART,
-    "xglm": Anatomy("model.layers", "self_attn", "self_attn.out_proj", ("fc2",), own_heads="value", value="self_attn.v_proj"),
+    "xglm": Anatomy(
+        "model.layers", "self_attn", "self_attn.out_proj", ("fc2",), own_heads="value", value="self_attn.v_proj",
+    ),
     # Four lists side by side, of attentions, norms, MLPs and norms.
     "xlm": Anatomy(None, projection=None, mlp=(), residual=False),
     "xlm-roberta": _bert("roberta"),
@@ -172,14 +176,21 @@ ANATOMIES: dict[str, Anatomy] = {
     "xlnet": Anatomy("transformer.layer", "rel_attn", None, ("ff",), residual=False, time=0),
     "xlstm": Anatomy("backbone.blocks", projection=None, mlp=("ffn",)),
     "xmod": _bert("roberta"),
-    "zamba": Anatomy("model.layers", "shared_transf.self_attn", "shared_transf.self_attn.o_proj", ("shared_transf.feed_forward",)),
+    # One block of attention and MLP, which several layers share.
+    "zamba": Anatomy(
+        "model.layers", "shared_transf.self_attn", "shared_transf.self_attn.o_proj", ("shared_transf.feed_forward",),
+    ),
     "zamba2": Anatomy(
         "model.layers", "shared_transformer.self_attn", "shared_transformer.self_attn.o_proj",
         ("shared_transformer.feed_forward",),
     ),
 }  # fmt: skip
 
+#: Text towers of vision-language models, each built as Llama is.
+_TOWERS = {"aya_vision", "internvl", "llava", "llava_next", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl"}
+_TOWERS |= {"qwen3_vl", "qwen3_vl_moe"}
+
 
 def anatomy_of(model_type: str) -> Anatomy:
     """The anatomy of a model type; what is not listed is built as Llama is."""
-    return ANATOMIES.get(model_type, _LLAMA)
+    return ANATOMIES.get(model_type, _TOWER if model_type in _TOWERS else _LLAMA)

@@ -13,6 +13,7 @@ from actscale_fast.learning.encoding import EncodedExamples
 from actscale_fast.learning.examples import Example
 
 from .oracle import Oracle, call
+from .subject import factors_of
 
 CORRECT, WRONG_ANSWER = 10, 30
 EXAMPLES = [
@@ -83,8 +84,6 @@ class _Holder:
         self.location, self.alpha = location, alpha
 
     def factors(self, oracle: Oracle, strength: float, slots: list[int] | None) -> dict[int, Tensor]:
-        from .checks import factors_of
-
         with torch.enable_grad():
             return factors_of(self, oracle, strength, slots)
 

@@ -77,7 +77,10 @@ class Oracle:
 
     @contextlib.contextmanager
     def scaled(self, site: str, factors: Factors) -> Iterator[nn.Module]:
-        """A model whose forward passes are scaled: the model itself, or a copy with scaled weights."""
+        """A model whose forward passes are scaled: the model itself, or a copy with scaled weights.
+
+        Factors by token may be exchanged in the dictionary from one forward pass to the next.
+        """
         if site == "head":
             constant = all(value.shape[0] == 1 and not value.requires_grad for value in factors.values())
             if self.anatomy.own_heads:
@@ -94,9 +97,9 @@ class Oracle:
         with contextlib.ExitStack() as stack:
             if any(self._shared(site, layer) for layer in factors):
                 stack.enter_context(self._tracking(None))
-            for layer, factor in factors.items():
+            for layer in factors:
                 for module in self.modules(site, layer):
-                    hook = _output_hook(self, layer, factor, time, shared=self._shared(site, layer))
+                    hook = _output_hook(self, layer, factors, time, shared=self._shared(site, layer))
                     stack.callback(module.register_forward_hook(hook).remove)
             yield self.model
 
@@ -178,13 +181,13 @@ class Oracle:
     def _columns(self, factors: Factors) -> Iterator[None]:
         """The projection's input scaled token by token: the same heads, checked against the weights beforehand."""
         with contextlib.ExitStack() as stack:
-            for layer, factor in factors.items():
-                n_heads, width = self.heads[layer]
+            for layer in factors:
+                n_heads, _ = self.heads[layer]
                 projection = self.layers[layer].get_submodule(self.anatomy.projection)  # type: ignore[arg-type]
 
-                def scale(_: nn.Module, args: tuple[Any, ...], factor: Tensor = factor, n: int = n_heads) -> Any:
+                def scale(_: nn.Module, args: tuple[Any, ...], layer: int = layer, n: int = n_heads) -> Any:
                     x: Tensor = args[0]
-                    wide = x.unflatten(-1, (n, -1)) * factor[..., None].to(x.dtype)
+                    wide = x.unflatten(-1, (n, -1)) * factors[layer][..., None].to(x.dtype)
                     return (wide.flatten(-2), *args[1:])
 
                 stack.callback(projection.register_forward_pre_hook(scale).remove)
@@ -196,10 +199,11 @@ def _times(output: Tensor, factor: Tensor | None) -> Tensor:
     return output if factor is None else output * factor[None, :, :, None].to(output.dtype)
 
 
-def _output_hook(oracle: Oracle, layer: int, factor: Tensor, time: int, *, shared: bool) -> Callable[..., Any]:
+def _output_hook(oracle: Oracle, layer: int, factors: Factors, time: int, *, shared: bool) -> Callable[..., Any]:
     def scale(_: nn.Module, args: Any, output: Any) -> Any:
         if shared and oracle.current != layer:
             return None
+        factor = factors[layer]
         first = output if isinstance(output, Tensor) else output[0]
         flat = (
             first.dim() == 2

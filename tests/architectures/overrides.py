@@ -17,10 +17,11 @@ _GEMMA4: dict[str, Any] = {
 _ASSISTANT = {**_GEMMA4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4}
 _QWEN4 = {
     "layer_types": ["linear_attention", "indexed_attention"] * 2, "hc_count": 2, "hc_lowrank": 8,
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+    "indexer_budget": 8, "indexer_compress_ratio": 2,
 }  # fmt: skip
 
-#: model_type -> arguments of its config; a nested dict changes a nested config, "~name" is for the class's default only.
+#: model_type -> arguments of its config; a nested dict changes a nested config.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "bart": _BART,
@@ -37,9 +38,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dory": {"n_input_layers": 1, "n_recurrent_layers": None, "n_output_layers": 1, "layer_types": _SLIDING},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "blt": {
-        "use_cache": False, "encoder_hash_byte_group_vocab": 50, "patch_size": 4,
-        "encoder_config": {"vocab_size": 260}, "decoder_config": {"vocab_size": 260, "hidden_size_global": 32},
-        "patcher_config": {"vocab_size": 260}, "vocab_size": 260,
+        "use_cache": False, "encoder_hash_byte_group_vocab": 50, "patch_size": 4, "vocab_size": 260,
+        "encoder_config": {"vocab_size": 260, "head_dim": 8, "hidden_size_global": 32},
+        "decoder_config": {"vocab_size": 260, "head_dim": 8, "hidden_size_global": 32},
+        "global_config": {"head_dim": 8}, "patcher_config": {"vocab_size": 260, "head_dim": 8},
     },
     "dots3_note_text": {
         "layer_types": ["indexed_attention", "sliding_attention"] * 2,
@@ -49,6 +51,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": {
         "adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense"] * 4, "patch_size": 4,
     },
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
     "gemma3n_text": {
         "layer_types": _SLIDING, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
     },
@@ -70,6 +75,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "pegasus": _BART,
     "plbart": _BART,
     "prophetnet": {"num_encoder_layers": 5, "is_encoder_decoder": False},
+    "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": _QWEN4,
     "reformer": {
         "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh", "local", "lsh"],
@@ -93,7 +100,20 @@ CANNOT_RUN: dict[str, str] = {
     "gemma4_unified_assistant": "a drafter: it reads the keys and values of the model that it drafts for",
 }
 #: Classes outside the causal mapping that are used as causal language models all the same.
-MORE: dict[str, str] = {}
+MORE: dict[str, str] = {
+    "aya_vision": "AyaVisionForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "paligemma": "PaliGemmaForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+}
 #: The same, of configs that occur inside others.
 TEXT_OVERRIDES: dict[str, dict[str, Any]] = {}
 

@@ -1,4 +1,4 @@
-"""The table of architectures: `python -m tests.architectures.table [--only bart,gemma4] [--json FILE] [--markdown FILE]`.
+"""The table of architectures: `python -m tests.architectures.table --markdown docs/models.md`.
 
 Each architecture runs in a process of its own with a time and a memory limit, so that a crash is one row.
 """
@@ -12,13 +12,14 @@ import resource
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .checks import CANNOT_ACT, CRASH, REFUSED, RIGHT, SITES, UNCHECKED, WRONG, Row, Verdict, check
+from .checks import check
+from .page import markdown, summary
+from .verdicts import CRASH, WRONG, Row
 
 SECONDS = 60.0
 BYTES = 10 << 30
@@ -58,8 +59,9 @@ def run(names: Iterable[tuple[str, str]], *, progress: bool = True) -> list[Row]
         rows.append(row)
         if progress:
             words = {site: str(verdict)[:60] for site, verdict in row.sites.items()}
-            print(f"{model_type:28} {time.perf_counter() - begun:4.1f} s  {row.made[:90] or words}"
-                  f" generate={str(row.generate)[:60]} fit={str(row.fit)[:60]}", file=sys.stderr, flush=True)  # fmt: skip
+            line = f"{model_type:28} {time.perf_counter() - begun:4.1f} s  {row.made[:90] or words}"
+            line += f" generate={str(row.generate)[:60]} fit={str(row.fit)[:60]}"
+            print(line, file=sys.stderr, flush=True)
     return rows
 
 
@@ -71,76 +73,6 @@ def _work(model_type: str, name: str, sender: Any) -> None:
     except BaseException as error:
         sender.send(Row(model_type, name, made=f"{type(error).__name__}: {error}"))
         raise
-
-
-def summary(rows: list[Row]) -> dict[str, int]:
-    """How many architectures there are of each kind."""
-    ran = [row for row in rows if not row.made]
-    count = Counter(verdict.verdict for row in ran for verdict in row.verdicts)
-    return {
-        "architectures": len(rows),
-        "ran": len(ran),
-        "right at the head site or at a whole site": sum(any(v.verdict == RIGHT for v in row.sites.values()) for row in ran),
-        "right at the head site": sum(row.sites["head"].verdict == RIGHT for row in ran),
-        "right in fit": sum(row.fit.verdict == RIGHT for row in ran),
-        "right in cached generation": sum(row.generate.verdict == RIGHT for row in ran),
-        "silently wrong": count[WRONG],
-        "unnamed errors": count[CRASH],
-        "accepted without an oracle": count[UNCHECKED],
-        "refusals": count[REFUSED],
-        "sites that cannot act": count[CANNOT_ACT],
-    }  # fmt: skip
-
-
-def markdown(rows: list[Row]) -> str:
-    """The table for the documentation."""
-    import torch
-    import transformers
-
-    lines = [
-        "# Models",
-        "",
-        "What this package does on every causal language model of transformers, at a tiny random size, compared with an "
-        "oracle that shares no code with it. `python -m tests.architectures.table --markdown docs/models.md` writes this "
-        f"page; it was last written with transformers {transformers.__version__} and PyTorch {torch.__version__}.",
-        "",
-        "- **right**: the same logits as plain hooks (whole sites) or as heads scaled where transformers' attention "
-        "function returns them, to 1e-6 of the effect in float64.",
-        "- **cannot act**: right, but a norm follows, so that only a factor's sign gets through.",
-        "- **refused**: the call raises an error that says why; the reasons are listed below the table.",
-        "- **generate**: cached generation with positions under left padding has the logits of whole passes, one prompt "
-        "at a time. **fit**: the terms and their gradient are those of whole passes, one prompt at a time.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {count} |" for name, count in summary(rows).items()),
-        "",
-        "| model type | class | head | attn_out | mlp_out | residual | generate | fit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    reasons: dict[str, int] = {}
-    for row in sorted(rows, key=lambda row: row.model_type):
-        if row.made:
-            cells = [f"not run[^{_number(reasons, row.made)}]"] + [""] * 5
-        else:
-            cells = [_cell(row.sites[site], reasons) for site in SITES]
-            cells += [_cell(row.generate, reasons), _cell(row.fit, reasons)]
-        lines.append(f"| {row.model_type} | {row.name} | {' | '.join(cells)} |")
-    lines += ["", *(f"[^{number}]: {reason}" for reason, number in reasons.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(verdict: Verdict, reasons: dict[str, int]) -> str:
-    if not verdict.verdict:
-        return "–"
-    if not verdict.detail:
-        return verdict.verdict
-    return f"{verdict.verdict}[^{_number(reasons, verdict.detail)}]"
-
-
-def _number(reasons: dict[str, int], reason: str) -> int:
-    reason = reason.replace("|", "\\|")
-    return reasons.setdefault(reason, len(reasons) + 1)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -51,7 +51,7 @@ SIZES: dict[str, Any] = {
     "rotary_dim": 4,
     # Latent attention.
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 20,
-    "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4,
+    "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 8, "index_head_dim": 8, "index_topk": 6,
     "index_topk_blocks": 2, "index_block_size": 4,
     # Linear attention, state spaces, convolutions.
     **dict.fromkeys(["linear_num_key_heads", "linear_num_heads"], 2),
