@@ -14,7 +14,19 @@ from torch import nn
 from .._versions import require_supported
 from ..interventions.location import Location, ModelFingerprint, check_layers, check_site
 from .families import FAMILIES
-from .structure import HELP, config_heads, find_layers, find_mlp, find_projection, has, heads_of, part, submodule
+from .structure import (
+    HELP,
+    config_heads,
+    find_layers,
+    find_mlp,
+    find_projection,
+    has,
+    heads_of,
+    part,
+    read,
+    submodule,
+    takes_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,14 @@ class ModelLayout:
             self.site_module(site, layer)
         heads = self.heads_apart(site, chosen)
         return Location(site, chosen, positions, generated, self.fingerprint, dict(paths or {}), heads)
+
+    def running(self, site: str, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of the layers that run in a forward pass of text, as far as that is known; all where none does."""
+        from .check import verdict_of
+
+        verdict = verdict_of(self, site)
+        found = layers if verdict is None else tuple(layer for layer in layers if layer not in verdict.absent)
+        return found or layers
 
     def heads_apart(self, site: str, layers: Iterable[int]) -> dict[int, tuple[int, int]]:
         """`Location.heads` of these layers."""
@@ -177,10 +197,10 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     if getattr(outer, "is_encoder_decoder", False):
         raise ValueError(f"model: {type(model).__name__} is an encoder-decoder, expected a causal language model")
     config = text_config(model)
-    n_heads, hidden_size = config_heads(config), _integer(config, "hidden_size") or _integer(config, "d_model")
-    missing = [name for name, value in (("num_attention_heads", n_heads), ("hidden_size", hidden_size)) if not value]
-    if missing or n_heads is None or hidden_size is None:
-        raise ValueError(f"model: the config of {type(model).__name__} has no {', '.join(missing)}")
+    hidden_size = _integer(config, "hidden_size") or _integer(config, "d_model")
+    if hidden_size is None:
+        raise ValueError(f"model: the config of {type(model).__name__} has no hidden_size")
+    n_heads = config_heads(config) or 1  # a model without attention has its residual stream all the same
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
         raise ValueError("model: config.slow_but_exact computes the projections outside their modules; set it to False")
     model_type, head_dim = config.model_type, _integer(config, "head_dim") or hidden_size // n_heads
@@ -189,7 +209,13 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     layers = submodule(model, path, "layers_path")
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(f"layers_path: {path!r} is a {type(layers).__name__}, expected a list of layers; {HELP}")
-    decoder = submodule(model, path.rpartition(".")[0], "layers_path") if "." in path else model
+    decoder, above = model, path.split(".")[:-1]
+    while above:  # the layers' owner, or of BERT's kind the module around it
+        owner = submodule(model, ".".join(above), "layers_path")
+        if takes_tokens(owner):
+            decoder = owner
+            break
+        above.pop()
     projection = paths.get("projection") or (family.projection if family else None)
     uncertain: ValueError | None = None
     if projection is None:
@@ -246,6 +272,8 @@ def locate(
     from .check import idle_layers, require
 
     found = layout(model, paths)
+    if layers is None:  # cross-attention to images does not run on text
+        layers = found.running(check_site(site), found.chosen(site, None))
     location = found.location(check_site(site), layers, positions, generated, paths)
     first = found.site_module(site, location.layers[0])
     require(found, site, location.layers)
@@ -274,5 +302,5 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def _integer(config: Any, name: str) -> int | None:
-    value = getattr(config, name, None)
+    value = read(config, name)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

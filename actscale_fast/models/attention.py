@@ -86,11 +86,12 @@ def _globals(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def values_changed(change: Callable[[int, Tensor], Tensor]) -> Any:
+def values_changed(change: Callable[[int, Tensor], Tensor], decoder: nn.Module) -> Any:
     """An empty KV cache that hands on changed values.
 
     Args:
         change: gets the layer's number and its values [B, key-value heads, T, D].
+        decoder: whose config tells what each layer keeps.
     """
     from transformers import DynamicCache
 
@@ -98,4 +99,5 @@ def values_changed(change: Callable[[int, Tensor], Tensor]) -> Any:
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             return super().update(key_states, change(layer_idx, value_states), layer_idx, *args, **kwargs)
 
-    return Changed()
+    config: Any = decoder.config
+    return Changed(config=config.get_text_config(decoder=True))

@@ -48,6 +48,7 @@ class Verdict:
 
     reasons: Mapping[int, str]  # why the site of a layer is refused
     idle: frozenset[int]  # layers where a factor on the site's output changes nothing
+    absent: frozenset[int] = frozenset()  # refused layers, those that do not run at all
 
 
 def require(found: ModelLayout, site: str, layers: Iterable[int], *, now: bool = False) -> bool:
@@ -116,6 +117,7 @@ class _Probe:
         self.calls = dict.fromkeys(range(found.n_layers), 0)  # of the layer
         self.uses = dict.fromkeys(modules, 0)  # of the site's module
         self.reasons: dict[int, str] = {}
+        self.absent: set[int] = set()
         self.n_rows = 1
 
     def heads(self) -> Verdict:
@@ -159,12 +161,14 @@ class _Probe:
                 self._by_values(rest, sizes, scaled)
         for layer in self.modules:
             if layer not in scaled:
+                if scaled and layer not in self.reasons:
+                    self.absent.add(layer)  # of a hybrid, whose other layers have attention
                 self.reasons.setdefault(
                     layer,
                     "neither an attention function of transformers nor a KV cache shows its heads, so that nothing "
                     "proves them to stand side by side before the projection",
                 )
-        return Verdict(self.reasons, frozenset())
+        return Verdict(self.reasons, frozenset(), frozenset(self.absent))
 
     def whole(self, site: str) -> Verdict:
         """Of a whole site: attn_out, mlp_out or residual."""
@@ -194,12 +198,15 @@ class _Probe:
         def left(layer: int) -> Callable[..., Any]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
                 x = surgery.first_of(output)
-                if not isinstance(x, Tensor) or layer in self.reasons or x.numel() % self.n_rows:
+                axis = None if not isinstance(x, Tensor) or layer in self.reasons else self._row_axis(x)
+                if axis is None:
                     return None
-                rows = self._rows(x)
+                rows = x.movedim(axis, 0) if x.shape[axis] == self.n_rows else self._rows(x)
                 if _is_idle(rows):
                     idle.add(layer)
-                return surgery.with_first(output, rows[:1].expand_as(rows).reshape(x.shape).contiguous())
+                alike = rows[:1].expand_as(rows)
+                alike = alike.movedim(0, axis) if x.shape[axis] == self.n_rows else alike.reshape(x.shape)
+                return surgery.with_first(output, alike.contiguous())
 
             return hook
 
@@ -214,7 +221,7 @@ class _Probe:
             final = output[0] if isinstance(output, tuple) else output.last_hidden_state
             if _is_idle(self._rows(final)):
                 idle.add(last)
-        return Verdict(self.reasons, frozenset(idle))
+        return Verdict(self.reasons, frozenset(idle), frozenset(self.absent))
 
     def _by_values(
         self, layers: list[int], sizes: Mapping[int, tuple[int, int] | None], scaled: dict[int, Tensor]
@@ -232,7 +239,9 @@ class _Probe:
             scaled[layer] = factors.repeat_interleave(size[0] // values.shape[1], 1)  # query heads share them
             return values * factors[:, :, None, None]
 
-        self._run(**{name: values_changed(change), "use_cache": True})
+        # A cache that this family does not understand shows nothing.
+        with contextlib.suppress(Exception):
+            self._run(**{name: values_changed(change, self.found.decoder), "use_cache": True})
 
     def _returned(self, layer: int, size: tuple[int, int], scaled: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
         def change(heads: Tensor) -> Tensor:
@@ -270,6 +279,12 @@ class _Probe:
             f"{int(bad.int().argmax())} does not arrive as that factor at its place of the projection's input "
             f"({int(bad.sum())} of {n_heads} heads)"
         )
+
+    def _row_axis(self, x: Tensor) -> int | None:
+        """The axis of the rows in what a layer returns, some of which keep several streams; None: not known."""
+        if x.dim() == 2 and x.shape[0] == self.n_rows * _N_TOKENS:
+            return 0
+        return next((axis for axis, size in enumerate(x.shape[:-1]) if size == self.n_rows), None)
 
     def _rows(self, x: Tensor) -> Tensor:
         """x [B, T, ...], or [B·T, ...] of a family that flattens rows and tokens, with the rows apart."""
@@ -313,6 +328,8 @@ class _Probe:
             for what, count in (("the layer", self.calls[layer]), ("its module", self.uses[layer])):
                 if count != 1 and layer not in self.reasons:
                     times = "does not run" if not count else f"runs {count} times"
+                    if not count:
+                        self.absent.add(layer)
                     self.reasons[layer] = f"{what} {times} in a forward pass of text, expected once"
 
 

@@ -7,6 +7,8 @@ Layers may differ: hybrids have attention in some layers only, and heads may dif
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from typing import Any
 
 from torch import nn
@@ -20,12 +22,28 @@ _OTHER_PARTS = (
     "mlp", "ffn", "feed_forward", "feedforward", "expert", "moe", "linear_attn", "mamba", "conv", "ssm", "rnn",
     "cross", "encoder_attn", "encoder_attention", "intermediate", "indexer", "compressor", "adapter",
 )  # fmt: skip
+_MLP_LIKE = re.compile(r"mlp|moe|ffn|feed_?forward|expert")
+#: Classes of what stands in the place of attention and has no heads that attend: linear attention and the like.
+_NO_ATTENTION = re.compile(r"linear|lightning|delta|kda|gla|mamba|lstm|retention|recurrent|conv|mixer|ssm|rwkv", re.IGNORECASE)
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "feedforward", "mlp_block")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "n_local_heads", "nh")
 HELP = (
     "name it: for_model(..., layers_path='model.layers', projection='self_attn.o_proj', mlp='mlp'), "
     "layers_path from the model, the other two from a layer"
 )
+
+
+def read(config: Any, name: str) -> Any:
+    """What a config has under a name; None: nothing, or a value per layer that it does not name for the whole."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers' configs of unlike layers raise an error of their own
+        return None
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether a module's forward pass takes token ids or embeddings."""
+    return bool({"input_ids", "inputs_embeds"} & set(inspect.signature(module.forward).parameters))
 
 
 def in_features(module: nn.Module) -> int | None:
@@ -79,7 +97,7 @@ def find_layers(model: nn.Module, config: Any, known: str | None) -> str:
     }
     # Experts, heads of several scales: lists inside of another list's items.
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
-    lengths = {getattr(config, key, None) for key in ("num_hidden_layers", "decoder_layers", "n_layer", "n_layers")}
+    lengths = {read(config, key) for key in ("num_hidden_layers", "decoder_layers", "n_layer", "n_layers")}
     found = [name for name in outer if len(lists[name]) in lengths]
     for choose in (_of_this_config, _of_the_decoder):
         if len(found) > 1:
@@ -106,7 +124,8 @@ def find_projection(layers: nn.ModuleList, model_type: str, head_width: int) -> 
     names: dict[str, set[int | None]] = {}
     for layer in layers:
         for name, module in layer.named_modules():
-            if name.rpartition(".")[2] in PROJECTION_NAMES and in_features(module) is not None and _is_attention(name):
+            last = name.rpartition(".")[2]
+            if last in PROJECTION_NAMES and in_features(module) is not None and _is_attention(layer, name):
                 names.setdefault(name, set()).add(in_features(module))
     found = sorted(names)
     if len(found) > 1:
@@ -114,7 +133,7 @@ def find_projection(layers: nn.ModuleList, model_type: str, head_width: int) -> 
     if len(found) != 1:
         raise ValueError(
             f"model: the family {model_type!r} is not known, and the output projection of its attention is not certain "
-            f"(found: {', '.join(found) or 'none'}); {HELP}"
+            f"(found: {', '.join(found) or 'no attention with heads'}); {HELP}"
         )
     return found[0]
 
@@ -122,10 +141,20 @@ def find_projection(layers: nn.ModuleList, model_type: str, head_width: int) -> 
 def find_mlp(layers: nn.ModuleList) -> str:
     """The MLP's name where there is one that takes the activation alone: one that takes more may add the residual."""
     for name in MLP_NAMES:
-        modules = [module for layer in layers if isinstance(module := getattr(layer, name, None), nn.Module)]
-        if modules:
-            return name if all(_takes_one(module) for module in modules) else ""
+        owners = [layer for layer in layers if isinstance(getattr(layer, name, None), nn.Module)]
+        if owners:
+            alone = all(_takes_one(getattr(layer, name)) and not _other_mlps(layer, name) for layer in owners)
+            return name if alone else ""
     return ""
+
+
+def _other_mlps(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has a second part of this kind, whose output is added too."""
+    return any(
+        _MLP_LIKE.search(other) and any(p.dim() > 1 for p in child.parameters())
+        for other, child in layer.named_children()
+        if other != name
+    )
 
 
 def heads_of(layer: nn.Module, projection: str, config: Any, index: int) -> tuple[int, int] | None:
@@ -139,9 +168,10 @@ def heads_of(layer: nn.Module, projection: str, config: Any, index: int) -> tupl
     """
     module = part(layer, projection)
     width = None if module is None else in_features(module)
-    if width is None:
+    if width is None or _NO_ATTENTION.search(_kind(layer, projection.rpartition(".")[0])):
         return None
-    count = _own_count(layer, projection) or config_heads(config, index)
+    own = _own(layer, projection, ("head_dim", "v_head_dim", "head_size"))
+    count = _own(layer, projection, _HEAD_COUNTS) or config_heads(config, index) or (width // own if own else None)
     if count is None or width % count:
         raise ValueError(
             f"layers: the projection {projection!r} of layer {index} takes {width} inputs, which are not {count} heads "
@@ -153,7 +183,7 @@ def heads_of(layer: nn.Module, projection: str, config: Any, index: int) -> tupl
 def config_heads(config: Any, index: int | None = None) -> int | None:
     """The number of attention heads that a config gives a layer (None: the first number that there is)."""
     for key in ("decoder_attention_heads", "num_attention_heads", "n_head", "n_heads", "num_heads"):
-        value = getattr(config, key, None)
+        value = read(config, key)
         if isinstance(value, list | tuple) and value:
             value = value[0 if index is None else min(index, len(value) - 1)]
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -161,11 +191,18 @@ def config_heads(config: Any, index: int | None = None) -> int | None:
     return None
 
 
-def _own_count(layer: nn.Module, projection: str) -> int | None:
+def _kind(layer: nn.Module, path: str) -> str:
+    """The class name of a part of a layer without what it shares with the layer's: without the family's name."""
+    name = type(part(layer, path)).__name__ if path else ""
+    return name[len(os.path.commonprefix([name, type(layer).__name__])) :]
+
+
+def _own(layer: nn.Module, projection: str, names: tuple[str, ...]) -> int | None:
+    """A size that the attention module, or one around it, has under one of these names."""
     steps = projection.split(".")
     for end in range(len(steps) - 1, 0, -1):
         module = part(layer, ".".join(steps[:end]))
-        for name in _HEAD_COUNTS:
+        for name in names:
             value = getattr(module, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
@@ -183,9 +220,14 @@ def _look_like_layers(modules: nn.ModuleList) -> bool:
     return all(sum(1 for _ in item.parameters()) > 1 and sum(1 for _ in item.children()) > 1 for item in modules)
 
 
-def _is_attention(name: str) -> bool:
-    lowered = name.lower()
-    return "." in name and not any(other in lowered for other in _OTHER_PARTS)
+def _is_attention(layer: nn.Module, name: str) -> bool:
+    """Whether a projection belongs to attention, as the names on its way and of its module's class tell."""
+    if "." not in name or any(other in name.lower() for other in _OTHER_PARTS):
+        return False
+    kinds = [_kind(layer, ".".join(name.split(".")[:end])) for end in range(1, name.count(".") + 1)]
+    return bool(re.search(r"attention|attn", " ".join([*kinds, name]), re.IGNORECASE)) and not any(
+        _NO_ATTENTION.search(kind) for kind in kinds
+    )
 
 
 def _of_this_config(model: nn.Module, config: Any, names: list[str]) -> list[str]:

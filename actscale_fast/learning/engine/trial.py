@@ -56,8 +56,6 @@ class Trial:
         group: of a stacked intervention, whose parameters are tried; else None.
         objective: gives directions, KL and whether answers are excluded.
 
-    Raises:
-        GradientError: a layer computes an output without a gradient from an input that has one.
     """
 
     def __init__(
@@ -80,23 +78,52 @@ class Trial:
         """Hold the plain gradient against a central difference.
 
         Raises:
-            GradientError: the two disagree where precision lets that be seen.
+            GradientError: the two disagree where precision lets that be seen, or a module that the loss depends on
+                computes an output without a gradient.
         """
+        for module in {type(module): module for module in self.lost}.values():
+            if self._matters(module):
+                name = next((name for name, other in self.model.named_modules() if other is module), "?")
+                raise GradientError(
+                    f"model: {name}, a {type(module).__name__}, computes an output without a gradient from an input "
+                    "that has one, so nothing can be learned through it; load the model with weights that have a "
+                    "backward"
+                )
         if self.dtype not in (torch.float32, torch.float64):
             return
-        with self._moved(-1.0):
-            before = self._loss()
-        measured = self.moved.loss - before
-        predicted = 2 * sum(float((g.double() * s).sum()) for g, s in zip(self.start.gradients, self.step, strict=True))
-        # The curvature of three points bounds what a central difference leaves out of a smooth loss; rounding does too.
-        curved = abs(self.moved.loss + before - 2 * self.start.loss)
-        rounding = 256 * torch.finfo(torch.float32).eps * max(1.0, abs(self.start.loss - self._hinges()))
-        if abs(measured - predicted) > 0.25 * max(abs(measured), abs(predicted)) + curved + rounding:
-            raise GradientError(
-                f"model: the gradient of {type(self.model).__name__} is not that of its forward pass (a step changes the "
-                f"loss by {measured:.3g}, the gradient says {predicted:.3g}), so nothing can be learned; is a layer "
-                "quantised, detached or of a kernel without a backward?"
-            )
+        slope = sum(float((g.double() * s).sum()) for g, s in zip(self.start.gradients, self.step, strict=True))
+        for part in (1.0, 0.125, 0.015625):  # where experts change in between, a shorter step tells
+            measured, curved = self._difference(part)
+            rounding = 256 * torch.finfo(torch.float32).eps * max(1.0, abs(self.start.loss - self._hinges()))
+            predicted = 2 * part * slope
+            if abs(measured - predicted) <= 0.25 * max(abs(measured), abs(predicted)) + curved + rounding:
+                return
+        raise GradientError(
+            f"model: the gradient of {type(self.model).__name__} is not that of its forward pass (a step changes the "
+            f"loss by {measured:.3g}, the gradient says {predicted:.3g}), so nothing can be learned; is a layer "
+            "quantised, detached or of a kernel without a backward?"
+        )
+
+    def _difference(self, part: float) -> tuple[float, float]:
+        """(L(a step on) − L(a step back), what the curvature of the three points may hide of it)."""
+        losses = []
+        for factor in (part, -part):
+            if factor == 1.0:
+                losses.append(self.moved.loss)
+                continue
+            with self._moved(factor):
+                losses.append(self._loss())
+        ahead, back = losses
+        return ahead - back, abs(ahead + back - 2 * self.start.loss)
+
+    @torch.no_grad()
+    def _matters(self, module: nn.Module) -> bool:
+        """Whether the loss depends on a module's output: not so where only an order is read off, as of an indexer."""
+        handle = module.register_forward_hook(lambda _, args, output: output * 1.0625)
+        try:
+            return self._loss() != self.start.loss
+        finally:
+            handle.remove()
 
     def disagrees(self, gradients: Callable[[], tuple[Tensor, list[Tensor]]]) -> str | None:
         """How the engine differs from the plain model, or None.
@@ -199,14 +226,14 @@ class Trial:
 
     @contextlib.contextmanager
     def _watching_for_lost_gradients(self) -> Iterator[None]:
-        """Refuse a module with weights whose output has no gradient though its input has one."""
-        lost: list[nn.Module] = []
+        """Note the modules with weights whose output has no gradient though their input has one, as `lost`."""
+        self.lost: list[nn.Module] = []
 
         def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             x = args[0] if args and isinstance(args[0], Tensor) else None
             floating = isinstance(output, Tensor) and output.is_floating_point()
             if x is not None and x.requires_grad and floating and not output.requires_grad:
-                lost.append(module)
+                self.lost.append(module)
 
         leaves = [one for one in self.model.modules() if not any(True for _ in one.children()) and _has_weights(one)]
         handles = [module.register_forward_hook(look) for module in leaves]
@@ -215,12 +242,6 @@ class Trial:
         finally:
             for handle in handles:
                 handle.remove()
-        if lost:
-            name = next((name for name, module in self.model.named_modules() if module is lost[0]), "?")
-            raise GradientError(
-                f"model: {name}, a {type(lost[0]).__name__}, computes an output without a gradient from an input that "
-                "has one, so nothing can be learned through it; load the model with weights that have a backward"
-            )
 
 
 def gradient_on_trial(model: nn.Module, data: EncodedExamples, intervention: Intervention) -> None:
