@@ -239,9 +239,12 @@ class _Probe:
             scaled[layer] = factors.repeat_interleave(size[0] // values.shape[1], 1)  # query heads share them
             return values * factors[:, :, None, None]
 
+        shown = dict(scaled)
+        scaled.clear()  # in this pass no other layer is scaled
         # A cache that this family does not understand shows nothing.
         with contextlib.suppress(Exception):
             self._run(**{name: values_changed(change, self.found.decoder), "use_cache": True})
+        scaled.update(shown)
 
     def _returned(self, layer: int, size: tuple[int, int], scaled: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
         def change(heads: Tensor) -> Tensor:

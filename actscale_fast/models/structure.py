@@ -194,7 +194,10 @@ def config_heads(config: Any, index: int | None = None) -> int | None:
 def _kind(layer: nn.Module, path: str) -> str:
     """The class name of a part of a layer without what it shares with the layer's: without the family's name."""
     name = type(part(layer, path)).__name__ if path else ""
-    return name[len(os.path.commonprefix([name, type(layer).__name__])) :]
+    shared = len(os.path.commonprefix([name, type(layer).__name__]))
+    while 0 < shared < len(name) and not name[shared].isupper():  # back to the end of a word
+        shared -= 1
+    return name[shared:]
 
 
 def _own(layer: nn.Module, projection: str, names: tuple[str, ...]) -> int | None:
