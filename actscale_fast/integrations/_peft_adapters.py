@@ -13,7 +13,6 @@ An adapter folder is `adapter_config.json` and `adapter_model.safetensors`; one 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .._files import atomic_path
-from .._json import write_json
+from .._json import LARGEST, parsed, read_limited, write_json
 from ..interventions import ActivScalar, Composite, Intervention
 from ..interventions.saving import made_folder
 from ..models.adapter import ModelLayout, layout, unwrap
@@ -201,7 +200,7 @@ def _check_config(folder: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, expected an adapter folder as PEFT's save_pretrained writes it")
     try:
-        config = json.loads(path.read_bytes())
+        config = parsed(read_limited(path, LARGEST), finite=False)
         kind, others = config["peft_type"], config.get("modules_to_save")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged or not an adapter's ({type(error).__name__}: {error})") from None

@@ -7,7 +7,6 @@ are not part of a pyvene model. An ActivScalar is a `ScaleIntervention` a layer,
 from __future__ import annotations
 
 import functools
-import json
 import operator
 import pickle
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pyvene.models.constants import CONST_INPUT_HOOK
 from pyvene.models.modeling_utils import get_module_hook
 from torch import Tensor, nn
 
+from .._json import LARGEST, parsed, read_limited
 from ..interventions import SITES, ActivScalar, Intervention, SteerVec
 from ..models.adapter import ModelLayout, layout
 from ..models.steering import one_strength
@@ -106,7 +106,7 @@ def load_pyvene(folder: str | Path, model: nn.Module) -> Intervention:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, expected a folder written by pyvene's IntervenableModel.save")
     try:
-        config = json.loads(path.read_bytes())
+        config = parsed(read_limited(path, LARGEST), finite=False)
         representations = [pyvene.RepresentationConfig(*options) for options in config["representations"]]
         described = list(
             zip(representations, config["intervention_types"], config["intervention_dimensions"], strict=True)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .._files import atomic_path
+from .._json import LARGEST, parsed, read_limited
 from ..interventions import SteerVec
 from ..interventions.location import check_layers
 from ._vectors import by_layer, check_vector, from_vectors
@@ -59,7 +60,7 @@ def load(
     """
     path = _named(path)
     try:
-        data = json.loads(path.read_bytes())
+        data = parsed(read_limited(path, LARGEST), finite=False)
         model_type, per_head = str(data["model_type"]), data.get("num_heads") is not None
         kind = kind or data.get("kind")
         directions = {int(key): torch.tensor(value, dtype=torch.float32) for key, value in data["directions"].items()}

@@ -121,7 +121,7 @@ def fit_interchange(
         warmup: share of the steps.
         seed: of the order of the examples.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps and at the end.
-            Where it exists the fit resumes from it, to the same bits as an uninterrupted one.
+            Where it exists the fit resumes from it, to the same bits as an uninterrupted one. Ctrl-C and SIGTERM save.
         progress: show a progress bar.
 
     Returns:
@@ -129,6 +129,7 @@ def fit_interchange(
 
     Raises:
         TypeError, ValueError: bad arguments or examples, one without a source, a checkpoint of another fit.
+        OSError: the checkpoint cannot be written, found out before the model runs; names the path.
         RuntimeError: under torch.inference_mode().
         FloatingPointError: the loss or its gradient became NaN or infinite; that step changed no parameter.
 
@@ -147,6 +148,8 @@ def fit_interchange(
         steps = epochs * math.ceil(len(data) / batch_size)
     settings = FitSettings(steps=steps, lr=rotation_lr, batch_size=batch_size, seed=seed, schedule="constant")
     plan = _Plan(settings, boundary_lr, boundary_weight, temperature, warmup)
+    if checkpoint is not None:
+        checkpoints.check_place(checkpoint, new=True)
     Patch(model, das).remove()  # refuses another model's, and moves the parameters to this model's device
     begun = time.perf_counter()
     identity = {} if checkpoint is None else _identity(data, das, plan, accumulate, model)
