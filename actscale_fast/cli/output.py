@@ -77,7 +77,7 @@ def continuations(
             )
     times, pad = len(strengths), pad_id_of(tokenizer)
     batch = left_padded([ids for ids in rows for _ in strengths], pad, model.device)
-    strength = torch.tensor(strengths, dtype=torch.float32).repeat(len(rows))
+    strength = torch.tensor(strengths, dtype=torch.float32, device="cpu").repeat(len(rows))
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for das in exchanging(intervention, sources, len(prompts)):
             given = source_activations(model, tokenizer, das, list(sources))

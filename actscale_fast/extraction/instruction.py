@@ -210,7 +210,7 @@ def instruction_vectors(
         )
     chosen = check_layers(layers, found.n_layers)
     everything = rows + others
-    states = torch.zeros(len(everything), len(chosen), found.hidden_size, dtype=torch.float64)
+    states = torch.zeros(len(everything), len(chosen), found.hidden_size, dtype=torch.float64, device="cpu")
     order = sorted(range(len(everything)), key=lambda row: len(everything[row]))
     with Reader(model, "residual", chosen, paths) as read, tqdm(
         total=len(everything), desc="instruction", disable=not progress, unit="prompt", dynamic_ncols=True

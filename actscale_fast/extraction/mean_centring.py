@@ -113,7 +113,7 @@ def mean_activations(
     location = found.location(check_site(site), layers, paths=paths)
     chosen = location.layers
     n_texts = n_tokens = n_cut = n_empty = 0
-    sums = torch.zeros(len(chosen), location.n_heads, location.width, dtype=torch.float64)
+    sums = torch.zeros(len(chosen), location.n_heads, location.width, dtype=torch.float64, device="cpu")
     total = len(texts) if isinstance(texts, Sequence) else None
     with Reader(model, site, chosen, paths) as read, tqdm(
         total=total, desc="means", disable=not progress, unit="text", dynamic_ncols=True

@@ -63,7 +63,10 @@ def load(
         data = parsed(read_limited(path, LARGEST), finite=False)
         model_type, per_head = str(data["model_type"]), data.get("num_heads") is not None
         kind = kind or data.get("kind")
-        directions = {int(key): torch.tensor(value, dtype=torch.float32) for key, value in data["directions"].items()}
+        directions = {
+            int(key): torch.tensor(value, dtype=torch.float32, device="cpu")
+            for key, value in data["directions"].items()
+        }
         directions = {layer: value[None] if value.dim() == 1 else value for layer, value in directions.items()}
         accuracies = {tuple(map(int, key.split(":"))): float(v) for key, v in data.get("probe_accuracies", {}).items()}
         if not directions or any(value.dim() != 2 for value in directions.values()):

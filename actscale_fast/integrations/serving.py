@@ -112,8 +112,8 @@ class ScalarTable(nn.Module):
         if min(counts, default=0) < 0 or total > len(self.index):
             raise ValueError(f"counts: got {total} tokens, expected 0 to max_tokens = {len(self.index)}")
         cuda = self.index.is_cuda
-        rows = torch.zeros(len(self.index), dtype=torch.int64, pin_memory=cuda)
-        each, times = (torch.tensor(list(values), dtype=torch.int64) for values in (slots, counts))
+        rows = torch.zeros(len(self.index), dtype=torch.int64, device="cpu", pin_memory=cuda)
+        each, times = (torch.tensor(list(values), dtype=torch.int64, device="cpu") for values in (slots, counts))
         rows[:total] = torch.repeat_interleave(each, times)
         self.index.copy_(rows, non_blocking=cuda)
 

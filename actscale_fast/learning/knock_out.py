@@ -83,7 +83,7 @@ class Removals:
 
         n_layers, n_slots, n_heads = self.scalars.alpha.shape
         total = torch.zeros_like(self.scalars.alpha)
-        difference, changes = 0.0, torch.zeros(n_layers, n_slots, n_heads, dtype=torch.float64)
+        difference, changes = 0.0, torch.zeros(n_layers, n_slots, n_heads, dtype=torch.float64, device="cpu")
         of_prompts = changes[:, : self.n_groups // n_heads]
         pieces = self._pieces(knock_out)
         steps = len(pieces) * (1 + (n_layers if knock_out else 0))

@@ -228,7 +228,7 @@ def _to_host(figures: Tensor) -> tuple[Tensor, Any]:
     """(the figures on the host, the event after which they are there)."""
     if figures.device.type != "cuda":
         return figures.cpu(), None
-    there = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+    there = torch.empty(figures.shape, dtype=figures.dtype, device="cpu", pin_memory=True)
     there.copy_(figures, non_blocking=True)
     event = torch.cuda.Event()
     event.record()

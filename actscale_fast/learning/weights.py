@@ -164,12 +164,12 @@ class _Sample:
         step = _step(tensor.numel())
         try:
             if _is_distributed(tensor):
-                part, index, self.mesh = _local(tensor, torch.arange(0, tensor.numel(), step))
+                part, index, self.mesh = _local(tensor, torch.arange(0, tensor.numel(), step, device="cpu"))
                 self.values = _bytes(part, index)
             elif tensor.is_contiguous():
                 self.values = tensor.detach().view(-1)[::step].contiguous().view(torch.uint8)
             else:
-                self.values = _bytes(tensor.detach(), torch.arange(0, tensor.numel(), step))
+                self.values = _bytes(tensor.detach(), torch.arange(0, tensor.numel(), step, device="cpu"))
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(f"model: {name}, {tensor.dtype} on {tensor.device}, cannot be read ({error})") from None
 

@@ -318,7 +318,7 @@ class _Probe:
         embedding: Any = self.found.model.get_input_embeddings()  # type: ignore[operator]
         weight = getattr(embedding, "weight", None)
         n_known = int(getattr(embedding, "num_embeddings", 0) or self.found.vocabulary)
-        ids = torch.tensor([[7, 11, 5, 13][:_N_TOKENS]], dtype=torch.int64) % max(n_known, 1)
+        ids = torch.tensor([[7, 11, 5, 13][:_N_TOKENS]], dtype=torch.int64, device="cpu") % max(n_known, 1)
         device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else None
         ids = ids.repeat(self.n_rows, 1).to(device or torch.device("cpu"))
         if "use_cache" in accepted_arguments(decoder):  # type: ignore[arg-type]

@@ -79,7 +79,7 @@ def perplexity(
         _row(tokenizer, text, "" if prompts is None else prompts[number], number, found.max_context, len(embedding))
         for number, text in enumerate(texts)
     ]
-    scores = torch.zeros(len(rows), dtype=torch.float64)
+    scores = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     if not rows:
         return scores.float()
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))

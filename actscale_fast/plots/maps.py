@@ -148,7 +148,7 @@ def attribution(
     panels, slots = [], _labels(location)
     for tensor, (label, quantity) in ((-result.scores, predicted), (result.knock_out, ("measured", change))):
         if tensor is not None:
-            largest = torch.zeros(tensor.numel(), dtype=torch.bool)
+            largest = torch.zeros(tensor.numel(), dtype=torch.bool, device="cpu")
             largest[tensor.flatten().abs().topk(result.n_top).indices] = True
             marks = _maps(largest.view(tensor.shape), location, slots)
             for (name, values), (_, marked) in zip(_maps(tensor, location, slots), marks, strict=True):

@@ -23,7 +23,7 @@ def places(intervention: Intervention) -> list[tuple[str, int, int, int]]:
     found = []
     for single in intervention.singles:
         location: Location = single.location
-        used = torch.zeros(len(location.layers), 1, location.n_heads, dtype=torch.bool)
+        used = torch.zeros(len(location.layers), 1, location.n_heads, dtype=torch.bool, device="cpu")
         for value in single.parameters():
             used = used | value.detach().cpu().reshape(*value.shape[:3], -1).ne(0).any(-1)
         found += [(location.site, location.layers[layer], slot, head) for layer, slot, head in used.nonzero().tolist()]

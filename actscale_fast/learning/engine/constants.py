@@ -128,7 +128,7 @@ class RowStore:
         self.n_far = 0 if on_cpu else min(self.n_rows - self.n_near, far // row_bytes)
         for name, value in values.items():
             self.near[name] = value.new_empty(self.n_near, *value.shape[1:])
-            self.far[name] = torch.empty(self.n_far, *value.shape[1:], dtype=value.dtype)
+            self.far[name] = torch.empty(self.n_far, *value.shape[1:], dtype=value.dtype, device="cpu")
 
 
 def prefix_of(constant: dict[str, Tensor], first: int, n_layers: int, batch: Batch, width: int) -> Prefix | None:

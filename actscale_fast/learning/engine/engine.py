@@ -141,7 +141,9 @@ class Engine:
 
     def _patched(self) -> AnyPatch:
         grouped = self.intervention.n_groups is not None
-        return patch(self.model, self.intervention, group=torch.zeros(0, dtype=torch.int64) if grouped else None)
+        return patch(
+            self.model, self.intervention, group=torch.zeros(0, dtype=torch.int64, device="cpu") if grouped else None
+        )
 
     def _open_by(self, way: _Way, trial: Trial | None) -> str | None:
         """Open the model; what shows that this way does not give what the plain whole model gives, or None."""
@@ -248,7 +250,7 @@ class Engine:
         starts = [self.found.n_layers + 1]
         for single in self.intervention.singles:
             location = single.location
-            steered = torch.zeros(len(location.layers), dtype=torch.bool)
+            steered = torch.zeros(len(location.layers), dtype=torch.bool, device="cpu")
             for value in single.parameters():  # also those that are not learned
                 values = value.detach()
                 values = values[None] if single.n_groups is None else values[groups]

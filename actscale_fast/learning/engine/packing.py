@@ -96,7 +96,7 @@ def _filled(prompts: Sequence[Sequence[int]], order: list[int], added: list[int]
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask of attention as models take it in four dimensions: 0 where allowed, very negative elsewhere."""
     lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, lowest)
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, lowest)
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
