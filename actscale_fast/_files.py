@@ -175,6 +175,8 @@ def _host() -> str:
 
 
 def _alive(process: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 is one that does something
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

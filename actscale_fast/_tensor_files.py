@@ -6,6 +6,7 @@ A file begins with 8 bytes, the header's length n; n bytes of JSON: {name: {dtyp
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._files import naming, regular_size
 from ._json import parsed
 
 #: The checksum's key in a file's metadata.
 CHECKSUM = "checksum"
-#: Stands there before the file is sealed.
 UNSEALED = "0" * 64
 _LARGEST_HEADER = 100_000_000  # of the format itself
 _CHUNK = 1 << 22
@@ -99,16 +100,44 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 48
 
 
-def seal(path: Path) -> None:
-    """Put the checksum of all bytes into the metadata of a file that was written with `CHECKSUM: UNSEALED` there."""
-    header = read_header(path)
-    start = _place(header.raw, UNSEALED)
-    if start is None:
-        raise ValueError(f"{path}: has no place for a checksum")
-    digest = _digest(path, start)
-    with path.open("rb+") as file:
-        file.seek(start)
-        file.write(digest.encode())
+def save_file(tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
+    """Write tensors as a safetensors file whose metadata has the checksum of all its bytes.
+
+    Written in place, which `safetensors.torch.save_file` does not: that leaves temporaries of its own where it is
+    killed, and files that only their owner can read.
+
+    Args:
+        tensors: by name, on any device; one is copied at a time.
+        path: of the file, which is overwritten.
+        metadata: strings by name.
+    """
+    kinds = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata | {CHECKSUM: UNSEALED}}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # tensors begin at a multiple of 8 bytes
+    if len(raw) > _LARGEST_HEADER:
+        raise ValueError(f"{os.fspath(path)}: its header has {len(raw)} bytes, expected at most {_LARGEST_HEADER}")
+    found, place = hashlib.sha256(), _place(raw, UNSEALED)
+    assert place is not None
+    with Path(path).open("wb") as file:
+        for piece in _pieces(raw, tensors):
+            found.update(piece)
+            file.write(piece)
+        file.seek(place)
+        file.write(found.hexdigest().encode())
+
+
+def _pieces(raw: bytes, tensors: dict[str, Tensor]) -> Iterator[Any]:
+    """The bytes of a file."""
+    yield len(raw).to_bytes(8, "little")
+    yield raw
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def check_seal(path: Path, header: Header) -> None:

@@ -172,9 +172,7 @@ def test_older_sweep_folders_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_temporaries_of_dead_processes_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
-    command = (
-        "import os; from actscale_fast import _files as f; print(f._temporary_name(f.Path('a.json')), os.getpid())"
-    )
+    command = "from actscale_fast import _files as f; print(f._temporary_name(f.Path('a.json')))"
     root = str(Path(_files.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root}
     dead = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment, check=True)
@@ -225,3 +223,31 @@ def test_a_sweeps_fit_is_committed_by_its_summary_alone(tmp_path: Path, monkeypa
     assert not (tmp_path / "fit-0" / "summary.json").exists()
     damage.write_sweep(tmp_path, 1)
     damage.read_sweep(tmp_path)
+
+
+def test_a_checkpoint_is_an_ordinary_file_that_safetensors_reads(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    kept = damage.state(0)
+    kept.tensors |= {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.zeros(0, 4), "turned": torch.eye(3).t()}
+    checkpoint.save(tmp_path / "fit.safetensors", kept, {"label": 'a "checksum":"0"'})
+    checkpoint.save(tmp_path / "fit.safetensors", kept, {"label": 'a "checksum":"0"'})
+    found = load_file(tmp_path / "fit.safetensors")
+    assert found.keys() == kept.tensors.keys()
+    assert all(torch.equal(value, kept.tensors[name]) for name, value in found.items())
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "fit.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"fit.safetensors", "plain"}
+
+
+def test_a_fit_that_an_index_lists_over_and_over_is_read_once(tmp_path: Path) -> None:
+    import json
+
+    damage.write_sweep(tmp_path, 0)
+    told = json.loads((tmp_path / "sweep.json").read_text())[1:]
+    write_sealed(tmp_path / "sweep.json", told * 2**12)
+    fits = af.load_sweep(tmp_path).fits
+    assert len({id(fit.intervention) for fit in fits}) == 1
+    write_sealed(tmp_path / "sweep.json", [*told, {**told[0], "label": "another"}])
+    with pytest.raises(ValueError, match=r"sweep\.json: damaged .'fit-1' is told of twice"):
+        af.load_sweep(tmp_path)

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .._files import atomic_path, check_writable, naming
 from .._json import parsed
-from .._tensor_files import CHECKSUM, UNSEALED, Header, check_seal, read_header, seal
+from .._tensor_files import Header, check_seal, read_header, save_file
 from .parallel import ALONE, World
 from .weights import weights_digest
 
@@ -77,15 +76,9 @@ def save(path: str | os.PathLike[str], state: FitState, settings: dict[str, Any]
         "format": _FORMAT,
         "settings": json.dumps(settings, sort_keys=True),
         "progress": json.dumps({"step": state.step, "history": state.history}),
-        CHECKSUM: UNSEALED,
     }
     with atomic_path(path) as temporary:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:  # of the system: a full disk, say
-            raise OSError(f"{os.fspath(path)}: {error}") from error
-        seal(temporary)
+        save_file(state.tensors, temporary, metadata=metadata)
 
 
 def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[str, Tensor]) -> FitState | None:

@@ -8,6 +8,7 @@ since is an error that names it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -120,24 +121,33 @@ def load_sweep(folder: str | os.PathLike[str]) -> SweepResult:
         told = _read(root / INDEX, root)
         if not isinstance(told, list):
             raise ValueError(f"{root / INDEX}: damaged (no list of fits)")
+        seen: dict[str, tuple[dict[str, Any], SweepFit]] = {}
         for entry in told:
             _check_told(root / INDEX, entry)
-            place = root / entry["folder"]
-            if place.is_symlink():
-                raise ValueError(f"{place}: a link, expected a folder")
-            if entry["error"] is None:
-                _check_summary(place, entry)
-            intervention, history = _read_learned(place, INDEX, entry)
-            evaluation = _told_evaluation(root / INDEX, place, entry)
-            fits.append(
-                SweepFit(
-                    entry["label"], entry["chosen"], entry["task"], entry["settings"], intervention, history,
-                    entry["folder"], evaluation, entry["error"],
-                )
-            )  # fmt: skip
+            name = entry["folder"]
+            if name not in seen:
+                seen[name] = entry, _told_fit(root, entry)
+            if seen[name][0] != entry:
+                raise ValueError(f"{root / INDEX}: damaged ({ascii(name)[:100]} is told of twice)")
+            fits.append(copy.copy(seen[name][1]))
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"folder: {root} is damaged ({error})") from None
     return SweepResult(fits, 0.0)
+
+
+def _told_fit(root: Path, entry: dict[str, Any]) -> SweepFit:
+    """A fit that the index tells of, from its folder."""
+    place = root / entry["folder"]
+    if place.is_symlink():
+        raise ValueError(f"{place}: a link, expected a folder")
+    if entry["error"] is None:
+        _check_summary(place, entry)
+    intervention, history = _read_learned(place, INDEX, entry)
+    evaluation = _told_evaluation(root / INDEX, place, entry)
+    return SweepFit(
+        entry["label"], entry["chosen"], entry["task"], entry["settings"], intervention, history,
+        entry["folder"], evaluation, entry["error"],
+    )  # fmt: skip
 
 
 def _write_learned(folder: Path, fit: SweepFit) -> dict[str, str]:
