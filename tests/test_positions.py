@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from actscale_fast.interventions import ActivScalar, Intervention, SteerVec, slot_index
 from actscale_fast.models import patch
+from actscale_fast.models.call import cache_argument
 
 PROMPT = torch.tensor([[5, 9, 12, 7, 30]])
 FAMILIES = ["llama", "gpt2", "opt", "bloom", "gemma3_text"]
@@ -120,7 +121,7 @@ def test_a_chunked_prefill_counts_positions_over_the_whole_prompt(chunk: int) ->
     intervention = scalars(model, [1, -1])
     with patch(model, intervention):
         expected = generated_logits(model)
-        chunked = {"prefill_chunk_size": chunk, "past_key_values": DynamicCache(config=model.config)}
+        chunked = {"prefill_chunk_size": chunk, cache_argument(model): DynamicCache(config=model.config)}
         torch.testing.assert_close(generated_logits(model, **chunked), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -207,7 +208,8 @@ def test_a_hand_written_loop_announces_its_prompt() -> None:
             torch.testing.assert_close(model(full, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
         first = model(PROMPT, use_cache=True)  # an empty cache begins a prompt, a filled one is past it
         torch.testing.assert_close(first.logits, expected[:, :5], rtol=1e-4, atol=1e-4)
-        rest = model(full[:, 5:], past_key_values=first.past_key_values)
+        name = cache_argument(model)
+        rest = model(full[:, 5:], **{name: first[name]})
         torch.testing.assert_close(rest.logits, expected[:, 5:], rtol=1e-4, atol=1e-4)
         with (
             pytest.raises(ValueError, match=r"mask: got shape \(1, 4\), expected \(B, 5\)"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import actscale_fast as af
 from actscale_fast.learning.engine import Engine, Share
 from actscale_fast.models import Prefix, Section, keys_and_values, layout
+from actscale_fast.models.call import cache_argument
 
 OBJECTIVE = af.Objective(margin=3.0, faithfulness=0.7)
 
@@ -218,7 +219,7 @@ def test_the_last_tokens_may_run_on_kept_keys_and_values(family: str, first: int
     model, cache = tiny_model(family, dtype=torch.float64), DynamicCache()
     found = layout(model)
     with torch.no_grad(), Section(found, None) as section:
-        arguments = {"input_ids": IDS, "use_cache": True, "past_key_values": cache}
+        arguments = {"input_ids": IDS, "use_cache": True, cache_argument(model): cache}
         whole, noted = section.run(arguments, wanted=[1])
         layers = [keys_and_values(cache, index) for index in range(first, 2)]
         kept = [(keys[:, :, :4].clone(), values[:, :, :4].clone()) for keys, values in layers]
