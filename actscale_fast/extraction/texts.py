@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,16 +90,16 @@ def check_texts(texts: Any, name: str) -> Sequence[str]:
 
 def check_count(value: Any, name: str) -> int:
     """`value` where it is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected a positive integer")
-    return value
+    return int(value)
 
 
 def check_finite(value: Any, name: str) -> float:
     """`value` where it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name}: got {value!r}, expected a finite number")
-    return value
+    return float(value)
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -45,6 +45,7 @@ class Intervention(nn.Module):
         super().__init__()
         self.location = location
         self.n_groups = n_groups
+        device = torch.device("cpu") if device is None else device  # not PyTorch's default, which is the caller's
         for name, shape in self.parameter_shapes(location, n_groups).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)))
         wanted = torch.tensor(location.positions or (), dtype=torch.int64, device=device)
@@ -230,12 +231,12 @@ class Intervention(nn.Module):
 
         Raises:
             ValueError: a parameter is not finite. Nothing is written then.
-            OSError: a file cannot be written; names it.
+            OSError: a file cannot be written; the message names it.
         """
         saving.save(self, Path(folder))
 
     def write_data(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
-        """Write everything but `intervention.json`; returns its fields, and the names that it refers to."""
+        """Write all files but `intervention.json`; returns its fields and the names it refers to."""
         encoded = saving.encode(self)
         write_bytes(folder / encoded.name, encoded.payload)
         return encoded.description, [encoded.name]
@@ -291,8 +292,8 @@ def load_intervention(folder: str | Path) -> Intervention:
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file was changed, is of an unknown class or format, leads out of the folder, has tensors of wrong
-            shapes or types, or holds non-finite values; names the file.
-        OSError: a file cannot be read; names it.
+            shapes or types, or holds non-finite values; the message names the file.
+        OSError: a file cannot be read; the message names it.
     """
     folder = Path(folder)
     for _ in range(4):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import numbers
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -84,7 +85,7 @@ class Composite(Intervention):
         return sum(single.l1 for single in dict.fromkeys(self.singles))
 
     def write_data(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
-        """Write each part into a folder that its contents name; a part that is used twice is written once."""
+        """Write each part into a subfolder named after its contents; a part that is used twice is written once."""
         if len(self.parts) > _MOST_PARTS:
             raise ValueError(f"parts: got {len(self.parts)}, expected at most {_MOST_PARTS} in a Composite to be saved")
         written: dict[Intervention, tuple[str, str]] = {}
@@ -94,7 +95,7 @@ class Composite(Intervention):
                 encoded = saving.encode(part)
                 raw = saving.description_bytes(encoded.description)
                 digest = hashlib.sha256(raw).hexdigest()
-                alike = sum(other == digest for _, other in written.values())  # equal, and yet another part
+                alike = sum(other == digest for _, other in written.values())  # an equal but separate part
                 name = f"part-{digest[:16]}" + (f"-{alike + 1}" if alike else "")
                 write_bytes(folder / name / encoded.name, encoded.payload)
                 write_bytes(folder / name / saving.DESCRIPTION, raw)
@@ -114,7 +115,7 @@ class Composite(Intervention):
                     raise ValueError(f"{folder}: a link, expected a folder")
                 part = saving.read_description(folder, digest)
                 if part.fields["class"] == cls.__name__:
-                    raise ValueError(f"{part.path}: damaged, a {cls.__name__} is no part of another")
+                    raise ValueError(f"{part.path}: damaged, a {cls.__name__} cannot be part of another")
                 parts[name] = read_part(part)
         return description.checked(lambda: cls([(factor, parts[name]) for name, factor, _ in listed]))
 
@@ -249,7 +250,7 @@ def _listed(fields: dict[str, Any]) -> list[tuple[str, float, str]]:
     listed = []
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or entry.keys() != {"folder", "factor", "sha256"}:
-            raise ValueError(f"parts: number {index} has not exactly a folder, a factor and a sha256")
+            raise ValueError(f"parts: number {index} needs exactly a folder, a factor and a sha256")
         digest = saving.checked_sha256(entry["sha256"])
         wanted = rf"part-{digest[:16]}(-[1-9]\d{{0,3}})?" if fields["format"] > 1 else f"part-{index}"
         if not isinstance(entry["folder"], str) or not re.fullmatch(wanted, entry["folder"]):
@@ -264,7 +265,7 @@ def _check_part(part: object) -> None:
 
 
 def _check_factor(factor: object) -> None:
-    if isinstance(factor, bool) or not isinstance(factor, int | float):
+    if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
         raise TypeError(f"factor: got {type(factor).__name__}, expected a number")
     if not math.isfinite(factor):
         raise ValueError(f"factor: got {factor}, expected a finite number")

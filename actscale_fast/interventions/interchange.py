@@ -60,6 +60,7 @@ class BoundlessDAS(Intervention):
         if n_groups is not None:
             raise ValueError("n_groups: a BoundlessDAS is not stacked; give each row a source of its own")
         super().__init__(location, device=device)
+        device = self.boundary.device
         with torch.no_grad():
             self.boundary.fill_(0.5)
         self.register_buffer("temperature", torch.tensor(TEMPERATURE, dtype=torch.float32, device=device))

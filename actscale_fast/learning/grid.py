@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -73,7 +74,8 @@ def points(
             named: dict[str, Any] = {}
         else:
             assert template is not None
-            start, chosen, named = template, dict(given), dict(given)
+            named = {name: _plain(value) for name, value in given.items()}
+            start, chosen = template, dict(named)
         unknown = [name for name in named if name not in _KEYS]
         if unknown:
             raise ValueError(f"grid: got {', '.join(map(repr, unknown))}, expected among {', '.join(_KEYS)}")
@@ -139,6 +141,11 @@ def _restricted(template: Intervention, layers: Any, found: ModelLayout) -> Inte
                 if layer in template.location.layers:
                     parameter[place] = template.get_parameter(name)[template.location.layers.index(layer)]
     return made
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy as Python's own, which JSON holds."""
+    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
 
 
 def _short(value: Any) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from .. import defaults
+from .settings import finite_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,8 @@ class Objective:
         directions: the strengths' signs: (1, −1) flips to the correct and to the wrong answer, (1,) to the correct.
 
     Raises:
-        ValueError: a negative or non-finite weight, an unknown choice.
+        ValueError: a weight that is no number, negative or not finite; an unknown choice. Integers and NumPy's scalars
+            are numbers; True and False are none.
     """
 
     margin: float = defaults.MARGIN
@@ -43,14 +44,15 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name in ("margin", "faithfulness", "minimality"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
+            value = finite_number(getattr(self, name))
+            if value is None or value < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a finite number >= 0")
+            object.__setattr__(self, name, value)
         if self.kl not in ("forward", "reverse"):
             raise ValueError(f"kl: got {self.kl!r}, expected 'forward' or 'reverse'")
         if self.sparsity not in ("parameters", "scalars"):
             raise ValueError(f"sparsity: got {self.sparsity!r}, expected 'parameters' or 'scalars'")
         directions = tuple(self.directions) if isinstance(self.directions, Iterable) else ()
-        if directions not in ((1,), (-1,), (1, -1), (-1, 1)):
+        if directions not in ((1,), (-1,), (1, -1), (-1, 1)) or any(isinstance(sign, bool) for sign in directions):
             raise ValueError(f"directions: got {self.directions!r}, expected (1, -1), (1,) or (-1,)")
-        object.__setattr__(self, "directions", directions)
+        object.__setattr__(self, "directions", tuple(map(int, directions)))

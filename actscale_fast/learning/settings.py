@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -29,17 +30,23 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         check_counts(steps=self.steps, batch_size=self.batch_size, patience=self.patience)
-        if not (is_number(self.lr) and self.lr > 0):
+        lr = finite_number(self.lr)
+        if lr is None or lr <= 0:
             raise ValueError(f"lr: got {self.lr!r}, expected a positive number")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule: got {self.schedule!r}, expected 'constant', 'linear' or 'cosine'")
-        pair = isinstance(self.betas, Sequence) and len(self.betas) == 2
-        if not (pair and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)):
+        betas = [finite_number(beta) for beta in self.betas] if isinstance(self.betas, Sequence) else []
+        if len(betas) != 2 or not all(beta is not None and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas: got {self.betas!r}, expected two numbers in [0, 1)")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or abs(self.seed) >= 1 << 40:
+        if not is_integer(self.seed) or abs(int(self.seed)) >= 1 << 40:
             raise ValueError(f"seed: got {self.seed!r}, expected an integer below 2^40")
-        if self.tolerance is not None and not (is_number(self.tolerance) and self.tolerance >= 0):
+        for name in ("steps", "batch_size", "patience", "seed"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+        tolerance = finite_number(self.tolerance)
+        if self.tolerance is not None and (tolerance is None or tolerance < 0):
             raise ValueError(f"tolerance: got {self.tolerance!r}, expected None or a number >= 0")
+        for name, value in (("lr", lr), ("betas", tuple(betas)), ("tolerance", tolerance)):
+            object.__setattr__(self, name, value)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -69,16 +76,32 @@ class FitSettings:
 def check_counts(**settings: int) -> None:
     """ValueError that names the first setting which is not a positive integer."""
     for name, value in settings.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_integer(value) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a positive integer")
 
 
 def check_bytes(**budgets: int | None) -> None:
     """ValueError that names the first budget which is no integer >= 0; None stands for the default."""
     for name, value in budgets.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        if value is not None and (not is_integer(value) or value < 0):
             raise ValueError(f"{name}: got {value!r}, expected an integer that is at least 0")
 
 
+def finite_number(value: object) -> float | None:
+    """`value` as a float, of an integer and of NumPy's scalars too; None where it is no finite number, as a bool is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's bool is no Real
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond float
+        return None
+    return number if math.isfinite(number) else None
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer, one of NumPy's too, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return finite_number(value) is not None

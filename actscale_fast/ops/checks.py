@@ -20,10 +20,13 @@ def floating_tensor(name: str, value: object, shape: str) -> Tensor:
 
 
 def number(name: str, value: object) -> float:
-    """`value` as a float; a tensor is none, since reading one waits for the GPU."""
-    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, numbers.Real)):
+    """`value` as a float; a bool is none, and neither is a tensor, since reading one waits for the GPU."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, numbers.Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got an integer that no float holds, expected a number") from None
     if result != result:
         raise ValueError(f"{name}: got nan, expected a number")
     return result

@@ -67,9 +67,9 @@ def kl_div_from_logits(
         - Mean: over rows (tokens), never over V as `F.kl_div`'s "mean"; with all rows ignored 0, not NaN.
         - Direction: "forward" is F.kl_div(log q, log p), beta = 0 of TRL's GKDTrainer; "reverse" its beta = 1.
         - Shift labels, not logits: logits[:, :-1] would be copied to become rows, labels padded at the end are not.
-        - float16: row weights and a mean's 1/Σw are applied to the finished gradient in a second pass, together with the
-          loss scale: float16 would lose small gradients to a factor such as T²/n before a loss scale could save them,
-          and overflow under a large one.
+        - float16: row weights and a mean's 1/Σw are applied to the finished gradient in a second pass, together with
+          the loss scale: float16 would lose small gradients to a factor such as T²/n before a loss scale could save
+          them, and overflow under a large one.
 
     Once differentiable (float64: any number of times); torch.func transforms are not supported.
     """

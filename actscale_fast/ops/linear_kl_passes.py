@@ -134,8 +134,8 @@ def _pass(
 
     That of hidden is of hidden's dtype; the head's are of the accumulation dtype, since a sum over rows may be more
     than float16 holds before the reduction's factor. `factors` [N] of the rows are left for the caller to apply to the
-    losses and to the gradient of hidden, whose rows keep their own scale so; the head's gradients are sums over rows and
-    take them here.
+    losses and to the gradient of hidden, whose rows keep their own scale so; the head's gradients are sums over rows
+    and take them here.
     """
     hidden, weight, _ = student
     acc = reference.accumulation_dtype(hidden.dtype)
@@ -178,7 +178,7 @@ def _pass(
 
 
 def _normalised(factors: Tensor) -> tuple[Tensor, Tensor]:
-    """(f/max |f|, max |f|), nothing of it read by the host; none is more than 1, so that float16 holds their products."""
+    """(f/max |f|, max |f|), nothing of it read by the host. None is above 1: float16 holds their products."""
     if len(factors) == 0:
         return factors, factors.new_ones(())
     largest = factors.abs().amax()

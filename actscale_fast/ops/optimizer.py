@@ -57,8 +57,8 @@ def proximal_adam_(
     checks.same_device("step", step, parameter.device)
     if step.shape != () or step.dtype != torch.float32:
         raise ValueError(f"step: got {tuple(step.shape)} {step.dtype}, expected a float32 tensor []")
-    for name, number in (("lr", lr), ("betas", betas[0]), ("betas", betas[1]), ("eps", eps), ("l1", l1)):
-        checks.number(name, number)
+    lr, eps, l1 = checks.number("lr", lr), checks.number("eps", eps), checks.number("l1", l1)
+    betas = checks.number("betas", betas[0]), checks.number("betas", betas[1])
     if not (lr > 0 and l1 >= 0 and eps > 0 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(
             f"lr, l1, eps, betas: got {lr}, {l1}, {eps}, {betas}, expected lr, eps > 0, l1 >= 0, betas in [0, 1)"

@@ -14,7 +14,8 @@ factor. With e = 2^x, x = 2·log₂(e)·v/s: tanh = (e − 1)/(e + 1) and 1 − 
 polynomial of 2^f, |f| ≤ ½, without its 1, so that small logits keep their digits; the slope is no difference of ones.
 
 A is kept in units of 2²⁴, so that no sum of finite differences overflows: a token that one side masks with the least
-float is 3e38 away from what the other side says. −inf on both sides weighs nothing and adds nothing; −inf in o alone makes A infinite where the weight is positive.
+float is 3e38 away from what the other side says. −inf on both sides weighs nothing and adds nothing; −inf in o alone
+makes A infinite where the weight is positive.
 Nothing is saved. Per pair of logits: 2·b bytes and two 2^x, and two more 2^x per thread and tile of 16 pairs.
 """
 
