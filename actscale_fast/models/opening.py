@@ -104,7 +104,7 @@ def _compared(found: ModelLayout, head: OutputHead | None) -> Shortcuts:
 
 def _pads(model: Any, section: Section, ids: Tensor, whole: Tensor) -> bool:
     """Whether padding on the left, masked out, leaves a prompt as it is by itself."""
-    padded = torch.cat([ids[:, :1], ids[:, :1], ids], 1)
+    padded = torch.cat([ids[:, -1:], ids[:, -1:], ids], 1)
     mask = torch.ones_like(padded)
     mask[:, :2] = 0
     try:
