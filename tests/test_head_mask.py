@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import CONFIGS, IDS, tiny_model
+from model_zoo import CONFIGS, IDS, checkpoint_activations, tiny_model
 from torch import Tensor
 
 import actscale_fast as af
@@ -182,7 +182,7 @@ def test_gradient_checkpointing_repeats_a_pass_under_the_mask_it_had(reentrant: 
     def gradients(checkpointing: bool) -> list[Tensor]:
         model = tiny_model().requires_grad_(False).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, reentrant)
         masks = [(random_mask(rows) + shift).requires_grad_() for shift in (0.0, 0.5)]
         with af.head_mask(model, masks[0]) as handle:
             first = logits(model)
@@ -198,7 +198,7 @@ def test_gradient_checkpointing_repeats_a_pass_under_the_mask_it_had(reentrant: 
 
 def test_a_backward_pass_after_the_mask_is_gone_is_refused_under_checkpointing() -> None:
     model = tiny_model().train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, reentrant=True)
     with af.head_mask(model, random_mask().requires_grad_()):
         loss = logits(model).sum()
     with pytest.raises(RuntimeError, match="inside the `with` block"):

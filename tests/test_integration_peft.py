@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from model_zoo import IDS, tiny_model
+from model_zoo import IDS, checkpoint_activations, tiny_model
 from op_cases import error_of
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.ia3.layer import Linear
@@ -467,7 +467,7 @@ def test_under_gradient_checkpointing_a_language_model_trains_the_same(family: s
     with accelerate(model):
         plain = gradients()
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, reentrant)
         again = gradients()
     assert plain.keys() == again.keys() == expected.keys()
     for name, value in expected.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_zoo import IDS, SITES, randomised, scalars, tiny_model
+from model_zoo import IDS, SITES, checkpoint_activations, randomised, scalars, tiny_model
 from torch import Tensor
 
 from actscale_fast.interventions import ActivScalar, Intervention, SteerVec
@@ -37,7 +37,7 @@ def test_gradients_agree_with_central_differences(
     torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:`gradient_checkpointing_enable`")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("positions", [None, [0, -1]])
 @pytest.mark.parametrize("site", SITES)
@@ -49,7 +49,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            checkpoint_activations(model, reentrant)
         intervention.zero_grad()
         with patch(model, intervention, strength=torch.tensor([1.0, -1.0, 0.5])):
             loss = model(IDS).logits.square().mean()
@@ -63,10 +63,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     assert "Carrier" not in repr([layer.__dict__.get("_gradient_checkpointing_func") for layer in model.model.layers])
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:`gradient_checkpointing_enable`")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_checkpointed_backward_pass_after_removal_is_refused() -> None:
     model = tiny_model("llama").requires_grad_(False).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, reentrant=True)
     with patch(model, scalars(model)):
         loss = model(IDS).logits.square().mean()
     with pytest.raises(RuntimeError, match=r"call backward\(\) inside the `with` block"):

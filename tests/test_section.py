@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import TokenExamples, assert_equal_to_rounding, engine, full
-from model_zoo import CONFIGS, IDS, randomised, tiny_model
+from model_zoo import CONFIGS, IDS, checkpoint_activations, randomised, tiny_model
 from torch import Tensor, nn
 
 import actscale_fast as af
@@ -156,7 +156,7 @@ def test_checkpointing_and_dropout_of_a_model_in_training_change_nothing(family:
         "llama": ("attention_dropout",),
     }[family]
     model = tiny_model(family, dtype=torch.float64, **dict.fromkeys(names, 0.5))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant)
     model.train()
     before = state_of(model)
     for where in ({}, {"positions": [-1], "layers": [1]}):
