@@ -32,9 +32,8 @@ def values_of(intervention: Any) -> dict[str, Tensor]:
 
 def fitted(model: Any, tokens: Any, **options: Any) -> Any:
     scalars = af.ActivScalar.for_model(model, layers=LAYERS, positions=options.pop("positions", None))
-    return af.fit(
-        model, tokens, EXAMPLES, scalars, af.Objective(minimality=0.01), steps=3, batch_size=2, progress=False, **options
-    )
+    objective = af.Objective(minimality=0.01)
+    return af.fit(model, tokens, EXAMPLES, scalars, objective, steps=3, batch_size=2, progress=False, **options)
 
 
 def fit(model: Any, tokens: Any, folder: Path) -> Any:
@@ -107,7 +106,8 @@ def steered(model: Any, tokens: Any, folder: Path) -> Any:
     scalars = af.ActivScalar.for_model(model, positions=[-1], generated=True)
     with torch.no_grad():
         scalars.alpha.fill_(0.5)
-    with torch.no_grad(), af.patch(model, scalars, strength=torch.tensor([1.0, -1.0], dtype=torch.float32, device="cpu")):
+    strength = torch.tensor([1.0, -1.0], dtype=torch.float32, device="cpu")
+    with torch.no_grad(), af.patch(model, scalars, strength=strength):
         return model(ids, attention_mask=kept).logits
 
 

@@ -29,14 +29,21 @@ def sweep(options: argparse.Namespace) -> int:
             grid[name] = getattr(options, name)
     grid["seed"] = options.seeds
     if options.path is not None:
-        grid["minimality"] = learning.minimality_path(
-            model,
-            tokenizer,
-            train,
-            options.path,
-            objective=learning.Objective(margin=max(options.margin or [defaults.MARGIN])),
-            intervention=template,
-        )
+        paths = [
+            learning.minimality_path(
+                model,
+                tokenizer,
+                train,
+                options.path,
+                objective=learning.Objective(margin=max(options.margin or [defaults.MARGIN])),
+                intervention=template,
+                steps=options.steps,
+                batch_size=options.batch_size,
+                seed=seed,
+            )
+            for seed in options.seeds
+        ]
+        grid["minimality"] = max(paths, key=lambda weights: weights[0])  # which keeps every seed's scalars at 0
     result = learning.sweep(
         model,
         tokenizer,

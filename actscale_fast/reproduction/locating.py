@@ -22,7 +22,8 @@ def path(lab: Laboratory, task: Task, system: System) -> list[dict[str, Any]]:
     train, test = task.examples(tokenizer, size, size.seeds[0], aligned=system.aligned)
     template = ActivScalar.for_model(lab.model)
     # The first weights of the path keep nearly all at 0; the last is half of the one that the comparison fits with.
-    first = minimality_path(lab.model, tokenizer, train[: size.n_test], 1, objective=system.objective)[0]
+    some = train[: size.n_test]
+    first = minimality_path(lab.model, tokenizer, some, 1, objective=system.objective, batch_size=len(some))[0]
     last = min(system.objective.minimality, first) / 2
     weights = [first * (last / first) ** ((index + 1) / size.n_path) for index in range(size.n_path)]
     result = sweep(
