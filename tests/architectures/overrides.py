@@ -14,7 +14,6 @@ _GEMMA4: dict[str, Any] = {
     "per_layer_config": {1: {"head_dim": 24}, 3: {"head_dim": 24}},
     "hidden_size_per_layer_input": 8,
 }
-_ASSISTANT = {**_GEMMA4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4}
 _QWEN4 = {
     "layer_types": ["linear_attention", "indexed_attention"] * 2, "hc_count": 2, "hc_lowrank": 8,
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
@@ -114,9 +113,3 @@ MORE: dict[str, str] = {
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
 }
-#: The same, of configs that occur inside others.
-TEXT_OVERRIDES: dict[str, dict[str, Any]] = {}
-
-
-def prepare(model_type: str, model: Any) -> None:
-    """What a model needs before it runs."""

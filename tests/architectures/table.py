@@ -34,8 +34,8 @@ def architectures() -> dict[str, str]:
     return {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MORE}
 
 
-def run(names: Iterable[tuple[str, str]], *, progress: bool = True) -> list[Row]:
-    """The rows of these architectures, one process after the other."""
+def run(names: Iterable[tuple[str, str]], *, keep: Path | None = None) -> list[Row]:
+    """The rows of these architectures, one process after the other; `keep` is written after each."""
     context = multiprocessing.get_context("fork")  # the libraries are imported once
     rows = []
     for model_type, name in names:
@@ -57,11 +57,11 @@ def run(names: Iterable[tuple[str, str]], *, progress: bool = True) -> list[Row]
             process.kill()
         process.join()
         rows.append(row)
-        if progress:
-            words = {site: str(verdict)[:60] for site, verdict in row.sites.items()}
-            line = f"{model_type:28} {time.perf_counter() - begun:4.1f} s  {row.made[:90] or words}"
-            line += f" generate={str(row.generate)[:60]} fit={str(row.fit)[:60]}"
-            print(line, file=sys.stderr, flush=True)
+        if keep is not None:
+            keep.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        words = {site: str(verdict)[:60] for site, verdict in row.sites.items()}
+        line = f"{model_type:28} {time.perf_counter() - begun:4.1f} s  {row.made[:90] or words}"
+        print(f"{line} generate={str(row.generate)[:60]} fit={str(row.fit)[:60]}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -86,9 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only:
         chosen = {name: chosen[name] for name in options.only.split(",")}
     _import_before_forking()
-    rows = run(chosen.items())
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    rows = run(chosen.items(), keep=options.json)
     if options.markdown:
         options.markdown.write_text(markdown(rows))
     for name, count in summary(rows).items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .overrides import OVERRIDES, PARTS, TEXT_OVERRIDES, prepare
+from .overrides import OVERRIDES, PARTS
 
 N_LAYERS = 4
 #: Attribute of a config -> its tiny value. Heads times head_dim (64) differs from the hidden size (32) where a family
@@ -102,9 +102,7 @@ def tiny_config(model_type: str) -> Any:
 
 def _arguments(cls: Any, changes: dict[str, Any]) -> dict[str, Any]:
     """The arguments that make a config of this class tiny, `changes` before the general sizes."""
-    start = {key: value for key, value in changes.items() if key.startswith("~")}
-    default = cls(**{key[1:]: value for key, value in start.items()})  # where a class refuses its own defaults
-    changes = {key: value for key, value in changes.items() if not key.startswith("~")}
+    default = cls()
     nested = dict(getattr(cls, "sub_configs", None) or {})
     arguments: dict[str, Any] = {}
     attributes = _attributes(default)
@@ -130,8 +128,8 @@ def _arguments(cls: Any, changes: dict[str, Any]) -> dict[str, Any]:
         if not hasattr(sub_cls, "to_dict") or sub_cls.__name__ == "AutoConfig":
             continue
         kind = getattr(sub_cls, "model_type", "")
-        made = _arguments(sub_cls, {**TEXT_OVERRIDES.get(kind, {}), **OVERRIDES.get(kind, {}), **inner})
-        arguments[name] = sub_cls(**made) if changes.get("~objects") else {**made, "model_type": kind}
+        made = _arguments(sub_cls, {**OVERRIDES.get(kind, {}), **inner})
+        arguments[name] = {**made, "model_type": kind}
     given = {key: value for key, value in changes.items() if key not in nested}
     return {**arguments, **given}
 
@@ -188,7 +186,6 @@ def tiny_model(model_type: str, name: str, *, seed: int = 0) -> Any:
         model = cls._from_config(config)
     model = model.float().eval()
     randomise(model, seed)
-    prepare(model_type, model)
     return model
 
 
