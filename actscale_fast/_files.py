@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whose errors name the file, and whose writers clean up after killed ones."""
+"""Atomic file writes, errors that name the file, and removal of the temporaries of killed processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-#: A temporary is ".<name>.tmp-<host>-<process>-<random><suffix>": its writer can be told from its name.
+#: Temporaries are called ".<name>.tmp-<host>-<process>-<random><suffix>", which identifies their writer.
 _TEMPORARY = re.compile(r"\..+\.tmp-(?P<host>[0-9a-f]{8})-(?P<process>\d{1,10})-[0-9a-f]{8}(\.\w*)?", re.DOTALL)
 _A_DAY = 24 * 3600.0
 
@@ -29,7 +29,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     killed processes left in the folder are removed.
 
     Raises:
-        OSError: the file cannot be written; names `path`.
+        OSError: the file cannot be written; the message names `path`.
     """
     path = Path(path)
     _make_parent(path)
@@ -52,28 +52,28 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 def naming(error: OSError, path: str | os.PathLike[str]) -> OSError:
-    """The same error, with the file that it is about."""
+    """The same error with the name of the file in it."""
     if error.errno is None:
         return OSError(f"{os.fspath(path)}: {error}")
     return OSError(error.errno, error.strerror or os.strerror(error.errno), os.fspath(path))
 
 
 def check_writable(path: str | os.PathLike[str], n_bytes: int = 0) -> None:
-    """Find out now whether a file can be written here later; nothing is left behind but its folder.
+    """Check that a file can be written at `path` later; leaves nothing behind but its folder.
 
     Args:
-        path: of the file, whether it is there already or not.
-        n_bytes: how large it will be, at least.
+        path: the file, which may exist already.
+        n_bytes: its expected minimum size.
 
     Raises:
-        OSError: the folder cannot be made or written in, the path is no regular file, or the disk has no room; names
-            the path.
+        OSError: the folder cannot be created or written to, the path is not a regular file, or the disk is full; the
+            message names the path.
     """
     path = Path(path)
     try:
@@ -94,12 +94,12 @@ def check_writable(path: str | os.PathLike[str], n_bytes: int = 0) -> None:
 
 
 def regular_size(path: Path) -> int:
-    """The size of a file that can be opened without waiting.
+    """The size of a regular file; opening a pipe, for example, would block.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a folder, a pipe or another thing that is no file.
-        OSError: it cannot be reached; names it.
+        FileNotFoundError: there is no such file.
+        ValueError: the path is not a regular file.
+        OSError: the path cannot be reached. All messages name the path.
     """
     try:
         found = path.stat()
@@ -113,7 +113,7 @@ def regular_size(path: Path) -> int:
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove the temporaries of this host's dead processes, and of any process where they are older than a day."""
+    """Remove temporaries left by dead processes on this host, and any that are more than a day old."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             found = _TEMPORARY.fullmatch(entry.name) if entry.name.startswith(".") else None
@@ -127,7 +127,7 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Let one writer at a time into a folder, where the system can lock folders; waits ten seconds at most."""
+    """Admit one writer to a folder at a time if the system can lock folders; waits at most ten seconds."""
     try:
         import fcntl
 
@@ -167,7 +167,7 @@ def _temporary_name(path: Path) -> str:
 
 @functools.cache
 def _host() -> str:
-    """Of this host and, in a container, its numbering of processes."""
+    """A short name for this host and, in containers, its process namespace."""
     numbering = ""
     with contextlib.suppress(OSError, AttributeError):
         numbering = str(Path("/proc/self/ns/pid").readlink())
@@ -187,7 +187,7 @@ def _alive(process: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let a rename reach the disk, where the system can do that."""
+    """Flush a rename to disk, if the system supports that."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

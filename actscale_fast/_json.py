@@ -1,7 +1,7 @@
-"""JSON files that tell any change of their bytes, read with bounds.
+"""JSON files that detect any changed byte, and JSON that is read within limits.
 
 A sealed file is an object, or a list that begins with one, whose first key is `checksum`: the SHA-256 of the file's own
-bytes with zeros in the place of these 64 digits. Whatever byte changes, the two no longer agree.
+bytes with zeros in place of these 64 digits. If any byte changes, the two no longer agree.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _SEAL = re.compile(rb'\s*(?:\[\s*)?\{\s*"checksum": "([0-9a-f]{64})"')
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """JSON that a person can read, whole or not at all."""
+    """Write readable JSON atomically."""
     write_bytes(path, encoded(content))
 
 
 def write_sealed(path: str | os.PathLike[str], content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> bytes:
-    """Write JSON with its own checksum as the first key, of a list's first object where it is one; the bytes."""
+    """Write JSON whose first key (in a list: that of its first object) is its own checksum; returns the bytes."""
     payload = sealed(content)
     write_bytes(path, payload)
     return payload
 
 
 def encoded(content: Any) -> bytes:
-    """UTF-8 of readable JSON."""
+    """Readable JSON in UTF-8."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -49,16 +49,16 @@ def sealed(content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> bytes:
         return encoded(content)
     first, *rest = [content] if isinstance(content, Mapping) else content
     first = {CHECKSUM: _ZEROS} | {key: value for key, value in first.items() if key != CHECKSUM}
-    open_ = encoded(first if isinstance(content, Mapping) else [first, *rest])
-    return open_.replace(_ZEROS.encode(), hashlib.sha256(open_).hexdigest().encode(), 1)
+    zeroed = encoded(first if isinstance(content, Mapping) else [first, *rest])
+    return zeroed.replace(_ZEROS.encode(), hashlib.sha256(zeroed).hexdigest().encode(), 1)
 
 
 def read_limited(path: Path, limit: int = LARGE) -> bytes:
-    """The bytes of a file of bounded size.
+    """The bytes of a file that is not larger than `limit`.
 
     Raises:
-        FileNotFoundError, OSError: it is not there or cannot be read; names it.
-        ValueError: it is too large, or no file.
+        FileNotFoundError, OSError: the file is missing or cannot be read; the message names it.
+        ValueError: the file is too large, or is not a regular file.
     """
     size = regular_size(path)
     if size > limit:
@@ -74,10 +74,10 @@ def read_limited(path: Path, limit: int = LARGE) -> bytes:
 
 
 def parsed(payload: bytes, *, finite: bool = True) -> Any:
-    """JSON in UTF-8 without repeated keys, and with `finite` without NaN and infinity.
+    """Parse UTF-8 JSON without repeated keys and, if `finite`, without NaN and infinity.
 
     Raises:
-        ValueError: something else, or nested too deeply.
+        ValueError: not such JSON, or nested too deeply.
     """
     strict: dict[str, Any] = {"parse_constant": _refused_constant, "parse_float": _finite_float} if finite else {}
     try:
@@ -87,12 +87,12 @@ def parsed(payload: bytes, *, finite: bool = True) -> Any:
 
 
 def has_seal(payload: bytes) -> bool:
-    """Whether these are the bytes of a sealed file, intact or not."""
+    """Whether these bytes come from a sealed file, intact or not."""
     return _SEAL.match(payload) is not None
 
 
 def check_seal(payload: bytes) -> None:
-    """Raise a ValueError where the bytes are not those that were sealed."""
+    """Raise a ValueError if any byte has changed since the file was sealed."""
     found = _SEAL.match(payload)
     if found is None:
         raise ValueError("it has no checksum")
@@ -108,20 +108,20 @@ def read_sealed(
     """The content of a sealed file, without the checksum.
 
     Args:
-        path: of the file.
-        limit: bytes it may have.
+        path: the file.
+        limit: its maximum size in bytes.
         finite: refuse NaN and infinity.
-        older: what to say of a file without a checksum.
+        older: the explanation given for a file without a checksum.
 
     Raises:
-        FileNotFoundError, OSError: it is not there or cannot be read; names it.
-        ValueError: it was changed, or is of another kind; names it.
+        FileNotFoundError, OSError: the file is missing or cannot be read; the message names it.
+        ValueError: the file was changed or is not a sealed file; the message names it.
     """
     return unsealed(path, read_limited(path, limit), finite=finite, older=older)
 
 
 def unsealed(path: Path, payload: bytes, *, finite: bool = True, older: str = "written by an earlier version") -> Any:
-    """As `read_sealed`, of bytes that were read already."""
+    """Like `read_sealed`, for bytes that have already been read."""
     try:
         if has_seal(payload):
             check_seal(payload)

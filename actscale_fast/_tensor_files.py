@@ -1,4 +1,4 @@
-"""safetensors files whose header is checked before anything is read, with a checksum of the whole file inside.
+"""safetensors files with a checksum of the whole file inside, whose header is checked before any tensor is read.
 
 A file begins with 8 bytes, the header's length n; n bytes of JSON: {name: {dtype, shape, data_offsets}}; and the data.
 """
@@ -35,7 +35,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says of itself; its size agrees with it."""
+    """The header of a safetensors file, consistent with the size of the file."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
@@ -48,9 +48,9 @@ def read_header(path: Path, limit: int = _LARGEST_HEADER) -> Header:
     """The header of a safetensors file.
 
     Raises:
-        FileNotFoundError, OSError: the file is not there or cannot be read; names it.
-        ValueError: it is no safetensors file, its header is larger than `limit`, or it is longer or shorter than its
-            header says; does not name the file.
+        FileNotFoundError, OSError: the file is missing or cannot be read; the message names it.
+        ValueError: not a safetensors file, a header larger than `limit`, or a file longer or shorter than its header
+            says; the caller adds the name of the file.
     """
     size = regular_size(path)
     try:
@@ -101,14 +101,14 @@ def _is_size(value: Any) -> bool:
 
 
 def save_file(tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
-    """Write tensors as a safetensors file whose metadata has the checksum of all its bytes.
+    """Write tensors as a safetensors file whose metadata holds a checksum of all its bytes.
 
-    Written in place, which `safetensors.torch.save_file` does not: that leaves temporaries of its own where it is
-    killed, and files that only their owner can read.
+    The file is written in place. `safetensors.torch.save_file` instead writes a temporary of its own, which stays
+    behind if the process is killed, and produces files that only their owner can read.
 
     Args:
-        tensors: by name, on any device; one is copied at a time.
-        path: of the file, which is overwritten.
+        tensors: by name, on any device; copied to the host one at a time.
+        path: the file, which is overwritten.
         metadata: strings by name.
     """
     kinds = {dtype: name for name, dtype in _DTYPES.items()}
@@ -141,7 +141,7 @@ def _pieces(raw: bytes, tensors: dict[str, Tensor]) -> Iterator[Any]:
 
 
 def check_seal(path: Path, header: Header) -> None:
-    """Raise a ValueError where the file is not as it was sealed; does not name the file."""
+    """Raise a ValueError if any byte has changed since the file was written; the caller adds the name of the file."""
     claimed = header.metadata.get(CHECKSUM, "")
     start = _place(header.raw, claimed) if re.fullmatch(r"[0-9a-f]{64}", claimed) else None
     if start is None:
@@ -151,13 +151,13 @@ def check_seal(path: Path, header: Header) -> None:
 
 
 def _place(raw: bytes, digits: str) -> int | None:
-    """Where in the file the checksum's digits are. Quotes inside other metadata are escaped, so there is one place."""
+    """The offset of the checksum's digits. Quotes inside other metadata are escaped, so there is only one match."""
     key = f'"{CHECKSUM}":"'.encode()
     return None if raw.count(key + digits.encode()) != 1 else 8 + raw.index(key + digits.encode()) + len(key)
 
 
 def _digest(path: Path, start: int) -> str:
-    """SHA-256 of a file with zeros at the 64 bytes from `start` on."""
+    """SHA-256 of a file with the 64 bytes from `start` on replaced by zeros."""
     found = hashlib.sha256()
     for offset, chunk in _chunks(path):
         first, last = max(start - offset, 0), min(start + 64 - offset, len(chunk))

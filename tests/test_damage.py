@@ -249,5 +249,5 @@ def test_a_fit_that_an_index_lists_over_and_over_is_read_once(tmp_path: Path) ->
     fits = af.load_sweep(tmp_path).fits
     assert len({id(fit.intervention) for fit in fits}) == 1
     write_sealed(tmp_path / "sweep.json", [*told, {**told[0], "label": "another"}])
-    with pytest.raises(ValueError, match=r"sweep\.json: damaged .'fit-1' is told of twice"):
+    with pytest.raises(ValueError, match=r"sweep\.json: damaged .'fit-1' is listed twice"):
         af.load_sweep(tmp_path)

@@ -281,7 +281,7 @@ def test_composites_inside_composites_are_refused(tmp_path: Path) -> None:
         (folder / NAME).write_bytes(raw)
         parts = [{"folder": folder.name, "factor": 1.0, "sha256": digest}]
         raw = write_sealed(folder.parent / NAME, {"format": 2, "class": "Composite", "parts": parts})
-        refused(tmp_path / f"outer-{depth}", "a Composite is no part of another")
+        refused(tmp_path / f"outer-{depth}", "a Composite cannot be part of another")
 
 
 def test_nothing_outside_the_folder_is_read(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_the_digest_of_a_model_of_135_million_parameters_takes_a_moment() -> Non
     model.to_empty(device="cpu")
     seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = time.process_time()  # others may use the machine
         weights_digest(model)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
     assert min(seconds) < 0.05

@@ -53,9 +53,13 @@ class Location:
 
     def heads_of(self, index: int) -> int:
         """The heads of one layer (its index among the chosen ones); 1 at a whole site."""
+        return self.sizes_of(index)[0]
+
+    def sizes_of(self, index: int) -> tuple[int, int]:
+        """(heads, their width) of one layer (its index among the chosen ones); (1, hidden size) at a whole site."""
         if self.site != "head":
-            return 1
-        return self.heads.get(self.layers[index], (self.model.n_heads, 0))[0]
+            return 1, self.model.hidden_size
+        return self.heads.get(self.layers[index], (self.model.n_heads, self.model.head_dim))
 
     @property
     def width(self) -> int:
@@ -94,10 +98,10 @@ class Location:
 
     @classmethod
     def from_dict(cls, data: Any) -> Location:
-        """The inverse of `to_dict`, of data that nothing is taken for granted of.
+        """The inverse of `to_dict`, for untrusted data.
 
         Raises:
-            ValueError: a field is missing, unknown, of a wrong type or makes no sense.
+            ValueError: a field is missing, unknown, of a wrong type or invalid.
         """
         _check_keys("location", data, cls)
         _check_keys("model", data["model"], ModelFingerprint)
@@ -157,7 +161,7 @@ def _shown(value: object) -> str:
 
 
 def _check_keys(name: str, data: Any, cls: type[Any]) -> None:
-    """Raise a ValueError where JSON data has not the fields of a dataclass; those with a default may be missing."""
+    """Raise a ValueError unless JSON data has the fields of a dataclass; those with a default may be missing."""
     if not isinstance(data, dict):
         raise ValueError(f"{name}: got {_shown(data)}, expected an object")
     known = {item.name for item in fields(cls)}

@@ -1,8 +1,9 @@
-"""The folder of a saved intervention: tensors under a name made of their contents, and a description that commits them.
+"""The folder of a saved intervention: a tensors file named after its contents, and a description that commits it.
 
-`intervention.json` names the tensors file with its checksum, carries one of its own bytes, and is renamed into place
-last: a process that is killed at any moment leaves the older intervention or the new one, whole. What the description
-no longer names is removed after that. A Composite keeps each part in a folder of that kind, named by its contents.
+`intervention.json` holds the name and checksum of the tensors file and a checksum of its own bytes, and is renamed into
+place last, so a process killed at any moment leaves either the old intervention or the new one intact. Files that the
+description no longer refers to are removed afterwards. A Composite keeps each part in a subfolder named after its
+contents.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _HEADER = 1 << 20  # bytes of a tensors file beside its values, at most
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What an `intervention.json` says, already checked against its checksum."""
+    """The contents of an `intervention.json`, already verified against its checksum."""
 
     folder: Path
     fields: dict[str, Any]
@@ -66,7 +67,7 @@ class Description:
         return self.folder / DESCRIPTION
 
     def checked(self, make: Callable[[], T]) -> T:
-        """The result of `make`, whose complaints are about this file."""
+        """The result of `make`; its errors become errors about this file."""
         try:
             return make()
         except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -76,7 +77,7 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An intervention of one place, ready to be written."""
+    """An intervention at a single location, ready to be written."""
 
     name: str  # of the tensors file
     payload: bytes
@@ -84,12 +85,12 @@ class Encoded:
 
 
 def save(intervention: Intervention, folder: Path, strength: float | None = None) -> str:
-    """Write an intervention over what the folder holds; returns the SHA-256 of its description.
+    """Write an intervention, replacing any that the folder holds; returns the SHA-256 of its description.
 
     Args:
-        intervention: checked before anything is written.
-        folder: made where it is not there.
-        strength: of the `ActScaleModel` that is saved.
+        intervention: must be finite, which is checked before anything is written.
+        folder: created if it does not exist.
+        strength: that of the `ActScaleModel` being saved.
     """
     intervention.check_finite()
     folder = made_folder(folder)
@@ -103,7 +104,7 @@ def save(intervention: Intervention, folder: Path, strength: float | None = None
 
 
 def encode(intervention: Intervention) -> Encoded:
-    """The files of an intervention of one place."""
+    """Encode an intervention at a single location."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in intervention.saved_tensors().items()}
     payload = save_tensors(tensors)
     digest = hashlib.sha256(payload).hexdigest()
@@ -119,7 +120,7 @@ def encode(intervention: Intervention) -> Encoded:
 
 
 def description_bytes(fields: dict[str, Any]) -> bytes:
-    """`intervention.json`."""
+    """The bytes of `intervention.json`."""
     raw = sealed({"format": FORMAT, **fields})
     if len(raw) > LARGE:
         raise ValueError(f"intervention: its description has {len(raw)} bytes, expected at most {LARGE}")
@@ -127,7 +128,7 @@ def description_bytes(fields: dict[str, Any]) -> bytes:
 
 
 def made_folder(folder: Path) -> Path:
-    """The folder, made where it is not there."""
+    """Create the folder if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -138,11 +139,11 @@ def made_folder(folder: Path) -> Path:
 
 
 def read_description(folder: Path, sha256: str | None = None) -> Description:
-    """What `intervention.json` says; see `base.load_intervention` for the errors.
+    """Read `intervention.json`; see `base.load_intervention` for the errors.
 
     Args:
-        folder: of the intervention.
-        sha256: what the file must have, where another file says so.
+        folder: the folder of the intervention.
+        sha256: the expected checksum of the file, if another file records it.
     """
     path = inside(folder, DESCRIPTION)
     try:
@@ -187,27 +188,27 @@ def _checked_fields(raw: bytes) -> dict[str, Any]:
 
 
 def number(name: str, value: Any) -> float:
-    """A finite number of a file, as a float; raises ValueError."""
+    """A finite number from a file as a float; raises ValueError for anything else."""
     if type(value) not in (int, float) or not abs(value) < 1e300:
         raise ValueError(f"{name}: got {_shown(value)}, expected a finite number")
     return float(value)
 
 
 def class_of(description: Description, classes: dict[str, type[Intervention]]) -> type[Intervention]:
-    """The class that is described. Of this package's own modules those in a table are imported, and no others."""
+    """The described class. Only modules in a fixed table are ever imported for it."""
     name = description.fields["class"]
     if name not in classes and name in _ELSEWHERE:
         importlib.import_module(_ELSEWHERE[name])
     if name not in classes:
         raise ValueError(
             f"{description.path}: unknown class {_shown(name)}, expected one of {', '.join(sorted(classes))}; "
-            "a class of your own must be imported first"
+            "import the module that defines your own class before loading"
         )
     return classes[name]
 
 
 def place(description: Description) -> tuple[Location, int | None]:
-    """The location and the number of groups of an intervention of one place."""
+    """The location and number of groups of an intervention at a single location."""
 
     def read() -> tuple[Location, int | None]:
         n_groups = description.fields["n_groups"]
@@ -219,7 +220,7 @@ def place(description: Description) -> tuple[Location, int | None]:
 
 
 def load(description: Description, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of an intervention, which must have these names and shapes; see `base.load_intervention`."""
+    """Read the tensors, which must have these names and shapes; see `base.load_intervention` for the errors."""
     name, digest = description.checked(lambda: _tensors_file(description.fields))
     path = inside(description.folder, name)
     try:
@@ -229,7 +230,7 @@ def load(description: Description, shapes: dict[str, tuple[int, ...]]) -> dict[s
     largest = min(_HEADER + 8 * sum(math.prod(shape) for shape in shapes.values()), _memory())
     if size > largest:  # before a byte of it is read
         raise ValueError(
-            f"{path}: has {size} bytes, expected at most {largest} for the tensors that {DESCRIPTION} tells of"
+            f"{path}: has {size} bytes, expected at most {largest} for the tensors described in {DESCRIPTION}"
         )
     payload = read_limited(path, largest)
     if hashlib.sha256(payload).hexdigest() != digest:
@@ -247,7 +248,7 @@ def load(description: Description, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def _memory() -> int:
-    """Bytes that this machine can hold; a file may claim more and be a hole."""
+    """The physical memory in bytes; a sparse file may claim more."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not a POSIX system
@@ -268,14 +269,14 @@ def _tensors_file(fields: dict[str, Any]) -> tuple[str, str]:
 
 
 def checked_sha256(value: Any) -> str:
-    """A SHA-256 of a file; raises ValueError."""
+    """A SHA-256 from a file; raises ValueError for anything else."""
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
         raise ValueError(f"sha256: got {_shown(value)}, expected 64 hexadecimal digits")
     return value
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of something in a folder; in a snapshot of the Hugging Face hub files are links to its blobs.
+    """The path of a file in a folder. Files of a Hugging Face hub snapshot may be links to its blobs.
 
     Raises:
         ValueError: a link that leads out of the folder.
@@ -293,7 +294,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _parts_of_format_1(folder: Path) -> set[str]:
-    """The folders of a Composite that an earlier version saved here; only such as it names."""
+    """The part folders of a Composite that an earlier version saved here."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         listed = [part["folder"] for part in read_description(folder).fields["parts"]]
         return {name for index, name in enumerate(listed) if name == f"part-{index}"}
@@ -301,7 +302,7 @@ def _parts_of_format_1(folder: Path) -> set[str]:
 
 
 def _remove_replaced(folder: Path, kept: Iterable[str], former: set[str]) -> None:
-    """Remove what earlier saves wrote here and the description no longer names; files of others stay."""
+    """Remove files of earlier saves that the description no longer refers to; other files stay."""
     kept = set(kept)
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in entries]
@@ -317,7 +318,7 @@ def _remove_replaced(folder: Path, kept: Iterable[str], former: set[str]) -> Non
 
 
 def _remove_part(folder: Path) -> None:
-    """Remove a part's own files, and its folder where nothing else is in it. The description goes last."""
+    """Remove a part's own files, the description last, and its folder if nothing else is in it."""
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir(), key=lambda path: path.name == DESCRIPTION):
             own = _TENSORS.fullmatch(path.name) or path.name in (TENSORS_1, DESCRIPTION)
@@ -327,7 +328,7 @@ def _remove_part(folder: Path) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value of a file, short enough for a message."""
+    """A value from a file, short enough for an error message."""
     text = repr(value) if isinstance(value, dict) else json.dumps(value, default=repr)
     if isinstance(value, str):
         text = ascii(value)

@@ -1,6 +1,6 @@
-"""The state of a fit on disk: one safetensors file with a checksum of all its bytes, written whole or not at all.
+"""The state of a fit on disk: one safetensors file with a checksum of all its bytes, written atomically.
 
-A fit resumes from it to the same bits. The file's checksum covers tensors, settings, progress and header.
+A resumed fit gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def check_place(
     world: World = ALONE,
     new: bool = False,
 ) -> None:
-    """Find out before the first step whether the state, or another file, can be written.
+    """Check before the first step that the state, or another file, can be written.
 
     Args:
-        path: of the file.
-        tensors: of the state.
-        world: processes that all call this; what the leading one finds is raised in all of them.
-        new: a file that is there already need not be writable: it may be that of a finished fit.
+        path: the file.
+        tensors: the tensors of the state, which need room on the disk.
+        world: processes that all call this; an error of the leading one is raised in all of them.
+        new: skip a file that already exists, which may belong to a finished fit.
 
     Raises:
-        OSError: it cannot be written; names the path.
+        OSError: the file cannot be written; the message names the path.
     """
     error = None
     if world.leads and not (new and Path(path).exists()):
@@ -70,7 +70,7 @@ def save(path: str | os.PathLike[str], state: FitState, settings: dict[str, Any]
     """Write the state and the settings it belongs to.
 
     Raises:
-        OSError: the file cannot be written; names it. The file before it is still there.
+        OSError: the file cannot be written; the message names it, and the previous file is still there.
     """
     metadata = {
         "format": _FORMAT,
@@ -85,9 +85,9 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[
     """The state in `path`, or None where there is no such file.
 
     Raises:
-        ValueError: a file that was changed, that is truncated or no checkpoint of a fit, one made with other settings
-            (they are named), or one whose tensors do not fit the intervention.
-        OSError: it cannot be read; names it.
+        ValueError: the file was changed or truncated, is not the checkpoint of a fit, was made with other settings
+            (which are named), or holds tensors that do not fit the intervention.
+        OSError: the file cannot be read; the message names it.
     """
     path = Path(path)
     if not path.exists():
@@ -97,7 +97,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[
     try:
         header = read_header(path)
         _check_format(header)
-        # A file of another intervention may be of any size: its settings or shapes refuse it below.
+        # A larger file belongs to another intervention, and is refused below by its settings or shapes.
         if header.size <= 2 * _n_bytes(expected) + _SPARE:
             check_seal(path, header)
         saved = parsed(header.metadata["settings"].encode(), finite=False)
@@ -132,7 +132,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[
 
 
 class _OtherKindError(ValueError):
-    """A whole file that is no checkpoint of this version."""
+    """An intact file that is not a checkpoint of this version."""
 
 
 def _check_format(header: Header) -> None:

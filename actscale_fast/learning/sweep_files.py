@@ -1,9 +1,9 @@
-"""The folder of a sweep: fits that are finished, and an index of all.
+"""The folder of a sweep: finished fits, and an index of all of them.
 
-The folder holds one folder a fit: the intervention as `save_pretrained` writes it, `history.json`, and last
-`summary.json`, which says that the fit is finished and carries the checksums of both; `evaluation.json` where it was
-evaluated, `state.safetensors` while it is under way. Every file appears whole or not at all, and one that was changed
-since is an error that names it.
+There is one subfolder per fit: the intervention as `save_pretrained` writes it, `history.json`, and finally
+`summary.json`, which marks the fit as finished and holds the checksums of both. `evaluation.json` is there if the fit
+was evaluated, `state.safetensors` while it is running. All files are written atomically; a file that was changed since
+raises an error that names it. In particular, a damaged evaluation is not silently recomputed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FIT, HISTORY, EVALUATION, INDEX = "summary.json", "history.json", "evaluation.js
 
 
 def finished(root: Path, point: Point) -> SweepFit | None:
-    """The result of a point that is in the folder already.
+    """The result of a point that the folder already holds, or None.
 
     Raises:
-        ValueError: its files were changed, or one is missing; names it.
-        OSError: one cannot be read; names it.
+        ValueError: one of its files was changed or is missing; the message names it.
+        OSError: a file cannot be read; the message names it.
     """
     folder = root / point.folder
     try:
@@ -49,14 +49,14 @@ def finished(root: Path, point: Point) -> SweepFit | None:
 
 
 def write_finished(root: Path, fit: SweepFit) -> None:
-    """Keep a fit; `summary.json`, which binds the other files by their checksums, comes last and commits it."""
+    """Write a finished fit; `summary.json`, which holds the checksums of the other files, commits it."""
     folder = root / fit.folder
     files = _write_learned(folder, fit)
     write_sealed(folder / FIT, fit.to_dict() | {"files": files})
 
 
 def write_evaluation(root: Path, fit: SweepFit, test_digest: str) -> None:
-    """Keep what a fit does to held-out examples, which ones these were, and which intervention it was."""
+    """Write the evaluation of a fit, with digests of the examples and of the intervention."""
     assert fit.evaluation is not None
     folder = root / fit.folder
     content = {
@@ -68,11 +68,11 @@ def write_evaluation(root: Path, fit: SweepFit, test_digest: str) -> None:
 
 
 def read_evaluation(root: Path, fit: SweepFit, test_digest: str) -> Evaluation | None:
-    """The evaluation that is kept, where there is one and it is of these examples.
+    """The stored evaluation on these examples, or None.
 
     Raises:
-        ValueError: it was changed since, or is another intervention's. Evaluating again would hide that.
-        OSError: it cannot be read; names it.
+        ValueError: the file was changed or belongs to another intervention; evaluating again would hide that.
+        OSError: the file cannot be read; the message names it.
     """
     path = root / fit.folder / EVALUATION
     try:
@@ -90,7 +90,7 @@ def digest_of(examples: Sequence[Example]) -> str:
 
 
 def write_index(root: Path, result: SweepResult) -> None:
-    """`sweep.json`: all fits in a list, with their folders; those that failed keep what they had come to.
+    """Write `sweep.json`, a list of all fits with their folders; failed fits are saved in the state they reached.
 
     The first key of the list's first object is the checksum of the file.
     """
@@ -110,8 +110,8 @@ def load_sweep(folder: str | os.PathLike[str]) -> SweepResult:
 
     Raises:
         FileNotFoundError: no `sweep.json` there.
-        ValueError: a file was changed since it was written, or is missing; names it.
-        OSError: a file cannot be read; names it.
+        ValueError: a file was changed since it was written, or is missing; the message names it.
+        OSError: a file cannot be read; the message names it.
     """
     root = Path(folder)
     if not os.path.lexists(root / INDEX):
@@ -128,7 +128,7 @@ def load_sweep(folder: str | os.PathLike[str]) -> SweepResult:
             if name not in seen:
                 seen[name] = entry, _told_fit(root, entry)
             if seen[name][0] != entry:
-                raise ValueError(f"{root / INDEX}: damaged ({ascii(name)[:100]} is told of twice)")
+                raise ValueError(f"{root / INDEX}: damaged ({ascii(name)[:100]} is listed twice, differently)")
             fits.append(copy.copy(seen[name][1]))
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"folder: {root} is damaged ({error})") from None
@@ -136,7 +136,7 @@ def load_sweep(folder: str | os.PathLike[str]) -> SweepResult:
 
 
 def _told_fit(root: Path, entry: dict[str, Any]) -> SweepFit:
-    """A fit that the index tells of, from its folder."""
+    """Read a fit listed in the index."""
     place = root / entry["folder"]
     if place.is_symlink():
         raise ValueError(f"{place}: a link, expected a folder")
@@ -151,16 +151,16 @@ def _told_fit(root: Path, entry: dict[str, Any]) -> SweepFit:
 
 
 def _write_learned(folder: Path, fit: SweepFit) -> dict[str, str]:
-    """Write a fit's intervention and history; their checksums by name."""
+    """Write a fit's intervention and history; returns their checksums by name."""
     if os.path.lexists(folder / EVALUATION) and not os.path.lexists(folder / FIT):
-        (folder / EVALUATION).unlink()  # of a fit that was deleted
+        (folder / EVALUATION).unlink()  # that of a fit that was deleted
     fit.intervention.save_pretrained(folder)
     write_json(folder / HISTORY, fit.history)
     return {name: _digest(folder / name) for name in (HISTORY, DESCRIPTION)}
 
 
 def _read_summary(folder: Path) -> Any:
-    """What `summary.json` says; None where there is none."""
+    """The contents of `summary.json`, or None if there is none."""
     try:
         return _read(folder / FIT, folder)
     except FileNotFoundError:
@@ -173,7 +173,7 @@ def _read(path: Path, folder: Path) -> Any:
 
 
 def _read_learned(folder: Path, teller: str, told: dict[str, Any]) -> tuple[Intervention, list[dict[str, float]]]:
-    """The intervention and the history in a folder, which must be those that the summary or the index tells of."""
+    """The intervention and history in a folder, which must match the checksums in the summary or the index."""
     history = read_limited(inside(folder, HISTORY), LARGEST)
     if hashlib.sha256(history).hexdigest() != told["files"][HISTORY]:
         raise ValueError(f"{folder / HISTORY}: damaged, its checksum is not the one in {teller}")
@@ -189,15 +189,24 @@ def _read_learned(folder: Path, teller: str, told: dict[str, Any]) -> tuple[Inte
 
 
 def _check_summary(folder: Path, entry: dict[str, Any]) -> None:
-    """Refuse a `summary.json` that does not tell of the fit that the index tells of."""
+    """Refuse a `summary.json` that disagrees with the index."""
     summary = _read(folder / FIT, folder)
-    same = ("label", "chosen", "task", "settings", "folder", "files", "steps", "last")  # not sums, which devices round
+    same = (
+        "label",
+        "chosen",
+        "task",
+        "settings",
+        "folder",
+        "files",
+        "steps",
+        "last",
+    )  # not the sums, whose rounding depends on the device
     if not isinstance(summary, dict) or any(summary.get(name) != entry.get(name) for name in same):
-        raise ValueError(f"{folder / FIT}: damaged, or of another fit than {INDEX} tells of")
+        raise ValueError(f"{folder / FIT}: damaged, or of another fit than the one in {INDEX}")
 
 
 def _check_told(path: Path, told: Any, folder: str | None = None) -> None:
-    """Refuse a summary whose fields are of other kinds, or of another folder's fit."""
+    """Refuse a summary with fields of wrong types, or one that belongs to another folder."""
     kinds = {
         "label": str, "chosen": dict, "task": str | None, "settings": dict, "folder": str, "error": str | None,
         "files": dict, "evaluation": dict | None,
@@ -217,7 +226,7 @@ def _check_told(path: Path, told: Any, folder: str | None = None) -> None:
 
 
 def _told_evaluation(path: Path, folder: Path, entry: dict[str, Any]) -> Evaluation | None:
-    """The evaluation in the index; what the fit's own folder keeps, of these or other examples, must be whole too."""
+    """The evaluation in the index; the file in the fit's own folder must be intact too."""
     if entry["evaluation"] is None:
         return None
     _read_evaluation(folder / EVALUATION)
@@ -225,7 +234,7 @@ def _told_evaluation(path: Path, folder: Path, entry: dict[str, Any]) -> Evaluat
 
 
 def _read_evaluation(path: Path) -> tuple[str, Evaluation]:
-    """(digest of the examples, evaluation) in a fit's folder."""
+    """(digest of the examples, evaluation) from a fit's folder."""
     kept = _read(path, path.parent)
     if not isinstance(kept, dict) or kept.keys() != {"examples", "intervention", "evaluation"}:
         raise ValueError(f"{path}: damaged (not the evaluation of a fit)")

@@ -1,4 +1,4 @@
-"""SIGTERM, with which schedulers end a job, saves as Ctrl-C does."""
+"""Saving on SIGTERM, the signal with which schedulers end a job, as on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any
 
 
 class _Terminated(BaseException):
-    """Unwinds the work at hand up to `saving_on_sigterm`, through the `finally` clauses that save."""
+    """Unwinds the stack up to `saving_on_sigterm`, through the `finally` clauses that save."""
 
 
 @contextlib.contextmanager
 def saving_on_sigterm(wanted: bool = True) -> Iterator[None]:
-    """Let SIGTERM end the block as an exception does, and after that the process as it would have without.
+    """Turn SIGTERM into an exception inside the block, then deliver it as usual.
 
-    What the block has under `finally` runs first. The former handler is in force again then, and gets the signal; where
-    it returns, the process exits with status 143. Signals that arrive meanwhile wait. Where SIGTERM is ignored, or
-    outside the main thread, the block runs as it is.
+    The block's `finally` clauses run first. Then the previous handler is restored and receives the signal; if it
+    returns, the process exits with status 143. Further signals that arrive in the meantime are not lost but change
+    nothing. If SIGTERM is ignored, or outside the main thread, the block runs unchanged.
 
     Args:
-        wanted: False leaves signals alone: there is nothing to save.
+        wanted: False leaves signals alone, because there is nothing to save.
     """
     former: Any = None
     if wanted and threading.current_thread() is threading.main_thread():
         former = signal.getsignal(signal.SIGTERM)
-    if former in (None, signal.SIG_IGN):  # None: a handler that was not set from Python cannot be put back
+    if former in (None, signal.SIG_IGN):  # None: a handler installed outside Python, which cannot be restored
         yield
         return
     received = False
@@ -48,7 +48,7 @@ def saving_on_sigterm(wanted: bool = True) -> Iterator[None]:
     except _Terminated:
         pass
     except BaseException:
-        if received:  # what could not be saved is said before the signal ends the process
+        if received:  # the signal ends the process, so a failed save must be reported now
             traceback.print_exc()
         raise
     finally:

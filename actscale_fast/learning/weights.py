@@ -1,8 +1,9 @@
-"""What tells a model from others of its shape: a digest of samples of all its weights, however they are stored.
+"""A digest that identifies a model by samples of all its weights, however they are stored.
 
-Parameters and persistent buffers count with their name, dtype, shape and evenly spread elements, as bytes. Quantised
-weights count with their packed values and their scales; offloaded ones are read where accelerate keeps them; of sharded
-ones each rank gives the elements that it has, so that all ranks come to the digest of the whole model.
+Each parameter and persistent buffer contributes its name, dtype, shape and the bytes of evenly spread elements.
+Quantised weights contribute their packed values and their scales. Offloaded weights are read from where accelerate
+keeps them. For sharded weights each rank supplies the elements it holds, so all ranks get the digest of the whole
+model.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _STATE = ("absmax", "code", "offset", "state2", "scale", "zero", "SCB")
 
 
 def weights_digest(model: nn.Module) -> str:
-    """16 hexadecimal digits that tell models apart by all their parameters and persistent buffers.
+    """16 hexadecimal digits that identify a model by all its parameters and persistent buffers.
 
     Args:
-        model: plain, quantised, offloaded or sharded; wrapped by torch.compile or PEFT or not. Where it is sharded all
-            ranks must call this together; they get the same digits.
+        model: plain, quantised, offloaded or sharded, with or without the wrappers of torch.compile and PEFT. All
+            ranks of a sharded model must call this together; they get the same digits.
 
     Raises:
-        ValueError: a weight that cannot be read, on the meta device say; names it.
+        ValueError: a weight cannot be read, for example because it is on the meta device; the message names it.
     """
     found = hashlib.sha256()
     samples: list[_Sample] = []
@@ -48,7 +49,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Everything that decides what a model computes, by name; a tensor that stands in two places once."""
+    """All stored tensors of a model by name; a tensor used in two places appears once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -72,23 +73,23 @@ def _transient(module: nn.Module) -> set[str]:
 
 
 def _readable(name: str, tensor: Tensor, offloaded: Tensor | None) -> Tensor:
-    """The tensor, or what stands for it elsewhere."""
+    """The tensor, or its offloaded copy if it is only a placeholder."""
     tensor = offloaded if tensor.is_meta and offloaded is not None else tensor
     if tensor.is_meta:
         raise ValueError(
-            f"model: {name} is on the meta device, so that nothing tells this model from others of its shape, which a "
-            "checkpoint or a folder needs to know; load the weights, or leave the checkpoint or folder out"
+            f"model: {name} is on the meta device, so this model cannot be told apart from others of the same shape; a "
+            "checkpoint or sweep folder must record which model it belongs to: load the weights, or omit it"
         )
     if hasattr(tensor, "ds_id") and not tensor.numel():
         raise ValueError(
-            f"model: {name} is partitioned by DeepSpeed's ZeRO-3 and cannot be read; a checkpoint or a folder needs to "
-            "know which model it belongs to: leave it out, or load the model without ZeRO-3"
+            f"model: {name} is partitioned by DeepSpeed's ZeRO-3 and cannot be read here; a checkpoint or sweep folder "
+            "must record which model it belongs to: omit it, or load the model without ZeRO-3"
         )
     return tensor
 
 
 def _offloaded(module: nn.Module) -> Mapping[str, Tensor]:
-    """The weights that accelerate keeps in CPU memory or on disk and puts into the module for each pass."""
+    """The weights that accelerate keeps in CPU memory or on disk and loads into the module for each pass."""
     hook: Any = module.__dict__.get("_hf_hook")
     for one in getattr(hook, "hooks", (hook,)):
         weights = getattr(one, "weights_map", None)
@@ -98,7 +99,7 @@ def _offloaded(module: nn.Module) -> Mapping[str, Tensor]:
 
 
 class _Lazily(dict[str, Tensor]):
-    """Reads a weight where it is asked for; those that are not offloaded are None."""
+    """Reads an offloaded weight on request; returns None for the others."""
 
     def __init__(self, weights: Any) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class _Lazily(dict[str, Tensor]):
 
 
 def _beside(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Scales of quantised weights that are no parameters or buffers; a forward pass does not change their names."""
+    """Scales of quantised weights that are not parameters or buffers, under names that no forward pass changes."""
     weight = module._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
     if state is None:
@@ -136,7 +137,7 @@ def _of_state(name: str, state: Any, depth: int = 0) -> Iterator[tuple[str, Tens
 
 
 def _plain(name: str, tensor: Tensor, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The ordinary or distributed tensors that a tensor consists of."""
+    """The ordinary or distributed tensors that make up a tensor."""
     if _is_distributed(tensor) or type(tensor) in (Tensor, nn.Parameter):
         yield name, tensor
     elif hasattr(tensor, "__tensor_flatten__") and depth < 4:  # torchao, quanto and others made of several tensors
@@ -151,13 +152,13 @@ def _plain(name: str, tensor: Tensor, depth: int = 0) -> Iterator[tuple[str, Ten
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 raise ValueError(
                     f"model: {name} is a {type(tensor).__name__}, whose values cannot be read ({error}); a checkpoint "
-                    "or a folder needs to know which model it belongs to: leave it out"
+                    "or sweep folder must record which model it belongs to: omit it"
                 ) from None
         yield name, plain
 
 
 class _Sample:
-    """Elements of one tensor, as bytes on its device; of a sharded one those that this rank has, 0 for others."""
+    """Bytes of some elements of one tensor, on its device; 0 for elements of a sharded tensor held by other ranks."""
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.dtype, self.mesh = tensor.dtype, None
@@ -175,12 +176,12 @@ class _Sample:
 
 
 def _step(n: int) -> int:
-    """From one of n elements that counts to the next. An odd step reaches all columns where the width is even."""
+    """The distance between sampled elements among n. An odd step reaches every column of a matrix of even width."""
     return 1 if n <= _WHOLE else n // _SAMPLE | 1
 
 
 def _bytes(tensor: Tensor, index: Tensor) -> Tensor:
-    """uint8, of the elements of a tensor by their number, without a copy of the whole; of −1 zeros."""
+    """The bytes of a tensor's elements at flat indices, without copying the whole tensor; zeros for index −1."""
     index = index.to(tensor.device)
     here = index >= 0
     if not tensor.numel() or not index.numel():
@@ -191,7 +192,7 @@ def _bytes(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def _on_host(samples: list[_Sample]) -> list[bytes]:
-    """The bytes of all samples, in order, with one transfer per device and one message per mesh."""
+    """The bytes of all samples in order, with one transfer per device and one reduction per axis of a mesh."""
     together: dict[Any, list[int]] = {}
     for number, sample in enumerate(samples):
         together.setdefault((sample.mesh, sample.values.device), []).append(number)
@@ -199,7 +200,7 @@ def _on_host(samples: list[_Sample]) -> list[bytes]:
     for (mesh, _), numbers in together.items():
         flat = torch.cat([samples[number].values for number in numbers])
         if mesh is not None:
-            for axis in range(mesh.ndim):  # others have 0 there, and replicas the same
+            for axis in range(mesh.ndim):  # other ranks have 0 there, replicas the same value
                 wide = flat.to(torch.int32)
                 torch.distributed.all_reduce(wide, torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
                 flat = wide.to(torch.uint8)
@@ -217,7 +218,7 @@ def _is_distributed(tensor: Tensor) -> bool:
 
 
 def _local(tensor: Any, index: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """(this rank's part of a DTensor, where in it the wanted elements are or −1, its mesh)."""
+    """(this rank's part of a DTensor, flat indices of the sampled elements in it or −1, its mesh)."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
