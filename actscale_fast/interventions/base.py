@@ -32,7 +32,7 @@ class Intervention(nn.Module):
     #: Whether all positions of a location use the same parameters, P = 1.
     shares_positions: ClassVar[bool] = False
     #: Whether an edit multiplies an activation by factors, which a norm without scale after the site undoes.
-    scales: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = False
     #: Whether an edit needs the activations of a second prompt for each row.
     needs_source: ClassVar[bool] = False
     _wanted: Tensor
@@ -102,7 +102,7 @@ class Intervention(nn.Module):
             check_positions(positions, generated),
             generated,
             {key: value for key, value in paths.items() if value is not None},
-            scales=cls.scales,
+            scales=cls.multiplies,
         )
         return cls(location, device=device)
 

@@ -33,7 +33,7 @@ class DynScalar(Intervention):
     """
 
     shares_positions: ClassVar[bool] = True
-    scales: ClassVar[bool] = True
+    multiplies: ClassVar[bool] = True
     probes: nn.Parameter
     _produced: list[Produced] | None = None
 

@@ -19,7 +19,7 @@ class ActivScalar(Intervention):
     identity, α = −1 under β = 1 removes the head, β = −1 inverts the intervention.
     """
 
-    scales: ClassVar[bool] = True
+    multiplies: ClassVar[bool] = True
     alpha: nn.Parameter
 
     @classmethod

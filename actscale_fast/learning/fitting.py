@@ -245,7 +245,7 @@ def refuse_idle(model: PreTrainedModel, intervention: Intervention) -> None:
     """ValueError where no part of the intervention can change what the model says: a norm undoes its factors."""
     for single in intervention.singles:
         location = single.location
-        idle = idle_layers(layout(model, location.paths), location.site, location.layers) if single.scales else []
+        idle = idle_layers(layout(model, location.paths), location.site, location.layers) if single.multiplies else []
         if len(idle) < len(location.layers):
             return
     sites = ", ".join(sorted({repr(single.location.site) for single in intervention.singles}))
