@@ -56,7 +56,7 @@ def exact(logits: Tensor, reference: Tensor, i: float, softcap: float | None, re
     return divergence, i * slope * (log_q.exp() - log_p.exp())
 
 
-@over(dtypes=DTYPES, shapes=(7, 130), native_shapes=(5001,))
+@over(dtypes=DTYPES, shapes=(7,), native_shapes=(130, 5001))
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 @pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.5, None), (2.0, None), (1.0, 30.0), (1.0, 0.5)])
 def test_rows_at_the_ends_of_their_dtype_have_the_divergence_and_gradient_of_float64(
@@ -74,7 +74,9 @@ def test_rows_at_the_ends_of_their_dtype_have_the_divergence_and_gradient_of_flo
     assert not got.isnan().any()
     torch.testing.assert_close(got.detach().cpu()[inside], value.float()[inside], rtol=1e-3, atol=2e-5)
     size = 1 + value[inside, None] / temperature  # of the terms whose difference the reverse gradient is
-    torch.testing.assert_close(got_gradient.cpu()[inside] / size, gradient[inside] / size, rtol=2e-2, atol=1e-3)
+    most = torch.finfo(dtype).max
+    got_rows, rows = (g[inside].double().clamp(-most, most) for g in (got_gradient.cpu(), gradient))
+    torch.testing.assert_close(got_rows / size, rows / size, rtol=2e-2, atol=1e-3)
 
 
 @over(dtypes=DTYPES)
