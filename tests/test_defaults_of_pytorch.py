@@ -131,8 +131,8 @@ def latent(model: Any, tokens: Any, folder: Path) -> Any:
 
 
 WORK = [
-    fit, fit_of_the_last_token, evaluate, probes, vectors, attribution, sweep, path, merge, saved, masked_heads, steered,
-    interchange, extraction, latent,
+    fit, fit_of_the_last_token, evaluate, probes, vectors, attribution, sweep, path, merge, saved, masked_heads,
+    steered, interchange, extraction, latent,
 ]  # fmt: skip
 
 
