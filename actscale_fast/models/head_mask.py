@@ -16,6 +16,7 @@ from .context import Context
 from .handle import Handle
 from .links import Links
 from .placement import per_row, refuse_separate_rows
+from .steering import apart
 
 _SHAPES = "[H], [L, H] or [B, L, H]"
 
@@ -67,8 +68,8 @@ class HeadMask(Handle):
         modules = [found.site_module("head", layer) for layer in layers]
         self.context: Context | None = None
         self.links = Links(found.model, ())
-        self._heads = [sizes[0] for sizes in found.heads if sizes is not None]
-        self._n_layers, self._n_heads = len(layers), max(self._heads)
+        self._sizes = [sizes for sizes in found.heads if sizes is not None]
+        self._n_layers, self._n_heads = len(layers), max(n_heads for n_heads, _ in self._sizes)
         self.mask = mask
         if not bool(torch.isfinite(mask).all()):  # once: setting a mask in a loop must not wait for the device
             raise ValueError("mask: some of its values are not finite")
@@ -115,11 +116,11 @@ class HeadMask(Handle):
         context = self.context or self._context(self._mask, None)  # None: the layer was called by itself
         if context.placement is None:
             return x
-        factors, n_heads = context.on(x.device).strength, self._heads[index]
+        factors, (n_heads, width) = context.on(x.device).strength, self._sizes[index]
         assert isinstance(factors, Tensor)
         alpha = factors[..., min(index, factors.shape[-2] - 1), :n_heads].reshape(-1, 1, n_heads) - 1  # [1 or B, 1, H]
-        heads = x.view(context.n_rows or len(alpha), -1, n_heads, x.shape[-1] // n_heads)  # OPT flattens rows, tokens
-        return scale_heads(heads, alpha).view(x.shape)
+        rows = x.reshape(context.n_rows or len(alpha), -1, x.shape[-1])  # OPT flattens rows and tokens
+        return scale_heads(apart(rows, n_heads, width), alpha).view(x.shape)
 
     def carriers(self) -> list[nn.Module]:
         """The layers whose recomputation under gradient checkpointing needs this pass's mask."""

@@ -126,8 +126,10 @@ def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
         raise ValueError(
             f"model: layer {layer}'s projection is a {type(module).__name__}, expected nn.Linear or Conv1D"
         )
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.device.type == "meta":
-        state = "missing" if not isinstance(weight, Tensor) else f"{weight.dtype} on {weight.device}"
+    usable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
+    if not usable or type(weight) not in (Tensor, nn.Parameter):  # quantisers and shards have types of their own
+        kind = type(weight).__name__
+        state = "missing" if not isinstance(weight, Tensor) else f"{kind} of {weight.dtype} on {weight.device}"
         raise ValueError(
             f"model: the weight of layer {layer}'s projection is {state}, expected floating-point and in memory"
         )

@@ -24,7 +24,7 @@ class Edit:
         self.intervention = steering.intervention
         self.layer = layer
         self.whole = steering.intervention.location.site != "head"
-        self.n_heads = steering.intervention.location.heads_of(layer)
+        self.n_heads, self.width = steering.intervention.location.sizes_of(layer)
 
     def __call__(self, x: Tensor) -> Tensor:
         context = self.steering.context or self.steering.outside(x)
@@ -37,8 +37,22 @@ class Edit:
         edit = self.intervention.edit
         if self.whole:
             return edit(x.unsqueeze(2), self.layer, context.strength, context.placement).squeeze(2)
-        heads = x.unflatten(2, (self.n_heads, -1))
+        heads = apart(x, self.n_heads, self.width)
         return edit(heads, self.layer, context.strength, context.placement).flatten(2)
+
+
+def apart(x: Tensor, n_heads: int, width: int) -> Tensor:
+    """x [B, T, H·D] as heads [B, T, H, D].
+
+    Raises:
+        RuntimeError: another number of channels, such as those of one rank of a tensor-parallel model.
+    """
+    if x.shape[-1] != n_heads * width:
+        raise RuntimeError(
+            f"site: 'head' got {x.shape[-1]} channels, expected {n_heads} heads · {width} = {n_heads * width}; does "
+            "each process hold only some of the heads (tensor parallelism)?"
+        )
+    return x.unflatten(-1, (n_heads, width))
 
 
 class Steering:

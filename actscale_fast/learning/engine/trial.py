@@ -92,7 +92,8 @@ class Trial:
         if self.dtype not in (torch.float32, torch.float64):
             return
         slope = sum(float((g.double() * s).sum()) for g, s in zip(self.start.gradients, self.step, strict=True))
-        for part in (1.0, 0.125, 0.015625):  # where experts change in between, a shorter step tells
+        # Where experts change in between, a shorter step tells; where activations are quantised, a longer one.
+        for part in (1.0, 8.0, 4.0) if _is_quantised(self.model) else (1.0, 0.125, 0.015625):
             measured, curved = self._difference(part)
             rounding = 256 * torch.finfo(torch.float32).eps * max(1.0, abs(self.start.loss - self._hinges()))
             predicted = 2 * part * slope
@@ -253,6 +254,15 @@ def gradient_on_trial(model: nn.Module, data: EncodedExamples, intervention: Int
     found = layout(model, intervention.paths)
     with frozen(model), patch(model, intervention) as patched:
         Trial(found.model, data, intervention, patched, None, Objective()).check_gradient()
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    return any(
+        not p.is_floating_point() or type(p) not in (Tensor, nn.Parameter)
+        for module in model.modules()
+        for p in module._parameters.values()
+        if p is not None and p.dim() >= 2
+    )
 
 
 def _has_weights(module: nn.Module) -> bool:
