@@ -114,6 +114,8 @@ ANATOMIES: dict[str, Anatomy] = {
     # Two stacks that take turns several times a pass: there is no one list of layers.
     "hrm_text": Anatomy(None, projection=None, mlp=(), residual=False),
     "idefics3": replace(_LLAMA, layers="model.text_model.layers"),
+    "inkling2_loop_text": replace(_LLAMA, projection="self_attn.o_proj.linear"),  # behind an elementwise gate
+    "inkling2_text": replace(_LLAMA, projection="self_attn.o_proj.linear"),
     "jamba": replace(_LLAMA, mlp=("feed_forward",)),
     # A mixture of attention experts: each token's heads go through the output projections of the experts it chose.
     "jetmoe": Anatomy("model.layers", "self_attention", None),
@@ -130,6 +132,7 @@ ANATOMIES: dict[str, Anatomy] = {
     "mbart": _BART,
     "megatron-bert": _bert("bert", **_OWN_BERT),
     "modernbert-decoder": Anatomy("model.layers", "attn", "attn.Wo"),
+    "moshi": replace(_LLAMA, projection="self_attn.o_proj.linear"),
     "moss_transcribe_diarize": _TOWER,
     "mpt": Anatomy(
         "transformer.blocks", "attn", "attn.out_proj", ("ffn.down_proj",),

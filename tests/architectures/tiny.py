@@ -77,6 +77,7 @@ SIZES: dict[str, Any] = {
     # What must not be random, and what decoders of the BERT kind need in order to be causal.
     "is_decoder": True,
     "use_cache": True,
+    "use_mamba_kernels": False,
 }  # fmt: skip
 #: One item per layer: made by the class from the number of layers.
 PER_LAYER = {"per_layer_config", "indexer_types", "no_rope_layers", "moe_layers", "layer_rope_theta", "full_attn_idxs"}
@@ -116,6 +117,8 @@ def _arguments(cls: Any, changes: dict[str, Any]) -> dict[str, Any]:
             arguments[name] = SIZES[name]
         elif "dropout" in name and isinstance(value, float | int) and not isinstance(value, bool):
             arguments[name] = 0.0
+    if "pad_token_id" not in changes:
+        arguments["pad_token_id"] = 0  # older releases read it without declaring it
     if latent:
         arguments["head_dim"] = SIZES["qk_rope_head_dim"]  # what the rotary table is made for
         arguments["num_key_value_heads"] = SIZES["num_attention_heads"]
@@ -179,7 +182,7 @@ def tiny_model(model_type: str, name: str, *, seed: int = 0) -> Any:
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
     torch.manual_seed(seed)
-    options = {"attn_implementation": "eager"} if getattr(cls, "_supports_attention_backend", True) else {}
+    options = {"attn_implementation": "eager"}
     try:
         model = cls._from_config(config, **options)
     except ValueError:
