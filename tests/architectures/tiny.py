@@ -113,7 +113,7 @@ def _arguments(cls: Any, changes: dict[str, Any]) -> dict[str, Any]:
             continue
         if name in PER_LAYER_KINDS and isinstance(value, list | tuple) and value:
             arguments[name] = _kinds(list(value))
-        elif name in SIZES and (value is not None or name.endswith("token_id")):
+        elif name in SIZES and (value is not None or name == "head_dim" or name.endswith("token_id")):
             arguments[name] = SIZES[name]
         elif "dropout" in name and isinstance(value, float | int) and not isinstance(value, bool):
             arguments[name] = 0.0
