@@ -91,10 +91,9 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype =
 
 @functools.cache
 def _made(model_type: str, seed: int, dtype: torch.dtype, changes: tuple[tuple[str, Any], ...]) -> Any:
-    import transformers
     from transformers import AutoModelForCausalLM
 
-    if model_type == "mpt" and dtype == torch.float64 and Version(transformers.__version__) < Version("5.2"):
+    if model_type == "mpt" and dtype == torch.float64 and transformers_before("5.2"):
         pytest.skip("MPT's attention mask overflows in float64 before transformers 5.2")
     config = tiny_config(model_type, **dict(changes))
     config._experts_implementation = "eager"  # the grouped matrix product has no float64
@@ -138,3 +137,10 @@ def checkpoint_activations(model: Any, reentrant: bool) -> None:
     """Activation checkpointing, which transformers 5 called gradient checkpointing at first."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+
+
+def transformers_before(version: str) -> bool:
+    """Whether an older transformers than this release is installed."""
+    import transformers
+
+    return Version(transformers.__version__) < Version(version)

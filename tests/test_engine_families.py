@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_cases import PROMPTS as EVERY
 from engine_cases import TokenExamples, assert_equal_to_rounding, engine, full
-from model_zoo import CONFIGS, randomised, tiny_model
+from model_zoo import CONFIGS, randomised, tiny_model, transformers_before
 
 import actscale_fast as af
 from actscale_fast.interventions import Intervention
@@ -85,6 +85,8 @@ def test_every_family_goes_through_its_head_as_numbers(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_a_step_leaves_what_is_kept_as_it_was(family: str) -> None:
+    if family == "stablelm" and transformers_before("5.2"):
+        pytest.skip("StableLM's mask is a token too long beside a cache before transformers 5.2, so none is kept")
     model, data = tiny_model(family), TokenExamples(PROMPTS)
     scalars = af.ActivScalar.for_model(model, layers=[1], positions=[-2, -1])
     with Engine(model, data, scalars, [OBJECTIVE]) as opened:

@@ -90,4 +90,5 @@ def _prompt(call: Call, past: int | Tensor) -> tuple[int | Tensor, Tensor | None
             "attention_mask: positions need the 2-D mask [B, T], or the prompt announced: `with handle.prompt(n, mask)`"
         )
     # An empty cache begins a prompt, a filled one is past it; a static cache knows its length on the device only.
-    return (past == 0) * call.n_tokens, None if flat is None else flat[:, : call.n_tokens] != 0
+    columns = (past == 0) * call.n_tokens if isinstance(past, Tensor) else call.n_tokens
+    return columns, None if flat is None else flat[:, : call.n_tokens] != 0
