@@ -22,6 +22,7 @@ from .check import skipped
 from .context import suspended
 from .head import OutputHead, read_head
 from .products import fast_products
+from .quiet import unhooked
 from .section import Section
 
 #: How far a shortcut may be off the whole model, relative to the norm of its last hidden states.
@@ -69,22 +70,28 @@ def _trusted(found: ModelLayout, head: OutputHead | None) -> Shortcuts:
     known = _known.setdefault(found.model, {})
     key = (found.layers_path, head is not None, device, str(getattr(config, "_attn_implementation", "")))
     if key not in known:
-        known[key] = _compared(found, head)
+        verdict = _compared(found, head)
+        if verdict is None:  # what is not a number cannot be compared
+            return Shortcuts(True, True)
+        known[key] = verdict
     elif padding_known(found.model) is None:
         note_padding(found.model, True)
     return known[key]
 
 
-def _compared(found: ModelLayout, head: OutputHead | None) -> Shortcuts:
+def _compared(found: ModelLayout, head: OutputHead | None) -> Shortcuts | None:
     embedding: Any = found.model.get_input_embeddings()  # type: ignore[operator]
     device = torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device
     ids = torch.tensor([[7, 11, 5, 13]], device=device) % embedding.weight.shape[0]
     model: Any = found.model
     arguments = forward_arguments(model, Batch(ids, torch.ones_like(ids), padded=False))
     module, n_layers = None if head is None else head.module, found.n_layers
-    with suspended(found.decoder), Section(found, module) as section:
+    with suspended(found.decoder), unhooked(model), Section(found, module) as section:
         starts = sorted({1, n_layers // 2, n_layers - 1} & set(range(1, n_layers)))
         whole, hidden = section.run(arguments, wanted=starts)
+        if not bool(whole.isfinite().all()):
+            note_padding(model, True)
+            return None
         partial = all(_agrees(section, whole, arguments, first=start, hidden=hidden[start]) for start in starts)
         partial = partial and all(_close(section.run(arguments, end=start)[0], hidden[start]) for start in starts[:1])
         with fast_products(found.layers) as count:

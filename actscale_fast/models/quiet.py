@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+
+from .surgery import record_of
 
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs",
@@ -17,31 +20,43 @@ _HOOKS = (
 
 @contextlib.contextmanager
 def unnoticed(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode, nothing compiled, nobody's hooks; random numbers and modes are put back.
-
-    Hooks stay where several processes run: those that bring a sharded weight together are hooks.
-    """
+    """No gradients, evaluation mode, nothing compiled, nobody's hooks; random numbers and modes are put back."""
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
     training = [module for module in model.modules() if module.training]
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    hooks = (
-        [(module, name, module.__dict__.get(name)) for module in model.modules() for name in _HOOKS] if alone else []
-    )
     random, random_cuda = torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device)
     try:
         for module in training:
             module.training = False
-        for module, name, there in hooks:
-            if there:
-                module.__dict__[name] = OrderedDict()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with unhooked(model, ours=False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for module, name, there in hooks:
-            if there is not None:
-                module.__dict__[name] = there
         for module in training:
             module.training = True
         torch.set_rng_state(random)
         if device is not None and random_cuda is not None:
             torch.cuda.set_rng_state(random_cuda, device)
+
+
+@contextlib.contextmanager
+def unhooked(model: nn.Module, *, ours: bool = True) -> Iterator[None]:
+    """Nobody's hooks run inside, but this package's own where `ours` says so.
+
+    Hooks stay where several processes run: those that bring a sharded weight together are hooks.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        yield
+        return
+    before: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module in model.modules():
+            record = record_of(module) if ours else None
+            kept = set() if record is None else {handle.id for handle in record.handles.values()}
+            for name in _HOOKS:
+                there = module.__dict__.get(name)
+                if there:
+                    before.append((module, name, there))
+                    module.__dict__[name] = OrderedDict((key, hook) for key, hook in there.items() if key in kept)
+        yield
+    finally:
+        for module, name, there in before:
+            module.__dict__[name] = there

@@ -7,7 +7,6 @@ Layers may differ: hybrids have attention in some layers only, and heads may dif
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from typing import Any
 
@@ -24,7 +23,9 @@ _OTHER_PARTS = (
 )  # fmt: skip
 _MLP_LIKE = re.compile(r"mlp|moe|ffn|feed_?forward|expert")
 #: Classes of what stands in the place of attention and has no heads that attend: linear attention and the like.
-_NO_ATTENTION = re.compile(r"linear|lightning|delta|kda|gla|mamba|lstm|retention|recurrent|conv|mixer|ssm|rwkv", re.IGNORECASE)
+_NO_ATTENTION = re.compile(
+    r"linear|lightning|delta|kda|gla|mamba|lstm|retention|recurrent|conv|mixer|ssm|rwkv", re.IGNORECASE
+)
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "feedforward", "mlp_block")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "n_local_heads", "nh")
 HELP = (
@@ -194,7 +195,8 @@ def config_heads(config: Any, index: int | None = None) -> int | None:
 def _kind(layer: nn.Module, path: str) -> str:
     """The class name of a part of a layer without what it shares with the layer's: without the family's name."""
     name = type(part(layer, path)).__name__ if path else ""
-    shared = len(os.path.commonprefix([name, type(layer).__name__]))
+    pairs = enumerate(zip(name, type(layer).__name__, strict=False))
+    shared = next((place for place, (own, other) in pairs if own != other), len(name))
     while 0 < shared < len(name) and not name[shared].isupper():  # back to the end of a word
         shared -= 1
     return name[shared:]

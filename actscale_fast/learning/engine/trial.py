@@ -11,6 +11,7 @@ that a fit begins with, and a small step away from them.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ...interventions import Intervention
 from ...models import AnyPatch, Batch, forward_arguments, frozen, layout, patch
+from ...models.quiet import unhooked
 from ..encoding import EncodedExamples
 from ..objective import Objective
 
@@ -89,7 +91,7 @@ class Trial:
                     "that has one, so nothing can be learned through it; load the model with weights that have a "
                     "backward"
                 )
-        if self.dtype not in (torch.float32, torch.float64):
+        if self.dtype not in (torch.float32, torch.float64) or not self.finite:
             return
         slope = sum(float((g.double() * s).sum()) for g, s in zip(self.start.gradients, self.step, strict=True))
         # Where experts change in between, a shorter step tells; where activations are quantised, a longer one.
@@ -104,6 +106,13 @@ class Trial:
             f"loss by {measured:.3g}, the gradient says {predicted:.3g}), so nothing can be learned; is a layer "
             "quantised, detached or of a kernel without a backward?"
         )
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss and its gradients are numbers at both points."""
+        points = (self.start, self.moved)
+        losses = all(math.isfinite(point.loss) for point in points)
+        return losses and all(bool(g.isfinite().all()) for point in points for g in point.gradients)
 
     def _difference(self, part: float) -> tuple[float, float]:
         """(L(a step on) − L(a step back), what the curvature of the three points may hide of it)."""
@@ -132,6 +141,8 @@ class Trial:
         Args:
             gradients: the engine's terms [1, ≥ 2] and gradients of the two prompts at the present parameters.
         """
+        if not self.finite:  # the first step says so, with its number and the term
+            return None
         tried = ((self.start, "the parameters that it begins with"), (self.moved, "a step away from them"))
         for point, where in tried:
             with self._moved(1.0 if point is self.moved else 0.0):
@@ -252,7 +263,7 @@ def gradient_on_trial(model: nn.Module, data: EncodedExamples, intervention: Int
         GradientError: it has none, or another one.
     """
     found = layout(model, intervention.paths)
-    with frozen(model), patch(model, intervention) as patched:
+    with frozen(model), patch(model, intervention) as patched, unhooked(found.model):
         Trial(found.model, data, intervention, patched, None, Objective()).check_gradient()
 
 
