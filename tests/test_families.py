@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from architectures.tiny import tiny_model as tiny_architecture
 from model_zoo import CONFIGS, tiny_model
 from torch import Tensor, nn
 
@@ -225,7 +226,7 @@ def test_an_mlp_that_may_add_the_residual_itself_is_not_guessed() -> None:
 
 
 def test_a_layer_without_attention_is_left_out_or_refused_by_number() -> None:
-    model = tiny_model("qwen3_next")
+    model = tiny_architecture("qwen3_next", "Qwen3NextForCausalLM")
     assert ActivScalar.for_model(model).location.layers == (1, 3)
     with pytest.raises(ValueError, match=r"layer 2 \(Qwen3NextDecoderLayer\) has no attention 'self_attn.o_proj'"):
         ActivScalar.for_model(model, layers=[1, 2])
