@@ -33,7 +33,7 @@ def check(model_type: str, name: str) -> Row:
                 "; fit refuses" if fitted.verdict == REFUSED else "; fit learns nothing and does not say so"
             )
     usable = [(site, {}) for site in SITES if row.sites[site].verdict == RIGHT]
-    usable += [(site, subject.paths(site)) for site in SITES if row.sites[site].verdict == NAMED]
+    usable += [(site, row.sites[site].paths) for site in SITES if row.sites[site].verdict == NAMED]
     if usable:
         with contextlib.suppress(Exception):  # where padding cannot be tried, the checks say so themselves
             subject.allow_padding()

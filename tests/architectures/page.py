@@ -10,13 +10,13 @@ _INTRODUCTION = """# Models
 
 What this package does on every causal language model of transformers, at a tiny random size, compared with an oracle
 that shares no code with it. `python -m tests.architectures.table --markdown docs/models.md` writes this page; it was
-last written with transformers {transformers} and PyTorch {torch}.
+last written with transformers {transformers} and PyTorch {torch}. Vision-language models are given text alone.
 
 - **right**: the logits are those of plain hooks (whole sites), or of heads scaled where transformers' attention
   function returns them, to 1e-6 of the effect in float64 (1e-3 where a model is float32 only).
-- **right when named**: `for_model` asks for module paths, and with those of the footnote it is right.
+- **right when named**: `for_model` asks for module paths, and with those in the footnote it is right.
 - **cannot act**: right, but a norm follows, so that only the sign of a factor gets through.
-- **refused**: the call raises an error that says why; see the footnote.
+- **refused**: the call raises an error that says why; the footnote has it, with the paths that were named, if any.
 - **unchecked**: there is nothing to compare with; see the footnote.
 - **generate**: cached generation with positions under left padding has the logits of whole passes without a cache, one
   prompt at a time. **fit**: its terms and their gradient are those of such passes.

@@ -18,13 +18,17 @@ def check_site(subject: Subject, site: str) -> Verdict:
     verdict = attempt(lambda: _site(subject, site, {}))
     if verdict.verdict != REFUSED:
         return verdict
-    named = attempt(lambda: _site(subject, site, subject.paths(site)))
-    if named.verdict in (RIGHT, CANNOT_ACT):
-        paths = ", ".join(f"{name}={path!r}" for name, path in subject.paths(site).items())
-        return Verdict(NAMED, f"{verdict.detail} — {named.verdict} with {paths}")
-    if named.verdict in (WRONG, CRASH):
-        return Verdict(named.verdict, f"with the paths named: {named.detail}")
-    return verdict if named.detail == verdict.detail else Verdict(REFUSED, f"{verdict.detail} — named: {named.detail}")
+    left = verdict
+    for paths in subject.paths(site):
+        named = attempt(lambda paths=paths: _site(subject, site, paths))  # type: ignore[misc]
+        told = ", ".join(f"{name}={path!r}" for name, path in paths.items())
+        if named.verdict == RIGHT:
+            return Verdict(NAMED, told, paths)
+        if named.verdict in (WRONG, CRASH):
+            return Verdict(named.verdict, f"with {told}: {named.detail}")
+        if named.verdict == REFUSED and named.detail != verdict.detail:
+            left = Verdict(REFUSED, f"with {told}: {named.detail}")
+    return left
 
 
 def _site(subject: Subject, site: str, paths: dict[str, str]) -> Verdict:

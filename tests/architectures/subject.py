@@ -54,13 +54,18 @@ class Subject:
         if not bool(torch.isfinite(logits).all()):
             self._take(self.model.float())
 
-    def paths(self, site: str) -> dict[str, str]:
-        """The anatomy as arguments of `for_model`."""
+    def paths(self, site: str) -> list[dict[str, str]]:
+        """The anatomy as arguments of `for_model`, the fewest first."""
         anatomy = self.oracle.anatomy
-        found = {"layers_path": anatomy.layers, "projection": anatomy.projection}
-        if site == "mlp_out" and len(anatomy.mlp) == 1:
-            found["mlp"] = anatomy.mlp[0]
-        return {name: path for name, path in found.items() if path}
+        one = {"head": "projection", "attn_out": "projection", "mlp_out": "mlp"}.get(site, "layers_path")
+        known = {"layers_path": anatomy.layers, "projection": anatomy.projection}
+        known["mlp"] = anatomy.mlp[0] if len(anatomy.mlp) == 1 else None
+        given = {name: path for name, path in known.items() if path}
+        tries = [{one}, {one, "layers_path"}, set(given)]
+        found = [
+            {name: path for name, path in given.items() if name in names} for names in tries if names <= set(given)
+        ]
+        return [paths for index, paths in enumerate(found) if paths not in found[:index]]
 
     def about_padding(self) -> str:
         """Whether the library itself says something else of a padded prompt."""

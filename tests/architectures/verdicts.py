@@ -17,6 +17,7 @@ class Verdict:
 
     verdict: str
     detail: str = ""
+    paths: dict[str, str] = field(default_factory=dict)  # that had to be named
 
     def __str__(self) -> str:
         return f"{self.verdict}: {self.detail}" if self.detail else self.verdict
@@ -45,7 +46,11 @@ def attempt(action: Callable[[], Verdict]) -> Verdict:
         return action()
     except _NAMED as error:
         text = " ".join(str(error).split())
-        return Verdict(REFUSED if _raised_by_package(error) else CRASH, f"{type(error).__name__}: {text}"[:400])
+        return (
+            Verdict(REFUSED, text[:500])
+            if _raised_by_package(error)
+            else Verdict(CRASH, f"{type(error).__name__}: {text}"[:500])
+        )
     except Exception as error:  # every other class is an unnamed error by itself
         return Verdict(CRASH, f"{type(error).__name__}: {' '.join(str(error).split())}"[:400])
 
