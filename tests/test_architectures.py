@@ -67,3 +67,18 @@ def test_the_oracle_tells_a_wrong_layer_from_the_right_one() -> None:
         factors = {layer: found.new_full((1, n_heads), 1.5)}
         expected = subject.oracle.logits(IDS, "head", factors)
         assert subject.agrees(found, expected, subject.plain)[0] is agrees
+
+
+@pytest.mark.parametrize("model_type", ["openai-gpt", "bloom", "mpt", "gpt_neo"])
+def test_heads_scaled_in_the_weights_are_those_at_the_projection(model_type: str) -> None:
+    """The oracle's two ways to the heads of a family with an attention of its own."""
+    from architectures.oracle import call
+    from architectures.subject import IDS, Subject
+
+    subject = Subject(model_type, architectures()[model_type])
+    factors = {layer: torch.linspace(-1, 2, heads)[None].double() for layer, (heads, _) in subject.oracle.heads.items()}
+    with torch.no_grad():
+        in_weights = subject.oracle.logits(IDS, "head", factors)
+        with subject.oracle.columns(factors):
+            at_projection = call(subject.model, IDS)
+    assert subject.agrees(at_projection, in_weights, subject.plain)[0]

@@ -87,7 +87,7 @@ class Oracle:
                 if constant:
                     yield self._with_weights(factors)
                 else:
-                    with self._columns(factors):
+                    with self.columns(factors):
                         yield self.model
                 return
             with self._tracking(lambda layer, output: _times(output, factors.get(layer))):
@@ -178,7 +178,7 @@ class Oracle:
         return changed
 
     @contextlib.contextmanager
-    def _columns(self, factors: Factors) -> Iterator[None]:
+    def columns(self, factors: Factors) -> Iterator[None]:
         """The projection's input scaled token by token: the same heads, checked against the weights beforehand."""
         with contextlib.ExitStack() as stack:
             for layer in factors:
