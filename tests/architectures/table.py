@@ -21,7 +21,7 @@ from .checks import check
 from .page import markdown, summary
 from .verdicts import CRASH, WRONG, Row
 
-SECONDS = 60.0
+SECONDS = 180.0
 BYTES = 10 << 30
 
 
