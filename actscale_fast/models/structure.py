@@ -165,18 +165,21 @@ def heads_of(layer: nn.Module, projection: str, config: Any, index: int) -> tupl
     heads side by side is for the check to show.
 
     Raises:
-        ValueError: the projection's input is not a whole number of vectors, one per head.
+        ValueError: the projection's input is not a whole number of vectors, one per head, or of another width than
+            attention and config know.
     """
     module = part(layer, projection)
     width = None if module is None else in_features(module)
     if width is None or _NO_ATTENTION.search(_kind(layer, projection.rpartition(".")[0])):
         return None
-    own = _own(layer, projection, ("head_dim", "v_head_dim", "head_size"))
-    count = _own(layer, projection, _HEAD_COUNTS) or config_heads(config, index) or (width // own if own else None)
-    if count is None or width % count:
+    own = [_own(layer, projection, (name,)) for name in ("v_head_dim", "head_dim", "head_size")]
+    widths = [size for size in (*own, read(config, "v_head_dim"), read(config, "head_dim")) if isinstance(size, int)]
+    count = _own(layer, projection, _HEAD_COUNTS) or config_heads(config, index) or (width // (widths or [width])[0])
+    if width % count or (widths and width // count not in widths):
+        size = (widths or [width // count])[0]
         raise ValueError(
-            f"layers: the projection {projection!r} of layer {index} takes {width} inputs, which are not {count} heads "
-            "side by side"
+            f"layers: the projection {projection!r} of layer {index} takes {width} inputs, expected {count} heads · "
+            f"{size} = {count * size}"
         )
     return count, width // count
 
