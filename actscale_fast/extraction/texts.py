@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models import Batch, ModelLayout, frozen, layout, left_padded, open_ids, pad_id_of
-from ..models.adapter import input_device, unwrap
+from ..models.adapter import embedding_weight, input_device, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ class Encoder:
     def __init__(self, found: ModelLayout, tokenizer: PreTrainedTokenizerBase) -> None:
         if not (callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens")):
             raise TypeError(f"tokenizer: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer")
-        embedding: Tensor = found.model.get_input_embeddings().weight  # type: ignore[operator]
+        embedding: Tensor = embedding_weight(found.model)
         self.tokenizer = tokenizer
         self.device = input_device(found.model)
         self.n_tokens, self.context = embedding.shape[0], found.max_context

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Batch, layout, left_padded, open_ids, pad_id_of
-from ..models.adapter import input_device, unwrap
+from ..models.adapter import embedding_weight, input_device, unwrap
 from ..models.calling import padding_known
 from .examples import Example, check_examples
 
@@ -46,7 +46,7 @@ class EncodedExamples:
         if not (callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens")):
             raise TypeError(f"tokenizer: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer")
         self.examples = check_examples(examples)
-        embedding: Tensor = found.model.get_input_embeddings().weight  # type: ignore[operator]
+        embedding: Tensor = embedding_weight(found.model)
         self.device = input_device(model)
         self.pad_id = pad_id_of(tokenizer)
         context, width = found.max_context, model.config.get_text_config().vocab_size

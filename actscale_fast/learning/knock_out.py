@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..interventions import ActivScalar
 from ..models import Batch, Patch, forward_arguments, layout, opened
+from ..models.adapter import embedding_weight
 from .encoding import EncodedExamples
 from .engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
 
@@ -128,7 +129,7 @@ class Removals:
 
     def _token_bytes(self) -> int:
         """Of one hidden state."""
-        weight = self._model.get_input_embeddings().weight
+        weight = embedding_weight(self._model)
         return int(self.found.hidden_size * weight.element_size())
 
     def _frozen(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..interventions import BoundlessDAS, Intervention
 from ..models import Reader, layout, left_padded, open_ids, pad_id_of
+from ..models.adapter import embedding_weight
 from .examples import Example
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def source_activations(
     location = das.location
     found = layout(model, location.paths)
     location.model.require(found.fingerprint)
-    embedding: Tensor = found.model.get_input_embeddings().weight  # type: ignore[operator]
+    embedding: Tensor = embedding_weight(found.model)
     prompts: dict[str, list[int]] = {}
     places: dict[str, list[int]] = {}
     if isinstance(texts, str):

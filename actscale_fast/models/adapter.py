@@ -25,7 +25,7 @@ from .structure import (
     part,
     read,
     submodule,
-    takes_tokens,
+    takes_hidden_states,
 )
 
 
@@ -212,7 +212,7 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     decoder, above = model, path.split(".")[:-1]
     while above:  # the layers' owner, or of BERT's kind the module around it
         owner = submodule(model, ".".join(above), "layers_path")
-        if takes_tokens(owner):
+        if not takes_hidden_states(owner):
             decoder = owner
             break
         above.pop()
@@ -285,6 +285,22 @@ def locate(
             stacklevel=4,
         )
     return location, execution_device(first) or torch.device("cpu")
+
+
+def embedding_weight(model: nn.Module) -> torch.Tensor:
+    """The weight [V, d] of a model's token embedding.
+
+    Raises:
+        ValueError: it takes no ids of text tokens.
+    """
+    embedding: Any = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise ValueError(
+            f"model: {type(model).__name__} has a {type(embedding).__name__} in the place of a token embedding, "
+            "expected a model of text"
+        )
+    return weight
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -38,6 +38,8 @@ class Call:
     values: dict[str, Any]
     tokens: Tensor  # ids [B, T] or embeddings [B, T, d]
     prompt: Prompt | None = None  # as generate() or `Patch.prompt` announced it
+    #: The arguments of the whole model's pass that this one is part of; None: the decoder was called by itself.
+    outer: dict[str, Any] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -51,6 +53,22 @@ class Call:
     def mask(self) -> Any:
         """The attention mask as the model got it: a tensor, a dictionary of 4-D masks, or None."""
         return self.values.get("attention_mask")
+
+    @property
+    def padding(self) -> Tensor | None:
+        """The mask [B, S] of real tokens; None: all are real.
+
+        Raises:
+            ValueError: the decoder got a mask of another kind, and so did the whole model.
+        """
+        mask = self.mask
+        if mask is not None and self.outer is not None and not _is_flat(mask):  # made by the model from its own
+            mask = self.outer.get("attention_mask")
+        if mask is None or _is_flat(mask):
+            return mask
+        raise ValueError(
+            "attention_mask: positions need the 2-D mask [B, T], or the prompt announced: `with handle.prompt(n, mask)`"
+        )
 
     @property
     def packed(self) -> bool:
@@ -129,7 +147,7 @@ def read(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if args:
         if len(args) > len(names):
             raise ValueError(f"got {len(args)} positional arguments, expected at most {len(names)}: their names matter")
-        values = {**dict(zip(names, args, strict=False)), **kwargs}
+        values = named(names, args, kwargs)
     tokens = values.get("input_ids")
     if tokens is None:
         tokens = values.get("inputs_embeds")
@@ -150,6 +168,15 @@ def cache_among(values: dict[str, Any]) -> Any:
         kinds = ", ".join(type(cache).__name__ for cache in found)
         raise ValueError(f"got {len(found)} different caches ({kinds}), expected one")
     return found[0] if found else None
+
+
+def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def is_cache(value: Any) -> bool:

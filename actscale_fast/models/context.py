@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..interventions.positions import Placement, Prompt
 from . import surgery
-from .call import Call, argument_names, read
+from .call import Call, argument_names, named, read
 from .generation import Announced, Generation
 from .links import Links
 from .recompute import Carrier
@@ -69,6 +69,8 @@ class Calls:
         self.pending: list[Callable[[], object]] = []
         #: While True, forward passes edit nothing and are not read.
         self.suspended = False
+        #: The arguments of the whole model's pass that is running.
+        self.outer: dict[str, Any] | None = None
         self.handles: dict[str, Any] = {
             "enter": decoder.register_forward_pre_hook(_enter, with_kwargs=True),
             "leave": decoder.register_forward_hook(_leave, always_call=True),
@@ -100,7 +102,8 @@ def join(decoder: nn.Module, model: nn.Module, patch: Contextual) -> Calls:
         surgery.mark(decoder, calls)
     if model is not decoder and surgery.record_of(model) is None:
         generation = Generation(model, calls)
-        generation.handles["enter"] = model.register_forward_pre_hook(_enter_model)
+        generation.handles["enter"] = model.register_forward_pre_hook(_enter_model, with_kwargs=True)
+        generation.handles["leave"] = model.register_forward_hook(_leave_model, always_call=True)
         surgery.mark(model, generation)
     calls.patches += (patch,)
     return calls
@@ -139,10 +142,16 @@ def suspended(decoder: nn.Module) -> Iterator[None]:
         calls.suspended = before
 
 
-def _enter_model(model: nn.Module, args: tuple[Any, ...]) -> None:
+def _enter_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a pass of the whole model: a decoder that was exchanged would run without any of its hooks."""
-    for patch in surgery.record_of(model).calls.patches:
+    generation: Generation = surgery.record_of(model)
+    for patch in generation.calls.patches:
         patch.links.check()
+    generation.calls.outer = named(generation.names, args, kwargs)
+
+
+def _leave_model(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    surgery.record_of(model).calls.outer = None
 
 
 def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,7 +162,7 @@ def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return
     while calls.pending:
         calls.pending.pop()()
-    call = read(calls.names, args, kwargs)
+    call = replace(read(calls.names, args, kwargs), outer=calls.outer)
     if any(patch.places_tokens for patch in calls.patches):
         call.understood()
     if calls.announced is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions.positions import Prompt
-from .call import Call, cache_among
+from .call import Call, argument_names, cache_among
 
 if TYPE_CHECKING:
     from .context import Calls
@@ -87,6 +87,7 @@ class Generation:
     def __init__(self, model: nn.Module, calls: Calls) -> None:
         self.calls = calls
         self.handles: dict[str, Any] = {}
+        self.names = argument_names(model)
         self.wrapped = hasattr(model, "generate")
         self.there = model.__dict__.get("generate")  # another library's, on the instance
         if self.wrapped:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import ModelLayout
+from .adapter import ModelLayout, embedding_weight, input_device
 from .calling import Batch, forward_arguments, note_padding, padding_known
 from .check import skipped
 from .context import suspended
@@ -80,9 +80,8 @@ def _trusted(found: ModelLayout, head: OutputHead | None) -> Shortcuts:
 
 
 def _compared(found: ModelLayout, head: OutputHead | None) -> Shortcuts | None:
-    embedding: Any = found.model.get_input_embeddings()  # type: ignore[operator]
-    device = torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device
-    ids = torch.tensor([[7, 11, 5, 13]], device=device) % embedding.weight.shape[0]
+    device = input_device(found.model)
+    ids = torch.tensor([[7, 11, 5, 13]], device=device) % embedding_weight(found.model).shape[0]
     model: Any = found.model
     arguments = forward_arguments(model, Batch(ids, torch.ones_like(ids), padded=False))
     module, n_layers = None if head is None else head.module, found.n_layers

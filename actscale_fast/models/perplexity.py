@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .adapter import input_device, layout
+from .adapter import embedding_weight, input_device, layout
 from .calling import accepted_arguments, forward_arguments, left_padded, open_ids, pad_id_of
 from .modes import frozen
 from .opening import opened
@@ -73,7 +73,7 @@ def perplexity(
         if len(prompts) != len(texts):
             raise ValueError(f"prompts: got {len(prompts)}, expected one for each of the {len(texts)} texts")
     found = layout(model, paths)
-    embedding: Tensor = found.model.get_input_embeddings().weight  # type: ignore[operator]
+    embedding: Tensor = embedding_weight(found.model)
     device = input_device(found.model)
     rows = [
         _row(tokenizer, text, "" if prompts is None else prompts[number], number, found.max_context, len(embedding))
@@ -98,7 +98,7 @@ def perplexity(
                 arguments["logits_to_keep"] = width
             logits: Callable[[Tensor], Tensor]
             if head is None:
-                output, logits = found.model(**arguments).logits, _same  # type: ignore[operator]
+                output, logits = found.model(**arguments).logits, _same
             else:
                 output, logits = section.run(arguments, every_token=True)[0], head.logits
             n_scored = torch.tensor([row.n_scored for row in chosen], device=output.device)

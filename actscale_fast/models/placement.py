@@ -77,18 +77,15 @@ def expand(name: str, values: Tensor, n_rows: int) -> Tensor:
 
 def _prompt(call: Call, past: int | Tensor) -> tuple[int | Tensor, Tensor | None]:
     """(columns of the prompt, its real tokens as bool [B, ≥ columns] or None)."""
-    flat = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 2 else None
     if call.prompt is not None:
         length, mask = call.prompt.length, call.prompt.mask
+        flat = call.mask if isinstance(call.mask, Tensor) and call.mask.dim() == 2 else None
         if mask is None and flat is not None and flat.shape[1] >= length:
             mask = flat[:, :length] != 0
         return length, mask
     if isinstance(past, int) and past > 0:
         return 0, None
-    if call.mask is not None and flat is None:
-        raise ValueError(
-            "attention_mask: positions need the 2-D mask [B, T], or the prompt announced: `with handle.prompt(n, mask)`"
-        )
+    flat = call.padding
     # An empty cache begins a prompt, a filled one is past it; a static cache knows its length on the device only.
     columns = (past == 0) * call.n_tokens if isinstance(past, Tensor) else call.n_tokens
     return columns, None if flat is None else flat[:, : call.n_tokens] != 0

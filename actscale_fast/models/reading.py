@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..interventions.location import check_layers, check_site
 from . import surgery
-from .adapter import input_device, layout
+from .adapter import embedding_weight, input_device, layout
 from .calling import Batch, forward_arguments
 from .modes import frozen
 from .opening import opened
@@ -136,7 +136,7 @@ class Reader:
         context = self.found.max_context
         if context is not None and input_ids.shape[1] > context:
             raise ValueError(f"input_ids: got {input_ids.shape[1]} tokens, expected at most the model's {context}")
-        embedding: Tensor = self.found.model.get_input_embeddings().weight  # type: ignore[operator]
+        embedding: Tensor = embedding_weight(self.found.model)
         lowest, highest = int(input_ids.min()), int(input_ids.max())
         if lowest < 0 or highest >= embedding.shape[0]:
             raise ValueError(f"input_ids: got {lowest} to {highest}, expected 0 to {embedding.shape[0] - 1}")

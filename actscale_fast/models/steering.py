@@ -34,6 +34,12 @@ class Edit:
             return x
         if x.dim() == 2:  # OPT flattens rows and tokens
             return self(x.unflatten(0, (context.n_rows or 1, -1))).flatten(0, 1)
+        index = context.placement.index
+        if index is not None and x.shape[1] != index.shape[1]:
+            raise RuntimeError(
+                f"positions: a layer got {x.shape[1]} tokens, but the model was given {index.shape[1]}: it adds tokens "
+                "of its own, so that positions cannot be told"
+            )
         edit = self.intervention.edit
         if self.whole:
             return edit(x.unsqueeze(2), self.layer, context.strength, context.placement).squeeze(2)

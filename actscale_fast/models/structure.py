@@ -42,9 +42,10 @@ def read(config: Any, name: str) -> Any:
         return None
 
 
-def takes_tokens(module: nn.Module) -> bool:
-    """Whether a module's forward pass takes token ids or embeddings."""
-    return bool({"input_ids", "inputs_embeds"} & set(inspect.signature(module.forward).parameters))
+def takes_hidden_states(module: nn.Module) -> bool:
+    """Whether a module's forward pass begins with hidden states and not with token ids or embeddings."""
+    names = set(inspect.signature(module.forward).parameters)
+    return "hidden_states" in names and not names & {"input_ids", "inputs_embeds"}
 
 
 def in_features(module: nn.Module) -> int | None:
@@ -126,11 +127,13 @@ def find_projection(layers: nn.ModuleList, model_type: str, head_width: int) -> 
     for layer in layers:
         for name, module in layer.named_modules():
             last = name.rpartition(".")[2]
-            if last in PROJECTION_NAMES and in_features(module) is not None and _is_attention(layer, name):
+            if last in PROJECTION_NAMES and in_features(module) is not None and _may_attend(layer, name):
                 names.setdefault(name, set()).add(in_features(module))
-    found = sorted(names)
-    if len(found) > 1:
-        found = [name for name in found if names[name] == {head_width}] or found
+    fits = [name for name in names if names[name] == {head_width}]
+    attention = [name for name in names if any(_says_attention(layer, name) for layer in layers)]
+    found = sorted({*attention, *fits})
+    if len(attention) > 1 and set(fits) & set(attention):
+        found = sorted(fits)
     if len(found) != 1:
         raise ValueError(
             f"model: the family {model_type!r} is not known, and the output projection of its attention is not certain "
@@ -228,14 +231,24 @@ def _look_like_layers(modules: nn.ModuleList) -> bool:
     return all(sum(1 for _ in item.parameters()) > 1 and sum(1 for _ in item.children()) > 1 for item in modules)
 
 
-def _is_attention(layer: nn.Module, name: str) -> bool:
-    """Whether a projection belongs to attention, as the names on its way and of its module's class tell."""
+def _may_attend(layer: nn.Module, name: str) -> bool:
+    """Whether nothing says that a projection belongs to something else than self-attention."""
     if "." not in name or any(other in name.lower() for other in _OTHER_PARTS):
         return False
-    kinds = [_kind(layer, ".".join(name.split(".")[:end])) for end in range(1, name.count(".") + 1)]
-    return bool(re.search(r"attention|attn", " ".join([*kinds, name]), re.IGNORECASE)) and not any(
-        _NO_ATTENTION.search(kind) for kind in kinds
+    return not any(_NO_ATTENTION.search(kind) for kind in _kinds(layer, name))
+
+
+def _says_attention(layer: nn.Module, name: str) -> bool:
+    """Whether a projection's path, or a class on its way, is called attention."""
+    return part(layer, name) is not None and bool(
+        re.search(r"attention|attn", " ".join([*_kinds(layer, name), name]), re.IGNORECASE)
     )
+
+
+def _kinds(layer: nn.Module, name: str) -> list[str]:
+    """The class names of the parts of a layer on the way to a projection."""
+    steps = name.split(".")
+    return [_kind(layer, ".".join(steps[:end])) for end in range(1, len(steps))]
 
 
 def _of_this_config(model: nn.Module, config: Any, names: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import ops
 from ...models import AnyPatch, ModelLayout, OutputHead, Section, forward_arguments, keys_and_values
+from ...models.adapter import embedding_weight
 from ...models.section import cache_arguments
 from ..encoding import EncodedExamples
 from .constants import Extent, RowStore, right_aligned
@@ -41,7 +42,7 @@ class FrozenSide:
     ) -> None:  # fmt: skip
         self.model, self.found, self.data, self.extent = model, found, data, extent
         self.section, self.patched, self.head, self.store = section, patched, head, store
-        self.dtype: torch.dtype = found.model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        self.dtype: torch.dtype = embedding_weight(found.model).dtype
         self.statistics: dict[tuple[bool, str], ops.ReferenceStatistics] = {}
         self.outputs: Tensor | None = None  # [N, V] logits where there is no head
 
