@@ -86,6 +86,12 @@ def _prompt(call: Call, past: int | Tensor) -> tuple[int | Tensor, Tensor | None
     if isinstance(past, int) and past > 0:
         return 0, None
     flat = call.padding
+    if flat is not None and isinstance(past, int) and flat.shape[1] > past + call.n_tokens:
+        raise ValueError(
+            f"attention_mask: got {flat.shape[1]} columns for {call.n_tokens} tokens and {past} in the KV cache, so that "
+            "their positions cannot be told; has the caller lost its cache? (positions of a pass inside a prompt: "
+            "`with handle.prompt(n, mask)`)"
+        )
     # An empty cache begins a prompt, a filled one is past it; a static cache knows its length on the device only.
     columns = (past == 0) * call.n_tokens if isinstance(past, Tensor) else call.n_tokens
     return columns, None if flat is None else flat[:, : call.n_tokens] != 0

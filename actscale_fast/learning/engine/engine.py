@@ -25,7 +25,7 @@ from .frozen_side import FrozenSide
 from .inputs import Assembly
 from .memory import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
 from .passes import Passes
-from .trial import GradientError, Trial
+from .trial import Trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,7 +110,7 @@ class Engine:
                 problem = self._open_by(way, trial)
             except Exception as error:
                 self._open.close()
-                if way is _WAYS[-1] or out_of_memory(error) or isinstance(error, GradientError):
+                if way is _WAYS[-1] or out_of_memory(error) or not self._fails_again(way, trial):
                     raise
                 problem = f"{type(error).__name__}: {error}"
             if problem is None:
@@ -128,6 +128,17 @@ class Engine:
                 stacklevel=3,
             )
         return self
+
+    def _fails_again(self, way: _Way, trial: Trial | None) -> bool:
+        """Whether opening the model this way fails once more: an error that does not is not the way's."""
+        try:
+            self._open_by(way, trial)
+        except Exception:
+            return True
+        else:
+            return False
+        finally:
+            self._open.close()
 
     def _plain(self) -> Trial | None:
         """What the plain whole model says of two prompts; None where nothing is checked."""
