@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from model_zoo import scalars, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -243,6 +244,10 @@ def test_assisted_decoding_gives_the_tokens_of_plain_decoding(early: bool) -> No
     model = tiny_model(num_hidden_layers=3)
     intervention = scalars(model, positions=[-1, 1], generated=True)
     draft = {"assistant_early_exit": 1} if early else {"prompt_lookup_num_tokens": 2}
+    try:
+        model.generate(PROMPT, max_new_tokens=6, do_sample=False, **draft)
+    except TypeError as error:
+        pytest.skip(f"transformers {transformers.__version__} cannot do it by itself: {error}")
     with torch.no_grad(), af.patch(model, intervention):
         plain = model.generate(PROMPT, max_new_tokens=6, do_sample=False)
         assert torch.equal(model.generate(PROMPT, max_new_tokens=6, do_sample=False, **draft), plain)
