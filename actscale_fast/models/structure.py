@@ -18,7 +18,7 @@ PROJECTION_NAMES = frozenset(
 )
 #: Parts of a layer that are no self-attention with heads side by side.
 _OTHER_PARTS = (
-    "mlp", "ffn", "feed_forward", "feedforward", "expert", "moe", "linear_attn", "mamba", "conv", "ssm", "rnn",
+    "mlp", "ffn", "feed_forward", "feedforward", "expert", "moe", "linear_attn", "lstm", "mamba", "conv", "ssm", "rnn",
     "cross", "encoder_attn", "encoder_attention", "intermediate", "indexer", "compressor", "adapter",
 )  # fmt: skip
 _MLP_LIKE = re.compile(r"mlp|moe|ffn|feed_?forward|expert")
@@ -27,6 +27,8 @@ _NO_ATTENTION = re.compile(
     r"linear|lightning|delta|kda|gla|mamba|lstm|retention|recurrent|conv|mixer|ssm|rwkv", re.IGNORECASE
 )
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "feedforward", "mlp_block")
+#: MLPs that are no module of their own: their first and their last product.
+_TWO_PRODUCTS = (("fc1", "fc2"), ("intermediate.dense", "output.dense"))
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "n_local_heads", "nh")
 HELP = (
     "name it: for_model(..., layers_path='model.layers', projection='self_attn.o_proj', mlp='mlp'), "
@@ -149,6 +151,9 @@ def find_mlp(layers: nn.ModuleList) -> str:
         if owners:
             alone = all(_takes_one(getattr(layer, name)) and not _other_mlps(layer, name) for layer in owners)
             return name if alone else ""
+    for before, name in _TWO_PRODUCTS:
+        if all(in_features(part(layer, path) or layer) is not None for layer in layers for path in (before, name)):
+            return name
     return ""
 
 
