@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...interventions import DynScalar, Intervention
 from ...models import FAMILIES, AnyPatch, accepted_arguments, forward_arguments, frozen, layout, opened, patch
@@ -94,6 +94,7 @@ class Engine:
         self.notes_rows = any(of_scalars)
         if capture:
             check_capturable(model)
+        refuse_sharded(model)
         self.model, self.data, self.intervention, self.world, self.capture = model, data, intervention, world, capture
         self.found = layout(model, intervention.paths)
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
@@ -308,6 +309,16 @@ class Engine:
         fit = 1 << (fit.bit_length() - 1)  # a power of two: a little more or less free memory changes no pass
         bound = self.arrangement.max_tokens
         self.arrangement.max_tokens = fit if bound is None else min(fit, bound)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """ValueError where a model's weights are spread over processes: steps of one process would not fit the others'."""
+    name = next((name for name, value in model.named_parameters() if type(value).__name__ == "DTensor"), None)
+    if name is not None:
+        raise ValueError(
+            f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights in "
+            "each process; patch, generate and evaluate take such a model"
+        )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -49,7 +49,8 @@ def _storages(tensor: Tensor) -> list[tuple[int, int]]:
     """(address, bytes) of the memory behind a tensor: of a quantised or sharded one that of its parts."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return [one for name in names for one in _storages(getattr(tensor, name))]
+        parts = [getattr(tensor, name) for name in names]
+        return [one for part in parts if isinstance(part, Tensor) for one in _storages(part)]
     if tensor.is_meta:
         return []
     storage = tensor.untyped_storage()
