@@ -58,10 +58,10 @@ def _check(name: str, found: str, tested: Tested) -> None:
     except InvalidVersion:
         raise ImportError(f"{name}: got version {found!r}, expected a version number such as {tested.newest}") from None
     for bad, reason in KNOWN_BAD[name].items():
-        if version.release == Version(bad).release:
+        if Version(version.base_version) == Version(bad):
             raise ImportError(f"{name}: version {found} must not be used: {reason}; {_expected(name, tested)}")
     # Vendors build PyTorch from pre-releases (2.11.0a0+…), so the numbers alone count.
-    if version.release < Version(tested.oldest).release:
+    if Version(version.base_version) < Version(tested.oldest):
         raise ImportError(f"{name}: got version {found}; {_expected(name, tested)}")
     if version.release[:2] > Version(tested.newest).release[:2]:
         warnings.warn(

@@ -61,7 +61,7 @@ def test_a_module_exchanged_under_a_patch_is_an_error_at_the_next_pass(
             call(IDS)
 
 
-@pytest.mark.parametrize("site", ["head", "mlp_out"])
+@pytest.mark.parametrize("site", ["head", "attn_out"])
 def test_a_change_at_a_layer_that_is_not_steered_is_noticed_where_it_shares_a_steered_module(site: str) -> None:
     model = tiny_model(num_hidden_layers=3)
     with torch.no_grad(), af.patch(model, scalars(model, site=site, layers=[0])):
@@ -126,3 +126,42 @@ def test_lora_before_a_patch_is_steered_and_after_it_is_refused() -> None:
         later = peft.get_peft_model(base, config)
         with pytest.raises(RuntimeError, match=r"self_attn.o_proj was exchanged .* a Linear now"):
             later(IDS)
+
+
+def deleted_layer(model: nn.Module) -> None:
+    del model.model.layers[1]
+
+
+def repeated_layer(model: nn.Module) -> None:
+    model.model.layers.append(model.model.layers[0])
+    model.config.num_hidden_layers = 3
+
+
+def fused_attention(model: nn.Module) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+
+
+@pytest.mark.parametrize("change", [deleted_layer, repeated_layer, fused_attention])
+def test_a_layer_that_goes_or_comes_and_a_forward_put_over_are_noticed(change: Callable[[nn.Module], None]) -> None:
+    model = tiny_model()
+    with torch.no_grad(), af.patch(model, scalars(model)):
+        model(IDS)
+        change(model)
+        with pytest.raises(RuntimeError, match=r"was exchanged|was removed|the list of layers has"):
+            model(IDS)
+
+
+def test_an_mlp_that_is_not_steered_may_be_exchanged() -> None:
+    model = tiny_model()
+    with torch.no_grad(), af.patch(model, scalars(model, layers=[0])):
+        model.model.layers[1].mlp = copy.deepcopy(model.model.layers[0].mlp)
+        model(IDS)
+
+
+def test_a_merge_is_checked_as_a_patch_is() -> None:
+    model = tiny_model()
+    one = scalars(model)
+    shared_projection(model)
+    with pytest.raises(ValueError, match="share"):
+        af.merge(model, one)

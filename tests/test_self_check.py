@@ -24,10 +24,10 @@ def changed_before_projection(change: Any) -> nn.Module:
     model = tiny_model()
     for layer in model.model.layers:
         attention = layer.self_attn
-        inner = type(attention).forward
+        original = type(attention).forward
 
         class Changed(type(attention)):  # type: ignore[misc]
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
+            def forward(self, *args: Any, inner: Any = original, **kwargs: Any) -> Any:
                 projection, kept = self.o_proj, self.o_proj.forward
                 # Not a hook: what stands between is a part of this attention, and hooks see what comes after it.
                 projection.forward = lambda x: kept(x)
@@ -238,7 +238,9 @@ def test_the_environment_skips_the_check(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_pass_that_fails_names_the_model_and_how_to_skip_the_check() -> None:
     model = tiny_model()
     model.model.layers[1].mlp = nn.Linear(7, 7)
-    with pytest.raises(ValueError, match=r"a short forward pass of LlamaModel.*failed: .*ACTSCALE_CHECK=0 skips it"):
+    with pytest.raises(
+        ValueError, match=r"a short test pass of LlamaModel.*failed: .*set ACTSCALE_CHECK=0 to skip the check"
+    ):
         af.ActivScalar.for_model(model)
 
 
@@ -251,3 +253,32 @@ def test_a_check_inside_a_patch_sees_the_model_as_it_is_without_it() -> None:
         assert torch.equal(logits(model), expected)
     copied = copy.deepcopy(model)
     assert torch.equal(logits(copied, IDS), logits(model, IDS))
+
+
+def test_a_check_that_had_to_wait_and_fails_fails_again() -> None:
+    model = changed_before_projection(norm_over_all)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    one = scalars(tiny_model())
+    model.to("meta")
+    with af.patch(model, one):
+        model.to_empty(device="cpu")
+        model.load_state_dict(kept)
+        for name, buffer in tiny_model().named_buffers():
+            model.get_buffer(name).copy_(buffer)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="something between its heads and the projection"):
+                logits(model)
+
+
+def test_a_verdict_is_of_the_modules_that_it_was_found_on() -> None:
+    model = tiny_model()
+    one = af.ActivScalar.for_model(model)
+    model.model.layers[0].self_attn.__class__ = type(changed_before_projection(norm_over_all).model.layers[0].self_attn)
+    with pytest.raises(ValueError, match="something between its heads and the projection"):
+        af.patch(model, one)
+
+
+def test_a_merge_at_a_site_that_is_refused_is_refused() -> None:
+    one = scalars(tiny_model())
+    with pytest.raises(ValueError, match="something between its heads and the projection"):
+        af.merge(changed_before_projection(norm_over_all), one)

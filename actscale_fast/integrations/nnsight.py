@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import SITES, Intervention, Prompt
+from ..models import check
 from ..models.adapter import ModelLayout, execution_device, layout
 from ..models.call import argument_names, read
 from ..models.steering import Steering, steerings
@@ -64,7 +65,9 @@ def steer(
     device = execution_device(found.layers[0]) or torch.device("cpu")
     parts = steerings(intervention, device, strength, group)
     for part in parts:
-        part.intervention.location.model.require(found.fingerprint)
+        location = part.intervention.location
+        location.model.require(found.fingerprint)
+        check.require(found, location.site, location.layers)
     if isinstance(steps, Sequence):
         raise TypeError(f"steps: got a {type(steps).__name__}, expected nnsight's own tracer.iter[...]")
     if steps is None:

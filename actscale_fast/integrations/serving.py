@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..interventions import ActivScalar, Intervention
 from ..interventions.location import ModelFingerprint
-from ..models import layout, surgery
+from ..models import check, layout, surgery
 from ..models.steering import one_strength
 from ..ops import scale_heads
 
@@ -137,6 +137,7 @@ class ScalarTable(nn.Module):
             raise ValueError(f"heads: the table has {self.heads}, but a whole model has all {self.fingerprint.n_heads}")
         found = layout(model)
         self.fingerprint.require(found.fingerprint)
+        check.require(found, "head", found.layers_of("head"))
         places = zip(found.layers_of("head"), found.projections, strict=True)
         edits = [(module, partial(self.scale, layer=layer)) for layer, module in places]
         try:

@@ -130,8 +130,8 @@ class _Noted:
 
     def __init__(self, steering: Steering) -> None:
         self.steering = weakref.ref(steering)
-        self.links = Links(steering.intervention, ())
-        self.places_tokens = True
+        self.links = Links(steering.intervention)
+        self.reads_calls = self.places_tokens = True
 
     @property
     def context(self) -> contexts.Context | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ class ModelLayout:
     n_heads: int  # of most layers that have heads
     head_dim: int  # of most layers that have heads
     uncertain: ValueError | None = None  # why no projection was found
+    paths: dict[str, str] = field(default_factory=dict)  # those that the caller named
+    _found: dict[str, dict[int, nn.Module]] = field(default_factory=dict, repr=False, compare=False)
+    _twins: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
@@ -113,14 +116,6 @@ class ModelLayout:
         block = f"{self.layers_path}.{layer}"
         return block if site == "residual" else f"{block}.{self.mlp if site == 'mlp_out' else self.projection}"
 
-    def paths_of_sites(self) -> list[str]:
-        """The paths of all modules that sites belong to, and of the layers."""
-        return [
-            self.site_path(site, layer)
-            for site in ("residual", "head", *(["mlp_out"] if self.mlp else []))
-            for layer in self.layers_of(site)
-        ]
-
     @property
     def vocabulary(self) -> int:
         """Tokens that the config counts."""
@@ -132,6 +127,27 @@ class ModelLayout:
             return self.site_module(site, layer)
         except ValueError:
             return None
+
+    def _modules_of(self, site: str) -> dict[int, nn.Module]:
+        """The module of a site in each layer that has one, found once."""
+        known = self._found.get(site)
+        if known is None:
+            path = "" if site == "residual" else self.mlp if site == "mlp_out" else self.projection
+            found = {index: layer if not path else part(layer, path) for index, layer in enumerate(self.layers)}
+            known = self._found[site] = {index: module for index, module in found.items() if module is not None}
+        return known
+
+    def _shared(self, site: str) -> dict[int, tuple[int, int]]:
+        """The identities of modules that stand at two layers, and these, found once."""
+        if site in self._twins:
+            return self._twins[site]
+        first: dict[int, int] = {}
+        shared = self._twins.setdefault(site, {})
+        own = set(self.layers_of(site))
+        for layer, module in self._modules_of(site).items():
+            if layer in own and first.setdefault(id(module), layer) != layer:
+                shared.setdefault(id(module), (first[id(module)], layer))
+        return shared
 
     def site_module(self, site: str, layer: int) -> nn.Module:
         """The module that a site belongs to: its input at the head site, its output at the others.
@@ -148,18 +164,18 @@ class ModelLayout:
             )
         if not path and site != "residual":
             raise self.uncertain or ValueError(f"site: {self.model_type!r} has no {site!r}")
-        module = block if not path else part(block, path)
+        module = self._modules_of(site).get(layer)
         if module is None:
             what = "MLP" if site == "mlp_out" else "attention"
             raise ValueError(f"layers: layer {layer} ({type(block).__name__}) has no {what} {path!r}")
         if site == "head" and self.heads[layer] is None:
             raise ValueError(f"layers: {path!r} of layer {layer} is a {type(module).__name__} of unknown input width")
-        for other in self.layers_of(site):
-            if other != layer and (self.layers[other] if not path else part(self.layers[other], path)) is module:
-                raise ValueError(
-                    f"layers: layers {min(layer, other)} and {max(layer, other)} share one module for the site "
-                    f"{site!r} ({type(module).__name__}): an edit would act at both"
-                )
+        shared = self._shared(site).get(id(module))
+        if shared is not None:
+            raise ValueError(
+                f"layers: layers {shared[0]} and {shared[1]} share one module for the site {site!r} "
+                f"({type(module).__name__}): an edit would act at both"
+            )
         return module
 
 
@@ -245,6 +261,7 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
         n_heads=n_heads,
         head_dim=head_dim,
         uncertain=uncertain,
+        paths=dict(paths),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..interventions import Prompt
 from . import check, surgery
 from . import context as contexts
-from .adapter import ModelLayout
+from .adapter import ModelLayout, layout
 from .links import Links
 from .recompute import Carrier
 
@@ -46,13 +46,16 @@ class Attachment:
         self._model, self._decoder = weakref.ref(found.model), weakref.ref(found.decoder)
         self._edits: list[tuple[weakref.ref[nn.Module], surgery.Edit]] = []
         try:
-            patch.links = Links(found.model, found.paths_of_sites())
+            elsewhere = [layer for layer in found.layers_of(site) if layer not in set(layers)]
+            steered, others = ([found.site_path(site, one) for one in some] for some in (layers, elsewhere))
+            patch.links = Links(found.model, steered, others)
             self._calls = contexts.join(found.decoder, found.model, patch)
             for module, edit in edits:
                 self._edits.append((weakref.ref(module), edit))
                 surgery.attach(module, edit, before=site == "head")
             if waiting:
-                self._calls.pending.append(functools.partial(check.require, found, site, layers, now=True))
+                late = functools.partial(_check_late, self._model, found.paths, site, tuple(layers))
+                self._calls.pending.append((patch, late))
         except BaseException:
             self.remove()
             raise
@@ -90,3 +93,10 @@ class Attachment:
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (B, {length})")
         with self._calls.says(Prompt(length, None if mask is None else mask != 0)):
             yield
+
+
+def _check_late(model: weakref.ref[nn.Module], paths: dict[str, str], site: str, layers: tuple[int, ...]) -> None:
+    """The check that had to wait for the model's first forward pass."""
+    found = model()
+    if found is not None:
+        check.require(layout(found, paths), site, layers, now=True)

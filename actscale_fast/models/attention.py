@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 #: Of one attention module: what it returned [B, T, H, D], and what is to be handed on instead.
 Change = Callable[[Tensor], Tensor]
+_lock = threading.RLock()  # what is exchanged here serves all models of a file
 _FUNCTIONS, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 
 
@@ -63,7 +65,7 @@ def _seen(function: Any, changes: Mapping[nn.Module, Change]) -> Any:
 @contextlib.contextmanager
 def heads_changed(changes: Mapping[nn.Module, Change]) -> Iterator[None]:
     """Let the attention functions of these modules hand on something else; other models go on as they are."""
-    with contextlib.ExitStack() as undo:
+    with _lock, contextlib.ExitStack() as undo:
         for place in _globals(changes):
             for name in (_FUNCTIONS, _EAGER):
                 if name in place:

@@ -28,6 +28,8 @@ _PER_TOKEN = frozenset(
 )  # fmt: skip
 #: Names of what is handed from one pass to the next.
 _CARRIED = re.compile(r"(^|_)(cache|caches|past|mems|mem_cache|memory|state|states|buckets)(_|$)")
+#: Names of what an encoder or another sense gives.
+_OTHER_SENSES = re.compile(r"(^|_)(vision|visual|image|images|audio|video|pixel|pixels|encoder|cross|deepstack)(_|$)")
 _NOT_CARRIED = re.compile(r"hidden_states|cross_attention_states|vision|image|audio|encoder|cache_position|^use_")
 
 
@@ -123,14 +125,21 @@ class Call:
                     f"{name}: got a {type(value).__name__}, expected a cache that knows its length "
                     "(get_seq_length()): positions cannot be told from this one"
                 )
-            unknown = name not in _PER_TOKEN and not re.search(r"vis|image|audio|pixel|encoder|cross", name)
-            if isinstance(value, Tensor) and unknown and not value.is_floating_point():
-                rows, columns = value.shape if value.dim() == 2 else (0, 0)
-                if rows in (1, self.n_rows) and columns >= self.n_tokens:
+            if name in _PER_TOKEN or _OTHER_SENSES.search(name):
+                continue
+            for tensor in (value,) if isinstance(value, Tensor) else _tensors_of(value):
+                if self._per_token(tensor):
                     raise ValueError(
-                        f"{name}: got {value.dtype} {tuple(value.shape)}, an argument that this package does not know "
-                        "and that may tell padding or places of tokens; positions need attention_mask, position_ids"
+                        f"{name}: unknown argument ({tensor.dtype} {tuple(tensor.shape)}) that could be a mask or "
+                        "token positions; with positions=, pass attention_mask and position_ids instead"
                     )
+
+    def _per_token(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a number per token, [B, S] or [1, S], or one per pair of tokens, [..., T, S]."""
+        if tensor.dim() == 2:
+            return tensor.shape[0] in (1, self.n_rows) and tensor.shape[1] >= self.n_tokens
+        pairs = tensor.dim() == 4 and tensor.shape[2] == self.n_tokens and tensor.shape[3] >= self.n_tokens
+        return pairs and tensor.shape[0] in (1, self.n_rows)
 
 
 def read(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -154,6 +163,12 @@ def read(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
         raise ValueError("input_ids, inputs_embeds: got neither as a tensor [B, T, ...], expected one of them")
     return Call(values, tokens)
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a list, tuple or dictionary."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [item for item in items if isinstance(item, Tensor)]
 
 
 def cache_among(values: dict[str, Any]) -> Any:

@@ -28,6 +28,7 @@ from .attention import heads_changed, values_changed
 from .call import cache_argument
 from .context import suspended
 from .quiet import unnoticed
+from .structure import has
 
 if TYPE_CHECKING:
     from .adapter import ModelLayout
@@ -39,7 +40,7 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.05, to
 #: A site cannot act where doubling its output changes the stream by less than this share of what negating changes.
 _IDLE = 0.02
 
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Verdict]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Known]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,22 @@ class Verdict:
     reasons: Mapping[int, str]  # why the site of a layer is refused
     idle: frozenset[int]  # layers where a factor on the site's output changes nothing
     absent: frozenset[int] = frozenset()  # refused layers, those that do not run at all
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A verdict and the modules that it was found on."""
+
+    verdict: Verdict
+    modules: tuple[weakref.ref[nn.Module], ...]
+    kinds: tuple[type, ...]
+
+    def holds(self, modules: list[nn.Module]) -> bool:
+        """Whether these are the same modules, of the same classes."""
+        return len(modules) == len(self.modules) and all(
+            reference() is module and kind is _plain(module)
+            for reference, kind, module in zip(self.modules, self.kinds, modules, strict=True)
+        )
 
 
 def require(found: ModelLayout, site: str, layers: Iterable[int], *, now: bool = False) -> bool:
@@ -87,21 +104,29 @@ def verdict_of(found: ModelLayout, site: str, *, now: bool = False) -> Verdict |
     """The verdict on a site of all layers, from the model or as it is known; None: skipped, or it has to wait."""
     if skipped():
         return None
-    modules = {layer: found.site_module_or_none(site, layer) for layer in found.layers_of(site)}
-    key = (site, found.heads, _implementation(found), tuple(id(module) for module in modules.values()))
+    watched = _watched(found, site)
+    key = (site, found.heads, found.projection, found.mlp, _implementation(found))
     known = _verdicts.setdefault(found.decoder, {})
-    if key not in known:
-        if not now and _must_wait(found.decoder):
-            return None
-        probe = _Probe(found, {layer: module for layer, module in modules.items() if module is not None})
-        try:
-            known[key] = probe.heads() if site == "head" else probe.whole(site)
-        except Exception as error:
-            raise ValueError(
-                f"model: a short forward pass of {type(found.decoder).__name__}, which shows that its parts are what "
-                f"they are taken for, failed: {type(error).__name__}: {error}; ACTSCALE_CHECK=0 skips it"
-            ) from error
-    return known[key]
+    if key in known and known[key].holds(watched):
+        return known[key].verdict
+    if not now and _must_wait(found.decoder):
+        return None
+    modules = {layer: found.site_module_or_none(site, layer) for layer in found.layers_of(site)}
+    probe = _Probe(found, {layer: module for layer, module in modules.items() if module is not None})
+    try:
+        verdict = probe.heads() if site == "head" else probe.whole(site)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"model: a short test pass of {type(found.decoder).__name__}, which shows that its parts are what they are "
+            f"taken for, failed: {type(error).__name__}: {error}; set ACTSCALE_CHECK=0 to skip the check"
+        ) from error
+    if probe.sure:
+        known[key] = _Known(
+            verdict, tuple(weakref.ref(module) for module in watched), tuple(_plain(module) for module in watched)
+        )
+    return verdict
 
 
 def skipped() -> bool:
@@ -118,6 +143,8 @@ class _Probe:
         self.uses = dict.fromkeys(modules, 0)  # of the site's module
         self.reasons: dict[int, str] = {}
         self.absent: set[int] = set()
+        self.compared: set[int] = set()  # layers whose heads have arrived at their projection
+        self.sure = True  # False: numbers that are 0 or none have shown nothing
         self.n_rows = 1
 
     def heads(self) -> Verdict:
@@ -136,6 +163,7 @@ class _Probe:
                 if layer not in scaled:
                     return None
                 rows = self._rows(args[0])
+                self.compared.add(layer)
                 problem = self._compare(rows, scaled[layer])
                 if problem:
                     self.reasons.setdefault(layer, problem)
@@ -160,13 +188,11 @@ class _Probe:
             if rest:
                 self._by_values(rest, sizes, scaled)
         for layer in self.modules:
-            if layer not in scaled:
-                if scaled and layer not in self.reasons:
-                    self.absent.add(layer)  # of a hybrid, whose other layers have attention
+            if layer not in self.compared:
                 self.reasons.setdefault(
                     layer,
-                    "neither an attention function of transformers nor a KV cache shows its heads, so that nothing "
-                    "proves them to stand side by side before the projection",
+                    "neither transformers' attention functions nor the KV cache exposes its heads, so their layout "
+                    "before the projection cannot be verified",
                 )
         return Verdict(self.reasons, frozenset(), frozenset(self.absent))
 
@@ -241,9 +267,12 @@ class _Probe:
 
         shown = dict(scaled)
         scaled.clear()  # in this pass no other layer is scaled
-        # A cache that this family does not understand shows nothing.
-        with contextlib.suppress(Exception):
+        try:
             self._run(**{name: values_changed(change, self.found.decoder), "use_cache": True})
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a cache that this family does not understand shows nothing
+            pass
         scaled.update(shown)
 
     def _returned(self, layer: int, size: tuple[int, int], scaled: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
@@ -274,7 +303,10 @@ class _Probe:
         expected = heads[:1] * factors.to(heads)[:, None, :, None]
         off = (heads - expected).norm(dim=(1, 3))  # [rows, H]
         size = expected.norm(dim=(1, 3))
-        bad = (off > _TOLERANCE.get(rows.dtype, 0.05) * size).any(0)
+        if not bool((size.isfinite() & (size > 0)).all()):  # nothing, or no number, shows nothing
+            self.sure = False
+            return None
+        bad = ~(off <= _TOLERANCE.get(rows.dtype, 0.05) * size).all(0)
         if not bool(bad.any()):
             return None
         return (
@@ -353,9 +385,24 @@ def _no_stream(x: Any, n_tokens: int, width: int) -> str | None:
 
 
 def _is_idle(rows: Tensor) -> bool:
-    """Whether doubling changed nothing where negating did, or neither did: [as it is, doubled, negated]."""
+    """Whether doubling changed nothing where negating did, of rows [as it is, doubled, negated]."""
     doubled, negated = ((rows[index] - rows[0]).double().norm() for index in (1, 2))
-    return bool(doubled <= _IDLE * negated)
+    return bool((doubled <= _IDLE * negated) & (negated > 0))  # a branch that is 0 so far may act once it is not
+
+
+def _watched(found: ModelLayout, site: str) -> list[nn.Module]:
+    """The modules that a verdict on a site depends on."""
+    modules = list(found.layers)
+    path = {"residual": "", "mlp_out": found.mlp, "attn_out": found.projection}.get(site, found.projection)
+    if site == "head":
+        tops = [layer.get_submodule(path.partition(".")[0]) for layer in found.layers if has(layer, path)]
+        return modules + [module for top in tops for module in top.modules()]
+    return modules + [layer.get_submodule(path) for layer in found.layers if has(layer, path)]
+
+
+def _plain(module: nn.Module) -> type:
+    """A module's class as it is without a patch."""
+    return type(module) if surgery.record_of(module) is None else type(module).__mro__[1]
 
 
 def _implementation(found: ModelLayout) -> str:

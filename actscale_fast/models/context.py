@@ -51,6 +51,10 @@ class Contextual(Protocol):
     links: Links
 
     @property
+    def reads_calls(self) -> bool:
+        """Whether it must know the pass's rows or the places of its tokens."""
+
+    @property
     def places_tokens(self) -> bool:
         """Whether it must know where each token stands in its prompt."""
 
@@ -65,8 +69,8 @@ class Calls:
         self.patches: tuple[Contextual, ...] = ()
         self.announced: Announced | None = None
         self.names = argument_names(decoder)
-        #: Work that waits for the first forward pass, which it runs before; see `check`.
-        self.pending: list[Callable[[], object]] = []
+        #: Checks of patches that wait for the first forward pass, which they run before; see `check`.
+        self.pending: list[tuple[Contextual, Callable[[], None]]] = []
         #: While True, forward passes edit nothing and are not read.
         self.suspended = False
         #: The arguments of the whole model's pass that is running.
@@ -101,12 +105,17 @@ def join(decoder: nn.Module, model: nn.Module, patch: Contextual) -> Calls:
         calls = Calls(decoder)
         surgery.mark(decoder, calls)
     if model is not decoder and surgery.record_of(model) is None:
-        generation = Generation(model, calls)
+        generation = Generation(model, calls, Links(model, [path_of(model, decoder)]))
         generation.handles["enter"] = model.register_forward_pre_hook(_enter_model, with_kwargs=True)
         generation.handles["leave"] = model.register_forward_hook(_leave_model, always_call=True)
         surgery.mark(model, generation)
     calls.patches += (patch,)
     return calls
+
+
+def path_of(model: nn.Module, part: nn.Module) -> str:
+    """The path of a part of a model."""
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def patches_of(decoder: nn.Module) -> tuple[Contextual, ...]:
@@ -121,6 +130,7 @@ def part(decoder: nn.Module, patch: Contextual) -> bool:
     if calls is None:
         return True
     calls.patches = tuple(other for other in calls.patches if other is not patch)
+    calls.pending = [(other, late) for other, late in calls.pending if other is not patch]
     if calls.patches:
         return False
     surgery.unmark(decoder)
@@ -145,8 +155,7 @@ def suspended(decoder: nn.Module) -> Iterator[None]:
 def _enter_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a pass of the whole model: a decoder that was exchanged would run without any of its hooks."""
     generation: Generation = surgery.record_of(model)
-    for patch in generation.calls.patches:
-        patch.links.check()
+    generation.above.check()
     generation.calls.outer = named(generation.names, args, kwargs)
 
 
@@ -161,11 +170,14 @@ def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             patch.context = Context(None, 0.0)
         return
     while calls.pending:
-        calls.pending.pop()()
+        if torch.compiler.is_compiling():
+            raise RuntimeError("patch: the model has not been checked yet; run a forward pass before it is compiled")
+        calls.pending[-1][1]()
+        calls.pending.pop()  # not before: a check that fails fails again
     call = replace(read(calls.names, args, kwargs), outer=calls.outer)
     if any(patch.places_tokens for patch in calls.patches):
         call.understood()
-    if calls.announced is not None:
+    if calls.announced is not None and any(patch.reads_calls for patch in calls.patches):
         call = replace(call, prompt=calls.announced.prompt_of(call))
     for patch in calls.patches:
         patch.links.check()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..interventions.positions import Prompt
 from .call import Call, argument_names, cache_among
+from .links import Links
 
 if TYPE_CHECKING:
     from .context import Calls
@@ -84,7 +85,9 @@ class Announced:
 class Generation:
     """The wrapped generate() of one model; lives on that model."""
 
-    def __init__(self, model: nn.Module, calls: Calls) -> None:
+    def __init__(self, model: nn.Module, calls: Calls, above: Links) -> None:
+        #: The steps from the model to its decoder: an exchanged one would run without any of its hooks.
+        self.above = above
         self.calls = calls
         self.handles: dict[str, Any] = {}
         self.names = argument_names(model)

@@ -67,7 +67,7 @@ class HeadMask(Handle):
         layers = found.chosen("head", None)
         modules = [found.site_module("head", layer) for layer in layers]
         self.context: Context | None = None
-        self.links = Links(found.model, ())
+        self.links = Links(found.model)
         self._sizes = [sizes for sizes in found.heads if sizes is not None]
         self._n_layers, self._n_heads = len(layers), max(n_heads for n_heads, _ in self._sizes)
         self.mask = mask
@@ -92,6 +92,11 @@ class HeadMask(Handle):
                 f" L = {self._n_layers}"
             )
         self._mask = value
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether each row has a mask of its own."""
+        return self._mask.dim() == 3 and len(self._mask) > 1
 
     @property
     def places_tokens(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import ActivScalar, Intervention, SteerVec
+from . import check
 from .adapter import ModelLayout, layout, unwrap
 from .families import FAMILIES
 from .steering import one_strength
@@ -52,6 +53,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
         part.location.model.require(found.fingerprint)
         part.check_finite()
         own = layout(model, part.paths)
+        check.require(own, part.location.site, part.location.layers)
         for index, layer in enumerate(part.location.layers):
             module = site_projection(own, part.location.site, layer)
             name = names[module]
@@ -128,8 +130,8 @@ def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
         )
     usable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
     if not usable or type(weight) not in (Tensor, nn.Parameter):  # quantisers and shards have types of their own
-        kind = type(weight).__name__
-        state = "missing" if not isinstance(weight, Tensor) else f"{kind} of {weight.dtype} on {weight.device}"
+        kind = "" if type(weight) in (Tensor, nn.Parameter) else f"a {type(weight).__name__} of "
+        state = "missing" if not isinstance(weight, Tensor) else f"{kind}{weight.dtype} on {weight.device}"
         raise ValueError(
             f"model: the weight of layer {layer}'s projection is {state}, expected floating-point and in memory"
         )

@@ -85,14 +85,15 @@ def _compared(found: ModelLayout, head: OutputHead | None) -> Shortcuts | None:
     model: Any = found.model
     arguments = forward_arguments(model, Batch(ids, torch.ones_like(ids), padded=False))
     module, n_layers = None if head is None else head.module, found.n_layers
-    with suspended(found.decoder), unhooked(model), Section(found, module) as section:
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, suspended(found.decoder), unhooked(model), Section(found, module) as section:
         starts = sorted({1, n_layers // 2, n_layers - 1} & set(range(1, n_layers)))
         whole, hidden = section.run(arguments, wanted=starts)
         if not bool(whole.isfinite().all()):
             note_padding(model, True)
             return None
         partial = all(_agrees(section, whole, arguments, first=start, hidden=hidden[start]) for start in starts)
-        partial = partial and all(_close(section.run(arguments, end=start)[0], hidden[start]) for start in starts[:1])
+        partial = partial and all(_agrees(section, hidden[start], arguments, end=start) for start in starts[:1])
         with fast_products(found.layers) as count:
             products = not count or _agrees(section, whole, arguments)
         note_padding(found.model, _pads(model, section, ids, whole))
@@ -116,6 +117,8 @@ def _pads(model: Any, section: Section, ids: Tensor, whole: Tensor) -> bool:
     try:
         note_padding(model, True)  # so that the arguments can be made
         return _agrees(section, whole, forward_arguments(model, Batch(padded, mask, padded=True)))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         return False
 

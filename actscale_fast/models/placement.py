@@ -59,6 +59,8 @@ def refuse_separate_rows(name: str, call: Call) -> None:
         "batch, or give one value for all rows"
     )
     several = separate[:, -1].any()
+    if several.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # nothing can be read while a graph is captured; the warm-up passes before it were
     if torch.compiler.is_compiling():
         torch._assert_async(~several, message)
     elif bool(several):
@@ -88,8 +90,8 @@ def _prompt(call: Call, past: int | Tensor) -> tuple[int | Tensor, Tensor | None
     flat = call.padding
     if flat is not None and isinstance(past, int) and flat.shape[1] > past + call.n_tokens:
         raise ValueError(
-            f"attention_mask: got {flat.shape[1]} columns for {call.n_tokens} tokens and {past} in the KV cache, so that "
-            "their positions cannot be told; has the caller lost its cache? (positions of a pass inside a prompt: "
+            f"attention_mask: got {flat.shape[1]} columns for {call.n_tokens} tokens and {past} in the KV cache, so "
+            "that their positions cannot be told; has the caller lost its cache? (positions of a pass inside a prompt: "
             "`with handle.prompt(n, mask)`)"
         )
     # An empty cache begins a prompt, a filled one is past it; a static cache knows its length on the device only.

@@ -20,14 +20,15 @@ _HOOKS = (
 
 @contextlib.contextmanager
 def unnoticed(model: nn.Module) -> Iterator[None]:
-    """No gradients, evaluation mode, nothing compiled, nobody's hooks; random numbers and modes are put back."""
+    """Evaluation mode, nothing compiled, nobody's hooks; random numbers and modes are put back."""
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
     training = [module for module in model.modules() if module.training]
     random, random_cuda = torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device)
     try:
         for module in training:
             module.training = False
-        with unhooked(model, ours=False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        # With gradients: in a pass without them some quantised layers repack their weights for good.
+        with unhooked(model, ours=False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:

@@ -115,6 +115,8 @@ class Section:
 class _Gate:
     """A layer's forward pass while a section is open."""
 
+    passes_on = True  # to the layer's own; see `links`
+
     def __init__(self, section: Section, index: int, original: Callable[..., Any]) -> None:
         self.section, self.index, self.original = section, index, original
         self.width: int | None = None  # items that the layer returns; 0: a tensor; None: not known yet

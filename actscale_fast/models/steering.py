@@ -78,7 +78,7 @@ class Steering:
         intervention.check_finite()
         self.intervention = intervention
         self.context: contexts.Context | None = None
-        self.links = Links(intervention, ())
+        self.links = Links(intervention)
         #: While True, a forward pass edits nothing.
         self.paused = False
         self._home = device or intervention.device

@@ -316,8 +316,8 @@ def refuse_sharded(model: nn.Module) -> None:
     name = next((name for name, value in model.named_parameters() if type(value).__name__ == "DTensor"), None)
     if name is not None:
         raise ValueError(
-            f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights in "
-            "each process; patch, generate and evaluate take such a model"
+            f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights "
+            "in each process; patch, generate and evaluate take such a model"
         )
 
 

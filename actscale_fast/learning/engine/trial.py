@@ -69,12 +69,14 @@ class Trial:
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
         self.rows = _two_rows(data)
         self.dtype: torch.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.references = {row: self._logits(self._ids(row), [0.0]).detach() for row in self.rows}
-        with self._watching_for_lost_gradients():
-            self.start = self._point()
-        self.step = self._step()
-        with self._moved(1.0):
-            self.moved = self._point()
+        with torch.compiler.set_stance("force_eager"):
+            with torch.no_grad():  # first, as the engine does: some quantised layers have no backward afterwards
+                self.references = {row: self._logits(self._ids(row), [0.0]) for row in self.rows}
+            with self._watching_for_lost_gradients():
+                self.start = self._point()
+            self.step = self._step()
+            with self._moved(1.0):
+                self.moved = self._point()
 
     def check_gradient(self) -> None:
         """Hold the plain gradient against a central difference.
