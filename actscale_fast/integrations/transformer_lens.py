@@ -132,6 +132,7 @@ class _Noted:
         self.steering = weakref.ref(steering)
         self.links = Links(steering.intervention)
         self.reads_calls = self.places_tokens = True
+        self.counted = None
 
     @property
     def context(self) -> contexts.Context | None:

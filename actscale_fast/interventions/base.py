@@ -46,8 +46,9 @@ class Intervention(nn.Module):
         self.location = location
         self.n_groups = n_groups
         device = torch.device("cpu") if device is None else device  # not PyTorch's default, which is the caller's
-        for name, shape in self.parameter_shapes(location, n_groups).items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)))
+        with torch.inference_mode(False):  # they are learned later
+            for name, shape in self.parameter_shapes(location, n_groups).items():
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)))
         wanted = torch.tensor(location.positions or (), dtype=torch.int64, device=device)
         self.register_buffer("_wanted", wanted, persistent=False)
 

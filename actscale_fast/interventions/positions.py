@@ -49,6 +49,10 @@ class Placement:
         """Which tokens have a slot, bool [R, T]; None: all of them."""
         return None if self.index is None else self.index % (n_slots + 1) < n_slots
 
+    def last(self, n_tokens: int) -> Placement:
+        """The placement of the last tokens of the pass alone."""
+        return self if self.index is None else Placement(self.index[:, -n_tokens:], self.slot, self.group)
+
     def to(self, device: torch.device) -> Placement:
         """The same placement on another device."""
         move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731

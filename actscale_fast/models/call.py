@@ -42,6 +42,7 @@ class Call:
     prompt: Prompt | None = None  # as generate() or `Patch.prompt` announced it
     #: The arguments of the whole model's pass that this one is part of; None: the decoder was called by itself.
     outer: dict[str, Any] | None = None
+    makes_cache: bool = False  # the decoder makes a cache where it was handed none
 
     @property
     def n_rows(self) -> int:
@@ -95,11 +96,20 @@ class Call:
         return length if isinstance(length, Tensor) else int(length)
 
     @property
+    def past_is_zero(self) -> bool:
+        """Whether the cache is known to be empty, or there is none."""
+        past = self.past
+        return isinstance(past, int) and past == 0
+
+    @property
     def separate(self) -> Tensor | None:
         """int64 [R, T]: the number of the sequence that each token belongs to, where position ids may tell several
         sequences of one row apart; None: each row is one sequence.
 
-        Without a mask and a filled cache, attention takes position ids that do not go on by 1 for a new sequence.
+        Without a mask and a cache, transformers takes position ids that do not go on by 1 for a new sequence.
+
+        Raises:
+            ValueError: they tell several apart in a pass with a cache, in which attention would mix them.
         """
         positions = self.values.get("position_ids")
         if not isinstance(positions, Tensor) or self.mask is not None or self.prompt is not None:
@@ -113,7 +123,14 @@ class Call:
         past = self.past
         if not isinstance(past, int) or past > 0:
             return None
-        return (torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+        numbers = (torch.diff(positions, dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+        cached = self.cache is not None or self.makes_cache
+        if cached and not torch.compiler.is_compiling() and bool(numbers[:, -1].any()):
+            raise ValueError(
+                "position_ids: they tell several sequences of one row apart, but transformers keeps these apart only "
+                "without a KV cache; pass use_cache=False, or a mask and padded rows"
+            )
+        return numbers
 
     def understood(self) -> None:
         """Raise a ValueError where an argument may say where tokens stand and is not understood."""

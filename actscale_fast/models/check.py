@@ -27,6 +27,7 @@ from . import surgery
 from .attention import heads_changed, values_changed
 from .call import cache_argument
 from .context import suspended
+from .links import own_forward
 from .quiet import unnoticed
 from .structure import has
 
@@ -59,12 +60,13 @@ class _Known:
     verdict: Verdict
     modules: tuple[weakref.ref[nn.Module], ...]
     kinds: tuple[type, ...]
+    forwards: tuple[int | None, ...]  # those that were put on an instance
 
     def holds(self, modules: list[nn.Module]) -> bool:
         """Whether these are the same modules, of the same classes."""
         return len(modules) == len(self.modules) and all(
-            reference() is module and kind is _plain(module)
-            for reference, kind, module in zip(self.modules, self.kinds, modules, strict=True)
+            reference() is module and kind is _plain(module) and forward == own_forward(module)
+            for reference, kind, forward, module in zip(self.modules, self.kinds, self.forwards, modules, strict=True)
         )
 
 
@@ -124,7 +126,10 @@ def verdict_of(found: ModelLayout, site: str, *, now: bool = False) -> Verdict |
         ) from error
     if probe.sure:
         known[key] = _Known(
-            verdict, tuple(weakref.ref(module) for module in watched), tuple(_plain(module) for module in watched)
+            verdict,
+            tuple(weakref.ref(module) for module in watched),
+            tuple(_plain(module) for module in watched),
+            tuple(own_forward(module) for module in watched),
         )
     return verdict
 
@@ -402,7 +407,7 @@ def _watched(found: ModelLayout, site: str) -> list[nn.Module]:
 
 def _plain(module: nn.Module) -> type:
     """A module's class as it is without a patch."""
-    return type(module) if surgery.record_of(module) is None else type(module).__mro__[1]
+    return surgery.plain_class(type(module))
 
 
 def _implementation(found: ModelLayout) -> str:

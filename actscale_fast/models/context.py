@@ -7,6 +7,7 @@ per patch and forward pass, shared by all layers and made without a synchronisat
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..interventions.positions import Placement, Prompt
 from . import surgery
 from .call import Call, argument_names, named, read
-from .generation import Announced, Generation
+from .generation import Announced, Generation, refuse_unannounced
 from .links import Links
 from .recompute import Carrier
 
@@ -31,6 +32,17 @@ class Context:
     n_rows: int | None = None
     device: torch.device | None = None  # where the tensors of placement and strength lie; None: there are none
     elsewhere: dict[torch.device, Context] = field(default_factory=dict)
+    #: The layers whose edit has run in this pass, in order.
+    used: list[int] = field(default_factory=list)
+    #: Tokens at the end of the pass that its last layers may be left with, where the caller wants no other logits.
+    n_last: int | None = None
+
+    def use(self, layer: int) -> None:
+        """Note that the edit of a layer runs; a compiled layer cannot, and says once that it is one."""
+        if torch.compiler.is_compiling():
+            _note_compiled()
+        else:
+            self.used.append(layer)
 
     def on(self, device: torch.device) -> Context:
         """The context for a layer on `device`; copied there once a forward pass."""
@@ -39,14 +51,29 @@ class Context:
         if device not in self.elsewhere:
             placement = None if self.placement is None else self.placement.to(device)
             strength = self.strength.to(device) if isinstance(self.strength, Tensor) else self.strength
-            self.elsewhere[device] = Context(placement, strength, self.n_rows, device)
+            self.elsewhere[device] = Context(
+                placement, strength, self.n_rows, device, used=self.used, n_last=self.n_last
+            )
         return self.elsewhere[device]
+
+
+#: Filled once an edit has been compiled: from then on uses are not counted.
+_compiled: list[bool] = []
+
+
+@torch.compiler.assume_constant_result
+def _note_compiled() -> int:
+    """Runs while a graph is traced, and not with the graph."""
+    _compiled.append(True)
+    return 0
 
 
 class Contextual(Protocol):
     """A patch, as far as this file needs to know it."""
 
     context: Context | None
+    #: The layers, each of whose edits runs once in a pass of all layers; None: that cannot be told.
+    counted: tuple[int, ...] | None
     #: The modules that must stay where they are while the patch is on.
     links: Links
 
@@ -75,6 +102,9 @@ class Calls:
         self.suspended = False
         #: The arguments of the whole model's pass that is running.
         self.outer: dict[str, Any] | None = None
+        #: While True, passes leave layers out, as sections do and drafts of a model for itself.
+        self.leaves_out = False
+        self.thread: int | None = None  # in which a pass is running
         self.handles: dict[str, Any] = {
             "enter": decoder.register_forward_pre_hook(_enter, with_kwargs=True),
             "leave": decoder.register_forward_hook(_leave, always_call=True),
@@ -174,14 +204,24 @@ def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             raise RuntimeError("patch: the model has not been checked yet; run a forward pass before it is compiled")
         calls.pending[-1][1]()
         calls.pending.pop()  # not before: a check that fails fails again
-    call = replace(read(calls.names, args, kwargs), outer=calls.outer)
+    call = replace(read(calls.names, args, kwargs), outer=calls.outer, makes_cache=_makes_cache(decoder, kwargs))
     if any(patch.places_tokens for patch in calls.patches):
         call.understood()
+        if calls.announced is None and not torch.compiler.is_compiling():
+            refuse_unannounced(call)
     if calls.announced is not None and any(patch.reads_calls for patch in calls.patches):
         call = replace(call, prompt=calls.announced.prompt_of(call))
+    if not torch.compiler.is_compiling():
+        own = threading.get_ident()
+        if calls.thread not in (None, own):
+            raise RuntimeError(
+                "patch: another forward pass of this model is running in another thread; run one at a time"
+            )
+        calls.thread = own
     for patch in calls.patches:
         patch.links.check()
         patch.context = patch.enter(call)
+        patch.context.n_last = _n_last(calls.outer)
     if decoder.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         for patch in calls.patches:
             for layer in patch.carriers():
@@ -189,5 +229,34 @@ def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _leave(decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    for patch in surgery.record_of(decoder).patches:
+    calls: Calls = surgery.record_of(decoder)
+    contexts = [(patch.counted, patch.context) for patch in calls.patches]
+    for patch in calls.patches:
         patch.context = None
+    calls.thread = None
+    if torch.compiler.is_compiling() or _compiled or output is None or decoder.training:
+        return  # uses were not counted, an error is on its way, or layers may be dropped
+    if calls.leaves_out or calls.suspended:
+        return
+    for counted, context in contexts:
+        if counted is None or context is None or context.placement is None or tuple(context.used) == counted:
+            continue
+        for layer in counted:
+            count = context.used.count(layer)
+            if count != 1:
+                times = "did not run" if not count else f"ran {count} times"
+                raise RuntimeError(
+                    f"patch: the intervention at layer {layer} {times} in this forward pass, expected once: a module "
+                    "is bypassed, fused, left out or used again"
+                )
+
+
+def _makes_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a decoder that was handed no cache makes one."""
+    wanted = kwargs.get("use_cache")
+    return bool(getattr(getattr(decoder, "config", None), "use_cache", False) if wanted is None else wanted)
+
+
+def _n_last(outer: dict[str, Any] | None) -> int | None:
+    kept = None if outer is None else outer.get("logits_to_keep")
+    return kept if isinstance(kept, int) and kept > 0 else None

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,9 @@ from .links import Links
 if TYPE_CHECKING:
     from .context import Calls
 
+#: Methods that run several requests in one row, in a thread of their own.
+_BATCHED = ("generate_batch", "init_continuous_batching")
+_GENERATE = str(Path("transformers", "generation", "utils.py"))
 #: What a caller hands to generate() that may run the model on other sequences.
 _FOREIGN = (
     "guidance_scale", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer",
@@ -46,7 +51,9 @@ class Announced:
     ) -> None:
         self.prompt, self.tokens = prompt, tokens
         self.every_pass, self.alone = every_pass, alone
+        self.inherited = False  # from a generate() around this one, whose prompt goes on
         self.begun = False
+        self.foreign: Tensor | None = None  # what another sequence was asked without a cache, the last time
         self.cache: Any = None  # of the sequence
         self.first: Tensor | None = None  # ids or embeddings of its first pass, where it has no cache
 
@@ -65,13 +72,28 @@ class Announced:
         return self.prompt if self._owns(call) else None
 
     def _owns(self, call: Call) -> bool:
-        cache = call.cache
-        if not self.begun:  # generate() runs the prompt before it asks anything else
+        owned = self._is_own(call)
+        if not owned and call.cache is None:
+            if self.foreign is not None and _goes_on(call.tokens, self.foreign):
+                raise ValueError(
+                    "positions: another sequence than the one that is generated goes on without a KV cache, so that "
+                    "its generated tokens cannot be told from its prompt; run it with a cache"
+                )
+            self.foreign = call.tokens
+        return owned
+
+    def _is_own(self, call: Call) -> bool:
+        cache, ids = call.cache, self.tokens if call.tokens.dim() == 2 else None
+        if not self.begun:  # generate() runs the prompt before it asks anything else, a loop of the caller's may not
+            if ids is not None and not _begins_with(call.tokens, ids) and not _begins_with(ids, call.tokens):
+                return False
+            self._refuse_added(call)
             self.begun, self.cache = True, cache
             self.first = call.tokens if cache is None else None
             return True
         if self.cache is not None:
-            return cache is self.cache
+            fresh = cache is None or call.past_is_zero
+            return cache is self.cache or (fresh and ids is not None and _begins_with(call.tokens, ids))
         assert self.first is not None
         if cache is not None:  # a model that makes its cache by itself returns it after the first pass
             past = call.past
@@ -80,6 +102,35 @@ class Announced:
             self.cache, self.first = cache, None
             return True
         return _begins_with(call.tokens, self.first)
+
+    def _refuse_added(self, call: Call) -> None:
+        """ValueError where the model is given more tokens than generate() was: virtual ones of a tuned prompt."""
+        length = None if self.prompt is None or self.inherited or not self.alone else self.prompt.length
+        if call.tokens.dim() == 3 and isinstance(length, int) and call.n_tokens > length:
+            raise ValueError(
+                f"positions: generate() was given {length} tokens, but the model got {call.n_tokens}: tokens were put "
+                "before the prompt (prompt tuning?), so that its positions cannot be told"
+            )
+
+
+def refuse_unannounced(call: Call) -> None:
+    """ValueError where generate() runs that does not say so to the patched model, and its passes cannot be told apart.
+
+    With a cache a prompt comes in one pass and then one token at a time; without one, or in chunks, only generate()
+    knows where the prompt ends.
+    """
+    past = call.past
+    if isinstance(past, int) and call.cache is not None and (past == 0 or call.n_tokens == 1):
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "generate" and code.co_filename.endswith(_GENERATE):
+            raise ValueError(
+                "positions: generate() was not called on the patched model itself, so that prompt and generated tokens "
+                "cannot be told apart in this pass; patch the model that generates, and call its own generate()"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 class Generation:
@@ -93,16 +144,37 @@ class Generation:
         self.names = argument_names(model)
         self.wrapped = hasattr(model, "generate")
         self.there = model.__dict__.get("generate")  # another library's, on the instance
+        self.batched = [name for name in _BATCHED if hasattr(model, name) and name not in model.__dict__]
         if self.wrapped:
             model.__dict__["generate"] = _wrapped_generate(model, calls, self.there)
+        for name in self.batched:
+            model.__dict__[name] = _refusing(model, calls, name)
 
     def clean(self, state: dict[str, Any]) -> None:
+        for name in self.batched:
+            state.pop(name, None)
         if not self.wrapped:
             return
         if self.there is None:
             state.pop("generate", None)
         else:
             state["generate"] = self.there
+
+
+def _refusing(model: nn.Module, calls: Calls, name: str) -> Callable[..., Any]:
+    """A method of this instance that packs requests into rows, refused where rows or positions matter."""
+    reference, original = weakref.ref(model), getattr(type(model), name)
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if any(patch.reads_calls for patch in calls.patches):
+            raise ValueError(
+                f"{name}: continuous batching packs requests into rows, in which positions, strengths and groups of "
+                "rows have no place; use generate()"
+            )
+        return original(reference(), *args, **kwargs)
+
+    return method
 
 
 def _wrapped_generate(model: nn.Module, calls: Calls, there: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -145,11 +217,17 @@ def _announced_by_generate(model: nn.Module, calls: Calls, named: dict[str, Any]
     if outer is not None and outer.prompt is not None and _goes_on(tokens, outer.tokens):
         # Drafts of the model for itself, say: the sequence goes on, and with it its prompt.
         announced = Announced(outer.prompt, outer.tokens, alone=alone)
+        announced.inherited = True
     cache = cache_among(named)
     if cache is not None:
         announced.begun, announced.cache = True, cache
-    with calls.announcing(announced):
-        yield
+    before = calls.leaves_out
+    calls.leaves_out = before or given("assistant_early_exit") is not None
+    try:
+        with calls.announcing(announced):
+            yield
+    finally:
+        calls.leaves_out = before
 
 
 def _prompt_of(named: dict[str, Any], given: Callable[[str], Any]) -> tuple[Prompt | None, Tensor | None]:

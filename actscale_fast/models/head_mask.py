@@ -70,6 +70,7 @@ class HeadMask(Handle):
         self.links = Links(found.model)
         self._sizes = [sizes for sizes in found.heads if sizes is not None]
         self._n_layers, self._n_heads = len(layers), max(n_heads for n_heads, _ in self._sizes)
+        self.counted: tuple[int, ...] | None = tuple(range(len(layers)))
         self.mask = mask
         if not bool(torch.isfinite(mask).all()):  # once: setting a mask in a loop must not wait for the device
             raise ValueError("mask: some of its values are not finite")
@@ -121,6 +122,7 @@ class HeadMask(Handle):
         context = self.context or self._context(self._mask, None)  # None: the layer was called by itself
         if context.placement is None:
             return x
+        context.use(index)
         factors, (n_heads, width) = context.on(x.device).strength, self._sizes[index]
         assert isinstance(factors, Tensor)
         alpha = factors[..., min(index, factors.shape[-2] - 1), :n_heads].reshape(-1, 1, n_heads) - 1  # [1 or B, 1, H]

@@ -50,7 +50,7 @@ class Links:
                 what = "removed" if now is None else "exchanged"
                 kind = "" if now is None else f" (it is a {type(now).__name__} now)"
                 raise RuntimeError(f"patch: {link.path} was {what} while an intervention was applied{kind}; {_HELP}")
-            if _own_forward(now) != link.forward:
+            if own_forward(now) != link.forward:
                 raise RuntimeError(f"patch: the forward of {link.path} ({type(now).__name__}) was exchanged; {_HELP}")
         for reference, length in self._lists:
             modules = reference()
@@ -77,7 +77,7 @@ class Links:
                 return
             before = f"{before}.{name}" if before else name
             if before not in self._links and before not in links:
-                links[before] = _Link(weakref.ref(owner), name, weakref.ref(child), _own_forward(child), before)
+                links[before] = _Link(weakref.ref(owner), name, weakref.ref(child), own_forward(child), before)
                 if isinstance(child, nn.ModuleList):
                     self._lists.append((weakref.ref(child), len(child)))
             owner = child
@@ -86,7 +86,7 @@ class Links:
 _HELP = "remove the patch before modules are changed, and apply it again afterwards"
 
 
-def _own_forward(module: nn.Module) -> int | None:
+def own_forward(module: nn.Module) -> int | None:
     """The identity of a forward that was put on the instance; None: there is none, or it leads back to the class's."""
     forward: Any = module.__dict__.get("forward")
     passes_on = "_hf_hook" in module.__dict__ or getattr(forward, "passes_on", False)

@@ -22,11 +22,12 @@ from .check import skipped
 from .context import suspended
 from .head import OutputHead, read_head
 from .products import fast_products
-from .quiet import unhooked
+from .quiet import lock, unhooked
 from .section import Section
 
 #: How far a shortcut may be off the whole model, relative to the norm of its last hidden states.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+_PROBE = (7, 11, 5, 13, 23, 3, 17, 29, 19, 2, 31, 37)
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Shortcuts]] = weakref.WeakKeyDictionary()
 
 
@@ -81,17 +82,20 @@ def _trusted(found: ModelLayout, head: OutputHead | None) -> Shortcuts:
 
 def _compared(found: ModelLayout, head: OutputHead | None) -> Shortcuts | None:
     device = input_device(found.model)
-    ids = torch.tensor([[7, 11, 5, 13]], device=device) % embedding_weight(found.model).shape[0]
+    ids = torch.tensor([_PROBE], device=device) % embedding_weight(found.model).shape[0]
     model: Any = found.model
     arguments = forward_arguments(model, Batch(ids, torch.ones_like(ids), padded=False))
     module, n_layers = None if head is None else head.module, found.n_layers
     eager = torch.compiler.set_stance("force_eager")
-    with eager, suspended(found.decoder), unhooked(model), Section(found, module) as section:
-        starts = sorted({1, n_layers // 2, n_layers - 1} & set(range(1, n_layers)))
+    with lock, eager, suspended(found.decoder), unhooked(model), Section(found, module) as section:
+        # From the top down, after a pass of other tokens: what a layer that is left out has kept must not be right.
+        starts = sorted({1, n_layers // 2, n_layers - 1} & set(range(1, n_layers)), reverse=True)
         whole, hidden = section.run(arguments, wanted=starts)
         if not bool(whole.isfinite().all()):
             note_padding(model, True)
             return None
+        others = ids.flip(1)[:, 1:].repeat(2, 1)
+        section.run(forward_arguments(model, Batch(others, torch.ones_like(others), padded=False)))
         partial = all(_agrees(section, whole, arguments, first=start, hidden=hidden[start]) for start in starts)
         partial = partial and all(_agrees(section, hidden[start], arguments, end=start) for start in starts[:1])
         with fast_products(found.layers) as count:

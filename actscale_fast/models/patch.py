@@ -32,6 +32,12 @@ class Patch(Steering, Handle):
         location.model.require(found.fingerprint)
         modules = {layer: found.site_module(location.site, layer) for layer in location.layers}
         super().__init__(intervention, execution_device(modules[location.layers[0]]), strength, group)
+        self.counted = tuple(sorted(location.layers))
+        if location.positions is not None and _learns_prompt(model):
+            raise ValueError(
+                "positions: PEFT puts virtual tokens before the prompt of this model, so that its positions cannot be "
+                "told; steer every token (positions=None), or merge the tuned prompt into the text"
+            )
         edits = [(modules[layer], edit) for layer, edit in self.edits()]
         self._attachment = Attachment(found, self, location.site, edits, location.layers)
 
@@ -65,3 +71,9 @@ class Patch(Steering, Handle):
     def carriers(self) -> list[nn.Module]:
         """The layers whose recomputation under gradient checkpointing needs this patch's context."""
         return self._attachment.carriers()
+
+
+def _learns_prompt(model: nn.Module) -> bool:
+    """Whether PEFT's prompt learning (prompt, prefix or p-tuning) is active on a model."""
+    config = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    return bool(getattr(config, "is_prompt_learning", False))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .section import replaced_forward
-from .surgery import record_of
+from .surgery import plain_class
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def _product(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     if weight.requires_grad or "forward" in module.__dict__ or not available():
         return None
-    kind = type(module) if record_of(module) is None else type(module).__mro__[1]  # a patch marks its modules
+    kind = plain_class(type(module))  # a patch marks its modules
     if kind is nn.Linear:
         return _Product(weight.detach(), module.bias)
     if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):  # for GPT-2: [in, out]

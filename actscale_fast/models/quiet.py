@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from .surgery import record_of
 
+#: Held while models run in passing: what is exchanged for it (modes, hooks, the compiler's stance) serves all threads.
+lock = threading.RLock()
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -20,22 +23,28 @@ _HOOKS = (
 
 @contextlib.contextmanager
 def unnoticed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, nothing compiled, nobody's hooks; random numbers and modes are put back."""
+    """Frozen and in evaluation mode, nothing compiled, nobody's hooks; random numbers and modes are put back."""
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
-    training = [module for module in model.modules() if module.training]
-    random, random_cuda = torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device)
-    try:
-        for module in training:
-            module.training = False
-        # With gradients: in a pass without them some quantised layers repack their weights for good.
-        with unhooked(model, ours=False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        torch.set_rng_state(random)
-        if device is not None and random_cuda is not None:
-            torch.cuda.set_rng_state(random_cuda, device)
+    with lock:
+        training = [module for module in model.modules() if module.training]
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        random, random_cuda = torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device)
+        try:
+            for module in training:
+                module.training = False
+            for parameter in learned:
+                parameter.requires_grad_(False)
+            # Not under no_grad: in such a pass some quantised layers repack their weights for good.
+            with unhooked(model, ours=False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in learned:
+                parameter.requires_grad_(True)
+            torch.set_rng_state(random)
+            if device is not None and random_cuda is not None:
+                torch.cuda.set_rng_state(random_cuda, device)
 
 
 @contextlib.contextmanager
@@ -60,4 +69,6 @@ def unhooked(model: nn.Module, *, ours: bool = True) -> Iterator[None]:
         yield
     finally:
         for module, name, there in before:
+            new = {key: hook for key, hook in module.__dict__[name].items() if key not in there}
+            there.update(new)  # such as transformers', which it installs in a model's first pass
             module.__dict__[name] = there

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapter import ModelLayout
 from .call import cache_argument
-from .surgery import first_of
+from .surgery import first_of, record_of
 
 _HEAD = -1  # the key under which a section notes the head's input
 KeysValues = tuple[Tensor, Tensor]  # [B, key-value heads, S, head_dim] each
@@ -96,6 +96,10 @@ class Section:
         self.wanted = tuple(wanted) if end is None else (*wanted, end)
         self.noted, self.every_token = {}, every_token
         noted = self.noted
+        calls = record_of(self.found.decoder)
+        before = calls is not None and calls.leaves_out
+        if calls is not None:
+            calls.leaves_out = before or self.first > 0 or self.end < n_layers
         try:
             cache = {} if prefix is None else cache_arguments(self.found.model, prefix.cache(n_layers))
             output = self.call(**arguments | cache)
@@ -104,6 +108,8 @@ class Section:
             return (output.logits[:, -1] if self.head is None else noted.pop(_HEAD)), noted
         finally:
             self.first, self.end, self.hidden, self.wanted, self.noted = 0, n_layers, None, (), {}
+            if calls is not None:
+                calls.leaves_out = before
 
     def _note_head(self, hidden: Tensor) -> Tensor:
         noted = hidden if self.every_token else hidden[:, -1]

@@ -23,6 +23,7 @@ class Edit:
         self.steering = steering
         self.intervention = steering.intervention
         self.layer = layer
+        self.number = steering.intervention.location.layers[layer]  # in the model
         self.whole = steering.intervention.location.site != "head"
         self.n_heads, self.width = steering.intervention.location.sizes_of(layer)
 
@@ -34,17 +35,27 @@ class Edit:
             return x
         if x.dim() == 2:  # OPT flattens rows and tokens
             return self(x.unflatten(0, (context.n_rows or 1, -1))).flatten(0, 1)
-        index = context.placement.index
+        context.use(self.number)
+        placement = context.placement
+        index = placement.index
         if index is not None and x.shape[1] != index.shape[1]:
+            if (
+                x.shape[1] == context.n_last
+            ):  # the only tokens whose logits are wanted (layers that share keys: Gemma 4)
+                placement = placement.last(x.shape[1])
+                return self._edited(x, context, placement)
             raise RuntimeError(
                 f"positions: a layer got {x.shape[1]} tokens, but the model was given {index.shape[1]}: it adds tokens "
                 "of its own, so that positions cannot be told"
             )
+        return self._edited(x, context, placement)
+
+    def _edited(self, x: Tensor, context: contexts.Context, placement: Placement) -> Tensor:
         edit = self.intervention.edit
         if self.whole:
-            return edit(x.unsqueeze(2), self.layer, context.strength, context.placement).squeeze(2)
+            return edit(x.unsqueeze(2), self.layer, context.strength, placement).squeeze(2)
         heads = apart(x, self.n_heads, self.width)
-        return edit(heads, self.layer, context.strength, context.placement).flatten(2)
+        return edit(heads, self.layer, context.strength, placement).flatten(2)
 
 
 def apart(x: Tensor, n_heads: int, width: int) -> Tensor:
@@ -79,6 +90,7 @@ class Steering:
         self.intervention = intervention
         self.context: contexts.Context | None = None
         self.links = Links(intervention)
+        self.counted: tuple[int, ...] | None = None
         #: While True, a forward pass edits nothing.
         self.paused = False
         self._home = device or intervention.device

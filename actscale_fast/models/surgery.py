@@ -81,31 +81,38 @@ def mark(module: nn.Module, record: Record) -> None:
     module.__dict__[_KEY] = record
 
 
+def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A module's class without the mark; another library's that it was given under the mark stays."""
+    return cls.__mro__[1] if "_actscale_fast_marked" in cls.__dict__ else cls
+
+
 def unmark(module: nn.Module) -> None:
     """The inverse of `mark`; removes the record's hooks too."""
     record: Record = module.__dict__.pop(_KEY)
     for handle in record.handles.values():
         handle.remove()
     record.clean(module.__dict__)
-    module.__class__ = type(module).__mro__[1]
+    module.__class__ = plain_class(type(module))
 
 
 @functools.cache
 def marked_class(cls: type[nn.Module]) -> type[nn.Module]:
     """An empty subclass of the same name; one per class, so that patching again compiles nothing again."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, "__reduce_ex__": _reduce})
+    return type(cls.__name__, (cls,), {**names, "_actscale_fast_marked": True, "__reduce_ex__": _reduce})
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Copies and pickles are of the module as it is without the patch, as its own class has them."""
+    if _KEY not in self.__dict__ or plain_class(type(self)) is type(self):
+        return object.__reduce_ex__(self, protocol)  # of a class that somebody else made from the marked one
     state = dict(self.__dict__)
     record: Record = state.pop(_KEY)
     ids = {handle.id for handle in record.handles.values()}
     for name in _HOOKS:
         state[name] = type(state[name])((key, value) for key, value in state[name].items() if key not in ids)
     record.clean(state)
-    inner: type[nn.Module] = type(self).__mro__[1]
+    inner = plain_class(type(self))
     if inner.__reduce_ex__ is object.__reduce_ex__ and inner.__reduce__ is object.__reduce__:
         return _rebuild, (inner,), state  # what object's method returns pickle refuses for an object of another class
     plain = _rebuild(inner)
