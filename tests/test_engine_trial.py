@@ -177,3 +177,56 @@ def test_the_trial_leaves_parameters_modes_and_random_numbers_as_they_were() -> 
     assert torch.equal(torch.get_rng_state(), state)
     assert one.alpha.grad is None
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_knock_outs_run_the_whole_model_where_layers_pass_state_on() -> None:
+    model = llama(dtype=torch.float64)
+    state_passed_on(model)
+    examples = conflicts(4)
+    with pytest.warns(UserWarning, match="running some layers only"):
+        found = af.attribution(model, tokenizer(), examples, progress=False)
+    one = af.ActivScalar.for_model(model)
+    with torch.no_grad():
+        one.alpha[1, 0, 2] = -1.0
+    evaluation = af.evaluate(model, tokenizer(), examples, one)
+    assert evaluation.baseline is not None
+    change = evaluation.logit_difference - evaluation.baseline.logit_difference
+    assert found.knock_out is not None
+    assert float(found.knock_out[1, 0, 2]) == pytest.approx(change, abs=1e-5)
+
+
+def test_in_16_bits_a_block_whose_output_is_detached_is_an_error_too() -> None:
+    model = llama(dtype=torch.bfloat16)
+    inner = type(model.model.layers[0].mlp).forward
+
+    class Block(type(model.model.layers[0].mlp)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return inner(self, x).detach()
+
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Block
+    with pytest.raises(GradientError, match=r"mlp, a Block, computes an output without a gradient"):
+        af.fit(model, tokenizer(), conflicts(6), af.ActivScalar.for_model(model), steps=1, progress=False)
+
+
+def test_a_backward_that_is_a_tenth_off_is_an_error_in_float32() -> None:
+    class Damped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+            return 0.8 * dy
+
+    model = llama()
+    inner = type(model.model.layers[0]).forward
+
+    class Layer(type(model.model.layers[0])):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return Damped.apply(inner(self, *args, **kwargs))
+
+    for layer in model.model.layers:
+        layer.__class__ = Layer
+    with pytest.raises(GradientError, match="is not that of its forward pass"):
+        af.fit(model, tokenizer(), conflicts(6), af.ActivScalar.for_model(model), steps=1, progress=False)
