@@ -31,7 +31,7 @@ test: $(VENV)/tested
 
 # Patches, generation with positions, fits, evaluation, every family, and the package's check of a model on itself.
 VERSION_TESTS := versions patch patch_compile patch_gradients positions families section reading packing head_mask \
-	merge engine engine_families engine_trial strangers_calls exchanged_modules self_check fit evaluate attribution interchange extraction_act_add systems
+	merge engine engine_families engine_trial strangers_calls sequences exchanged_modules self_check fit evaluate attribution interchange extraction_act_add systems
 
 test-versions: test-oldest test-newest
 

@@ -120,7 +120,8 @@ def refuse_unannounced(call: Call) -> None:
     knows where the prompt ends.
     """
     past = call.past
-    if isinstance(past, int) and call.cache is not None and (past == 0 or call.n_tokens == 1):
+    cached = call.cache is not None or call.makes_cache
+    if isinstance(past, int) and cached and (past == 0 or call.n_tokens == 1):
         return
     frame = sys._getframe(1)
     while frame is not None:
