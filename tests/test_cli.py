@@ -513,3 +513,16 @@ def test_attribution_writes_figures_and_a_picture_and_prints_the_top(
     found = json.loads((tmp_path / "attribution.json").read_text(encoding="utf-8"))
     assert (found["n_examples"], found["knock_out"]) == (4, None)
     assert "layers: got 9" in refused(capsys, *words, "--data", data, "--layers", "9")
+
+
+@pytest.mark.parametrize("command", ["fit", "sweep", "attribution"])
+def test_the_parts_of_a_model_can_be_named(
+    command: str, model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [command, "--model", model, "--data", data, "--out", str(tmp_path / "out")]
+    words += [] if command == "attribution" else ["--steps", "1"]
+    named = ["--layers-path", "model.layers", "--projection", "self_attn.o_proj", "--mlp", "mlp"]
+    assert main([*words, *named]) == 0
+    if command == "fit":
+        assert load_intervention(tmp_path / "out").location.paths["projection"] == "self_attn.o_proj"
+    assert "no layer (LlamaDecoderLayer) has a module 'attn.out'" in refused(capsys, *words, "--projection", "attn.out")
