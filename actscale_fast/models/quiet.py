@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modes import frozen
 from .surgery import record_of
 
 #: Held while models run in passing: what is exchanged for it (modes, hooks, the compiler's stance) serves all threads.
@@ -25,23 +26,13 @@ _HOOKS = (
 def unnoticed(model: nn.Module) -> Iterator[None]:
     """Frozen and in evaluation mode, nothing compiled, nobody's hooks; random numbers and modes are put back."""
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
-    with lock:
-        training = [module for module in model.modules() if module.training]
-        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with lock, frozen(model):
         random, random_cuda = torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device)
         try:
-            for module in training:
-                module.training = False
-            for parameter in learned:
-                parameter.requires_grad_(False)
             # Not under no_grad: in such a pass some quantised layers repack their weights for good.
             with unhooked(model, ours=False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            for module in training:
-                module.training = True
-            for parameter in learned:
-                parameter.requires_grad_(True)
             torch.set_rng_state(random)
             if device is not None and random_cuda is not None:
                 torch.cuda.set_rng_state(random_cuda, device)
