@@ -5,9 +5,9 @@
 # make bench          the benchmark harness, into benchmarks/results
 PYTHON ?= python3
 VENV   ?= .venv
-# One PyTorch for every machine, and the Triton that it was released with; TORCH="torch==2.13.0 --index-url …" or
-# TORCH=torch takes another build.
-TORCH  ?= torch==2.13.0 "triton==3.7.1; platform_system == 'Linux'"
+# One PyTorch for every machine, with the Triton that its build asks for (3.7.1) or, where it asks for none, the newest
+# tested; TORCH="torch==2.13.0 --index-url …" or TORCH=torch takes another build.
+TORCH  ?= torch==2.13.0 "triton>=3.6,<3.10; platform_system == 'Linux'"
 # Everything else in the versions of this file; CONSTRAINTS= takes the newest.
 CONSTRAINTS ?= constraints.txt
 # The ends of the tested range, which actscale_fast/_versions.py states.
