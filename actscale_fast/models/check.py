@@ -43,7 +43,7 @@ class _Known:
     def holds(self, modules: list[nn.Module]) -> bool:
         """Whether these are the same modules, of the same classes."""
         return len(modules) == len(self.modules) and all(
-            reference() is module and kind is _plain(module) and forward == own_forward(module)
+            reference() is module and kind is surgery.plain_class(type(module)) and forward == own_forward(module)
             for reference, kind, forward, module in zip(self.modules, self.kinds, self.forwards, modules, strict=True)
         )
 
@@ -106,7 +106,7 @@ def verdict_of(found: ModelLayout, site: str, *, now: bool = False) -> Verdict |
         known[key] = _Known(
             verdict,
             tuple(weakref.ref(module) for module in watched),
-            tuple(_plain(module) for module in watched),
+            tuple(surgery.plain_class(type(module)) for module in watched),
             tuple(own_forward(module) for module in watched),
         )
     return verdict
@@ -125,11 +125,6 @@ def _watched(found: ModelLayout, site: str) -> list[nn.Module]:
         tops = [layer.get_submodule(path.partition(".")[0]) for layer in found.layers if has(layer, path)]
         return modules + [module for top in tops for module in top.modules()]
     return modules + [layer.get_submodule(path) for layer in found.layers if has(layer, path)]
-
-
-def _plain(module: nn.Module) -> type:
-    """A module's class as it is without a patch."""
-    return surgery.plain_class(type(module))
 
 
 def _implementation(found: ModelLayout) -> str:

@@ -12,14 +12,10 @@ import torch
 from torch import nn
 
 from .modes import frozen
-from .surgery import record_of
+from .surgery import HOOKS, record_of
 
 #: Held while models run in passing: what is exchanged for it (modes, hooks, the compiler's stance) serves all threads.
 lock = threading.RLock()
-_HOOKS = (
-    "_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -52,7 +48,7 @@ def unhooked(model: nn.Module, *, ours: bool = True) -> Iterator[None]:
         for module in model.modules():
             record = record_of(module) if ours else None
             kept = set() if record is None else {handle.id for handle in record.handles.values()}
-            for name in _HOOKS:
+            for name in HOOKS:
                 there = module.__dict__.get(name)
                 if there:
                     before.append((module, name, there))

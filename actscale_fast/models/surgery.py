@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 Edit = Callable[[Tensor], Tensor]
 _KEY = "_actscale_fast"
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs",
+#: The attributes of a module that hold its forward hooks.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs",
           "_forward_hooks_always_called")  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     state = dict(self.__dict__)
     record: Record = state.pop(_KEY)
     ids = {handle.id for handle in record.handles.values()}
-    for name in _HOOKS:
+    for name in HOOKS:
         state[name] = type(state[name])((key, value) for key, value in state[name].items() if key not in ids)
     record.clean(state)
     inner = plain_class(type(self))
