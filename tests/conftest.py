@@ -28,19 +28,37 @@ from op_cases import Backend, Inputs
 
 from actscale_fast.ops import backends
 
-#: Fresh every run; ACTSCALE_TEST_SEED=<the printed number> repeats one.
-SEED = int(os.environ.get("ACTSCALE_TEST_SEED", random.SystemRandom().randrange(2**31)))
+#: The seed of every run that does not ask for another one.
+DEFAULT_SEED = 20241004
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--random-seeds",
+        action="store_true",
+        help="draw fresh random inputs; the seed is printed, and ACTSCALE_TEST_SEED=<seed> repeats the run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--random-seeds"):
+        # An environment variable, so that the worker processes of pytest-xdist draw the same inputs.
+        os.environ.setdefault("ACTSCALE_TEST_SEED", str(random.SystemRandom().randrange(2**31)))
+
+
+def run_seed() -> int:
+    return int(os.environ.get("ACTSCALE_TEST_SEED", DEFAULT_SEED))
 
 
 def pytest_report_header() -> str:
-    return f"inputs: ACTSCALE_TEST_SEED={SEED}; ACTSCALE_BACKEND={os.environ.get('ACTSCALE_BACKEND', 'auto')}"
+    return f"inputs: ACTSCALE_TEST_SEED={run_seed()}; ACTSCALE_BACKEND={os.environ.get('ACTSCALE_BACKEND', 'auto')}"
 
 
 @pytest.fixture
 def inputs(request: pytest.FixtureRequest) -> Inputs:
     """Random inputs of this test's own: seeded by the run's seed and the test's name, printed when the test fails."""
-    seed = zlib.crc32(f"{SEED} {request.node.name}".encode())
-    print(f"ACTSCALE_TEST_SEED={SEED} ({request.node.name}: {seed})")
+    seed = zlib.crc32(f"{run_seed()} {request.node.name}".encode())
+    print(f"ACTSCALE_TEST_SEED={run_seed()} ({request.node.name}: {seed})")
     return Inputs(torch.Generator().manual_seed(seed))
 
 
