@@ -1,4 +1,4 @@
-"""Builds `actscale_fast._C` from csrc with ninja; everything else about the package stands in pyproject.toml.
+"""Builds `actscale_fast.ops._C` from csrc with ninja; everything else about the package stands in pyproject.toml.
 
 Environment: CXX (the compiler), ACTSCALE_BUILD_CUDA=auto|0|1, ACTSCALE_CUDA_ARCHS (default "80;90;100"), MAX_JOBS."""
 
@@ -20,7 +20,7 @@ from setuptools.errors import CompileError
 CSRC = Path(__file__).resolve().parent / "csrc"
 PYTHON_HEADERS = sysconfig.get_paths()["include"]
 # Compiled for their own instructions and chosen by CPUID when the package runs; all other files are for the baseline.
-SIMD = {"cpu_avx2": "-mavx2 -mfma -mf16c", "cpu_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
+SIMD = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall"
 FLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 gives them for its own AVX-512 header
 NO_COMPILER = """warning: actscale-fast has no C++ kernels: no C++17 compiler that finds Python.h in {} (tried: {}).
@@ -84,16 +84,17 @@ class BuildWithNinja(build_ext):
             rules = {".cpp": f"{rules['.cpp']} -DACTSCALE_CUDA", ".cu": f"{link} -std=c++17 {shlex.join(CUDA)}"}
             link += f" -shared -cudart static -Xcompiler {openmp}"
         skipped = () if platform.machine().lower() in ("x86_64", "amd64") else SIMD
-        sources = [p for p in sorted(CSRC.iterdir()) if p.suffix in rules and p.stem not in skipped]
+        sources = [p for p in sorted(CSRC.rglob("*")) if p.suffix in rules and p.stem not in skipped]
+        objects = {p: f"{p.parent.name}-{p.name}.o" for p in sources}
         lines = [f"rule link\n command = {link} $in -o $out"]
         for suffix, command in rules.items():
             lines += [f"rule {suffix[1:]}\n depfile = $out.d\n command = {command} -MMD -MF $out.d -c $in -o $out"]
-        lines += [f"build {p.name}.o: {p.suffix[1:]} {escaped(p)}\n simd = {SIMD.get(p.stem, '')}" for p in sources]
-        lines += [f"build {escaped(target)}: link {' '.join(f'{p.name}.o' for p in sources)}\n"]
+        lines += [f"build {objects[p]}: {p.suffix[1:]} {escaped(p)}\n simd = {SIMD.get(p.stem, '')}" for p in sources]
+        lines += [f"build {escaped(target)}: link {' '.join(objects.values())}\n"]
         (folder / "build.ninja").write_text("\n".join(lines))
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         if subprocess.run([sys.executable, "-m", "ninja", "-C", folder, *jobs]).returncode:
             raise CompileError("the C++ extension did not compile; the compiler's messages are above")
 
 
-setup(ext_modules=[Extension("actscale_fast._C", sources=[])], cmdclass={"build_ext": BuildWithNinja})
+setup(ext_modules=[Extension("actscale_fast.ops._C", sources=[])], cmdclass={"build_ext": BuildWithNinja})

@@ -13,158 +13,95 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from . import ops, plots
-    from .demo_model import load_demo_model
-    from .extraction import (
-        InstructionVectors,
-        LatentResult,
-        LayerChoice,
-        LayerScore,
-        Means,
-        act_add,
-        decode_latent,
-        instruction_vectors,
-        latent_vectors,
-        mean_activations,
-        mean_centring,
-        mean_vector,
+    from . import ops as ops, plots as plots, tasks as tasks
+    from .das.boundless_das import BoundlessDAS as BoundlessDAS
+    from .das.fit_interchange import InterchangeResult as InterchangeResult, fit_interchange as fit_interchange
+    from .das.sources import source_activations as source_activations
+    from .demo_model import load_demo_model as load_demo_model
+    from .extraction.act_add import act_add as act_add
+    from .extraction.instruction import (
+        InstructionVectors as InstructionVectors,
+        LayerChoice as LayerChoice,
+        LayerScore as LayerScore,
+        instruction_vectors as instruction_vectors,
     )
-    from .interventions import (
-        ActivScalar,
-        BoundlessDAS,
-        Composite,
-        DynScalar,
-        Intervention,
-        Projection,
-        SteerVec,
-        load_intervention,
-        stack,
+    from .extraction.latent import (
+        LatentResult as LatentResult,
+        decode_latent as decode_latent,
+        latent_vectors as latent_vectors,
+        mean_vector as mean_vector,
     )
-    from .learning import (
-        Attribution,
-        Evaluation,
-        Example,
-        FitResult,
-        InterchangeResult,
-        Objective,
-        SweepFit,
-        SweepResult,
-        attribution,
-        evaluate,
-        fit,
-        fit_interchange,
-        load_examples,
-        load_sweep,
-        minimality_path,
-        save_examples,
-        source_activations,
-        sweep,
-        tasks,
+    from .extraction.mean_centring import (
+        Means as Means,
+        mean_activations as mean_activations,
+        mean_centring as mean_centring,
     )
-    from .models import (
-        ActScaleConfig,
-        ActScaleModel,
-        get_actscale_model,
-        head_mask,
-        merge,
-        patch,
-        perplexity,
-        unmerge,
+    from .frozen.perplexity import perplexity as perplexity
+    from .interventions.base import Intervention as Intervention, load_intervention as load_intervention
+    from .interventions.composite import Composite as Composite, stack as stack
+    from .interventions.dynamic import DynScalar as DynScalar
+    from .interventions.projection import Projection as Projection
+    from .interventions.scalar import ActivScalar as ActivScalar
+    from .interventions.vector import SteerVec as SteerVec
+    from .learning.attribution.attribution import Attribution as Attribution, attribution as attribution
+    from .learning.evaluate import Evaluation as Evaluation, evaluate as evaluate
+    from .learning.fit import FitResult as FitResult, fit as fit
+    from .learning.objective import Objective as Objective
+    from .learning.sweep.folder import load_sweep as load_sweep
+    from .learning.sweep.minimality_path import minimality_path as minimality_path
+    from .learning.sweep.result import SweepFit as SweepFit, SweepResult as SweepResult
+    from .learning.sweep.sweep import sweep as sweep
+    from .ops.backends import get_backend as get_backend, set_backend as set_backend, use_backend as use_backend
+    from .patching.head_mask import head_mask as head_mask
+    from .patching.merge import merge as merge, unmerge as unmerge
+    from .patching.patch import patch as patch
+    from .patching.pretrained import (
+        ActScaleConfig as ActScaleConfig,
+        ActScaleModel as ActScaleModel,
+        get_actscale_model as get_actscale_model,
     )
-    from .ops import get_backend, set_backend, use_backend
-    from .reproduction import reproduce
+    from .reproduction.reproducing import reproduce as reproduce
+    from .tasks.examples import Example as Example, load_examples as load_examples, save_examples as save_examples
 
-__version__ = "0.1.0"
-
-# A name is imported when it is first used: the command line answers --help without torch (3 s).
+# The public names, by the module that each is imported from when it is first used: the command line answers --help
+# without importing torch, which takes 3 s. The block above says the same to type checkers.
 _HOMES = {
+    "das": ("BoundlessDAS", "InterchangeResult", "fit_interchange", "source_activations"),
     "demo_model": ("load_demo_model",),
     "extraction": (
         "InstructionVectors", "LatentResult", "LayerChoice", "LayerScore", "Means", "act_add", "decode_latent",
         "instruction_vectors", "latent_vectors", "mean_activations", "mean_centring", "mean_vector",
     ),
+    "frozen.perplexity": ("perplexity",),
     "interventions": (
-        "ActivScalar", "BoundlessDAS", "Composite", "DynScalar", "Intervention", "Projection", "SteerVec",
-        "load_intervention", "stack",
+        "ActivScalar", "Composite", "DynScalar", "Intervention", "Projection", "SteerVec", "load_intervention",
+        "stack",
     ),
     "learning": (
-        "Attribution", "Evaluation", "Example", "FitResult", "InterchangeResult", "Objective", "SweepFit",
-        "SweepResult", "attribution", "evaluate", "fit", "fit_interchange", "load_examples", "load_sweep",
-        "minimality_path", "save_examples", "source_activations", "sweep", "tasks",
-    ),
-    "models": (
-        "ActScaleConfig", "ActScaleModel", "get_actscale_model", "head_mask", "merge", "patch", "perplexity",
-        "unmerge",
+        "Attribution", "Evaluation", "FitResult", "Objective", "SweepFit", "SweepResult", "attribution",
+        "evaluate", "fit", "load_sweep", "minimality_path", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
+    "patching.head_mask": ("head_mask",),
+    "patching.merge": ("merge", "unmerge"),
+    "patching.patch": ("patch",),
+    "patching.pretrained": ("ActScaleConfig", "ActScaleModel", "get_actscale_model"),
     "reproduction": ("reproduce",),
+    "tasks": ("Example", "load_examples", "save_examples"),
 }  # fmt: skip
+_MODULES = ("ops", "plots", "tasks")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "ActScaleConfig",
-    "ActScaleModel",
-    "ActivScalar",
-    "Attribution",
-    "BoundlessDAS",
-    "Composite",
-    "DynScalar",
-    "Evaluation",
-    "Example",
-    "FitResult",
-    "InstructionVectors",
-    "InterchangeResult",
-    "Intervention",
-    "LatentResult",
-    "LayerChoice",
-    "LayerScore",
-    "Means",
-    "Objective",
-    "Projection",
-    "SteerVec",
-    "SweepFit",
-    "SweepResult",
-    "act_add",
-    "attribution",
-    "decode_latent",
-    "evaluate",
-    "fit",
-    "fit_interchange",
-    "get_actscale_model",
-    "get_backend",
-    "head_mask",
-    "instruction_vectors",
-    "latent_vectors",
-    "load_demo_model",
-    "load_examples",
-    "load_intervention",
-    "load_sweep",
-    "mean_activations",
-    "mean_centring",
-    "mean_vector",
-    "merge",
-    "minimality_path",
-    "ops",
-    "patch",
-    "perplexity",
-    "plots",
-    "reproduce",
-    "save_examples",
-    "set_backend",
-    "source_activations",
-    "stack",
-    "sweep",
-    "tasks",
-    "unmerge",
-    "use_backend",
-]
+__all__ = sorted([*_HOME_OF, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
-    elif name in ("ops", "plots"):
+    elif name in _MODULES:
         value = importlib.import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

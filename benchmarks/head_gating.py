@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from actscale_fast.models import layout
+from actscale_fast.architectures.layout import layout
 
 from .steps import Work
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import actscale_fast as af
-from actscale_fast.learning.encoding import EncodedExamples
+from actscale_fast.learning.encoded_examples import EncodedExamples
 
 
 @dataclass(frozen=True)

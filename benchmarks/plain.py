@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actscale_fast.models import layout, next_token_logits
+from actscale_fast.architectures.layout import layout
+from actscale_fast.frozen.batching import next_token_logits
 
 from .steps import BETAS, LR, Results, Work
 

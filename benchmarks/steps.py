@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import actscale_fast as af
 from actscale_fast import ops
-from actscale_fast.learning.encoding import EncodedExamples
+from actscale_fast.frozen.batching import next_token_logits
+from actscale_fast.learning.encoded_examples import EncodedExamples
 from actscale_fast.learning.engine import Engine, Share
-from actscale_fast.learning.run import Run
-from actscale_fast.learning.settings import FitSettings
-from actscale_fast.models import next_token_logits
+from actscale_fast.learning.fit_settings import FitSettings
+from actscale_fast.learning.fit_state import Run
 
 from .case import Variant, kernel_backends
 

@@ -6,6 +6,7 @@ Triton is imported; torch.compile imports it too (and compiles for the CPU as us
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -110,8 +111,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """In the interpreter, tiles of 64 columns instead of 2048 and one multiprocessor: short rows have many tiles, up to
     three rows are split over programs, and four fill the chip."""
     if device.type == "cpu":
-        from actscale_fast.ops.triton import columns, loss, rescale
+        from actscale_fast.ops.triton import columns
 
         monkeypatch.setattr(columns, "THREADS_PER_WARP", 1)
-        for module in (loss, rescale):
+        for name in ("intervention_loss", "intervention_loss_scale"):
+            module = importlib.import_module(f"actscale_fast.ops.triton.{name}")
             monkeypatch.setattr(module, "processors", lambda device: 1)

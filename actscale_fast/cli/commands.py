@@ -7,9 +7,10 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import defaults, learning, models, plots
+from .. import defaults, learning, plots
 from .._json import write_json
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
+from ..patching.merge import merge as merge_into_weights
 from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
 from .options import given_paths
 from .output import continuations, exchanging, print_continuations, print_evaluation, say
@@ -133,7 +134,7 @@ def merge(options: argparse.Namespace) -> int:
     check_folder(Path(options.out))
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)
-    models.merge(model, intervention, strength=options.strength)
+    merge_into_weights(model, intervention, strength=options.strength)
     out = output_folder(options.out)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

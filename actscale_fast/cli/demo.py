@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from .. import defaults, learning, plots
+from .. import defaults, learning, plots, tasks
 from .._json import write_json, write_sealed
 from ..interventions import ActivScalar
 from .loading import load_model, output_folder
@@ -30,8 +30,8 @@ def demo(options: argparse.Namespace) -> int:
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
 
-    templates = learning.tasks.CONFLICT_TEMPLATES[: DEMO.n_templates]
-    split = functools.partial(learning.tasks.country_capital_conflicts, tokenizer, seed=options.seed)
+    templates = tasks.CONFLICT_TEMPLATES[: DEMO.n_templates]
+    split = functools.partial(tasks.country_capital_conflicts, tokenizer, seed=options.seed)
     train, test = split(n_train=DEMO.n_train, n_test=DEMO.n_test, templates=templates)
     say(f"1. {len(train)} conflicts to learn from, {len(test)} with countries that are held out, such as")
     say(f"   {test[0].prompt!r}: correct is {test[0].correct!r}, wrong is {test[0].wrong!r}")

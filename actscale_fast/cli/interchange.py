@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import learning
-from ..interventions import BoundlessDAS
+from ..das.boundless_das import BoundlessDAS
 from .loading import check_file, load_files, load_model, load_task, output_folder
 from .options import given_paths
 from .output import say
@@ -23,7 +23,7 @@ def interchange(options: argparse.Namespace) -> int:
     das = BoundlessDAS.for_model(
         model, site=options.site, layers=options.layers, positions=options.positions, **given_paths(options)
     )
-    result = learning.fit_interchange(
+    result = das.fit_interchange(
         model, tokenizer, train, das, epochs=options.epochs, batch_size=options.batch_size,
         rotation_lr=options.rotation_lr, boundary_lr=options.boundary_lr, boundary_weight=options.boundary_weight,
         seed=options.seed, checkpoint=options.checkpoint,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import tasks
 from ..demo_model import load_demo_model, quiet_transformers, whole_model
-from ..learning import Example, load_examples, tasks
+from ..tasks.examples import Example, load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..architectures.layout import layout
+from ..das.sources import interchanges_of, source_activations
 from ..extraction.texts import greedy
-from ..learning.sources import interchanges_of, source_activations
-from ..models import layout, left_padded, open_ids, pad_id_of, patch
+from ..frozen.batching import left_padded, open_ids, pad_id_of
+from ..patching.patch import patch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..interventions import BoundlessDAS, Intervention
+    from ..das.boundless_das import BoundlessDAS
+    from ..interventions import Intervention
     from ..learning import Evaluation
 
 

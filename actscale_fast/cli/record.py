@@ -14,7 +14,8 @@ from ..interventions.saving import DESCRIPTION
 from .output import print_evaluation
 
 if TYPE_CHECKING:
-    from ..learning import Evaluation, FitResult, InterchangeResult
+    from ..das.fit_interchange import InterchangeResult
+    from ..learning import Evaluation, FitResult
 
 FILE, EVALUATION = "fit.json", "evaluation.json"
 _KEPT = (

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..architectures.layout import layout
+from ..frozen.reader import Reader
 from ..interventions import SteerVec
-from ..models import Reader, layout
 from .texts import Encoder, check_finite
 
 if TYPE_CHECKING:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..interventions import Intervention, Location, Projection, SteerVec
-from ..interventions.location import check_layers
-from ..models import Reader, layout, patch, perplexity
+from ..architectures.layout import layout
+from ..architectures.location import Location, check_layers
+from ..frozen.perplexity import perplexity
+from ..frozen.reader import Reader
+from ..interventions import Intervention, Projection, SteerVec
+from ..patching.patch import patch
 from .texts import Encoder, check_count, check_finite, check_texts, continuations
 
 if TYPE_CHECKING:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..architectures.layout import layout
+from ..architectures.location import check_layers
 from ..interventions import Intervention, SteerVec
-from ..interventions.location import check_layers
-from ..models import frozen, layout, patch
+from ..modules.evaluation_mode import frozen
+from ..patching.patch import patch
 from .latent_search import LatentSearch
 from .texts import Encoder, check_count, check_finite, check_texts, greedy, start_id
 

@@ -13,8 +13,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..interventions import Location, SteerVec
-from ..models import Batch, ModelLayout, OutputHead, Section, forward_arguments, opened, patch
+from ..architectures.layout import ModelLayout
+from ..architectures.lm_head import OutputHead
+from ..architectures.location import Location
+from ..frozen.batching import Batch, forward_arguments
+from ..frozen.partial_forward import Section
+from ..frozen.shortcuts import opened
+from ..interventions import SteerVec
+from ..patching.patch import patch
 from .texts import Encoder
 
 #: Logits by which a token must lead the second best: decoding with a cache rounds otherwise than teacher forcing.

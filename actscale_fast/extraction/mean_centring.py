@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..interventions import Location, SteerVec
-from ..interventions.location import check_layers, check_site
-from ..models import Reader, layout
+from ..architectures.layout import layout
+from ..architectures.location import Location, check_layers, check_site
+from ..frozen.reader import Reader
+from ..interventions import SteerVec
 from .texts import Encoder, check_count, check_finite
 
 if TYPE_CHECKING:

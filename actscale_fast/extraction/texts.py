@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..models import Batch, ModelLayout, frozen, layout, left_padded, open_ids, pad_id_of
-from ..models.adapter import embedding_weight, input_device, unwrap
+from ..architectures.layout import ModelLayout, embedding_weight, input_device, layout, unwrap
+from ..frozen.batching import Batch, left_padded, open_ids, pad_id_of
+from ..modules.evaluation_mode import frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,19 +21,18 @@ from peft import IA3Config
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .._files import atomic_path
 from .._json import LARGEST, parsed, read_limited, write_json
+from ..architectures.families import FAMILIES
+from ..architectures.layout import ModelLayout, layout, unwrap
 from ..interventions import ActivScalar, Composite, Intervention
 from ..interventions.saving import made_folder
-from ..models.adapter import ModelLayout, layout, unwrap
-from ..models.families import FAMILIES
-from ..models.merge import site_linear
-from ..models.steering import one_strength
+from ..patching.edits import one_strength
+from ..patching.merge import site_linear
 
 #: What PEFT puts before a module's name, and after it.
 _BEFORE, _AFTER = "base_model.model.", ".ia3_l"

@@ -21,9 +21,10 @@ from pyvene.models.modeling_utils import get_module_hook
 from torch import Tensor, nn
 
 from .._json import LARGEST, parsed, read_limited
-from ..interventions import SITES, ActivScalar, Intervention, SteerVec
-from ..models.adapter import ModelLayout, layout
-from ..models.steering import one_strength
+from ..architectures.layout import ModelLayout, layout
+from ..architectures.location import SITES
+from ..interventions import ActivScalar, Intervention, SteerVec
+from ..patching.edits import one_strength
 from ._pyvene_kinds import KINDS, SIGNS, ScaleIntervention, added_vector, unknown_kind
 
 #: pyvene's names for the sites; that of a layer is used where it means the same module.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures.layout import layout
 from ..interventions import SteerVec
-from ..models.adapter import layout
 
 
 def from_vectors(

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .._files import atomic_path
 from .._json import LARGEST, parsed, read_limited
+from ..architectures.location import check_layers
 from ..interventions import SteerVec
-from ..interventions.location import check_layers
 from ._vectors import by_layer, check_vector, from_vectors
 
 KINDS = ("direction", "positions", "heads")

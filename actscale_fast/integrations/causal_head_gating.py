@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..models import HeadMask, frozen, head_mask, layout
+from ..architectures.layout import layout
+from ..modules.evaluation_mode import frozen
+from ..patching.head_mask import HeadMask, head_mask
 
 
 class HeadGates(NamedTuple):

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..interventions import Intervention, Location
+from ..architectures.location import Location
+from ..interventions import Intervention
 from ..interventions.positions import Placement
 from ..ops import scale_channels, scale_heads
 

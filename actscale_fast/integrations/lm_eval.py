@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ..interventions import Intervention, load_intervention
-from ..models import patch
-from ..models.steering import one_strength
+from ..patching.edits import one_strength
+from ..patching.patch import patch
 from ._library import require
 
 require("lm-eval")

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interventions import SITES, Intervention, Prompt
-from ..models import check
-from ..models.adapter import ModelLayout, execution_device, layout
-from ..models.call import argument_names, read
-from ..models.steering import Steering, steerings
+from ..architectures import site_check
+from ..architectures.arguments import argument_names
+from ..architectures.layout import ModelLayout, execution_device, layout
+from ..architectures.location import SITES
+from ..interventions import Intervention, Prompt
+from ..patching.edits import Steering, steerings
+from ..patching.forward_call import read
 from ._library import require
 
 require("nnsight")
@@ -67,7 +69,7 @@ def steer(
     for part in parts:
         location = part.intervention.location
         location.model.require(found.fingerprint)
-        check.require(found, location.site, location.layers)
+        site_check.require(found, location.site, location.layers)
     if isinstance(steps, Sequence):
         raise TypeError(f"steps: got a {type(steps).__name__}, expected nnsight's own tracer.iter[...]")
     if steps is None:

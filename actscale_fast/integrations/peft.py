@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import surgery
-from ..models.handle import Handle
+from ..modules import hooks
+from ..modules.handle import Handle
 from ..ops import backends, scale_channels
 from ..ops.registry import is_eager
 from ._library import require
@@ -169,9 +169,9 @@ def _why_not(module: nn.Module) -> str:
 
 def _class_of(module: nn.Module) -> type:
     """The module's class below the mark that `af.patch` may have put on it."""
-    return type(module) if surgery.record_of(module) is None else type(module).__mro__[1]
+    return type(module) if hooks.record_of(module) is None else type(module).__mro__[1]
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Change the module's class below that mark, so that either may go first."""
-    module.__class__ = cls if surgery.record_of(module) is None else surgery.marked_class(cls)  # type: ignore
+    module.__class__ = cls if hooks.record_of(module) is None else hooks.marked_class(cls)  # type: ignore

@@ -33,7 +33,7 @@ from pyvene.models.constants import CONST_INPUT_HOOK, split_head_and_permute  # 
 from pyvene.models.modeling_utils import HandlerList, get_dimension_by_component  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from ..models.handle import Handle  # noqa: E402
+from ..modules.handle import Handle  # noqa: E402
 from ..ops import scale_heads  # noqa: E402
 from ._pyvene_exchange import from_pyvene, load_pyvene, to_pyvene  # noqa: E402
 from ._pyvene_kinds import ALL_DIMS, SIGNS, ScaleIntervention, added_vector, unknown_kind  # noqa: E402

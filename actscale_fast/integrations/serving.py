@@ -17,11 +17,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..architectures import site_check
+from ..architectures.layout import layout
+from ..architectures.location import ModelFingerprint
 from ..interventions import ActivScalar, Intervention
-from ..interventions.location import ModelFingerprint
-from ..models import check, layout, surgery
-from ..models.steering import one_strength
+from ..modules import hooks
 from ..ops import scale_heads
+from ..patching.edits import one_strength
 
 
 class ScalarTable(nn.Module):
@@ -137,16 +139,16 @@ class ScalarTable(nn.Module):
             raise ValueError(f"heads: the table has {self.heads}, but a whole model has all {self.fingerprint.n_heads}")
         found = layout(model)
         self.fingerprint.require(found.fingerprint)
-        check.require(found, "head", found.layers_of("head"))
+        site_check.require(found, "head", found.layers_of("head"))
         places = zip(found.layers_of("head"), found.projections, strict=True)
         edits = [(module, partial(self.scale, layer=layer)) for layer, module in places]
         try:
             for module, edit in edits:
-                surgery.attach(module, edit, before=True)
+                hooks.attach(module, edit, before=True)
             yield
         finally:
             for module, edit in edits:
-                surgery.detach(module, edit)
+                hooks.detach(module, edit)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         alpha = self.alpha

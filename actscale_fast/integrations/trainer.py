@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..models import ActScaleModel
+from ..patching.pretrained import ActScaleModel
 
 
 class ProximalCallback(TrainerCallback):

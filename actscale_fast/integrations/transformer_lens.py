@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interventions import ActivScalar, Intervention, Location, ModelFingerprint
-from ..interventions.location import check_layers, check_positions, check_site
-from ..models import context as contexts
-from ..models.adapter import layout
-from ..models.call import Call
-from ..models.links import Links
-from ..models.steering import Steering, steerings
+from ..architectures.layout import layout
+from ..architectures.location import Location, ModelFingerprint, check_layers, check_positions, check_site
+from ..interventions import ActivScalar, Intervention
+from ..modules.module_paths import Links
+from ..patching import forward_context as contexts
+from ..patching.edits import Steering, steerings
+from ..patching.forward_call import Call
 from ._head_sweeps import check_model, head_patching, head_scaling
 from ._library import require
 

@@ -3,22 +3,16 @@
 from .base import Intervention, load_intervention
 from .composite import Composite, stack
 from .dynamic import DynScalar, Produced, produced_l1
-from .interchange import BoundlessDAS
-from .location import SITES, Location, ModelFingerprint
 from .positions import Placement, Prompt, slot_index
 from .projection import Projection
 from .scalar import ActivScalar
 from .vector import SteerVec
 
 __all__ = [
-    "SITES",
     "ActivScalar",
-    "BoundlessDAS",
     "Composite",
     "DynScalar",
     "Intervention",
-    "Location",
-    "ModelFingerprint",
     "Placement",
     "Produced",
     "Projection",

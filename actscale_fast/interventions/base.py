@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .._files import write_bytes
+from ..architectures.locate import locate
+from ..architectures.location import Location, check_positions, check_site
 from . import saving
-from .location import Location, check_positions, check_site
 from .positions import Placement
 
 
@@ -92,8 +93,6 @@ class Intervention(nn.Module):
             >>> with patch(model, intervention, strength=-1.0):
             ...     model.generate(**inputs)
         """
-        from ..models.adapter import locate  # at the call: imports run from models to interventions
-
         check_site(site)
         paths = {"projection": projection, "layers_path": layers_path, "mlp": mlp}
         location, device = locate(

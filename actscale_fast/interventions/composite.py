@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from .._files import write_bytes
+from ..architectures.location import Location
 from . import saving
 from .base import Intervention, read_part
-from .location import Location
 from .vector import SteerVec
 
 #: Parts of a Composite that is saved or loaded.

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..architectures.location import Location
 from ..ops import dynamic_scale
 from .base import Intervention
-from .location import Location
 from .positions import Placement
 
 

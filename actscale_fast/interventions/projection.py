@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..architectures.location import Location
 from .base import Intervention
-from .location import Location
 from .positions import Placement
 
 

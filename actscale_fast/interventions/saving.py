@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
 from .._files import exclusive, naming, regular_size, write_bytes
 from .._json import CHECKSUM, LARGE, check_seal, has_seal, parsed, read_limited, sealed
 from .._tensor_files import read_header
-from .location import Location
+from ..architectures.location import Location
 
 if TYPE_CHECKING:
     from .base import Intervention

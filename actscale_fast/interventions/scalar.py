@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..architectures.location import Location
 from ..ops import scale_heads
 from .base import Intervention
-from .location import Location
 from .positions import Placement
 
 

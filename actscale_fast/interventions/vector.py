@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..architectures.location import Location
 from ..ops import scale_heads
 from .base import Intervention
-from .location import Location
 from .positions import Placement
 
 

@@ -1,24 +1,18 @@
-"""Examples, the objective, and the loops that learn and evaluate an intervention."""
+"""The objective, and the loops that learn, evaluate and compare interventions on a frozen model."""
 
-from . import tasks
-from .attributing import Attribution, attribution
-from .evaluation import Evaluation, evaluate, evaluate_all
-from .examples import Example, load_examples, save_examples
-from .fitting import FitResult, fit
-from .interchange import InterchangeResult, fit_interchange
+from .attribution.attribution import Attribution, attribution
+from .evaluate import Evaluation, evaluate, evaluate_all
+from .fit import FitResult, fit
 from .objective import Objective
-from .path import minimality_path
-from .sources import source_activations
-from .sweep_files import load_sweep
-from .sweep_result import SweepFit, SweepResult
-from .sweeping import sweep
+from .sweep.folder import load_sweep
+from .sweep.minimality_path import minimality_path
+from .sweep.result import SweepFit, SweepResult
+from .sweep.sweep import sweep
 
 __all__ = [
     "Attribution",
     "Evaluation",
-    "Example",
     "FitResult",
-    "InterchangeResult",
     "Objective",
     "SweepFit",
     "SweepResult",
@@ -26,12 +20,7 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "fit",
-    "fit_interchange",
-    "load_examples",
     "load_sweep",
     "minimality_path",
-    "save_examples",
-    "source_activations",
     "sweep",
-    "tasks",
 ]

@@ -19,8 +19,8 @@ from torch import Tensor
 from .._files import atomic_path, check_writable, naming
 from .._json import parsed
 from .._tensor_files import Header, check_seal, read_header, save_file
-from .parallel import ALONE, World
-from .weights import weights_digest
+from .distributed import ALONE, World
+from .weights_digest import weights_digest
 
 __all__ = ["FitState", "check_place", "digest", "load", "restore", "save", "weights_digest"]
 

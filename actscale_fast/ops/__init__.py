@@ -1,15 +1,15 @@
 """Tensors in, tensors out: the fused ops. They know no model."""
 
 from .backends import get_backend, set_backend, use_backend
-from .channels import scale_channels
-from .dynamic import dynamic_scale
-from .kl_div import kl_div_from_logits
-from .linear_kl import linear_kl_div
-from .linear_loss import linear_intervention_loss
-from .linear_statistics import ReferenceStatistics, reference_statistics
-from .loss import intervention_loss
-from .optimizer import proximal_adam_
-from .scaling import scale_heads
+from .dynamic_scale import dynamic_scale
+from .losses.intervention_loss import intervention_loss
+from .losses.kl_div import kl_div_from_logits
+from .losses.linear_intervention_loss import linear_intervention_loss
+from .losses.linear_kl_div import linear_kl_div
+from .losses.reference_statistics import ReferenceStatistics, reference_statistics
+from .proximal_adam import proximal_adam_
+from .scale_channels import scale_channels
+from .scale_heads import scale_heads
 
 __all__ = [
     "ReferenceStatistics",

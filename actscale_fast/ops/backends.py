@@ -93,7 +93,7 @@ def unavailable(name: str) -> str:
     if name == "cuda":
         if not has_extension():
             return f"the C++ extension was not built ({_extension_error()})"
-        kernels = getattr(importlib.import_module("actscale_fast._C"), "cuda", None)
+        kernels = getattr(importlib.import_module("actscale_fast.ops._C"), "cuda", None)
         if kernels is None:
             return "the extension was built without CUDA kernels: no nvcc at install time, or ACTSCALE_BUILD_CUDA=0"
         if not torch.cuda.is_available():
@@ -141,9 +141,9 @@ def _extension_loads() -> bool:
 @functools.cache
 def _extension_error() -> str:
     """Why the extension is missing, "" where it imports. One that is there and broken raises its own error."""
-    if importlib.util.find_spec("actscale_fast._C") is None:
+    if importlib.util.find_spec("actscale_fast.ops._C") is None:
         return "it was not built: no C++ compiler at install time"
-    importlib.import_module("actscale_fast._C")
+    importlib.import_module("actscale_fast.ops._C")
     return ""
 
 

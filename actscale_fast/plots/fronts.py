@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..learning import SweepResult
-    from ..learning.sweep_result import Score
+    from ..learning.sweep.result import Score
 
 _LABELS = {
     "flips": "share of held-out answers flipped, mean of both directions",

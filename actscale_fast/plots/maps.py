@@ -12,7 +12,8 @@ from .panels import Panel, panels_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..interventions import ActivScalar, Intervention, Location
+    from ..architectures.location import Location
+    from ..interventions import ActivScalar, Intervention
     from ..learning import Attribution
 
 _PLACES = {

@@ -12,7 +12,7 @@ from ..interventions import ActivScalar, Intervention
 from ..learning import Attribution, Evaluation
 
 if TYPE_CHECKING:
-    from ..interventions import Location
+    from ..architectures.location import Location
 
 #: The figures of an evaluation that a report shows.
 FIGURES = ("flip_to_correct", "flip_to_wrong", "kl", "top1", "logit_difference", "logit_difference_inverted")

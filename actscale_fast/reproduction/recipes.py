@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import extraction
+from ..architectures.layout import layout
+from ..frozen.perplexity import perplexity
 from ..interventions import Intervention
-from ..models import layout, patch, perplexity
+from ..patching.patch import patch
 from .comparing import Laboratory
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from .._files import atomic_path
 from .._json import write_json
-from ..models import layout
+from .._version import __version__
+from ..architectures.layout import layout
 from .claims import judged
 from .comparing import Laboratory
 from .settings import SYSTEMS, TASKS, Task

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from .._version import __version__
+from ..architectures.layout import layout
 from ..learning.checkpoint import digest, weights_digest
-from ..models import frozen, layout
+from ..modules.evaluation_mode import frozen
 from . import locating, recipes, transferring
 from .comparing import Laboratory
 from .pictures import draw, transferred

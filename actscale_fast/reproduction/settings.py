@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from .. import tasks
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec
-from ..learning import Objective, tasks
+from ..learning import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..learning.tasks import TaskSplit
+    from ..tasks import TaskSplit
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..architectures.layout import layout
 from ..interventions import Intervention
-from ..learning import Example
-from ..models import layout
+from ..tasks.examples import Example
 from .comparing import Laboratory
 from .settings import System, Task
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import actscale_fast as af
 from actscale_fast import ops
+from actscale_fast.architectures.layout import layout
 from actscale_fast.integrations.causal_head_gating import gated_nll, scored
 from actscale_fast.integrations.jola import JoLA
-from actscale_fast.models import layout
 
 from ..case import Case, Problem, Setting, Variant, generator, kernel_backends
 from ..head_gating import CLIP, LAMBDA, HeadGating

@@ -15,7 +15,8 @@ import torch
 import transformers.models.llama.modeling_llama as llama
 from torch import Tensor
 
-from actscale_fast import head_mask, ops
+from actscale_fast import ops
+from actscale_fast.patching.head_mask import head_mask
 
 from ..case import Case, Problem, Setting, Variant, generator, kernel_backends
 from ..models import Shape, random_model

@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from actscale_fast.architectures.location import ModelFingerprint
 from actscale_fast.integrations.serving import ScalarTable
-from actscale_fast.interventions.location import ModelFingerprint
 
 from ..case import Case, Problem, Setting, Variant, compiled, generator, kernel_backends
 

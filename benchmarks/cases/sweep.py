@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from actscale_fast.learning.encoding import EncodedExamples
-from actscale_fast.learning.settings import FitSettings
+from actscale_fast.learning.encoded_examples import EncodedExamples
+from actscale_fast.learning.fit_settings import FitSettings
 
 from ..case import GPU_ONLY, Case, Problem, Setting, Variant, generator
 from ..models import GPT2_SMALL, RandomPrompts, Shape, conflicts, random_model

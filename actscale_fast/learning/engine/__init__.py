@@ -7,11 +7,11 @@ model (`passes`), on a GPU also as CUDA graphs (`capture`). The last hidden stat
 logits where the head allows it.
 """
 
-from .arrangement import Item, Share, Unit, may_pack
-from .constants import CACHE_BYTES, SPILL_BYTES, Extent, extent_of
+from .batch_plan import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
 from .engine import Engine
-from .planning import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
-from .trial import GradientError, gradient_on_trial
+from .extent import CACHE_BYTES, SPILL_BYTES, Extent, extent_of
+from .gradient_check import GradientError, gradient_on_trial
+from .microbatches import Item, Share, Unit, may_pack
 
 __all__ = [
     "CACHE_BYTES",

@@ -12,20 +12,26 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
+from ...architectures.arguments import accepted_arguments
+from ...architectures.families import FAMILIES
+from ...architectures.layout import layout
+from ...architectures.site_check import skipped
+from ...frozen.batching import forward_arguments
+from ...frozen.shortcuts import opened
 from ...interventions import DynScalar, Intervention
-from ...models import FAMILIES, AnyPatch, accepted_arguments, forward_arguments, frozen, layout, opened, patch
-from ...models.check import skipped
-from ..encoding import EncodedExamples
+from ...modules.evaluation_mode import frozen
+from ...patching.patch import AnyPatch, patch
+from ..distributed import ALONE, World
+from ..encoded_examples import EncodedExamples
 from ..objective import Objective
-from ..parallel import ALONE, World
-from .arrangement import Arrangement, Item, Share, Unit, may_pack, tokens
-from .capture import CapturedPasses, check_capturable
-from .constants import CACHE_BYTES, SPILL_BYTES, Extent, RowStore, extent_of
-from .frozen_side import FrozenSide
-from .inputs import Assembly
-from .memory import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
-from .passes import Passes
-from .trial import Trial
+from .collate import Assembly
+from .cuda_graphs import CapturedPasses, check_capturable
+from .extent import CACHE_BYTES, SPILL_BYTES, Extent, RowStore, extent_of
+from .forward_backward import Passes
+from .gradient_check import Trial
+from .microbatches import Arrangement, Item, Share, Unit, may_pack, tokens
+from .reference_cache import FrozenSide
+from .token_budget import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,14 +11,13 @@ import os
 
 import torch as torch  # its OpenMP runtime, before the extension's
 
-from actscale_fast import _C
-
-from .channels import scale_channels, scale_channels_backward
-from .dynamic import dynamic_scale, dynamic_scale_backward
-from .linear import linear_softmax
-from .loss import intervention_loss, intervention_loss_scale_
-from .optimizer import proximal_adam_
-from .scaling import scale_heads, scale_heads_backward
+from .. import _C
+from .dynamic_scale import dynamic_scale, dynamic_scale_backward
+from .intervention_loss import intervention_loss, intervention_loss_scale_
+from .linear_softmax import linear_softmax
+from .proximal_adam import proximal_adam_
+from .scale_channels import scale_channels, scale_channels_backward
+from .scale_heads import scale_heads, scale_heads_backward
 
 if "ACTSCALE_CPU_LEVEL" in os.environ:
     _C.set_level(os.environ["ACTSCALE_CPU_LEVEL"])

@@ -7,12 +7,12 @@ reads and writes each element once, as Triton's kernel does.
 
 from __future__ import annotations
 
-from ..linear_softmax import in_chunks as linear_softmax
+from ..losses.linear_softmax import in_chunks as linear_softmax
 from ..triton.scale_channels import scale_channels, scale_channels_backward
-from .dynamic import dynamic_scale, dynamic_scale_backward
-from .loss import intervention_loss, intervention_loss_scale_
-from .optimizer import proximal_adam_
-from .scaling import scale_heads, scale_heads_backward
+from .dynamic_scale import dynamic_scale, dynamic_scale_backward
+from .intervention_loss import intervention_loss, intervention_loss_scale_
+from .proximal_adam import proximal_adam_
+from .scale_heads import scale_heads, scale_heads_backward
 
 __all__ = [
     "dynamic_scale",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actscale_fast import _C
+from .. import _C
 
 #: The submodule of launchers; absent where the extension was built without CUDA (`backends.unavailable` says so first).
 kernels: Any = getattr(_C, "cuda", None)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import layout
+from .. import strides
 from .device import OPTIONS, ceil_div, on_device_of, processors
 from .group_sums import sum_groups
 
@@ -268,8 +268,8 @@ def dynamic_scale(
     group: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, D], α [B, T, H]); see `interface.BackendModule`."""
-    layout.require_unit_stride(x)
-    y, scalars = layout.empty_like(x), x.new_empty(x.shape[:3], dtype=torch.float32)
+    strides.require_unit_stride(x)
+    y, scalars = strides.empty_like(x), x.new_empty(x.shape[:3], dtype=torch.float32)
     if scalars.numel() == 0:
         return y, scalars
     B, T, H, D = x.shape
@@ -297,9 +297,9 @@ def dynamic_scale_backward(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias), empty where not needed; see `interface.BackendModule`."""
-    layout.require_unit_stride(x)
+    strides.require_unit_stride(x)
     dy = dy if dy.stride(3) == 1 else dy.contiguous()  # the kernel walks along D by ones
-    dx = layout.empty_like(x) if need_dx else x.new_empty(0)
+    dx = strides.empty_like(x) if need_dx else x.new_empty(0)
     dweight, dbias = weight.new_empty(0), weight.new_empty(0)
     if scalars.numel() == 0 or not (need_dx or need_dweight or need_dbias):
         return (

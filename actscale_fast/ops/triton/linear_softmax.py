@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear_softmax import in_chunks
+from ..losses.linear_softmax import in_chunks
 from .columns import MAX_SPLITS, Tiling, in_tile, row_shift, row_start, tile_positions
 from .device import on_device_of, processors
 from .softmaxes import LN2, LOG2E, finite

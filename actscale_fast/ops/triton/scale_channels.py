@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import layout
+from .. import strides
 from .device import OPTIONS, ceil_div, on_device_of, processors
 from .group_sums import sum_groups
 from .scale_heads import MAX_STEPS, TILE, WARPS
@@ -109,7 +109,7 @@ def scale_channels_bwd_kernel(
 
 def scale_channels(x: Tensor, weight: Tensor) -> Tensor:
     """y [..., d]; see `interface.BackendModule`."""
-    N, width, stride = layout.rows_of(x)
+    N, width, stride = strides.rows_of(x)
     y = x.new_empty(x.shape)
     if x.numel() == 0:
         return y
@@ -126,11 +126,11 @@ def scale_channels_backward(
     dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), empty where not needed; see `interface.BackendModule`."""
-    N, width, stride = layout.rows_of(x)
+    N, width, stride = strides.rows_of(x)
     dx = x.new_empty(x.shape if need_dx else 0)
     if x.numel() == 0 or not (need_dx or need_dweight):
         return dx, torch.zeros_like(weight) if need_dweight else weight.new_empty(0)
-    dy, dy_stride = layout.gradient_rows(dy.to(x.dtype))
+    dy, dy_stride = strides.gradient_rows(dy.to(x.dtype))
     geometry = Geometry.of(N, width, processors(x.device))
     partial = weight.new_empty(1, 1, geometry.chunks, width) if need_dweight else None
     with on_device_of(x):

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import layout
+from .. import strides
 from .device import OPTIONS, ceil_div, on_device_of, processors
 from .group_sums import sum_groups
 
@@ -214,8 +214,8 @@ def scale_heads(
     group: Tensor | None,
 ) -> Tensor:
     """y [B, T, H, D]; see `interface.BackendModule`."""
-    layout.require_unit_stride(x)
-    y = layout.empty_like(x)
+    strides.require_unit_stride(x)
+    y = strides.empty_like(x)
     if x.numel() == 0:
         return y
     B, T, H, D = x.shape
@@ -246,8 +246,8 @@ def scale_heads_backward(
     dy = dy if dy.stride(3) == 1 else dy.contiguous()  # the kernel walks along D by ones
     nothing = torch.empty(0, dtype=torch.float32, device=x.device)
     if need_dalpha:
-        layout.require_unit_stride(x)
-    dx = layout.empty_like(x) if need_dx else torch.empty(0, dtype=x.dtype, device=x.device)
+        strides.require_unit_stride(x)
+    dx = strides.empty_like(x) if need_dx else torch.empty(0, dtype=x.dtype, device=x.device)
     need_dalpha, need_dshift = need_dalpha and alpha is not None, need_dshift and shift is not None
     if x.numel() == 0:
         return (

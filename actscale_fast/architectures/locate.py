@@ -1,0 +1,44 @@
+"""Where a new intervention acts: its location, checked against the model that it is made for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .layout import execution_device, layout
+from .location import Location, check_site
+from .site_check import idle_layers, require, running_layers
+
+
+def locate(
+    model: nn.Module,
+    site: str,
+    layers: Iterable[int] | None,
+    positions: tuple[int, ...] | None,
+    generated: bool,
+    paths: dict[str, str],
+    *,
+    scales: bool,
+) -> tuple[Location, torch.device]:
+    """The checked location of a new intervention, and the device that its parameters belong on.
+
+    Args:
+        scales: whether it multiplies by factors: then layers where that changes nothing are warned of.
+    """
+    found = layout(model, paths)
+    if layers is None:  # cross-attention to images does not run on text
+        layers = running_layers(found, check_site(site), found.chosen(site, None))
+    location = found.location(check_site(site), layers, positions, generated, paths)
+    first = found.site_module(site, location.layers[0])
+    require(found, site, location.layers)
+    idle = idle_layers(found, site, location.layers) if scales else []
+    if idle:
+        warnings.warn(
+            f"site: {site!r} of {found.model_type!r} cannot act at layer{'s' * (len(idle) > 1)} "
+            f"{', '.join(map(str, idle))}: a norm follows that undoes every positive factor 1 + β·α",
+            stacklevel=4,
+        )
+    return location, execution_device(first) or torch.device("cpu")

@@ -1,0 +1,324 @@
+"""Interchange interventions in a learned subspace: Boundless DAS (arXiv 2305.08809).
+
+    out = Rᵀ((1 − m)⊙R·h + m⊙R·s)                    h: the base's activation, s: the source's
+    m_i = sigmoid(i/T)·sigmoid((b·D − i)/T)          i = 0 … D − 1, boundary b in [1e-3, 1], temperature T
+    y   = h + β·(out − h)
+
+R is orthogonal, so out − h = Rᵀ(m⊙R(s − h)): two products instead of three, and exactly nothing where s = h or m = 0.
+The mask is the paper's: as T falls it becomes 1 strictly between 0 and b·D and 0 beyond, and m_0 stays ½.
+
+A product with R costs 2·D² a steered token; other tokens are copied. The Cayley map of R costs a solve, ~3·D³.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from ..architectures.location import Location
+from ..interventions.base import Intervention
+from ..interventions.positions import Placement
+
+LEAST_BOUNDARY = 1e-3  # the paper's code clamps b to [1e-3, 1]
+TEMPERATURE = 50.0  # where annealing begins
+_SOURCE_HELP = "with das.interchange(source_activations(model, tokenizer, das, texts)): ..."
+
+
+class BoundlessDAS(Intervention):
+    """Swaps a subspace of an activation for that of another prompt, the source: Rᵀ((1−m)⊙R·h_base + m⊙R·h_source).
+
+    One rotation R and one boundary b a layer, position and head (or whole site). β = 1 is the interchange, β = 0 the
+    identity. Every pass needs the source's activations, which `interchange` sets. It acts on the prompt, once: tokens
+    generated after it see the interchange through the KV cache.
+
+    `boundary` is fp32 [L, P, H], 0.5 at first. `rotation` is fp32 [L, P, H, D, D]; its axis i is row i. It is the
+    Cayley map of D(D − 1)/2 free numbers (of torch's orthogonal parametrizations the cheapest: 37 ms forward and
+    backward at D = 576 on one core, the matrix exponential 494 ms), computed again only where they changed.
+    `temperature` is a buffer and saved; 0 makes a hard mask, m_i = 1 where i < b·D.
+
+    Args:
+        location: with a list of positions and without generated tokens.
+        n_groups: None; interchanges are not stacked.
+
+    Raises:
+        ValueError: positions=None, generated tokens, or a stack.
+    """
+
+    homogeneous: ClassVar[bool] = False
+    needs_source: ClassVar[bool] = True
+    boundary: nn.Parameter
+    temperature: Tensor
+
+    def __init__(self, location: Location, *, n_groups: int | None = None, device: torch.device | None = None) -> None:
+        _check_positions(location.positions, location.generated)
+        if n_groups is not None:
+            raise ValueError("n_groups: a BoundlessDAS is not stacked; give each row a source of its own")
+        super().__init__(location, device=device)
+        device = self.boundary.device
+        with torch.no_grad():
+            self.boundary.fill_(0.5)
+        self.register_buffer("temperature", torch.tensor(TEMPERATURE, dtype=torch.float32, device=device))
+        n_matrices = location.n_slots * location.n_heads
+        self.rotations = nn.ModuleList(_Rotation(n_matrices, location.width, device) for _ in location.layers)
+        #: While True an edit does nothing, and needs no source.
+        self.paused = False
+        self._sources: list[Tensor] = []  # the last one is in force
+        self._shared: list[Tensor] | None = None
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        site: str = "residual",
+        layers: Iterable[int] | None = None,
+        positions: Iterable[int] | None = None,
+        generated: bool = False,
+        *,
+        seed: int = 0,
+        projection: str | None = None,
+        layers_path: str | None = None,
+        mlp: str | None = None,
+    ) -> Self:
+        """An interchange with random rotations, on the model's device; see `Intervention.for_model`.
+
+        Args:
+            model, site, layers, generated, projection, layers_path, mlp: as there; generated must stay False.
+            positions: a list: tokens of the prompt, the base's and the source's each counted in its own.
+            seed: of the rotations that are drawn.
+
+        Raises:
+            TypeError, ValueError: as there, and positions=None or generated=True.
+
+        Example:
+            >>> das = BoundlessDAS.for_model(model, layers=[15], positions=[-1])
+            >>> with das.interchange(source_activations(model, tokenizer, das, sources)), patch(model, das):
+            ...     model.generate(**bases)
+        """
+        _check_positions(positions, generated)
+        das = super().for_model(
+            model, site, layers, positions, generated, projection=projection, layers_path=layers_path, mlp=mlp
+        )
+        generator = torch.Generator().manual_seed(seed)
+        for rotation in das._rotations():
+            drawn, triangle = torch.linalg.qr(
+                torch.randn(rotation.shape, generator=generator, dtype=torch.float32, device="cpu")
+            )
+            rotation.set(drawn * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None])  # uniform over rotations
+        return das
+
+    @classmethod
+    def parameter_tails(cls, location: Location) -> dict[str, tuple[int, ...]]:
+        return {"boundary": (location.n_heads,)}
+
+    @property
+    def rotation(self) -> Tensor:
+        """R of every layer, position and head, [L, P, H, D, D], without gradient; z = R·h."""
+        return torch.stack([self._of(rotation.values()) for rotation in self._rotations()])
+
+    def mask(self, layer: int) -> Tensor:
+        """m [P, H, D] of one layer (index among the chosen ones), at the present temperature."""
+        axis = torch.arange(self.location.width, device=self.device, dtype=self.boundary.dtype)
+        end = self.location.width * self.boundary[layer].clamp(LEAST_BOUNDARY, 1.0)[..., None]
+        divisor = torch.where(self.temperature > 0, self.temperature, 1.0)
+        soft = torch.sigmoid(axis / divisor) * torch.sigmoid((end - axis) / divisor)
+        return torch.where(self.temperature > 0, soft, (axis < end).to(soft.dtype))
+
+    def check_source(self, n_rows: int) -> None:
+        if self._sources and self._sources[-1].shape[0] != n_rows:
+            raise ValueError(
+                f"source: got {self._sources[-1].shape[0]} rows for a batch of {n_rows}, expected one each"
+            )
+
+    @contextlib.contextmanager
+    def interchange(self, source: Tensor) -> Iterator[Self]:
+        """Let the passes inside take the subspace from these activations.
+
+        Args:
+            source: [B, L, P, H, D], floating point, as `source_activations` gives it: a row for each row of the batch;
+                fewer rows serve as generate() repeats a prompt's for its beams or returned sequences.
+
+        Raises:
+            TypeError, ValueError: no such tensor.
+        """
+        where = self.location
+        shape = (len(where.layers), where.n_slots, where.n_heads, where.width)
+        if not isinstance(source, Tensor) or not source.is_floating_point():
+            got = source.dtype if isinstance(source, Tensor) else type(source).__name__
+            raise TypeError(f"source: got {got}, expected a floating-point tensor [B, L, P, H, D]")
+        if source.dim() != 5 or not source.shape[0] or source.shape[1:] != shape:
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"source: got shape {tuple(source.shape)}, expected [B, L, P, H, D] = [B, {expected}]")
+        self._sources.append(source.to(self.device))
+        try:
+            yield self
+        finally:
+            self._sources.pop()
+
+    @contextlib.contextmanager
+    def shared_rotation(self) -> Iterator[None]:
+        """Compute each rotation once for all passes inside, and its gradient once, where the block ends.
+
+        For a training step of several passes: call backward() on each inside; outside, each pass with gradients
+        computes the rotation of each of its layers anew.
+        """
+        made = [rotation.weight for rotation in self._rotations()]
+        self._shared = [weight.detach().requires_grad_(weight.requires_grad) for weight in made]
+        leaves = self._shared
+        try:
+            yield
+        finally:
+            self._shared = None
+        reached = [(weight, leaf.grad) for weight, leaf in zip(made, leaves, strict=True) if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([weight for weight, _ in reached], [gradient for _, gradient in reached])
+
+    def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
+        if self.paused:
+            return x
+        if not self._sources:
+            raise RuntimeError(f"source: a BoundlessDAS ran without the source's activations; use `{_SOURCE_HELP}`")
+        assert placement.index is not None  # it has positions, and none of generated tokens
+        n_rows, n_tokens = x.shape[:2]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        source = _of_rows(self._sources[-1][:, layer].to(x.device), n_rows).to(wide)  # [B, P, H, D]
+        columns = _columns(placement.index, self.location.n_slots, n_tokens).expand(n_rows, -1)  # [B, P]
+        index = columns[:, :, None, None].expand_as(source)
+        base = x.gather(1, index.clamp(max=n_tokens - 1)).to(wide)
+        with torch.autocast(x.device.type, enabled=False):
+            rotation = self._rotation(layer).to(x.device, wide)
+            mask = self.mask(layer).to(x.device, wide)
+            turned = torch.einsum("phij,bphj->bphi", rotation, source - base) * mask
+            change = torch.einsum("phij,bphi->bphj", rotation, turned)
+        beta = strength.to(wide).view(-1, 1, 1, 1) if isinstance(strength, Tensor) else strength
+        # Slots without a token write behind the last one. Contiguous: GPT-2's layers take views of their input.
+        return F.pad(x, (0, 0, 0, 0, 0, 1)).scatter_(1, index, (base + beta * change).to(x.dtype))[:, :-1].contiguous()
+
+    @property
+    def n_parameters(self) -> int:
+        """Free numbers: D(D − 1)/2 a rotation, and the boundaries."""
+        return self.boundary.numel() * (self.location.width * (self.location.width - 1) // 2 + 1)
+
+    @property
+    def n_active(self) -> int:
+        """All of them: no value of a rotation is nothing."""
+        return self.n_parameters
+
+    @property
+    def l1(self) -> float:
+        """The sum of the boundaries, which a fit keeps small."""
+        return float(self.boundary.detach().sum(dtype=torch.float64))
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        return {"rotation": self.rotation, "boundary": self.boundary, "temperature": self.temperature}
+
+    @classmethod
+    def saved_shapes(cls, location: Location, n_groups: int | None = None) -> dict[str, tuple[int, ...]]:
+        slots = (len(location.layers), location.n_slots, location.n_heads)
+        return {"rotation": (*slots, location.width, location.width), "boundary": slots, "temperature": ()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        temperature = float(tensors["temperature"])
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0")
+        for rotation, values in zip(self._rotations(), tensors["rotation"], strict=True):
+            rotation.set(values.flatten(0, 1))
+        with torch.no_grad():
+            self.boundary.copy_(tensors["boundary"])
+            self.temperature.fill_(temperature)
+
+    def _rotation(self, layer: int) -> Tensor:
+        """R of one layer [P, H, D, D], with gradient where one is wanted."""
+        if self._shared is not None:
+            return self._of(self._shared[layer])
+        rotation = self._rotations()[layer]
+        learned = torch.is_grad_enabled() and rotation.free.requires_grad
+        return self._of(rotation.weight if learned or torch.compiler.is_compiling() else rotation.values())
+
+    def _rotations(self) -> list[_Rotation]:
+        return list(self.rotations)  # type: ignore[arg-type]
+
+    def _of(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (-1, self.location.n_heads))
+
+
+class _Rotation(nn.Module):
+    """A batch of orthogonal matrices `weight` [N, D, D], a function of the parameter `free` [N, D, D]."""
+
+    weight: Tensor
+
+    def __init__(self, n_matrices: int, width: int, device: torch.device | None) -> None:
+        super().__init__()
+        self.shape = (n_matrices, width, width)
+        self.weight = nn.Parameter(torch.eye(width, dtype=torch.float32, device=device).repeat(n_matrices, 1, 1))
+        orthogonal(self, "weight", orthogonal_map="cayley")
+        self._kept: tuple[object, Tensor] | None = None
+
+    @property
+    def free(self) -> Tensor:
+        """What is learned: the part below the diagonal counts."""
+        return self.parametrizations.weight.original  # type: ignore[union-attr, return-value]
+
+    @property
+    def base(self) -> Tensor:
+        """The constant factor: weight = base · Cayley(free)."""
+        return self.parametrizations.weight[0].base  # type: ignore[union-attr, index, return-value]
+
+    def values(self) -> Tensor:
+        """The matrices without gradient, computed where `free` or `base` changed since the last call."""
+        state = [_state(tensor) for tensor in (self.free, self.base)]
+        if self._kept is None or None in state or self._kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = (state, self.weight.detach())
+        return self._kept[1]
+
+    @torch.no_grad()
+    def set(self, matrices: Tensor) -> None:
+        """Begin at these matrices, to the bit.
+
+        Raises:
+            ValueError: they are not orthogonal.
+        """
+        matrices = matrices.to(self.base)
+        identity = torch.eye(self.shape[-1], dtype=matrices.dtype, device=matrices.device)
+        off = float((matrices @ matrices.mT - identity).abs().amax())
+        if not off <= 1e-3:  # a rotation that was learned is off by some 1e-6
+            raise ValueError(f"rotation: R·Rᵀ is off the identity by {off:.2g}, expected an orthogonal matrix")
+        self.base.copy_(matrices)
+        self.free.copy_(-identity)  # as torch's parametrization begins; its diagonal does not count
+
+
+def _state(tensor: Tensor) -> tuple[int, int, torch.device] | None:
+    """What changes with the values; None: torch does not count changes of this one."""
+    return None if tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.device)
+
+
+def _check_positions(positions: object, generated: bool) -> None:
+    if positions is None:
+        raise ValueError(
+            "positions: got None, expected a list: an interchange pairs tokens of the base with tokens of the source, "
+            "and prompts of other lengths have no partner for every token"
+        )
+    if generated:
+        raise ValueError("generated: got True, but the source is a prompt: it has no generated tokens to take from")
+
+
+def _columns(index: Tensor, n_slots: int, n_tokens: int) -> Tensor:
+    """The column of each slot's token, int64 [R, P], from the slot of each token [R, T]; T where it has none."""
+    hit = index[:, None] == torch.arange(n_slots, device=index.device)[:, None]  # [R, P, T]
+    return torch.where(hit.any(-1), hit.to(torch.uint8).argmax(-1), n_tokens)
+
+
+def _of_rows(source: Tensor, n_rows: int) -> Tensor:
+    """[S, ...] as [B, ...], each row repeated for its beams."""
+    times, rest = divmod(n_rows, source.shape[0])
+    if rest or not times:
+        raise ValueError(
+            f"source: got {source.shape[0]} rows for a batch of {n_rows} rows, expected {n_rows} or a divisor of it"
+        )
+    return source if times == 1 else source.repeat_interleave(times, 0)

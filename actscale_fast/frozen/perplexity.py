@@ -1,0 +1,170 @@
+"""Perplexity: how likely a model finds texts, as a measure of fluency."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures.arguments import accepted_arguments
+from ..architectures.layout import embedding_weight, input_device, layout
+from ..modules.evaluation_mode import frozen
+from .batching import forward_arguments, left_padded, open_ids, pad_id_of
+from .shortcuts import opened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CHUNK_BYTES = 1 << 26  # of fp32 logits at a time: 64 MiB are 341 tokens of a vocabulary of 49152
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One text's tokens behind its context; the last `n_scored` of them are scored."""
+
+    ids: list[int]
+    n_scored: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    *,
+    batch_size: int = 32,
+    paths: dict[str, str] | None = None,
+) -> Tensor:
+    """exp(−mean log p(token | tokens before)) of each text's tokens, under the model as it is.
+
+    Prompt and text are tokenized separately and joined, so that what is scored are the text's tokens. Without a prompt
+    (or behind an empty one) the first token is scored only where the tokenizer opens a text with a special token, which
+    it then follows. Inside `patch` the intervened model judges, to which prompt and text together are the prompt: to
+    ask the frozen model about text that an intervention made, call this outside.
+
+    Args:
+        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
+        texts: N texts.
+        prompts: what stands before each, N of them; None: nothing.
+        batch_size: texts in one forward pass; they are sorted by length. Logits exist of 64 MiB of tokens at a time.
+        paths: module paths of a model of an unlisted family.
+
+    Returns:
+        fp32 [N] on the CPU, at least 1.
+
+    Raises:
+        TypeError: a string in place of a list, or rows that are no strings.
+        ValueError: a text with nothing to score, or a row longer than the model's context or with tokens that the
+            model does not have, each named; another number of prompts than of texts.
+
+    Example::
+
+        perplexity(model, tokenizer, [" a lovely day for a walk."], ["It is"])
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size!r}, expected a positive integer")
+    _check_strings("texts", texts)
+    if prompts is not None:
+        _check_strings("prompts", prompts)
+        if len(prompts) != len(texts):
+            raise ValueError(f"prompts: got {len(prompts)}, expected one for each of the {len(texts)} texts")
+    found = layout(model, paths)
+    embedding: Tensor = embedding_weight(found.model)
+    device = input_device(found.model)
+    rows = [
+        _row(tokenizer, text, "" if prompts is None else prompts[number], number, found.max_context, len(embedding))
+        for number, text in enumerate(texts)
+    ]
+    scores = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+    if not rows:
+        return scores.float()
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
+    pad_id = pad_id_of(tokenizer)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen(found.model))
+        probe = forward_arguments(found.model, left_padded([rows[0].ids], pad_id, device))  # type: ignore[arg-type]
+        head, section = stack.enter_context(opened(found, found.model, probe))
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            chosen = [rows[number] for number in numbers]
+            batch = left_padded([row.ids for row in chosen], pad_id, device)
+            arguments = forward_arguments(found.model, batch)  # type: ignore[arg-type]
+            width = max(row.n_scored for row in chosen) + 1
+            if "logits_to_keep" in accepted_arguments(found.model):  # type: ignore[arg-type]
+                arguments["logits_to_keep"] = width
+            logits: Callable[[Tensor], Tensor]
+            if head is None:
+                output, logits = found.model(**arguments).logits, _same
+            else:
+                output, logits = section.run(arguments, every_token=True)[0], head.logits
+            n_scored = torch.tensor([row.n_scored for row in chosen], device=output.device)
+            scores[numbers] = _mean_losses(output[:, -width:-1], batch.input_ids[:, 1 - width :], n_scored, logits)
+    return scores.exp().float()
+
+
+def _mean_losses(hidden: Tensor, targets: Tensor, n_scored: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean negative log-likelihood of each row, fp64 [B] on the CPU.
+
+    Args:
+        hidden: [B, T, d] (or logits [B, T, V]) of the last T tokens that predict one.
+        targets: int64 [B, T], the predicted tokens.
+        n_scored: int64 [B]; a row's last ones count.
+        logits: makes logits [R, V] of [R, d].
+    """
+    n_columns = targets.shape[1]
+    counted = torch.arange(n_columns, device=hidden.device) >= n_columns - n_scored[:, None]  # [B, T]
+    scored, wanted = hidden[counted], targets.to(hidden.device)[counted]  # [R, d], [R]
+    losses: list[Tensor] = []
+    start, size = 0, 1  # the first token tells the width of the vocabulary
+    while start < len(wanted):
+        z = logits(scored[start : start + size])
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        losses.append(nn.functional.cross_entropy(wide, wanted[start : start + size].to(z.device), reduction="none"))
+        start += size
+        size = max(_CHUNK_BYTES // (4 * z.shape[-1]), 1)
+    every = counted.new_zeros(counted.shape, dtype=torch.float64)
+    every[counted] = torch.cat(losses).double().to(every.device)
+    return (every.sum(1) / n_scored).cpu()
+
+
+def _same(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _row(
+    tokenizer: PreTrainedTokenizerBase, text: str, prompt: str, number: int, context: int | None, n_tokens: int
+) -> _Row:
+    """One text's tokens behind its prompt's, or behind the tokens that open a text, checked."""
+    added = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not added:
+        raise ValueError(f"texts: row {number}: {text!r} has no tokens")
+    if prompt:
+        ids = open_ids(tokenizer, prompt) + added
+    else:
+        ids = open_ids(tokenizer, text)
+    n_scored = min(len(added), len(ids) - 1)
+    if not n_scored:
+        raise ValueError(
+            f"texts: row {number}: {text!r} is one token, which nothing predicts; expected two, or a prompt"
+        )
+    if context is not None and len(ids) > context:
+        raise ValueError(f"texts: row {number} has {len(ids)} tokens, expected at most the model's {context}")
+    if max(ids) >= n_tokens:
+        raise ValueError(
+            f"texts: row {number} has token id {max(ids)}, expected less than the model's {n_tokens}; is the tokenizer "
+            "that of another model?"
+        )
+    return _Row(ids, n_scored)
+
+
+def _check_strings(name: str, values: Sequence[str]) -> None:
+    if isinstance(values, str):
+        raise TypeError(f"{name}: got a string, expected a list of strings")
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}: row {number} is a {type(value).__name__}, expected a string")

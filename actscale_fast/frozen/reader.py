@@ -1,0 +1,151 @@
+"""Reading a frozen model's activations: what stands at a site, at some layers, and nothing computed above them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from ..architectures.layout import embedding_weight, input_device, layout
+from ..architectures.location import check_layers, check_site
+from ..modules import hooks
+from ..modules.evaluation_mode import frozen
+from .batching import Batch, forward_arguments
+from .partial_forward import Section
+from .shortcuts import opened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Reader:
+    """Opens a model for reading; a context manager that leaves the model as it was.
+
+    While it is open the model is frozen and in evaluation mode. A patch that was applied before is part of the model.
+
+    Args:
+        model: a causal language model of Hugging Face.
+        site: "head", "attn_out", "mlp_out" or "residual", as `Intervention.for_model` takes it.
+        layers: numbers of the layers, negative from the end; None: all.
+        paths: `Location.paths` for a model of an unlisted family.
+
+    Raises:
+        TypeError, ValueError: an unknown site or layer, or a family whose parts cannot be told apart.
+
+    Example:
+        >>> with Reader(model, "residual", layers=[5]) as read:
+        ...     states = read(**tokenizer(["A text", "Another"], return_tensors="pt"))  # [1, 2, T, 1, hidden size]
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, site: str, layers: Iterable[int] | None, paths: dict[str, str] | None = None
+    ) -> None:
+        self.found = layout(model, paths)
+        self.site = check_site(site)
+        self.layers = check_layers(layers, self.found.n_layers)
+        self._modules = [self.found.site_module(site, layer) for layer in self.layers]
+        self._n_heads = self.found.n_heads if site == "head" else 1
+        self._section: Section | None = None
+        self._noted: dict[int, Tensor] | None = None  # by index among the layers; None: nothing is noted
+        self._n_rows = 0
+        self._reduce: Reduce | None = None
+        self._undo: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(frozen(self.found.model))
+            for index, module in enumerate(self._modules):
+                note = functools.partial(self._note, index)
+                undo.callback(hooks.detach, module, note)
+                hooks.attach(module, note, before=self.site == "head")
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        undo, self._undo, self._section = self._undo, None, None
+        if undo is not None:
+            undo.close()
+
+    @torch.no_grad()
+    def __call__(
+        self, input_ids: Tensor | Batch, attention_mask: Tensor | None = None, *, reduce: Reduce | None = None
+    ) -> Tensor:
+        """What stands at the site.
+
+        Args:
+            input_ids: int64 [B, T], padded on either side, or a `Batch`.
+            attention_mask: [B, T], not 0 at real tokens; None: all are real.
+            reduce: maps one layer's values [B, T, H, D] to what is kept of them, as soon as they are there: reading all
+                layers then needs the memory of one.
+
+        Returns:
+            [L, B, T, H, D] in the model's dtype, H = 1 at a whole site; or what `reduce` gave of each layer, stacked.
+            On the device of the first chosen layer. Values at padding mean nothing.
+
+        Raises:
+            RuntimeError: the reader is not open.
+            TypeError, ValueError: ids or a mask of another shape or type, ids that the model does not have, more
+                tokens than its context, a row of padding alone.
+        """
+        if self._undo is None:
+            raise RuntimeError("reader: it is not open; use `with Reader(...) as read:`")
+        batch = self._checked(input_ids, attention_mask)
+        model: PreTrainedModel = self.found.model  # type: ignore[assignment]
+        if self._section is None:
+            # One token a row shows the head, and what each layer returns.
+            one = Batch(batch.input_ids[:, :1], torch.ones_like(batch.input_ids[:, :1]), padded=False)
+            arguments = forward_arguments(model, one)
+            self._section = self._undo.enter_context(opened(self.found, model, arguments))[1]
+            self._section.run(arguments)
+        noted: dict[int, Tensor] = {}
+        self._noted, self._n_rows, self._reduce = noted, len(batch), reduce
+        try:
+            self._section.run(forward_arguments(model, batch), end=max(self.layers) + 1)
+        finally:
+            self._noted, self._reduce = None, None
+        return torch.stack([noted[index].to(noted[0].device) for index in range(len(self.layers))])
+
+    def _note(self, index: int, x: Tensor) -> Tensor:
+        if self._noted is not None:
+            value = x.detach()
+            if value.dim() == 2:  # OPT flattens rows and tokens
+                value = value.unflatten(0, (self._n_rows, -1))
+            value = value.unflatten(2, (self._n_heads, -1))  # [B, T, H, D]
+            # A copy: Falcon adds the attention's output to the MLP's in place.
+            self._noted[index] = (value if self._reduce is None else self._reduce(value)).clone()
+        return x
+
+    def _checked(self, input_ids: Tensor | Batch, attention_mask: Tensor | None) -> Batch:
+        if isinstance(input_ids, Batch):
+            if attention_mask is not None:
+                raise TypeError("attention_mask: a Batch has its own; give one or the other")
+            return input_ids
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids: got {type(input_ids).__name__}, expected an int64 tensor [B, T] or a Batch")
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected [B, T] with at least one token")
+        context = self.found.max_context
+        if context is not None and input_ids.shape[1] > context:
+            raise ValueError(f"input_ids: got {input_ids.shape[1]} tokens, expected at most the model's {context}")
+        embedding: Tensor = embedding_weight(self.found.model)
+        lowest, highest = int(input_ids.min()), int(input_ids.max())
+        if lowest < 0 or highest >= embedding.shape[0]:
+            raise ValueError(f"input_ids: got {lowest} to {highest}, expected 0 to {embedding.shape[0] - 1}")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"attention_mask: got {shape}, expected {tuple(input_ids.shape)} like input_ids")
+        real = mask != 0
+        if not bool(real.any(-1).all()):
+            raise ValueError(f"attention_mask: row {int(real.any(-1).int().argmin())} has no real token")
+        device = input_device(self.found.model)
+        return Batch(input_ids.to(device), real.to(device, torch.int64), padded=not bool(real.all()))

@@ -1,0 +1,227 @@
+"""Attribution: what each head contributes to an answer, predicted by one gradient and measured by knock-outs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...architectures.location import Location
+from ...architectures.site_check import skipped
+from ...interventions import ActivScalar
+from ...modules.evaluation_mode import frozen
+from ...patching.patch import patch
+from ...tasks.examples import Example
+from ..encoded_examples import EncodedExamples
+from ..engine import CACHE_BYTES, Engine, Share, gradient_on_trial
+from ..fit import checked_location, checked_objective, refuse_inference_mode
+from ..fit_settings import check_bytes, check_counts
+from ..objective import Objective
+from .knock_out import Removals
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Heads that "the top" means in an agreement; of a few, no more than a quarter of them.
+_TOP = 10
+
+
+class Agreement(NamedTuple):
+    """How well the gradient's prediction, −score, meets the knock-out. NaN where one of them is the same everywhere."""
+
+    pearson: float
+    spearman: float
+    overlap: float  # share of the n_top largest by magnitude that both have in common
+    n_top: int
+
+
+class Place(NamedTuple):
+    """One scalar's place and what is known of it."""
+
+    layer: int
+    slot: int  # which of the location's positions; 0 where every token is one
+    head: int  # 0 at a whole site
+    score: float
+    knock_out: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attribution:
+    """The result of `attribution`. L chosen layers, P position slots, H heads (1 at a whole site)."""
+
+    #: fp32 [L, P, H]: the derivative at α = 0 of the mean logit difference (or of the objective that was given).
+    #: Removing the head, β·α = −1, is predicted to change that mean by −score.
+    scores: Tensor = field(repr=False)
+    #: fp32 [L, P, H]: the change of the mean logit difference when this head alone is removed; None: not measured.
+    knock_out: Tensor | None = field(repr=False)
+    location: Location
+    n_examples: int
+    #: Mean z[c] − z[w] of the frozen model.
+    logit_difference: float
+    #: What the scores are the gradient of; None: the mean logit difference.
+    objective: Objective | None = None
+
+    @property
+    def n_top(self) -> int:
+        """How many places count as the top."""
+        return min(_TOP, max(self.scores.numel() // 4, 1))
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """Of −scores with the knock-out; None without one, and where the scores are of another quantity."""
+        if self.knock_out is None or self.objective is not None:
+            return None
+        predicted, measured = -self.scores.flatten().double(), self.knock_out.flatten().double()
+        n_top = self.n_top
+        tops = [set(values.abs().topk(n_top).indices.tolist()) for values in (predicted, measured)]
+        return Agreement(
+            _correlation(predicted, measured),
+            _correlation(_ranks(predicted), _ranks(measured)),
+            len(tops[0] & tops[1]) / n_top,
+            n_top,
+        )
+
+    def top(self, k: int = _TOP) -> list[Place]:
+        """The k places with the largest scores by magnitude, the largest first."""
+        check_counts(k=k)
+        order = self.scores.abs().flatten().argsort(descending=True, stable=True)[:k].tolist()
+        _, n_slots, n_heads = self.scores.shape
+        places = []
+        for flat in order:
+            layer, rest = divmod(flat, n_slots * n_heads)
+            slot, head = divmod(rest, n_heads)
+            score = float(self.scores[layer, slot, head])
+            measured = None if self.knock_out is None else float(self.knock_out[layer, slot, head])
+            places.append(Place(self.location.layers[layer], slot, head, score, measured))
+        return places
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it; correlations that are not defined are None."""
+        agreement = None if self.agreement is None else self.agreement._asdict()
+        if agreement is not None:
+            agreement = {name: value if math.isfinite(value) else None for name, value in agreement.items()}
+        return {
+            "n_examples": self.n_examples,
+            "logit_difference": self.logit_difference,
+            "objective": None if self.objective is None else asdict(self.objective),
+            "agreement": agreement,
+            "location": self.location.to_dict(),
+            "scores": self.scores.tolist(),
+            "knock_out": None if self.knock_out is None else self.knock_out.tolist(),
+        }
+
+    def heatmap(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
+        """Draw prediction and measurement; see `plots.attribution`."""
+        from ...plots import attribution as draw
+
+        return draw(self, path, **options)
+
+
+def attribution(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    site: str = "head",
+    layers: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
+    intervention: ActivScalar | None = None,
+    objective: Objective | None = None,
+    knock_out: bool = True,
+    batch_size: int = 32,
+    cache_bytes: int = CACHE_BYTES,
+    progress: bool = True,
+) -> Attribution:
+    """What each head (or whole site) contributes to the examples' answers.
+
+    With y = h·(1 + β·α) the gradient of a metric at α = 0 is dL/dα = β·⟨h, dL/dy⟩, summed over tokens: attribution
+    patching towards zero activations, for all heads at once, from one forward and one backward pass. The metric is the
+    mean over examples of the logit difference z[c] − z[w].
+
+    Sign: a score is the derivative of that mean with respect to α at β = 1. A head with a positive score speaks for the
+    correct answer: amplifying it raises the difference, and removing it (β·α = −1) is predicted to change it by
+    −score. The knock-out removes one head at a time and measures that change: all heads of a layer run as row groups of
+    the same passes, from the hidden states that the frozen model had there.
+
+    Args:
+        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was, and
+            one that is compiled runs uncompiled.
+        examples: prompts with their two answers.
+        site, layers, positions: as `ActivScalar.for_model` takes them.
+        intervention: its location instead of these three; its values are neither read nor changed.
+        objective: the scores are the gradient of its E + λ_F·F at α = 0 instead, that of the first step of `fit` on all
+            examples. The knock-out still measures the logit difference, so that there is no agreement to state.
+        knock_out: measure too: rows = heads × prompts through the layers above each.
+        batch_size: prompts that share a pass of the gradient, at most.
+        cache_bytes: memory for the frozen model's hidden states; more prompts take their turn.
+        progress: show a progress bar.
+
+    Returns:
+        Attribution, its tensors on the CPU.
+
+    Raises:
+        TypeError, ValueError: bad arguments or examples (see `EncodedExamples`), an intervention of another model, or
+            given together with a place.
+        RuntimeError: under torch.inference_mode(), which gradients cannot be enabled in.
+
+    Example:
+        >>> result = af.attribution(model, tokenizer, examples)
+        >>> print(result.agreement, result.top(5))
+        >>> result.heatmap("attribution.png")
+    """
+    check_counts(batch_size=batch_size)
+    check_bytes(cache_bytes=cache_bytes)
+    refuse_inference_mode("attribution")
+    if intervention is None:
+        scalars = ActivScalar.for_model(model, site=site, layers=layers, positions=positions)  # type: ignore[arg-type]
+    else:
+        if (site, layers, positions) != ("head", None, None):
+            raise ValueError("intervention: given together with site, layers or positions, expected one or the other")
+        scalars = _at_rest(intervention)
+    data = EncodedExamples(examples, tokenizer, model, scalars.location.paths)
+    patch(model, scalars).remove()  # refuses another model's place before any work; moves to this model's device
+    of_objective: Tensor | None = None
+    with torch.enable_grad():
+        if objective is not None:
+            accumulate = -(-len(data) // batch_size)
+            engine = Engine(
+                model, data, scalars, [checked_objective(objective)], cache_bytes=cache_bytes, accumulate=accumulate
+            )
+            with engine:
+                _, (of_objective,) = engine.gradients([Share(range(len(data)), objective)])
+        elif not skipped():
+            gradient_on_trial(model, data, scalars)
+        with frozen(model), Removals(model, data, scalars, batch_size, cache_bytes) as removals:
+            found = removals.run(gradient=objective is None, knock_out=knock_out, progress=progress)
+    scores = found.gradient if of_objective is None else of_objective
+    assert scores is not None
+    return Attribution(
+        scores.detach().float().cpu(), found.changes, scalars.location, len(data), found.difference, objective
+    )
+
+
+def _at_rest(intervention: Any) -> ActivScalar:
+    """New scalars, all 0, at the intervention's location."""
+    if not isinstance(intervention, ActivScalar):
+        raise TypeError(f"intervention: got {type(intervention).__name__}, expected an ActivScalar or None")
+    return ActivScalar(checked_location(intervention), device=intervention.device)
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, of two vectors; NaN where one of them is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size > 0 else math.nan
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Places in ascending order from 1; equal values share the mean of theirs."""
+    _, where, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[where]

@@ -1,0 +1,190 @@
+"""The passes of an attribution: a gradient at α = 0, and every head removed once, from the layer where it stands.
+
+A piece is as many prompts as memory allows. One forward pass of the frozen model over it, with scalars that are 0,
+gives the logit differences, their gradient and the hidden states below each chosen layer. The knock-outs of a layer
+then start there: rows = prompts × (slots · heads), each of which reads its own row of a stack of one-hot α = −1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from ...architectures.layout import embedding_weight, layout
+from ...frozen.batching import Batch, forward_arguments
+from ...frozen.shortcuts import opened
+from ...interventions import ActivScalar
+from ...patching.patch import Patch
+from ..encoded_examples import EncodedExamples
+from ..engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Tokens in one pass. Forward passes of SmolLM2-135M's upper half on two cores take the same time, to 10 %, with 512,
+#: 1024 and 2048. A GPU needs a bound too, because all heads times all prompts may not fit (not measured).
+_PASS_TOKENS_GPU = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Means over all examples."""
+
+    difference: float  # z[c] − z[w] of the frozen model
+    gradient: Tensor | None  # [L, P, H]
+    changes: Tensor | None  # fp32 [L, P, H] on the CPU
+
+
+class Removals:
+    """Runs the passes; a context manager, inside which the model (frozen already) has gates at its layers.
+
+    Args:
+        model: a causal language model; the one inside a wrapper runs.
+        data: its examples, encoded.
+        scalars: all 0.
+        batch_size: prompts in a piece, at most.
+        cache_bytes: for the hidden states of a piece; a single prompt may exceed it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, data: EncodedExamples, scalars: ActivScalar, batch_size: int, cache_bytes: int
+    ) -> None:
+        self.data, self.scalars = data, scalars
+        self.batch_size, self.cache_bytes = batch_size, cache_bytes
+        self.location = scalars.location
+        self.found = layout(model, self.location.paths)
+        self.on_cpu = data.device.type == "cpu"
+        self.max_tokens = PASS_TOKENS_CPU if self.on_cpu else _PASS_TOKENS_GPU
+        self.starts = [self.location.first_changed(layer) for layer in self.location.layers]
+        #: Slots of the prompt times heads; no example has generated tokens.
+        self.n_groups = (self.location.n_slots - self.location.generated) * self.location.n_heads
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        arguments = forward_arguments(self._model, self.data.batch([0]))
+        self.head, self.section = self._open.enter_context(opened(self.found, self._model, arguments))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    @property
+    def _model(self) -> Any:
+        return self.found.model
+
+    def run(self, *, gradient: bool, knock_out: bool, progress: bool) -> Found:
+        """All pieces, one after the other."""
+        from tqdm.auto import tqdm
+
+        n_layers, n_slots, n_heads = self.scalars.alpha.shape
+        total = torch.zeros_like(self.scalars.alpha)
+        difference, changes = 0.0, torch.zeros(n_layers, n_slots, n_heads, dtype=torch.float64, device="cpu")
+        of_prompts = changes[:, : self.n_groups // n_heads]
+        pieces = self._pieces(knock_out)
+        steps = len(pieces) * (1 + (n_layers if knock_out else 0))
+        with tqdm(total=steps, desc="attribution", disable=not progress, dynamic_ncols=True) as bar:
+            for rows in pieces:
+                batch = self.data.batch(rows)
+                before, added, hidden = self._frozen(rows, batch, gradient, knock_out)
+                difference += float(before.cpu().double().sum())
+                if added is not None:
+                    total += added
+                bar.update()
+                if knock_out:
+                    after = []
+                    for index in range(n_layers):
+                        after.append(self._removed(index, rows, batch, hidden))
+                        bar.update()
+                    change = (torch.stack(after) - before[:, None]).cpu().double().sum(1)  # [L, n_groups]
+                    of_prompts += change.unflatten(1, (-1, n_heads))
+        n = len(self.data)
+        return Found(
+            difference / n,
+            total / n if gradient else None,
+            (changes / n).float() if knock_out else None,
+        )
+
+    def _pieces(self, knock_out: bool) -> list[list[int]]:
+        """The examples in parts of similar length, each within the bounds."""
+        lengths = [len(prompt) for prompt in self.data.prompts]
+        pieces = []
+        # Each prompt runs once for every group: that is what a column of padding costs.
+        weight, cost = self.n_groups if knock_out else 1, PASS_COST_CPU if self.on_cpu else PASS_COST_GPU
+        cost = cost if self.data.pads else 0  # then every length has passes of its own
+        for rows in plan(lengths, weight=weight, pass_cost=cost, max_tokens=None):
+            longest = max(lengths[row] for row in rows)
+            most = min(self.batch_size, self.max_tokens // longest)
+            if knock_out:
+                kept = len({start for start in self.starts if start}) * longest * self._token_bytes()
+                most = min(most, self.cache_bytes // max(kept, 1))
+            size = even_size(len(rows), most)
+            pieces += [rows[first : first + size] for first in range(0, len(rows), size)]
+        return pieces
+
+    def _token_bytes(self) -> int:
+        """Of one hidden state."""
+        weight = embedding_weight(self._model)
+        return int(self.found.hidden_size * weight.element_size())
+
+    def _frozen(
+        self, rows: Sequence[int], batch: Batch, gradient: bool, knock_out: bool
+    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """Of the frozen model: z[c] − z[w] [B], the gradient of its sum, hidden states by the layer that they enter."""
+        wanted = sorted({start for start in self.starts if start}) if knock_out else []
+        with torch.set_grad_enabled(gradient), Patch(self._model, self.scalars) as patched:
+            output, noted = self._pass(patched, batch, wanted=wanted)
+            difference = self._difference(output, rows)
+            added = torch.autograd.grad(difference.sum(), self.scalars.alpha)[0] if gradient else None
+        return difference.detach(), added, {start: hidden.detach() for start, hidden in noted.items()}
+
+    @torch.no_grad()
+    def _removed(self, index: int, rows: Sequence[int], batch: Batch, hidden: dict[int, Tensor]) -> Tensor:
+        """z[c] − z[w] [B, n_groups] with one (slot, head) of the index-th chosen layer removed."""
+        n_items = len(rows) * self.n_groups
+        size = even_size(n_items, self.max_tokens // batch.input_ids.shape[1])
+        start = self.starts[index]
+        differences = []
+        with Patch(self._model, self._one_hot(index), group=torch.zeros(0, dtype=torch.int64, device="cpu")) as patched:
+            for items in torch.arange(n_items, device="cpu").split(size):
+                place, patched.group = items // self.n_groups, items % self.n_groups
+                part = batch.take(place.to(batch.input_ids.device))
+                states = hidden[start][place.to(hidden[start].device)] if start else None
+                output, _ = self._pass(patched, part, first=start, hidden=states)
+                differences.append(self._difference(output, [rows[row] for row in place.tolist()]))
+        return torch.cat(differences).view(len(rows), self.n_groups)
+
+    def _pass(self, patched: Patch, batch: Batch, **options: Any) -> tuple[Tensor, dict[int, Tensor]]:
+        """One run of the section, all of whose columns are prompt."""
+        with patched.prompt(batch.input_ids.shape[1], batch.attention_mask if batch.padded else None):
+            return self.section.run(forward_arguments(self._model, batch), **options)
+
+    def _one_hot(self, index: int) -> ActivScalar:
+        """A stack for the index-th chosen layer; its g-th part removes the g-th (slot, head)."""
+        location = replace(self.location, layers=(self.location.layers[index],))
+        stack = ActivScalar(location, n_groups=self.n_groups, device=self.scalars.device).requires_grad_(False)
+        stack.alpha.view(self.n_groups, -1).fill_diagonal_(-1.0)
+        return stack
+
+    def _difference(self, output: Tensor, rows: Sequence[int]) -> Tensor:
+        """z[c] − z[w] [B] in fp32 or wider, from two rows of the head, or from the logits where there is none."""
+        correct, wrong = self.data.correct[list(rows)], self.data.wrong[list(rows)]
+        ids = torch.stack([correct, wrong], -1)  # [B, 2]
+        wide = torch.promote_types(output.dtype, torch.float32)
+        if self.head is None:
+            pair = output.gather(-1, ids.to(output.device)).to(wide)
+        else:
+            weight, bias = self.head.weight, self.head.bias
+            ids, output = ids.to(weight.device), output.to(weight.device)
+            pair = (weight[ids].to(wide) * output.to(wide)[:, None]).sum(-1)  # [B, 2, d] · [B, 1, d]
+            pair = self.head.scale * (pair if bias is None else pair + bias[ids].to(wide))
+            if self.head.softcap is not None:
+                pair = self.head.softcap * torch.tanh(pair / self.head.softcap)
+        return pair[:, 0] - pair[:, 1]

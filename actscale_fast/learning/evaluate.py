@@ -1,0 +1,202 @@
+"""What an intervention does to examples, beside the frozen model: effectiveness, faithfulness, minimality."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..architectures.layout import layout
+from ..das.boundless_das import BoundlessDAS
+from ..das.sources import interchanges_of, source_activations, source_texts
+from ..frozen.batching import Batch, forward_arguments
+from ..frozen.shortcuts import opened
+from ..interventions import Intervention
+from ..modules.evaluation_mode import frozen
+from ..patching.patch import patch
+from ..tasks.examples import Example
+from .encoded_examples import EncodedExamples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Means over examples. "Correct" is z[c] > z[w]: the correct answer's logit is above the wrong one's."""
+
+    n_examples: int
+    flip_to_correct: float  # share of examples with z[c] > z[w] under β = +1
+    flip_to_wrong: float  # share of examples with z[w] > z[c] under β = −1
+    logit_difference: float  # mean z[c] − z[w] under β = +1
+    logit_difference_inverted: float  # mean z[c] − z[w] under β = −1
+    kl: float  # mean of the two below, in nats
+    kl_correct: float  # mean KL(p₀ ‖ p₊) over V∖{c, w} under β = +1
+    kl_wrong: float  # the same under β = −1
+    top1: float  # share of examples and both directions whose most likely other token is that of the frozen model
+    n_active: int  # scalars that are not exactly zero
+    n_scalars: int
+    l1: float
+    baseline: Evaluation | None = None  # the frozen model (β = 0) on the same examples
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(label, before, after) for a table; "before" is empty where there is no baseline."""
+        labels = {
+            "flip_to_correct": ("correct under β = +1", "{:.2f}"),
+            "flip_to_wrong": ("wrong under β = −1", "{:.2f}"),
+            "logit_difference": ("logit difference, β = +1", "{:+.2f}"),
+            "logit_difference_inverted": ("logit difference, β = −1", "{:+.2f}"),
+            "kl_correct": ("KL of the other tokens, β = +1", "{:.3f}"),
+            "kl_wrong": ("KL of the other tokens, β = −1", "{:.3f}"),
+            "kl": ("KL, mean of both", "{:.3f}"),
+            "top1": ("most likely other token kept", "{:.2f}"),
+            "n_active": (f"active scalars of {self.n_scalars}", "{:d}"),
+            "l1": ("ℓ1 norm", "{:.2f}"),
+        }
+        rows = []
+        for name, (label, form) in labels.items():
+            before = form.format(getattr(self.baseline, name)) if self.baseline else ""
+            rows.append((label, before, form.format(getattr(self, name))))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, the baseline's nested, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`. Raises TypeError where fields are missing or unknown."""
+        baseline = data.get("baseline")
+        return cls(**data | {"baseline": None if baseline is None else cls.from_dict(baseline)})
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    intervention: Intervention,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Evaluation:
+    """Run examples without the intervention and with it at β = +1 and β = −1, and compare.
+
+    Args:
+        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
+        examples: prompts with their two answers. An interchange (`BoundlessDAS`) needs their `source` too: with the
+            counterfactual answer as `correct`, `flip_to_correct` is its interchange accuracy between the two answers,
+            and β = −1 steers away from the source. Other interventions ignore sources.
+        intervention: what is evaluated, for example a fitted `ActivScalar`.
+        batch_size: prompts in one forward pass (both directions together make twice as many rows).
+        progress: show a progress bar.
+
+    Raises:
+        TypeError, ValueError: bad arguments or examples (see `EncodedExamples`; for an interchange also one without a
+            source), an intervention made for another model.
+    """
+    return evaluate_all(model, tokenizer, examples, [intervention], batch_size=batch_size, progress=progress)[0]
+
+
+@torch.no_grad()
+def evaluate_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    interventions: Sequence[Intervention],
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[Evaluation]:
+    """`evaluate` for several interventions on the same examples; the frozen model runs once."""
+    from tqdm.auto import tqdm
+
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size!r}, expected a positive integer")
+    for intervention in interventions:
+        if not isinstance(intervention, Intervention):
+            raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
+    paths = interventions[0].paths
+    found = layout(model, paths)
+    data = EncodedExamples(examples, tokenizer, model, paths)
+    sources: dict[BoundlessDAS, Tensor] = {}
+    for das in dict.fromkeys(das for intervention in interventions for das in interchanges_of(intervention)):
+        texts = source_texts(data.examples)
+        sources[das] = source_activations(model, tokenizer, das, texts, batch_size=batch_size, progress=progress)
+    rows: list[Tensor] = []  # [B, I, 7] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1, top token kept at +1, −1
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        head, section = stack.enter_context(opened(found, model, forward_arguments(model, data.batch([0]))))
+
+        def logits(batch: Batch) -> Tensor:
+            output = section.run(forward_arguments(model, batch))[0]
+            return output if head is None else head.logits(output)
+
+        for batch_rows in tqdm(data.by_length(batch_size), desc="evaluate", disable=not progress, leave=False):
+            batch = data.batch(batch_rows)
+            reference = logits(batch)
+            direction = torch.tensor([1.0, -1.0], dtype=torch.float32, device=data.device).repeat_interleave(
+                len(batch_rows)
+            )
+            correct, wrong, signs = (
+                t.to(reference.device) for t in (data.correct[batch_rows], data.wrong[batch_rows], direction)
+            )
+            before, both = _difference(reference, correct, wrong), reference.repeat(2, 1)
+            answers, top = (correct.repeat(2), wrong.repeat(2)), _top_other(reference, correct, wrong).repeat(2)
+            found_rows = []
+            for intervention in interventions:
+                with contextlib.ExitStack() as applied:
+                    for das in interchanges_of(intervention):
+                        applied.enter_context(das.interchange(sources[das][batch_rows].repeat(2, 1, 1, 1, 1)))
+                    applied.enter_context(patch(model, intervention, strength=direction))
+                    steered = logits(batch.repeat(2))
+                kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
+                differences = _difference(steered, *answers).view(2, -1)
+                kept = _top_other(steered, *answers) == top
+                found_rows.append(torch.stack([before, *differences, *kl.view(2, -1), *kept.float().view(2, -1)], -1))
+            rows.append(torch.stack(found_rows, 1))
+    evaluations = []
+    for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
+        start, plus, minus, kl_correct, kl_wrong, *tops = values.unbind(-1)
+        none = values.new_zeros(1)
+        baseline = _summary(intervention, start, start, none, none, none + 1)
+        after = _summary(intervention, plus, minus, kl_correct, kl_wrong, torch.cat(tops))
+        evaluations.append(replace(after, baseline=replace(baseline, n_active=0, l1=0.0)))
+    return evaluations
+
+
+def _summary(
+    intervention: Intervention, plus: Tensor, minus: Tensor, kl_correct: Tensor, kl_wrong: Tensor, kept: Tensor
+) -> Evaluation:
+    """Means: z[c] − z[w] under β = +1 (`plus`) and −1 (`minus`), both divergences, each [N]; `kept` [2·N]."""
+    return Evaluation(
+        n_examples=len(plus),
+        flip_to_correct=float((plus > 0).double().mean()),
+        flip_to_wrong=float((minus < 0).double().mean()),
+        logit_difference=float(plus.mean()),
+        logit_difference_inverted=float(minus.mean()),
+        kl=float(torch.cat([kl_correct, kl_wrong]).mean()),
+        kl_correct=float(kl_correct.mean()),
+        kl_wrong=float(kl_wrong.mean()),
+        top1=float(kept.mean()),
+        n_active=intervention.n_active,
+        n_scalars=intervention.n_parameters,
+        l1=intervention.l1,
+    )
+
+
+def _top_other(logits: Tensor, correct: Tensor, wrong: Tensor) -> Tensor:
+    """The most likely token besides the two answers, int64 [B]."""
+    top = logits.topk(min(3, logits.shape[-1])).indices  # [B, 3]: one of them is neither
+    answer = (top == correct[:, None]) | (top == wrong[:, None])
+    return top.gather(-1, answer.long().argmin(-1, keepdim=True)).squeeze(-1)
+
+
+def _difference(logits: Tensor, correct: Tensor, wrong: Tensor) -> Tensor:
+    columns = torch.stack([correct, wrong], -1)
+    difference: Tensor = logits.gather(-1, columns).to(torch.float32).diff(dim=-1)
+    return -difference.squeeze(-1)

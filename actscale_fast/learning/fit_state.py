@@ -1,0 +1,235 @@
+"""The state of one fit: parameters, their moments, history and checkpoint. Knows nothing of models."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..interventions import Intervention
+from . import checkpoint as checkpoints
+from .distributed import ALONE, World
+from .fit_settings import FitSettings
+from .objective import Objective
+
+#: Steps whose figures a GPU may still owe before the host waits for them.
+_AHEAD = 8
+_FIGURES = ("effectiveness", "faithfulness", "minimality", "n_active", "moved")
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that was taken and whose figures are on their way from the device."""
+
+    number: int
+    lr: float
+    figures: Tensor  # float64 [6] on the host: those of _FIGURES, and whether the gradient was finite
+    ready: Any  # a CUDA event; None: they are there
+    before: dict[str, Tensor]  # the state that the step began with
+
+
+class Run:
+    """One fit under way: `update` takes a step's terms and gradients, `history` tells what came of it.
+
+    Args:
+        intervention: learned in place; its parameters are the starting point.
+        objective, settings: of the fit.
+        rows: the examples of this fit among those of the engine.
+        checkpoint: a file for the state, or None.
+        identity: what else must be the same where that file is resumed.
+        name: for messages.
+    """
+
+    def __init__(
+        self, intervention: Intervention, objective: Objective, settings: FitSettings, rows: Sequence[int], *,
+        checkpoint: str | os.PathLike[str] | None = None, identity: dict[str, Any] | None = None, name: str = "",
+    ) -> None:  # fmt: skip
+        self.intervention, self.objective, self.settings, self.examples = intervention, objective, settings, list(rows)
+        self.checkpoint, self.name = checkpoint, name
+        self.identity = settings.to_dict() | (identity or {})
+        self.named = {name: value for name, value in intervention.named_parameters() if value.requires_grad}
+        if not self.named:
+            raise ValueError(f"intervention: {type(intervention).__name__} has no parameters that require a gradient")
+        self.values = list(self.named.values())
+        self.moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in self.values]
+        self.counters = [torch.zeros((), dtype=torch.float32, device=value.device) for value in self.values]
+        self.history: list[dict[str, float]] = []
+        self.taken = 0  # steps, those whose figures are not known yet among them
+        self._l1 = intervention.l1
+        self._owed: deque[_Step] = deque()
+        self._whole = True  # parameters, moments and counters are of one step
+        self._saved = -1
+
+    def done(self) -> bool:
+        """Whether all steps are taken, or `tolerance` and `patience` say that no more are needed."""
+        return self._ends(self.taken, self.history)
+
+    def _ends(self, taken: int, history: list[dict[str, float]]) -> bool:
+        if taken >= self.settings.steps:
+            return True
+        tolerance, patience = self.settings.tolerance, self.settings.patience
+        if tolerance is None or len(history) < patience:
+            return False
+        return all(record["moved"] <= tolerance for record in history[-patience:])
+
+    def rows(self) -> list[int]:
+        """The examples of the next step."""
+        return [self.examples[row] for row in self.settings.rows(len(self.examples), self.taken)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step changes."""
+        state: dict[str, Tensor] = {}
+        for (name, value), (first, second), step in zip(self.named.items(), self.moments, self.counters, strict=True):
+            state |= {name: value.data, f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": step}
+        return state
+
+    def update(self, terms: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Take a step: Adam and the proximal step of the ℓ1 norm.
+
+        Args:
+            terms: effectiveness, faithfulness and the ℓ1 norm of produced scalars [3] of the state that the step begins
+                with.
+            gradients: of E + λ_F·F, one a parameter.
+
+        Raises:
+            FloatingPointError: a term or gradient of this step, or on a GPU of one a few steps ago, is not finite. The
+                parameters are then those that the step began with.
+        """
+        lr = self.settings.rate(self.taken)
+        before = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        of_parameters = self.objective.sparsity == "parameters"
+        l1 = self.objective.minimality if of_parameters else 0.0
+        home = self.values[0].device  # parts of a composite may lie on several
+        finite = torch.stack([gradient.isfinite().all().to(home) for gradient in gradients]).all()
+        self._whole = False
+        for value, gradient, moments, counter in zip(self.values, gradients, self.moments, self.counters, strict=True):
+            ops.proximal_adam_(value.data, gradient, *moments, counter, lr=lr, l1=l1, betas=self.settings.betas)
+        values = torch.cat([value.detach().flatten().to(home) for value in self.values]).double()
+        moved = values - torch.cat([before[name].flatten().to(home) for name in self.named])
+        effectiveness, faithfulness, produced = terms.to(values.device).double().unbind()
+        norm = values.abs().sum() if of_parameters else produced
+        figures = torch.stack(
+            [effectiveness, faithfulness, norm, values.count_nonzero().double(),
+             moved.abs().max(), finite.double()]
+        )  # fmt: skip
+        self._owed.append(_Step(self.taken, lr, *_to_host(figures), before))
+        self.taken += 1
+        self._whole = True
+        # An early stop must not depend on when a GPU's figures arrive.
+        self.read(wait=len(self._owed) > _AHEAD or self.settings.tolerance is not None)
+
+    def read(self, *, wait: bool) -> None:
+        """Move the figures that have arrived into the history; `wait` for all of them."""
+        while self._owed and (wait or self._owed[0].ready is None or self._owed[0].ready.query()):
+            step = self._owed[0]
+            if self.history and self.history[-1]["step"] == step.number:  # interrupted right here before
+                self._owed.popleft()
+                continue
+            if step.ready is not None:
+                step.ready.synchronize()
+            *figures, finite = step.figures.tolist()
+            record = dict(zip(_FIGURES, figures, strict=True))
+            self._stop_at_non_finite(step, record, bool(finite))
+            terms = {name: record[name] for name in ("effectiveness", "faithfulness")}
+            objective = self.objective
+            loss = terms["effectiveness"] + objective.faithfulness * terms["faithfulness"]
+            l1 = self._l1 if objective.sparsity == "parameters" else record["minimality"]
+            self.history.append(
+                {
+                    "step": step.number,
+                    "loss": loss + objective.minimality * l1,
+                    **terms,
+                    "minimality": record["minimality"],
+                    "n_active": int(record["n_active"]),
+                    "moved": record["moved"],
+                    "lr": step.lr,
+                }
+            )
+            self._l1 = record["minimality"]
+            self._owed.popleft()
+
+    def resume(self, world: World = ALONE) -> bool:
+        """Continue from the checkpoint where there is one; whether that was so.
+
+        Of several processes on one fit the leading one alone reads the file, and all begin with its state.
+
+        Raises:
+            ValueError: a checkpoint that is damaged or of another fit; processes with different fits.
+            OSError: a checkpoint that cannot be read, or of a fit with steps to take that cannot be written.
+        """
+        state: checkpoints.FitState | None = None
+        error: ValueError | OSError | None = None
+        if self.checkpoint is not None and world.leads:
+            try:
+                state = checkpoints.load(self.checkpoint, self.identity, self.tensors())
+                if state is None or not self._ends(state.step, state.history):
+                    checkpoints.check_place(self.checkpoint, self.tensors())
+            except (ValueError, OSError) as found:
+                error = found
+        resumed = state is not None
+        if world.size > 1:
+            state, resumed, error = self._agree(world, state, error)
+        if error is not None:
+            raise error
+        if state is None:
+            return False
+        checkpoints.restore(state, self.tensors())
+        self.history = state.history
+        self.taken = len(state.history)
+        self._saved = self.taken if resumed else -1
+        self._l1 = self.intervention.l1
+        return resumed
+
+    def _agree(
+        self, world: World, state: checkpoints.FitState | None, error: ValueError | OSError | None
+    ) -> tuple[checkpoints.FitState, bool, ValueError | OSError | None]:
+        """(where the leading process begins, whether that is its checkpoint, what is wrong), the same in all."""
+        tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
+        mine = state or checkpoints.FitState(0, tensors, [])
+        found = world.gather((self.identity, mine if world.leads else None, state is not None, error))
+        identity, first, resumed, error = found[0]
+        others = sorted({name for other, *_ in found for name in other if other[name] != identity.get(name)})
+        if others and error is None:
+            error = ValueError(f"distributed: the processes have different fits: {', '.join(others)} differ")
+        return first, resumed, error
+
+    def save(self) -> None:
+        """Write the checkpoint. Within an update the file stays the one to resume from."""
+        if self.checkpoint is None or not self._whole:
+            return
+        self.read(wait=True)
+        if self._saved != self.taken:
+            checkpoints.save(
+                self.checkpoint, checkpoints.FitState(self.taken, self.tensors(), self.history), self.identity
+            )
+            self._saved = self.taken
+
+    def _stop_at_non_finite(self, step: _Step, record: dict[str, float], gradient_is_finite: bool) -> None:
+        bad = next((name for name in ("effectiveness", "faithfulness") if not math.isfinite(record[name])), None)
+        if bad is None and gradient_is_finite:
+            return
+        for name, tensor in self.tensors().items():
+            tensor.copy_(step.before[name])
+        self._owed.clear()
+        self.taken = step.number
+        what = f"the {bad} term is {record[bad]}" if bad else "a gradient is not finite"
+        where = f"{self.name}: " if self.name else ""
+        raise FloatingPointError(f"{where}step {step.number}: {what}; the parameters are from the step before")
+
+
+def _to_host(figures: Tensor) -> tuple[Tensor, Any]:
+    """(the figures on the host, the event after which they are there)."""
+    if figures.device.type != "cuda":
+        return figures.cpu(), None
+    there = torch.empty(figures.shape, dtype=figures.dtype, device="cpu", pin_memory=True)
+    there.copy_(figures, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return there, event

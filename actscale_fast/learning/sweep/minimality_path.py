@@ -1,0 +1,97 @@
+"""Where a path of minimality weights begins: at the smallest one that keeps every scalar at 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ... import defaults
+from ...interventions import ActivScalar, Intervention
+from ...tasks.examples import Example
+from ..encoded_examples import EncodedExamples
+from ..engine import Engine, Share
+from ..fit import checked_location, checked_objective, refuse_inference_mode
+from ..fit_settings import FitSettings, check_counts, finite_number
+from ..objective import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: What the largest weight is raised by: fits of a sweep share passes, whose shapes round gradients differently.
+_ROUNDING = 1e-3
+
+
+def minimality_path(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    n: int = 8,
+    *,
+    smallest: float = 0.02,
+    objective: Objective | None = None,
+    intervention: Intervention | None = None,
+    steps: int = defaults.STEPS,
+    batch_size: int = defaults.BATCH_SIZE,
+    seed: int = defaults.SEED,
+    betas: tuple[float, float] = (0.9, 0.99),
+) -> list[float]:
+    """Weights λ_M from the one that keeps every scalar at 0 down, evenly spread on a logarithmic scale.
+
+    Of a fit from α = 0 with these steps and batches: while α stays 0 its batches have gradients g_t that are known
+    beforehand, and Adam's update leaves every scalar at 0 where λ_M ≥ max |m̂_t|, their bias-corrected running mean. The
+    first weight is the largest of these over the steps, plus a thousandth for rounding; below it some scalar moves. A
+    lasso's path begins there too (Friedman, Hastie and Tibshirani 2010, section 2.5). It takes the forward and backward
+    passes of `steps` steps; one where a batch holds all examples.
+
+    Args:
+        model, tokenizer, examples: as `fit` takes them.
+        n: how many.
+        smallest: the last one, as a share of the first.
+        objective: its other fields count; `Objective()` where None.
+        intervention: what is to be fitted, default `ActivScalar.for_model(model)`; its values do not matter.
+        steps, batch_size, seed, betas: those of the fits, as `fit` and `sweep` take them.
+
+    Returns:
+        n numbers, the largest first.
+
+    Raises:
+        TypeError, ValueError: bad arguments or examples, a gradient that is 0.
+        RuntimeError: under torch.inference_mode().
+
+    Example:
+        >>> path = af.minimality_path(model, tokenizer, train)
+        >>> af.sweep(model, tokenizer, train, {"minimality": path}, warm_start=True)
+    """
+    check_counts(n=n)
+    settings = FitSettings(steps=steps, batch_size=batch_size, seed=seed, betas=betas)
+    refuse_inference_mode("minimality_path")
+    share = finite_number(smallest)
+    if share is None or not 0 < share < 1:
+        raise ValueError(f"smallest: got {smallest!r}, expected a number between 0 and 1")
+    objective = checked_objective(objective)
+    if objective.sparsity != "parameters":
+        raise ValueError("objective: sparsity='scalars' makes no parameter exactly 0, so that no path begins there")
+    given = ActivScalar.for_model(model) if intervention is None else intervention
+    location = checked_location(given)
+    start = type(given)(location, device=given.device)  # at 0
+    data = EncodedExamples(examples, tokenizer, model, location.paths)
+    with torch.enable_grad(), Engine(model, data, start, [objective]) as engine:
+        largest = _largest_mean(engine, objective, settings, len(data))
+    if not largest > 0:
+        raise ValueError("examples: the objective's gradient at 0 is 0 in every scalar, expected one that is not")
+    return [(1 + _ROUNDING) * largest * share ** (index / max(n - 1, 1)) for index in range(n)]
+
+
+def _largest_mean(engine: Engine, objective: Objective, settings: FitSettings, n_examples: int) -> float:
+    """max |m̂_t| over the steps t of a fit and all scalars, its gradients taken at α = 0."""
+    means: list[torch.Tensor] = []
+    largest, decay = 0.0, settings.betas[0]
+    for step in range(settings.steps if settings.batch_size < n_examples else 1):
+        _, gradients = engine.gradients([Share(settings.rows(n_examples, step), objective)])
+        means = means or [torch.zeros_like(gradient, dtype=torch.float64) for gradient in gradients]
+        for mean, gradient in zip(means, gradients, strict=True):
+            mean.mul_(decay).add_(gradient.double(), alpha=1 - decay)
+            largest = max(largest, float(mean.abs().max()) / (1 - decay ** (step + 1)))
+    return largest

@@ -1,0 +1,143 @@
+"""What a sweep leaves: its fits, their scores, their front and their table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+from ...interventions import Intervention
+from ..evaluate import Evaluation
+from .grid import Point
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Score = Literal["flips", "effectiveness"]
+
+
+@dataclass(slots=True)
+class SweepFit:
+    """One fit of a sweep."""
+
+    label: str
+    chosen: dict[str, Any]  # what the grid says of it
+    task: str | None
+    settings: dict[str, Any]  # of the fit, the objective's fields among them
+    intervention: Intervention = field(repr=False)
+    history: list[dict[str, float]] = field(repr=False)
+    folder: str  # its name in the sweep's folder
+    evaluation: Evaluation | None = field(default=None, repr=False)
+    error: str | None = None  # why it stopped before its end
+
+    @classmethod
+    def of(
+        cls, point: Point, intervention: Intervention, history: list[dict[str, float]], error: str | None = None
+    ) -> Self:
+        objective = asdict(point.objective) | {"directions": list(point.objective.directions)}
+        settings = point.settings.to_dict() | objective
+        chosen = jsonable(point.chosen)
+        return cls(point.label, chosen, point.task, settings, intervention, history, point.folder, error=error)
+
+    @property
+    def n_active(self) -> int:
+        """Scalars that are not exactly zero."""
+        return self.intervention.n_active
+
+    def score(self, by: Score) -> float:
+        """How effective the fit is, larger is better.
+
+        Args:
+            by: "flips": the mean of both flip rates on the held-out examples; "effectiveness": −E of the last step on
+                its training batch, in logits.
+
+        Raises:
+            ValueError: an unknown score, or flips of a fit that was not evaluated.
+        """
+        if by not in get_args(Score):
+            raise ValueError(f"by: got {by!r}, expected one of {', '.join(get_args(Score))}")
+        if by == "effectiveness":
+            return -self.history[-1]["effectiveness"]
+        if self.evaluation is None:
+            raise ValueError(f"by: got 'flips', but {self.label} was not evaluated; sweep(..., evaluate_on=…)")
+        return (self.evaluation.flip_to_correct + self.evaluation.flip_to_wrong) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary of the fit, for JSON."""
+        last = self.history[-1] if self.history else {}
+        return {
+            "label": self.label,
+            "chosen": self.chosen,
+            "task": self.task,
+            "settings": self.settings,
+            "folder": self.folder,
+            "steps": len(self.history),
+            "n_active": self.n_active,
+            "n_scalars": self.intervention.n_parameters,
+            "l1": self.intervention.l1,
+            "last": last,
+            "error": self.error,
+            "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
+        }
+
+
+@dataclass(slots=True)
+class SweepResult:
+    """The fits of a sweep, in the order of its grid."""
+
+    fits: list[SweepFit]
+    #: Of this call; fits that were finished before take none.
+    seconds: float
+
+    @property
+    def best_score(self) -> Score:
+        """The score that `pareto` and the plot take by themselves: flips where all fits were evaluated."""
+        return "flips" if all(fit.evaluation is not None for fit in self._whole()) else "effectiveness"
+
+    def pareto(self, by: Score | None = None) -> list[SweepFit]:
+        """The fits that no other one beats in both, sorted by the number of active scalars.
+
+        Args:
+            by: the score set against the number of active scalars (see `SweepFit.score`); default `best_score`.
+        """
+        score = by or self.best_score
+        front: list[SweepFit] = []
+        for fit in sorted(self._whole(), key=lambda fit: (fit.n_active, -fit.score(score))):
+            if not front or fit.score(score) > front[-1].score(score):
+                front.append(fit)
+        return front
+
+    def plot(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
+        """Draw the fits and the front; see `plots.pareto`."""
+        from ... import plots
+
+        return plots.pareto(self, path, **options)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(columns, one row a fit) as text."""
+        evaluated = any(fit.evaluation is not None for fit in self.fits)
+        columns = ["fit", "steps", "E", "F", "active", "ℓ1"]
+        columns += ["correct, β = +1", "wrong, β = −1", "KL"] if evaluated else []
+        rows = []
+        for fit in self.fits:
+            last, found = fit.history[-1] if fit.history else {}, fit.evaluation
+            row = [fit.label, str(len(fit.history))]
+            row += [f"{last[name]:.2f}" if last else "" for name in ("effectiveness", "faithfulness")]
+            row += [str(fit.n_active), f"{fit.intervention.l1:.2f}"]
+            if evaluated:
+                values = (found.flip_to_correct, found.flip_to_wrong, found.kl) if found else ()
+                row += [f"{value:.2f}" for value in values] or ["", "", ""]
+            rows.append(row if fit.error is None else [*row[:2], fit.error, *[""] * (len(columns) - 3)])
+        return columns, rows
+
+    def _whole(self) -> list[SweepFit]:
+        return [fit for fit in self.fits if fit.error is None and fit.history]
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with ranges and tuples as lists."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [jsonable(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)

@@ -1,0 +1,1 @@
+"""Losses over rows of logits, and over hidden states times an output head."""

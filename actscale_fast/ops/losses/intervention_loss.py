@@ -1,0 +1,266 @@
+"""The losses of an intervention, from logits: hinge on the two answers, KL over the other tokens, ℓ1 of the scalars.
+
+The gradient of the logits is computed in the forward pass, where both rows are at hand. With q = softmax(z) and
+p = softmax(r) over V∖{c, w}: dKL(p‖q)/dz = q − p, dKL(q‖p)/dz = q·(log q − log p − KL), and the hinge adds ∓s at
+the two answers. Each row is then scaled by its upstream gradient, which is exact for every reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, reference
+from ..registry import LIBRARY, backend_of, define, is_eager, once_differentiable
+
+KLDirection = Literal["forward", "reverse"]
+
+
+def _fake_intervention_loss(  # type: ignore[no-untyped-def]
+    logits, reference_logits, correct, wrong, direction, scalars, margin, inverse_temperature, exclude_answers, reverse,
+    need_grad, row_weight, softcap,
+):  # fmt: skip
+    rows = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return (
+        rows,
+        torch.empty_like(rows),
+        logits.new_empty(logits.shape if need_grad else (0,)),
+        rows.new_empty((logits.shape[0], 3) if need_grad else (0,)),
+        rows.new_empty(() if scalars is not None else (0,)),
+        torch.empty_like(scalars) if scalars is not None and need_grad else rows.new_empty(0),
+    )
+
+
+_loss_op = define(
+    "intervention_loss(Tensor logits, Tensor reference_logits, Tensor? correct, Tensor? wrong, Tensor? direction,"
+    " Tensor? scalars, float margin, float inverse_temperature, bool exclude_answers, bool reverse, bool need_grad,"
+    " Tensor? row_weight, float? softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_intervention_loss,
+)
+_scale_op_ = define(
+    "intervention_loss_scale_(Tensor(a!) grad, Tensor d_effectiveness, Tensor d_faithfulness, Tensor? correct,"
+    " Tensor? wrong, Tensor answer_grad) -> ()"
+)
+
+
+def intervention_loss(
+    logits: Tensor,
+    reference_logits: Tensor,
+    correct: Tensor,
+    wrong: Tensor,
+    *,
+    direction: Tensor,
+    margin: float = 1.0,
+    exclude_answers: bool = True,
+    kl: KLDirection = "forward",
+    scalars: Tensor | None = None,
+    inplace_gradient: bool = False,
+) -> tuple[Tensor, ...]:
+    """Effectiveness and faithfulness of each row, and on request the ℓ1 norm of the scalars, with all gradients.
+
+    effectiveness = max(0, margin − s·(z[c] − z[w])) and faithfulness = KL(p₀ ‖ p_s) over V∖{c, w}, both renormalised.
+    The three terms are those of arXiv 2410.04962; hinge, KL direction and exclusion are this package's reading of it.
+
+    Args:
+        logits: [N, V], next-token logits z under the intervention; any row stride.
+        reference_logits: [N, V], the frozen model's logits; constant (no gradient).
+        correct, wrong: int64 [N], the token ids c and w; different in each row.
+        direction: [N] of ±1, the sign s of the strength each row was run with.
+        margin: m, in logits.
+        exclude_answers: leave c and w out of the KL and renormalise; False: all of V.
+        kl: "forward" KL(p₀ ‖ p_s) or "reverse" KL(p_s ‖ p₀), in nats.
+        scalars: the learned scalars, any shape; adds a third result.
+        inplace_gradient: let the gradient overwrite the logits, which saves an [N, V] tensor. They must be contiguous,
+            no leaf, and not be used again: their version is raised, so that a graph that has saved them says so in its
+            backward. No effect without a gradient, on the reference backend and in traces (a compiler plans its own
+            memory).
+
+    Returns:
+        (effectiveness [N], faithfulness [N]) or (effectiveness [N], faithfulness [N], ‖scalars‖₁ []), float32. The
+        gradient of the ℓ1 norm is sign(scalars), 0 at 0.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also a token id out of range, equal answers
+            and a direction other than ±1 (on a GPU, where nothing synchronises, an id out of range makes its row NaN).
+
+    Once differentiable; torch.func transforms are not supported.
+    """
+    check_logits(logits, reference_logits)
+    n_rows = logits.shape[0]
+    correct = checks.index_vector("correct", correct, n_rows, logits.device)
+    wrong = checks.index_vector("wrong", wrong, n_rows, logits.device)
+    direction = checks.row_values("direction", direction, n_rows, logits.device)
+    if scalars is not None:
+        checks.same_device("scalars", checks.floating_tensor("scalars", scalars, "of any shape"), logits.device)
+    if inplace_gradient:
+        check_overwritable(logits, reference_logits)
+    margin, reverse = checks.number("margin", margin), is_reverse(kl)
+    if backends.resolve(logits.device, logits.dtype) == "reference":
+        check_answers(correct, wrong, direction, logits.shape[1])
+        losses = reference.intervention_loss(
+            logits, reference_logits, correct, wrong, direction,
+            margin=margin, exclude_answers=exclude_answers, reverse=reverse,
+        )  # fmt: skip
+        return losses if scalars is None else (*losses, reference.l1_norm(scalars))
+    if scalars is not None:
+        scalars = scalars.to(torch.float32).contiguous()
+    direction = direction.to(torch.float32)
+    results = fused_losses(
+        logits, reference_logits, correct, wrong, direction, scalars, margin, 1.0, exclude_answers, reverse,
+        in_place=inplace_gradient,
+    )  # fmt: skip
+    return results if scalars is not None else results[:2]
+
+
+def check_logits(logits: Tensor, reference_logits: Tensor) -> None:
+    checks.floating_tensor("logits", logits, "[N, V]")
+    checks.floating_tensor("reference_logits", reference_logits, "[N, V]")
+    if logits.dim() != 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [N, V]")
+    if reference_logits.shape != logits.shape:
+        raise ValueError(f"reference_logits: got shape {tuple(reference_logits.shape)}, expected {tuple(logits.shape)}")
+    if reference_logits.dtype != logits.dtype:
+        raise TypeError(f"reference_logits: got dtype {reference_logits.dtype}, expected {logits.dtype} as logits have")
+    checks.same_device("reference_logits", reference_logits, logits.device)
+    if reference_logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError("reference_logits: requires a gradient, but the reference is a constant; detach it")
+
+
+def check_overwritable(logits: Tensor, reference_logits: Tensor) -> None:
+    if not is_eager(logits, reference_logits):  # nothing is overwritten there, and a trace has no memory yet
+        return
+    if not logits.is_contiguous():
+        raise ValueError(f"inplace_gradient: got logits of strides {logits.stride()}, expected contiguous ones")
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            "inplace_gradient: got logits that are a leaf, whose values the gradient would overwrite; expected the"
+            " result of an operation"
+        )
+    (begin, end), (reference_begin, reference_end) = _extent(logits), _extent(reference_logits)
+    if begin < reference_end and reference_begin < end:
+        raise ValueError(
+            "inplace_gradient: got logits that share memory with reference_logits, expected memory of their own"
+        )
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses from the first byte of `x` to after its last one."""
+    begin = x.data_ptr()
+    if x.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return begin, begin + (last + 1) * x.element_size()
+
+
+def is_reverse(kl: str) -> bool:
+    if kl not in ("forward", "reverse"):
+        raise ValueError(f"kl: got {kl!r}, expected 'forward' or 'reverse'")
+    return kl == "reverse"
+
+
+def check_answers(correct: Tensor, wrong: Tensor, direction: Tensor, width: int) -> None:
+    """The value checks that the C++ kernels make themselves, where others compute: on CPU tensors, outside a trace."""
+    if correct.device.type != "cpu" or not is_eager(correct, wrong, direction):
+        return
+    checks.ids_in_range("correct", correct, width, "token id")
+    checks.ids_in_range("wrong", wrong, width, "token id")
+    for row in (correct == wrong).nonzero().flatten().tolist():
+        raise ValueError(f"wrong: row {row} has token id {int(wrong[row])}, the same as correct")
+    for row in (direction.abs() != 1).nonzero().flatten().tolist():
+        raise ValueError(f"direction: row {row} is {float(direction[row])}, expected 1 or -1")
+
+
+def fused_losses(
+    logits: Tensor, reference_logits: Tensor, correct: Tensor | None, wrong: Tensor | None, direction: Tensor | None,
+    scalars: Tensor | None, *options: float | bool, row_weight: Tensor | None = None, softcap: float | None = None,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fused op: (effectiveness, faithfulness, l1). `options` are those from margin to reverse."""
+    if logits.shape[1] > 1:
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        reference_logits = reference_logits if reference_logits.stride(1) == 1 else reference_logits.contiguous()
+    learned = logits.requires_grad or (scalars is not None and scalars.requires_grad)
+    need_grad = learned and torch.is_grad_enabled()
+    tensors = (logits, reference_logits, correct, wrong, direction, scalars)
+    rest = (*options, need_grad, row_weight, softcap)
+    if need_grad and is_eager(*tensors, row_weight):
+        in_place = in_place and logits.requires_grad
+        results = _InterventionLoss.apply(*tensors, *rest, "in place" if in_place else "eager")
+        if in_place:
+            torch.autograd.graph.increment_version(logits)
+    else:
+        results = computed(*tensors, *rest)
+    return results[0], results[1], results[4]
+
+
+def computed(*arguments: Any, in_place: bool = False) -> tuple[Tensor, ...]:
+    """The op's six results without autograd, by the kernels themselves where nothing traces.
+
+    `in_place` says what may be done: a trace has its own memory.
+    """
+    if not is_eager(*arguments[:6], arguments[11]):
+        return _loss_op(*arguments)  # type: ignore[no-any-return]
+    compute: Any = backend_of(arguments[0]).intervention_loss
+    return compute(*arguments, in_place=True) if in_place else compute(*arguments)  # type: ignore[no-any-return]
+
+
+class _InterventionLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits, reference_logits, correct, wrong, *rest):  # type: ignore[no-untyped-def]
+        ctx.eager = rest[-1] != "dispatched"
+        if ctx.eager:
+            compute: Any = backend_of(logits).intervention_loss
+            in_place = {"in_place": True} if rest[-1] == "in place" else {}
+            results = compute(logits, reference_logits, correct, wrong, *rest[:-1], **in_place)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = _loss_op(logits, reference_logits, correct, wrong, *rest[:-1])
+        effectiveness, faithfulness, grad, answer_grad, l1, sign = results
+        if rest[-1] == "in place":  # the gradient is the logits: nothing that autograd should see as a result
+            results = (effectiveness, faithfulness, grad.new_empty(0), answer_grad, l1, sign)
+        ctx.mark_non_differentiable(results[2], answer_grad, sign)
+        ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
+        # Neither the logits nor the reference outlive the forward pass: the gradient is all that the backward needs.
+        ctx.grad, ctx.answer_grad, ctx.sign = grad, answer_grad, sign
+        ctx.ignored = None if rest[-3] is None else rest[-3] == 0  # not the weights: those the caller may fill anew
+        ctx.save_for_backward(correct, wrong)  # the caller's own: a change in place before the backward raises
+        return results
+
+    @staticmethod
+    @once_differentiable("intervention_loss, kl_div_from_logits")
+    def backward(ctx: Any, d_effectiveness, d_faithfulness, _grad, _answer_grad, d_l1, _sign):  # type: ignore[no-untyped-def]
+        d_logits = d_scalars = None
+        upstream = [d for d in (d_effectiveness, d_faithfulness) if d is not None]
+        if ctx.needs_input_grad[0] and upstream:
+            if ctx.grad is None:
+                raise RuntimeError("intervention_loss: a second backward needs retain_graph=True in the first one")
+            answers = ctx.saved_tensors
+            if graph_is_kept(upstream[0]):
+                d_logits = ctx.grad.clone()
+            else:
+                d_logits, ctx.grad = ctx.grad, None
+            zero = upstream[0].new_zeros(()).expand(d_logits.shape[0])
+            d_effectiveness = zero if d_effectiveness is None else d_effectiveness
+            d_faithfulness = zero if d_faithfulness is None else d_faithfulness
+            if ctx.ignored is not None:  # their zeros, which an upstream of inf or NaN would make NaN
+                d_faithfulness = d_faithfulness.masked_fill(ctx.ignored, 1.0)
+            eager = ctx.eager and is_eager(d_effectiveness, d_faithfulness)
+            scale_: Any = backend_of(d_logits).intervention_loss_scale_ if eager else _scale_op_
+            scale_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
+        if ctx.needs_input_grad[5] and d_l1 is not None:
+            d_scalars = d_l1 * ctx.sign
+        return d_logits, *[None] * 4, d_scalars, *[None] * 8
+
+
+def graph_is_kept(upstream: Tensor) -> bool:
+    """Whether the saved gradient must survive this backward: retain_graph=True, or a trace that is not run yet."""
+    return type(upstream) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _dispatched(*arguments):  # type: ignore[no-untyped-def]
+    return _InterventionLoss.apply(*arguments, "dispatched")
+
+
+LIBRARY.impl("intervention_loss", _dispatched, "Autograd")

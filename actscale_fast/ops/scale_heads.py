@@ -1,0 +1,153 @@
+"""Scaling and shifting the vectors of an activation, head by head: y = h·(1 + β·α) + β·v.
+
+One op a direction. The backward pass computes the sums of dα and dv while it writes dx:
+dx = dy·(1 + β·α),  dα = Σ β·⟨h, dy⟩,  dv = Σ β·dy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, reference, strides
+from .registry import LIBRARY, backend_of, define, is_eager, once_differentiable
+
+
+def _fake_scale_heads(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
+    return strides.empty_like(x)
+
+
+def _fake_scale_heads_backward(  # type: ignore[no-untyped-def]
+    dy, x, alpha, shift, strength, row_strength, group, need_dx, need_dalpha, need_dshift
+):
+    empty = x.new_empty(0)
+    return (
+        strides.empty_like(x) if need_dx else empty,
+        torch.empty_like(alpha) if need_dalpha else x.new_empty(0, dtype=torch.float32),
+        torch.empty_like(shift) if need_dshift else x.new_empty(0, dtype=torch.float32),
+    )
+
+
+_forward_op = define(
+    "scale_heads(Tensor x, Tensor? alpha, Tensor? shift, float strength, Tensor? row_strength, Tensor? group)"
+    " -> Tensor",
+    _fake_scale_heads,
+)
+_backward_op = define(
+    "scale_heads_backward(Tensor dy, Tensor x, Tensor? alpha, Tensor? shift, float strength, Tensor? row_strength,"
+    " Tensor? group, bool need_dx, bool need_dalpha, bool need_dshift) -> (Tensor, Tensor, Tensor)",
+    _fake_scale_heads_backward,
+)
+
+
+def scale_heads(
+    x: Tensor,
+    alpha: Tensor | None,
+    *,
+    strength: float | Tensor = 1.0,
+    shift: Tensor | None = None,
+    group: Tensor | None = None,
+) -> Tensor:
+    """Multiply each head's vector by 1 + β·α and add β·v (arXiv 2410.04962, eq. 4 and 5).
+
+    Args:
+        x: activations [B, T, H, D]; float32, bfloat16 or float16 (float64 through the reference backend).
+            Any strides over B, T and H: of a slice of heads, `x[:, :, 3:5]`, only its own bytes are touched.
+        alpha: scalars [G, P, H], P = 1 (one for all positions) or T; None for a shift alone.
+        strength: β, a float or one value per row [B]; 0 is the identity, −1 inverts. Not differentiated.
+        shift: vectors v [G, P, H, D], or None.
+        group: int64 [B], the row group of each row of x. None: G is 1, or G is B and row b uses its own scalars.
+
+    Returns:
+        [B, T, H, D] in x's dtype; computed in float32 and rounded once. Gradients reach x, alpha and shift.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; on CPU also a group out of range
+            (on a GPU, where nothing is synchronised, such a row becomes NaN).
+
+    Once differentiable; torch.func transforms are not supported.
+
+    Example:
+        >>> alpha = torch.zeros(1, 1, 9, requires_grad=True)
+        >>> y = scale_heads(torch.randn(2, 5, 9, 64), alpha, strength=torch.tensor([1.0, -1.0]))
+    """
+    checks.floating_tensor("x", x, "[B, T, H, D]")
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, T, H, D]")
+    if alpha is None and shift is None:
+        raise ValueError("alpha, shift: both are None, expected at least one")
+    n_rows, n_positions, n_heads, head_dim = x.shape
+    n_groups = None
+    for name, values, trailing in (("alpha", alpha, (n_heads,)), ("shift", shift, (n_heads, head_dim))):
+        if values is None:
+            continue
+        checks.floating_tensor(name, values, "[G, P, H]" if name == "alpha" else "[G, P, H, D]")
+        checks.same_device(name, values, x.device)
+        wide = values.dim() == 2 + len(trailing) and values.shape[2:] == trailing
+        if not wide or values.shape[1] not in (1, n_positions):
+            tail = ", ".join(map(str, trailing))
+            raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected [G, 1 or {n_positions}, {tail}]")
+        if n_groups is not None and values.shape[0] != n_groups:
+            raise ValueError(f"shift: got {values.shape[0]} groups, expected {n_groups} as alpha has")
+        n_groups = values.shape[0]
+    assert n_groups is not None
+    group = checks.row_groups(group, n_groups, n_rows, x.device)
+    strength, row_strength = checks.strengths(strength, n_rows, x.device, learn="alpha")
+    if backends.resolve(x.device, x.dtype) == "reference":
+        if group is not None:
+            checks.ids_in_range("group", group, n_groups, "group")
+        return reference.scale_heads(x, alpha, shift, strength, row_strength, group)
+    alpha = None if alpha is None else alpha.to(torch.float32)
+    shift = None if shift is None else shift.to(torch.float32)
+    if alpha is not None and shift is not None and alpha.shape[1] != shift.shape[1]:  # the kernels take one P
+        alpha = alpha.expand(-1, n_positions, -1)  # of float32: autograd sums the gradient over positions in its dtype
+        shift = shift.expand(-1, n_positions, -1, -1)
+    alpha = None if alpha is None else alpha.contiguous()
+    shift = None if shift is None else shift.contiguous()
+    if row_strength is not None:
+        row_strength = row_strength.to(torch.float32)
+    if x.stride(-1) != 1 and head_dim > 1:
+        x = x.contiguous()
+    if not is_eager(x, alpha, shift, row_strength, group):
+        return _forward_op(x, alpha, shift, strength, row_strength, group)
+    learned = x.requires_grad or _requires_grad(alpha) or _requires_grad(shift)
+    if learned and torch.is_grad_enabled():
+        return _ScaleHeads.apply(x, alpha, shift, strength, row_strength, group, True)
+    return backend_of(x).scale_heads(x, alpha, shift, strength, row_strength, group)
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+class _ScaleHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, alpha, shift, strength, row_strength, group, eager):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, alpha, shift, row_strength, group)
+        ctx.strength, ctx.eager = strength, eager
+        if eager:
+            return backend_of(x).scale_heads(x, alpha, shift, strength, row_strength, group)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward_op(x, alpha, shift, strength, row_strength, group)
+
+    @staticmethod
+    @once_differentiable("scale_heads")
+    def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
+        x, alpha, shift, row_strength, group = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        eager = ctx.eager and is_eager(dy, x)
+        if x is None:  # dα is not wanted: dy, of x's shape and dtype, says what dx looks like
+            x = dy
+        run = backend_of(dy).scale_heads_backward if eager else _backward_op
+        gradients = run(dy, x, alpha, shift, ctx.strength, row_strength, group, *needs)
+        dx, dalpha, dshift = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        return dx, dalpha, dshift, None, None, None, None
+
+
+def _dispatched(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
+    return _ScaleHeads.apply(x, alpha, shift, strength, row_strength, group, False)
+
+
+LIBRARY.impl("scale_heads", _dispatched, "Autograd")

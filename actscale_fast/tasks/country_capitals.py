@@ -1,0 +1,190 @@
+"""Country-capital conflicts: the prompt claims one capital, the model remembers another.
+
+The task of activation scaling (arXiv 2410.04962): "The capital of Germany is Paris. Q: What is the capital of
+Germany? A:" has the correct answer " Berlin", which only the model's memory can give, and the wrong one " Paris",
+which stands in the context. An intervention that flips the model towards the one, and inverted towards the other,
+has found where the two compete.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+from .countries import CAPITALS
+from .examples import Example
+from .split import TaskSplit, answer_tokens, check_count, checked_templates, held_out_templates, prompt_lengths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONFLICT_TEMPLATES: tuple[str, ...] = (
+    "The capital of {country} is {claim}. Q: What is the capital of {country}? A:",
+    "Context: The capital of {country} is {claim}.\nQuestion: What is the capital of {country}?\nAnswer:",
+    "Question: What is the capital of {country}? Context: the capital of {country} is {claim}. Answer:",
+    "Everyone knows that the capital of {country} is {claim}. Q: Which city is the capital of {country}? A:",
+    "According to this page, the capital of {country} is {claim}. Q: What is the capital city of {country}? A:",
+    "The capital of {country} is {claim}. I repeat: the capital of {country} is",
+    "The capital of {country} is {claim}. As I said, the capital of {country} is",
+    "It is a fact that the capital of {country} is {claim}. Once more: the capital of {country} is",
+)
+"""The default templates. On each, SmolLM2-135M-Instruct ranks the claim above the true capital for 85-94 % of prompts;
+wordings that it does not believe ("A guide book says that ...": 3 %) leave nothing to flip and are not here. After the
+last three and the second, the most likely next token is mostly one of the two answers: generation shows it."""
+
+ALIGNED_CONFLICT_TEMPLATES: tuple[str, ...] = (
+    "The capital of {country} is {claim}. As I said, the capital of {country} is",
+    "The capital of {country} is {claim}. I repeat it: the capital of {country} is",
+    "The capital of {country} is {claim}. Let me repeat: the capital of {country} is",
+    "The capital of {country} is {claim}. You heard it: the capital of {country} is",
+    "The capital of {country} is {claim}. Mark it down: the capital of {country} is",
+    "The capital of {country} is {claim}. So once again, the capital of {country} is",
+    "The capital of {country} is {claim}. So remember this: the capital of {country} is",
+    "The capital of {country} is {claim}. And to repeat: the capital of {country} is",
+)
+"""Eight that differ in three words only: with `aligned`, country and claim stand at the same tokens in all of them.
+
+On each, SmolLM2-135M-Instruct ranks the claim above the true capital for 75-100 % of prompts (32 a template)."""
+
+Split = Literal["country", "template", "both"]
+
+MIN_COUNTRIES = 8  # fewer leave less than two countries, and so no false claim, on one side of the split
+_SHORTEST_FRAGMENT = 3  # letters: a shorter first token names no city (" K", " Ma")
+
+
+def country_capital_conflicts(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_train: int = 512,
+    n_test: int = 128,
+    seed: int = 0,
+    templates: Sequence[str] | None = None,
+    test_fraction: float = 0.3,
+    whole_names: bool = True,
+    aligned: bool = False,
+    split: Split = "country",
+) -> TaskSplit:
+    """Prompts that claim a false capital, split so that no test country, nor its capital, occurs in training.
+
+    Countries (or templates, or both: see `split`) are split first; a false claim is always the capital of another
+    country on the same side. Every country is asked for equally often, every false claim is made equally often (give or
+    take one round), and no prompt occurs twice.
+
+    How many of the 184 countries take part depends on the tokenizer: those whose capital is one token, and in brackets
+    those with `whole_names=False`. SmolLM2 46 (107), GPT-2 52 (111), Llama 3 and Qwen 3 54 (116), Gemma 3 91 (142),
+    Mistral 7B 19 (82).
+
+    Args:
+        tokenizer: decides which capitals are one token with their leading space.
+        n_train, n_test: examples on either side.
+        seed: the same seed gives the same examples, in the same order.
+        templates: texts with the fields `{country}` and `{claim}`, ending where the answer begins (no trailing
+            space); default `CONFLICT_TEMPLATES`. A prompt's first letter is made a capital one.
+        test_fraction: share of the countries held out; of templates it is a quarter.
+        whole_names: False also takes capitals of several tokens, whose answer is then their first token
+            (" Buenos"), if no other capital begins with that token and the country's name does not hold it.
+        aligned: keep only prompts of the most common length in tokens that leaves enough of them. With one template and
+            whole names the country and the claim then stand at the same tokens in all of them; with several templates
+            not, unless they are of one shape as `ALIGNED_CONFLICT_TEMPLATES` are.
+        split: what training never sees. "country": the held-out countries and their capitals, in any template;
+            "template": the held-out templates, with any country; "both": neither of them.
+
+    Returns:
+        TaskSplit, which unpacks as `train, test`.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, a template without its fields, a tokenizer that leaves
+            too few countries, or more examples wanted than there are.
+
+    Example::
+
+        train, test = country_capital_conflicts(tokenizer, n_train=256, n_test=64)
+        train[0].prompt   # 'The capital of Norway is Cairo. Q: What is the capital of Norway? A:'
+    """
+    check_count("n_train", n_train)
+    check_count("n_test", n_test)
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction: got {test_fraction}, expected a number between 0 and 1")
+    if split not in get_args(Split):
+        raise ValueError(f"split: got {split!r}, expected one of {', '.join(map(repr, get_args(Split)))}")
+    texts = checked_templates(CONFLICT_TEMPLATES if templates is None else templates, ("country", "claim"))
+    answers = _answers(tokenizer, whole_names)
+    if len(answers) < MIN_COUNTRIES:
+        raise ValueError(
+            f"tokenizer: only {len(answers)} of {len(CAPITALS)} capitals can be answered with one token, expected at "
+            f"least {MIN_COUNTRIES}" + ("; whole_names=False takes longer names too" if whole_names else "")
+        )
+    order = sorted(answers)
+    rng = random.Random(seed)
+    rng.shuffle(order)
+    held_out = min(max(round(test_fraction * len(order)), 2), len(order) - 2)
+    countries = (order, order) if split == "template" else (order[held_out:], order[:held_out])
+    of_train, of_test = (texts, texts) if split == "country" else held_out_templates(texts, rng)
+    sides = {
+        "n_test": (n_test, _conflicts(countries[1], answers, of_test, rng)),
+        "n_train": (n_train, _conflicts(countries[0], answers, of_train, rng)),
+    }
+    if aligned:
+        sides = _aligned(tokenizer, sides)
+    for name, (wanted, made) in sides.items():
+        if wanted > len(made):
+            raise ValueError(f"{name}: got {wanted}, but these templates and countries make only {len(made)} prompts")
+    return TaskSplit(**{name[2:]: made[:wanted] for name, (wanted, made) in sides.items()})
+
+
+def _answers(tokenizer: PreTrainedTokenizerBase, whole_names: bool) -> dict[str, str]:
+    """The answer of each usable country, leading space included."""
+    tokens = answer_tokens(tokenizer, CAPITALS.values())
+    first = Counter(ids[0] for ids in tokens.values() if ids)
+    answers = {}
+    for country, capital in CAPITALS.items():
+        ids = tokens[capital]
+        if len(ids) == 1:
+            answers[country] = f" {capital}"
+        elif ids and not whole_names and first[ids[0]] == 1:
+            fragment = str(tokenizer.decode(ids[:1])).strip()
+            if len(fragment) >= _SHORTEST_FRAGMENT and capital.startswith(fragment) and fragment not in country:
+                answers[country] = f" {fragment}"
+    return answers
+
+
+def _conflicts(
+    countries: list[str], answers: dict[str, str], templates: list[str], rng: random.Random
+) -> list[Example]:
+    """Every (country, false claim, template) once, in rounds that each ask for every country and claim every capital.
+
+    A round is a shift `s` of the circle of countries: country i hears the capital of country i + s. Shifts come in
+    random order, and template (turn + i) serves country i, so that even one round mixes the templates.
+    """
+    n = len(countries)
+    rounds = [(turn, shift) for turn in range(len(templates)) for shift in range(1, n)]
+    rng.shuffle(rounds)
+    made = []
+    for turn, shift in rounds:
+        places = list(range(n))
+        rng.shuffle(places)
+        for i in places:
+            country, other = countries[i], countries[(i + shift) % n]
+            text = templates[(turn + i) % len(templates)].format(country=country, claim=CAPITALS[other])
+            made.append(Example(text[0].upper() + text[1:], answers[country], answers[other]))
+    return made
+
+
+def _aligned(
+    tokenizer: PreTrainedTokenizerBase, sides: dict[str, tuple[int, list[Example]]]
+) -> dict[str, tuple[int, list[Example]]]:
+    lengths = {name: prompt_lengths(tokenizer, [e.prompt for e in made]) for name, (_, made) in sides.items()}
+    counts = {name: Counter(lengths[name]) for name in sides}
+    total = sum(counts.values(), Counter())
+
+    def merit(length: int) -> tuple[bool, int, int]:
+        enough = all(counts[name][length] >= wanted for name, (wanted, _) in sides.items())
+        return enough, total[length], -length
+
+    common = max(total, key=merit)
+    return {
+        name: (wanted, [e for e, length in zip(made, lengths[name], strict=True) if length == common])
+        for name, (wanted, made) in sides.items()
+    }

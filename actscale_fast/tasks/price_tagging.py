@@ -1,0 +1,116 @@
+"""Pairs for interchange interventions on a price-tagging game: is a cost within a bracket?
+
+The causal model (after arXiv 2305.08809, section 4; wording and pairs are this package's):
+
+    P = cost ≥ lower bound        Q = cost ≤ upper bound        answer = yes if P and Q, else no
+
+An interchange sets one of the two variables of the base to its value in the source. A model that keeps it in some
+subspace of its activations gives the counterfactual answer once that subspace comes from the source.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Literal
+
+from .examples import Example
+from .split import TaskSplit, answer_tokens, check_count, enough, prompt_lengths, tries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PRICE_TEMPLATE = (
+    "Say yes if the cost is between {lower} and {upper} dollars, otherwise no. Cost: {cost} dollars. Answer:"
+)
+
+_BOUNDS = range(100, 950, 50)  # in cents
+_WIDTHS = range(250, 751)  # of a bracket
+_HIGHEST = 999
+#: (where the base's cost is, where the source's is) for P, by turns yes and no. In each half of the answers the base's
+#: own answer, and the source's, are the counterfactual one every second time: neither to keep nor to copy is a way out.
+_CELLS = (
+    ("within", "within"), ("within", "below"), ("within", "above"), ("above", "within"),
+    ("below", "within"), ("within", "below"), ("below", "above"), ("above", "within"),
+)  # fmt: skip
+_MIRROR = {"below": "above", "above": "below", "within": "within"}
+Variable = Literal["lower", "upper"]
+
+
+def price_tagging(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_train: int = 512,
+    n_test: int = 128,
+    seed: int = 0,
+    variable: Variable = "lower",
+) -> TaskSplit:
+    """Bases and sources of the price-tagging game; held-out pairs have brackets of their own.
+
+    Half of the counterfactual answers are yes, half no; each is the base's own answer in half of the pairs, and the
+    source's in half. All prompts have equally many tokens. It takes a model that can play the game: that of the paper
+    has 7B parameters and is tuned on instructions. SmolLM2-135M-Instruct cannot: it says no to nearly all prompts (see
+    `name_order` for a game that it plays).
+
+    Args:
+        tokenizer: decides which amounts give prompts of one length; " yes" and " no" must be single tokens.
+        n_train, n_test: pairs on either side.
+        seed: the same seed gives the same pairs, in the same order.
+        variable: which one is interchanged: "lower" (cost ≥ lower bound) or "upper" (cost ≤ upper bound).
+
+    Returns:
+        TaskSplit of examples with a source: `correct` is the counterfactual answer, `wrong` the other one.
+
+    Raises:
+        TypeError, ValueError: a count below 1, an unknown variable, or a tokenizer with other answers.
+
+    Example::
+
+        train, test = price_tagging(tokenizer)
+        das = BoundlessDAS.for_model(model, layers=[15], positions=[-1])
+        fit_interchange(model, tokenizer, train, das)
+    """
+    check_count("n_train", n_train)
+    check_count("n_test", n_test)
+    if variable not in ("lower", "upper"):
+        raise ValueError(f"variable: got {variable!r}, expected 'lower' or 'upper'")
+    split = [word for word, tokens in answer_tokens(tokenizer, ("yes", "no")).items() if len(tokens) != 1]
+    if split:
+        raise ValueError(f"tokenizer: {' and '.join(split)} must be single tokens behind a space")
+    rng = random.Random(seed)
+    brackets = [(lower, upper) for lower in _BOUNDS for upper in _BOUNDS if upper - lower in _WIDTHS]
+    length = prompt_lengths(tokenizer, [_prompt(brackets[0], 234)])[0]
+    rng.shuffle(brackets)
+    held_out = round(0.3 * len(brackets))
+    sides = []
+    for wanted, of_side in ((n_train, brackets[held_out:]), (n_test, brackets[:held_out])):
+        made: dict[Example, None] = {}
+        for _ in range(tries(wanted)):
+            if len(made) == wanted:
+                break
+            cell = _CELLS[len(made) % len(_CELLS)]
+            example = _pair(cell, variable, of_side, rng)
+            if set(prompt_lengths(tokenizer, [example.prompt, example.source or ""])) == {length}:
+                made[example] = None
+        side = enough(made, wanted)
+        rng.shuffle(side)
+        sides.append(side)
+    return TaskSplit(train=sides[0], test=sides[1])
+
+
+def _pair(cell: tuple[str, str], variable: Variable, brackets: list[tuple[int, int]], rng: random.Random) -> Example:
+    """A base and a source whose costs are where the cell says, mirrored for the upper bound."""
+    base, source = cell if variable == "lower" else (_MIRROR[cell[0]], _MIRROR[cell[1]])
+    missed = "below" if variable == "lower" else "above"  # where the interchanged variable is false
+    answer = source != missed and base in ("within", missed)  # the other variable is the base's
+    prompts = []
+    for where in (base, source):
+        bracket = rng.choice(brackets)
+        first, last = {"below": (0, bracket[0] - 1), "within": bracket, "above": (bracket[1] + 1, _HIGHEST)}[where]
+        prompts.append(_prompt(bracket, rng.randint(first, last)))
+    answers = (" yes", " no") if answer else (" no", " yes")
+    return Example(prompts[0], *answers, source=prompts[1])
+
+
+def _prompt(bracket: tuple[int, int], cost: int) -> str:
+    lower, upper, shown = (f"{cents // 100}.{cents % 100:02d}" for cents in (*bracket, cost))
+    return PRICE_TEMPLATE.format(lower=lower, upper=upper, cost=shown)

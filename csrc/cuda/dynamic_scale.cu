@@ -1,0 +1,272 @@
+// α = ⟨w, x⟩ + c, y = x·(1 + β·α) per head, and its gradients. Formula: arXiv 2410.04962, eq. 10 (ops/reference.py).
+//
+// With g the row's group, β = strength · row_strength[b], dα the upstream of α (0 where it has none):
+//   a[b,t,h]  = β·⟨x, dy⟩ + dα                    dx = dy·(1 + β·α) + a·w[g,h,:]
+//   dw[g,h,:] = Σ_{b in g} Σ_t a·x                dc[g,h] = Σ_{b in g} Σ_t a
+// Saved for backward: x, the probes, and α in float32, 4 bytes a vector. Bytes per element of x, b its size: forward
+// 2·b (x, y); backward 3·b (x, dy, dx), 2·b without dx. The sums ride along: a block adds up its own tokens in
+// registers and stores one partial of its heads, which cuda_group_sums.cu adds up in order: 8 bytes an element for each
+// `steps` tokens. No atomics: two runs agree bit for bit.
+//
+// A block takes whole heads, since a product goes over a head before anything is written, and walks over `steps`
+// tokens: of one row where rows have probes of their own, else of all rows in order. Heads of more than 256 vectors are
+// walked over twice, for the product and for the rest; the second time they come from the cache, and so does the
+// partial of dw.
+//
+// Run under the emulation of tests/cuda_emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet, and
+// no launch constant is measured.
+#include "scale_channels.h"
+#include "group_sums.h"
+#include "launch.h"
+
+namespace actscale {
+namespace cuda {
+namespace {
+
+constexpr int64_t MAX_STEPS = 64;  // float32 sums of that many tokens stay as exact as PyTorch's
+// Blocks a multiprocessor over the whole grid: many forward, where the last wave is then a small part; backward one
+// wave, since fewer blocks leave fewer partial sums.
+constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 4;
+
+// How the grid covers [B, T, H, D]; a closed form of the shape.
+struct Geometry {
+    int span, tiles;   // threads a head; vectors a thread
+    int heads, head_tiles;
+    int64_t tokens;    // that share their probes: of one row, or of all
+    int steps, chunks; // tokens a block; blocks that share their probes
+    int64_t blocks;
+    int threads;
+};
+
+struct Call {
+    DynamicScale scale;
+    Geometry at;
+    bool aligned;
+    float *dweight_partial, *dbias_partial;  // backward; null: not wanted
+};
+
+Geometry geometry(const DynamicScale& c, int64_t multiprocessors, int64_t blocks_a_processor) {
+    const int64_t vectors = ceil_div(c.width, c.type == Type::float32 ? 4 : 8);
+    const int64_t spans = c.group ? c.rows : 1;
+    Geometry g;
+    g.span = int(most(least(vectors, CHANNEL_THREADS), 1));
+    g.tiles = int(ceil_div(vectors, g.span));
+    g.heads = int(least(c.heads, CHANNEL_THREADS / g.span));
+    g.head_tiles = int(ceil_div(c.heads, g.heads));
+    g.tokens = c.rows * c.positions / spans;
+    const int64_t wanted = ceil_div(c.rows * c.positions * g.head_tiles, blocks_a_processor * multiprocessors);
+    g.steps = int(least(least(most(wanted, 1), MAX_STEPS), g.tokens));
+    g.chunks = int(ceil_div(g.tokens, g.steps));
+    g.blocks = spans * g.chunks * g.head_tiles;
+    g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
+    return g;
+}
+
+// What of [B, T, H, D] is this thread's: some channels of one head, over some tokens.
+template <class T> struct Place {
+    int64_t chunk;       // over all spans
+    int64_t row, position;
+    int count, head, lane;
+    bool here, known;    // whether there is such a head; such a group
+    int64_t probe;       // of its head, in [G, H]
+
+    DEVICE explicit Place(const Call& call) {
+        const DynamicScale& c = call.scale;
+        const Geometry& at = call.at;
+        const int block_head = int(threadIdx.x) / at.span;
+        chunk = blockIdx.x / unsigned(at.head_tiles);
+        head = int(blockIdx.x % unsigned(at.head_tiles)) * at.heads + block_head;
+        lane = int(threadIdx.x) % at.span;
+        here = block_head < at.heads && head < c.heads;
+        const int64_t first = chunk % at.chunks * at.steps, before = c.group ? chunk / at.chunks : 0;
+        count = int(at.tokens - first < at.steps ? at.tokens - first : at.steps);
+        row = before + first / c.positions, position = first % c.positions;
+        const int64_t group = c.group ? c.group[row] : 0;
+        known = group >= 0 && group < c.groups;
+        probe = (known ? group : 0) * c.heads + (here ? head : 0);
+    }
+
+    DEVICE void next(const DynamicScale& c) {
+        if (++position == c.positions) position = 0, row++;
+    }
+    DEVICE int channel(const Geometry& at, int tile) const { return (tile * at.span + lane) * WIDTH<T>; }
+    DEVICE int64_t offset(const int64_t* stride) const {
+        return row * stride[0] + position * stride[1] + head * stride[2];
+    }
+    DEVICE float strength(const DynamicScale& c) const {
+        return c.row_strength ? c.strength * c.row_strength[row] : c.strength;
+    }
+    DEVICE int64_t token(const DynamicScale& c) const { return (row * c.positions + position) * c.heads + head; }
+};
+
+template <class T> DEVICE float product(const float (&p)[WIDTH<T>], const float (&q)[WIDTH<T>]) {
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < WIDTH<T>; e++) sum += p[e] * q[e];
+    return sum;
+}
+
+// This thread's channels of one tile as floats, 0 beyond the head's end.
+template <class T> DEVICE void load(const T* from, int left, bool aligned, float (&out)[WIDTH<T>]) {
+    if (left > 0) unpack(load_channels(from, left, aligned), out, T());
+    else
+#pragma unroll
+        for (int e = 0; e < WIDTH<T>; e++) out[e] = 0;
+}
+template <class T> DEVICE void load_floats(const float* from, int left, float (&out)[WIDTH<T>]) {
+#pragma unroll
+    for (int e = 0; e < WIDTH<T>; e++) out[e] = e < left ? from[e] : 0.0f;
+}
+
+template <class T> __global__ void __launch_bounds__(CHANNEL_THREADS, 4) dynamic_scale_kernel(const Call call) {
+    constexpr int W = WIDTH<T>;
+    const DynamicScale& c = call.scale;
+    Place<T> place(call);
+    const int width = place.here ? int(c.width) : 0;  // a thread without a head adds 0 and writes nothing
+    const float* weight = c.weight + place.probe * c.width;
+    const float bias = !place.known ? not_a_number() : c.bias ? c.bias[place.probe] : 0.0f;
+    float* scratch = reinterpret_cast<float*>(dynamic_shared());
+    float w[W], v[W];
+    load_floats<T>(weight + place.channel(call.at, 0), width - place.channel(call.at, 0), w);
+    for (int i = 0; i < place.count; i++, place.next(c)) {
+        const T* x = static_cast<const T*>(c.x) + place.offset(c.x_stride);
+        T* y = static_cast<T*>(c.out) + place.offset(c.out_stride);
+        float sum = 0;
+        for (int tile = call.at.tiles - 1; tile >= 0; tile--) {  // tile 0 last: it stays in registers
+            const int channel = place.channel(call.at, tile), left = width - channel;
+            if (call.at.tiles > 1) load_floats<T>(weight + channel, left, w);
+            load(x + channel, left, call.aligned, v);
+            sum += product<T>(v, w);
+        }
+        const float alpha = over_head(sum, call.at.span, scratch + i % 2 * CHANNEL_THREADS) + bias;
+        const float factor = 1 + place.strength(c) * alpha;
+        if (place.here && place.lane == 0) c.scalars[place.token(c)] = alpha;
+        for (int tile = 0; tile < call.at.tiles; tile++) {
+            const int channel = place.channel(call.at, tile), left = width - channel;
+            if (left <= 0) continue;
+            if (tile > 0) load(x + channel, left, call.aligned, v);
+#pragma unroll
+            for (int e = 0; e < W; e++) v[e] *= factor;
+            store_channels(y + channel, left, call.aligned, pack(v, T()));
+        }
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(CHANNEL_THREADS, 2) dynamic_scale_backward_kernel(const Call call) {
+    constexpr int W = WIDTH<T>;
+    const DynamicScale& c = call.scale;
+    Place<T> place(call);
+    const int width = place.here ? int(c.width) : 0;
+    const float* weight = c.weight + place.probe * c.width;
+    float* dweight = call.dweight_partial;
+    if (dweight) dweight += (place.chunk * c.heads + (place.here ? place.head : 0)) * c.width;
+    float* scratch = reinterpret_cast<float*>(dynamic_shared());
+    float w[W], v[W], g[W], dw[W] = {}, dbias = 0;
+    load_floats<T>(weight + place.channel(call.at, 0), width - place.channel(call.at, 0), w);
+    for (int i = 0; i < place.count; i++, place.next(c)) {
+        const T* x = static_cast<const T*>(c.x) + place.offset(c.x_stride);
+        const T* dy = static_cast<const T*>(c.dy) + place.offset(c.dy_stride);
+        float sum = 0;
+        for (int tile = call.at.tiles - 1; tile >= 0; tile--) {
+            const int channel = place.channel(call.at, tile), left = width - channel;
+            load(x + channel, left, call.aligned, v);
+            load(dy + channel, left, call.aligned, g);
+            sum += product<T>(v, g);
+        }
+        const float beta = place.strength(c);
+        float a = beta * over_head(sum, call.at.span, scratch + i % 2 * CHANNEL_THREADS);
+        if (!place.here) continue;
+        if (c.d_scalars) a += c.d_scalars[place.offset(c.d_scalars_stride)];
+        dbias += a;
+        const float factor = c.out ? 1 + beta * c.scalars[place.token(c)] : 0.0f;  // NaN where there is no such group
+        for (int tile = 0; tile < call.at.tiles; tile++) {
+            const int channel = place.channel(call.at, tile), left = width - channel;
+            if (left <= 0) continue;
+            if (tile > 0) {
+                load(x + channel, left, call.aligned, v);
+                load(dy + channel, left, call.aligned, g);
+            }
+            if (call.at.tiles > 1) load_floats<T>(weight + channel, left, w);
+            if (c.out) {
+#pragma unroll
+                for (int e = 0; e < W; e++) g[e] = g[e] * factor + a * w[e];
+                T* dx = static_cast<T*>(c.out) + place.offset(c.out_stride) + channel;
+                store_channels(dx, left, call.aligned, pack(g, T()));
+            }
+            if (call.at.tiles == 1) {
+#pragma unroll
+                for (int e = 0; e < W; e++) dw[e] += a * v[e];
+            } else if (dweight) {  // this thread's own channels: no other one reads them
+#pragma unroll
+                for (int e = 0; e < W; e++)
+                    if (e < left) dweight[channel + e] = (i ? dweight[channel + e] : 0.0f) + a * v[e];
+            }
+        }
+    }
+    if (!place.here) return;
+    if (dweight && call.at.tiles == 1) {
+        const int channel = place.channel(call.at, 0);
+#pragma unroll
+        for (int e = 0; e < W; e++)
+            if (e < width - channel) dweight[channel + e] = dw[e];
+    }
+    if (call.dbias_partial && place.lane == 0) call.dbias_partial[place.chunk * c.heads + place.head] = dbias;
+}
+
+bool on_grid(const DynamicScale& c, const void* p, const int64_t* stride) {
+    return strides_on_grid(c.type, c.rows, c.positions, c.heads, c.width, p, stride);
+}
+
+Error prepare(Call& call, int64_t blocks_a_processor) {
+    const DynamicScale& c = call.scale;
+    if (c.width > (int64_t(1) << 30) || c.heads > (int64_t(1) << 30)) return "more than 2^30 channels or heads";
+    Limits limits;
+    if (Error error = device_limits(&limits)) return error;
+    call.at = geometry(c, limits.multiprocessors, blocks_a_processor);
+    return nullptr;
+}
+
+template <class Kernel> Error launch_as(const Call& call, void* stream, Kernel* f, Kernel* b, Kernel* h) {
+    const Type type = call.scale.type;
+    const Shape shape = {call.at.blocks, call.at.threads, 1, 2 * CHANNEL_THREADS * 4};
+    return launch(type == Type::float32 ? f : type == Type::bfloat16 ? b : h, shape, stream, call);
+}
+
+bool empty(const DynamicScale& c) { return !c.rows || !c.positions || !c.heads; }
+
+}  // namespace
+
+Error dynamic_scale(const DynamicScale& scale, void* stream) {
+    if (empty(scale)) return nullptr;
+    Call call = {scale, {}, false, nullptr, nullptr};
+    if (Error error = prepare(call, FORWARD_BLOCKS)) return error;
+    call.aligned = on_grid(scale, scale.x, scale.x_stride) && on_grid(scale, scale.out, scale.out_stride);
+    return launch_as(call, stream, dynamic_scale_kernel<float32>, dynamic_scale_kernel<bf16>,
+                     dynamic_scale_kernel<half16>);
+}
+
+Error dynamic_scale_chunks(const DynamicScale& scale, int64_t* chunks) {
+    Call call = {scale, {}, false, nullptr, nullptr};
+    if (Error error = prepare(call, BACKWARD_BLOCKS)) return error;
+    *chunks = call.at.blocks / call.at.head_tiles;
+    return nullptr;
+}
+
+Error dynamic_scale_backward(const DynamicScale& scale, float* dweight_partial, float* dbias_partial, void* stream) {
+    if (empty(scale)) return nullptr;
+    Call call = {scale, {}, false, dweight_partial, dbias_partial};
+    if (Error error = prepare(call, BACKWARD_BLOCKS)) return error;
+    call.aligned = on_grid(scale, scale.dy, scale.dy_stride) && on_grid(scale, scale.x, scale.x_stride) &&
+                   (!scale.out || on_grid(scale, scale.out, scale.out_stride));
+    Error error = launch_as(call, stream, dynamic_scale_backward_kernel<float32>, dynamic_scale_backward_kernel<bf16>,
+                            dynamic_scale_backward_kernel<half16>);
+    if (error) return error;
+    const GroupSums sums = {{{scale.dweight, dweight_partial, 1, call.at.chunks, scale.heads * scale.width},
+                             {scale.dbias, dbias_partial, 1, call.at.chunks, scale.heads}},
+                            scale.group, scale.group ? scale.rows : 1, scale.groups};
+    return sum_groups(sums, stream);
+}
+
+}  // namespace cuda
+}  // namespace actscale

@@ -1,0 +1,141 @@
+"""A pass reads tensors alone: nothing in it waits for the device, and a graph of it can be replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_fit import conflicts
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import actscale_fast as af
+from actscale_fast.learning.encoded_examples import EncodedExamples
+from actscale_fast.learning.engine import Engine, Item, Share, cuda_graphs
+from actscale_fast.learning.engine.cuda_graphs import CapturedPasses, tensors_of, with_tensors
+from actscale_fast.learning.engine.forward_backward import Inputs, Passes
+
+OBJECTIVES = [af.Objective(), af.Objective(margin=1.0, faithfulness=0.3)]
+PLACES: list[dict[str, Any]] = [{}, {"positions": [-1]}, {"layers": [1, 2]}, {"positions": [-2], "layers": [2]}]
+
+
+def open_engine(place: dict[str, Any], groups: int | None) -> tuple[Engine, list[Share]]:
+    model = tiny.llama()
+    intervention: Any = af.ActivScalar.for_model(model, **place)
+    with torch.no_grad():
+        intervention.alpha.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(0))
+    if groups:
+        intervention = af.ActivScalar.stack([intervention] * groups)
+    engine = Engine(model, EncodedExamples(conflicts(6), tiny.tokenizer(), model), intervention, OBJECTIVES)
+    shares = [Share([0, 1, 2], OBJECTIVES[0])]
+    return engine, shares + ([Share([3, 4], OBJECTIVES[1], 2)] if groups else [])
+
+
+def one_pass(engine: Engine, shares: list[Share], shift: int = 0) -> Inputs:
+    items = [Item(i, row + shift) for i, share in enumerate(shares) for row in share.rows]
+    (units,) = engine.arrangement.passes(items, shares)
+    return engine.assembly.inputs(units, shares, 0)
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_pass_never_reads_a_value_on_the_host(place: dict[str, Any], groups: int | None) -> None:
+    """Fake tensors have no values: reading one, which on a GPU would wait for it, raises."""
+    engine, shares = open_engine(place, groups)
+    with engine:
+        inputs = one_pass(engine, shares)
+        expected = engine.passes.compute(inputs)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = with_tensors(inputs, [mode.from_tensor(tensor) for tensor in tensors_of(inputs)])
+        with mode:
+            with pytest.raises(DataDependentOutputException):
+                fakes.tensors["sign"].sum().item()
+            found = engine.passes.compute(fakes)
+    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
+
+
+def test_inputs_can_be_taken_apart_and_put_together() -> None:
+    engine, shares = open_engine({"positions": [-1], "layers": [1]}, 3)
+    with engine:
+        inputs = one_pass(engine, shares)
+        again = with_tensors(inputs, [tensor.clone() for tensor in tensors_of(inputs)])
+        assert again.shape == inputs.shape
+        for found, expected in zip(engine.passes.compute(again), engine.passes.compute(inputs), strict=True):
+            assert torch.equal(found, expected)
+
+
+@dataclasses.dataclass
+class Replay:
+    """Stands for a CUDA graph: computes again from the memory of its inputs, into the memory of its outputs."""
+
+    passes: Passes
+    inputs: Inputs
+    outputs: list[Tensor]
+    replays: int = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for there, value in zip(self.outputs, self.passes.compute(self.inputs), strict=True):
+            there.copy_(value)
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
+    """Graphs without a GPU."""
+    made: list[Replay] = []
+
+    def captured(self: CapturedPasses, inputs: Inputs) -> Any:
+        own = with_tensors(inputs, [torch.full_like(tensor, 0) for tensor in tensors_of(inputs)])
+        outputs = [torch.full_like(tensor, torch.nan) for tensor in self.passes.compute(inputs)]
+        made.append(Replay(self.passes, own, outputs))
+        return cuda_graphs._Graph(made[-1], tensors_of(own), outputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CapturedPasses, "_captured", captured)
+    return made
+
+
+def test_a_graph_is_made_once_a_shape_and_reads_each_pass_anew(replayed: list[Replay]) -> None:
+    engine, shares = open_engine({"layers": [1, 2]}, 3)
+    with engine:
+        graphs = CapturedPasses(engine.passes)
+        for shift in (0, 1, 0):
+            inputs = one_pass(engine, shares, shift)
+            for found, expected in zip(graphs.compute(inputs), engine.passes.compute(inputs), strict=True):
+                assert torch.equal(found, expected)
+        shapes = {one_pass(engine, shares, shift).tensors["ids"].shape for shift in (0, 1)}
+    assert len(replayed) == len(shapes)
+    assert sum(graph.replays for graph in replayed) == 3
+
+
+def test_prompts_of_a_captured_step_have_few_widths() -> None:
+    data = EncodedExamples(conflicts(9), tiny.tokenizer(), tiny.llama())
+    widths = {data.batch([row], 4).input_ids.shape[1] for row in range(9)}
+    longest = max(map(len, data.prompts))
+    assert widths <= {4, 8, longest}
+    for row in range(9):
+        padded, plain = data.batch([row], 4), data.batch([row])
+        assert padded.attention_mask.sum() == plain.attention_mask.sum()
+        assert padded.padded == (padded.input_ids.shape[1] > plain.input_ids.shape[1])
+
+
+def test_capture_needs_one_gpu() -> None:
+    model = tiny.llama()
+    with pytest.raises(ValueError, match="capture: got a model on cpu, expected one on one GPU"):
+        af.fit(model, tiny.tokenizer(), conflicts(3), af.ActivScalar.for_model(model), capture=True, progress=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_fit_is_the_plain_one() -> None:
+    results = []
+    for captured in (False, True):
+        model = tiny.llama().cuda()
+        scalars = af.ActivScalar.for_model(model)
+        af.fit(
+            model, tiny.tokenizer(), conflicts(9), scalars, steps=8, batch_size=4, capture=captured, progress=False
+        )  # fmt: skip
+        results.append(scalars.alpha.detach().clone())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)
