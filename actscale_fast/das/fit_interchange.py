@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import check_counts, is_finite
 from ..learning import checkpoint as checkpoints
 from ..learning.encoded_examples import EncodedExamples
 from ..learning.fit import examples_identity, model_identity, refuse_inference_mode
-from ..learning.fit_settings import FitSettings, check_counts, is_number
+from ..learning.fit_settings import FitSettings
 from ..learning.termination import saving_on_sigterm
 from ..patching.patch import Patch
-from ..tasks.examples import Example
+from ..tasks.examples import Example, sources_of
 from .boundless_das import LEAST_BOUNDARY, BoundlessDAS
 from .pairs import Pairs
-from .sources import source_activations, source_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,14 +53,14 @@ class _Plan:
     warmup: float
 
     def __post_init__(self) -> None:
-        if not (is_number(self.boundary_lr) and self.boundary_lr > 0):
+        if not (is_finite(self.boundary_lr) and self.boundary_lr > 0):
             raise ValueError(f"boundary_lr: got {self.boundary_lr!r}, expected a positive number")
-        if not (is_number(self.boundary_weight) and self.boundary_weight >= 0):
+        if not (is_finite(self.boundary_weight) and self.boundary_weight >= 0):
             raise ValueError(f"boundary_weight: got {self.boundary_weight!r}, expected a number >= 0")
         pair = isinstance(self.temperature, Sequence) and len(self.temperature) == 2
-        if not (pair and all(is_number(value) and value > 0 for value in self.temperature)):
+        if not (pair and all(is_finite(value) and value > 0 for value in self.temperature)):
             raise ValueError(f"temperature: got {self.temperature!r}, expected two positive numbers, first and last")
-        if not (is_number(self.warmup) and 0 <= self.warmup < 1):
+        if not (is_finite(self.warmup) and 0 <= self.warmup < 1):
             raise ValueError(f"warmup: got {self.warmup!r}, expected a share of the steps, at least 0 and below 1")
 
     def factor(self, step: int) -> float:
@@ -142,7 +142,7 @@ def fit_interchange(
     check_counts(epochs=epochs, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     refuse_inference_mode("fit_interchange")
     data = EncodedExamples(examples, tokenizer, model, das.location.paths)
-    texts = source_texts(data.examples)
+    texts = sources_of(data.examples)
     if steps is None:
         steps = epochs * math.ceil(len(data) / batch_size)
     settings = FitSettings(steps=steps, lr=rotation_lr, batch_size=batch_size, seed=seed, schedule="constant")
@@ -157,7 +157,7 @@ def fit_interchange(
     if fit.taken < steps:
         if checkpoint is not None:
             checkpoints.check_place(checkpoint, fit.tensors())
-        sources = source_activations(model, tokenizer, das, texts, progress=progress)
+        sources = das.source_activations(model, tokenizer, texts, progress=progress)
         saving = saving_on_sigterm(checkpoint is not None)
         with saving, torch.enable_grad(), Pairs(model, data, das, sources) as pairs, _bar(fit, progress) as bar:
             try:

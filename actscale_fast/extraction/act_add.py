@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .._checks import check_finite
 from ..architectures.layout import layout
 from ..frozen.reader import Reader
 from ..interventions import SteerVec
-from .texts import Encoder, check_finite
+from .texts import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +58,7 @@ def act_add(
     """
     found = layout(model, paths)
     number = _checked_layer(layer, found.n_layers)
-    check_finite(coefficient, "coefficient")
+    check_finite(coefficient=coefficient)
     encoder = Encoder(found, tokenizer)
     pair = [encoder.opened(positive, "positive"), encoder.opened(negative, "negative")]
     longest = max(map(len, pair))

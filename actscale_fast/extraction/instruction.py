@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from .._checks import check_counts, check_finite
 from ..architectures.layout import layout
 from ..architectures.location import Location, check_layers
 from ..frozen.perplexity import perplexity
 from ..frozen.reader import Reader
 from ..interventions import Intervention, Projection, SteerVec
 from ..patching.patch import patch
-from .texts import Encoder, check_count, check_finite, check_texts, continuations
+from .texts import Encoder, check_texts, continuations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ class InstructionVectors:
         Raises:
             ValueError: a layer without a vector, or a coefficient that is not finite.
         """
-        check_finite(coefficient, "coefficient")
+        check_finite(coefficient=coefficient)
         index, location = self._at(layer)
         vector = SteerVec(location)
         with torch.no_grad():
@@ -124,8 +125,9 @@ class InstructionVectors:
         """
         from tqdm.auto import tqdm
 
-        check_finite(coefficient, "coefficient")
-        check_texts(prompts, "prompts"), check_count(max_new_tokens, "max_new_tokens")
+        check_finite(coefficient=coefficient)
+        check_texts(prompts, "prompts")
+        check_counts(max_new_tokens=max_new_tokens)
         if mode not in ("projection", "add"):
             raise ValueError(f"mode: got {mode!r}, expected 'projection' or 'add'")
         if max_perplexity is not None and not max_perplexity >= 1:
@@ -202,7 +204,7 @@ def instruction_vectors(
     """
     from tqdm.auto import tqdm
 
-    check_count(batch_size, "batch_size")
+    check_counts(batch_size=batch_size)
     found = layout(model, paths)
     encoder = Encoder(found, tokenizer)
     rows = encoder.prompts(with_instruction, "with_instruction")

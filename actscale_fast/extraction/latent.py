@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .._checks import check_counts, check_finite
 from ..architectures.layout import layout
 from ..architectures.location import check_layers
 from ..interventions import Intervention, SteerVec
-from ..modules.evaluation_mode import frozen
+from ..modules.evaluation_mode import evaluation_mode
 from ..patching.patch import patch
 from .latent_search import LatentSearch
-from .texts import Encoder, check_count, check_finite, check_texts, greedy, start_id
+from .texts import Encoder, check_texts, greedy, start_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,11 +98,12 @@ def latent_vectors(
     begun = time.perf_counter()
     if torch.is_inference_mode_enabled():
         raise RuntimeError("latent_vectors needs gradients, which torch.inference_mode() rules out")
-    if not check_finite(lr, "lr") > 0:
+    check_finite(lr=lr)
+    if lr <= 0:
         raise ValueError(f"lr: got {lr!r}, expected a positive number")
     if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
         raise ValueError(f"restarts: got {restarts!r}, expected an integer >= 0")
-    check_count(steps, "steps"), check_count(batch_size, "batch_size")
+    check_counts(steps=steps, batch_size=batch_size)
     found = layout(model, paths)
     number = check_layers([layer], found.n_layers)[0]
     encoder = Encoder(found, tokenizer)
@@ -122,7 +124,7 @@ def latent_vectors(
     taken: list[int] = []
     generator = torch.Generator().manual_seed(seed)
     order = sorted(range(len(targets)), key=lambda row: len(targets[row]))
-    with torch.enable_grad(), frozen(found.model), tqdm(
+    with torch.enable_grad(), evaluation_mode(found.model), tqdm(
         total=len(targets), desc="latent vectors", disable=not progress, unit="sentence", dynamic_ncols=True
     ) as bar:  # fmt: skip
         for first in range(0, len(order), batch_size):
@@ -166,7 +168,7 @@ def decode_latent(
         start: as `latent_vectors` had it.
         strength: β.
     """
-    check_count(max_new_tokens, "max_new_tokens")
+    check_counts(max_new_tokens=max_new_tokens)
     encoder = Encoder(layout(model, vector.paths), tokenizer)
     opening = _opening(encoder, start)
     if encoder.context is not None:

@@ -17,8 +17,8 @@ from ..architectures.layout import ModelLayout
 from ..architectures.lm_head import OutputHead
 from ..architectures.location import Location
 from ..frozen.batching import Batch, forward_arguments
-from ..frozen.partial_forward import Section
-from ..frozen.shortcuts import opened
+from ..frozen.partial_forward import PartialForward
+from ..frozen.shortcuts import open_frozen_model
 from ..interventions import SteerVec
 from ..patching.patch import patch
 from .texts import Encoder
@@ -64,10 +64,10 @@ class LatentSearch:
     def __enter__(self) -> Self:
         model: Any = self.found.model
         one = Batch(self.ids[:, :1], torch.ones_like(self.ids[:, :1]), padded=False)
-        self._open = opened(self.found, model, forward_arguments(model, one))
+        self._open = open_frozen_model(self.found, model, forward_arguments(model, one))
         head, section = self._open.__enter__()
         self.head: OutputHead | None = head
-        self.section: Section = section
+        self.section: PartialForward = section
         with torch.no_grad():
             section.run(forward_arguments(model, one))
             self.hidden = section.run(self._arguments(self.ids), end=self.first)[0]  # [N, T, d]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._checks import check_counts, check_finite
 from ..architectures.layout import layout
 from ..architectures.location import Location, check_layers, check_site
 from ..frozen.reader import Reader
 from ..interventions import SteerVec
-from .texts import Encoder, check_count, check_finite
+from .texts import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,11 +104,11 @@ def mean_activations(
 
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise TypeError(f"texts: got {type(texts).__name__}, expected an iterable of strings")
-    check_count(batch_size, "batch_size")
+    check_counts(batch_size=batch_size)
     if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
         raise ValueError(f"skip: got {skip!r}, expected an integer >= 0")
     if max_tokens is not None:
-        check_count(max_tokens, "max_tokens")
+        check_counts(max_tokens=max_tokens)
     found = layout(model, paths)
     encoder = Encoder(found, tokenizer)
     limit = min((n for n in (max_tokens, encoder.context) if n is not None), default=None)
@@ -180,7 +181,7 @@ def mean_centring(
         >>> everything = mean_activations(model, tokenizer, training_texts)
         >>> sea = mean_centring(model, tokenizer, sea_stories, everything, layers=[10], coefficient=2)
     """
-    check_finite(coefficient, "coefficient")
+    check_finite(coefficient=coefficient)
     vector = SteerVec.for_model(model, site, layers, positions, generated and positions is not None, **(paths or {}))
     chosen = vector.location.layers
     means = []

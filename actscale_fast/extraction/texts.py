@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .._checks import check_counts
 from ..architectures.layout import ModelLayout, embedding_weight, input_device, layout, unwrap
 from ..frozen.batching import Batch, left_padded, open_ids, pad_id_of
-from ..modules.evaluation_mode import frozen
+from ..modules.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,20 +88,6 @@ def check_texts(texts: Any, name: str) -> Sequence[str]:
     return texts
 
 
-def check_count(value: Any, name: str) -> int:
-    """`value` where it is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected a positive integer")
-    return int(value)
-
-
-def check_finite(value: Any, name: str) -> float:
-    """`value` where it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}, expected a finite number")
-    return float(value)
-
-
 def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that a text is generated from: the beginning of a sequence, or where there is none its end, or padding.
 
@@ -135,7 +120,7 @@ def greedy(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad_id_of(tokenizer)
     )
-    with frozen(found):
+    with evaluation_mode(found):
         # generate() fills what a given config leaves open from the model's own, which may hold penalties.
         found.generation_config = GenerationConfig()
         try:
@@ -171,7 +156,7 @@ def continuations(
     Raises:
         TypeError, ValueError: bad prompts, or a count that is not positive.
     """
-    check_count(max_new_tokens, "max_new_tokens"), check_count(batch_size, "batch_size")
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     encoder = Encoder(layout(model, paths), tokenizer)
     rows = encoder.prompts(prompts, "prompts")
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_counts
 from ..architectures.arguments import accepted_arguments
 from ..architectures.layout import embedding_weight, input_device, layout
-from ..modules.evaluation_mode import frozen
+from ..modules.evaluation_mode import evaluation_mode
 from .batching import forward_arguments, left_padded, open_ids, pad_id_of
-from .shortcuts import opened
+from .shortcuts import open_frozen_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,8 +67,7 @@ def perplexity(
 
         perplexity(model, tokenizer, [" a lovely day for a walk."], ["It is"])
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size!r}, expected a positive integer")
+    check_counts(batch_size=batch_size)
     _check_strings("texts", texts)
     if prompts is not None:
         _check_strings("prompts", prompts)
@@ -86,9 +86,9 @@ def perplexity(
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
     pad_id = pad_id_of(tokenizer)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(frozen(found.model))
+        stack.enter_context(evaluation_mode(found.model))
         probe = forward_arguments(found.model, left_padded([rows[0].ids], pad_id, device))  # type: ignore[arg-type]
-        head, section = stack.enter_context(opened(found, found.model, probe))
+        head, section = stack.enter_context(open_frozen_model(found, found.model, probe))
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             chosen = [rows[number] for number in numbers]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
-import numbers
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,6 +13,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import nn
 
+from .._checks import check_finite, is_real
 from .._files import write_bytes
 from ..architectures.location import Location
 from . import saving
@@ -265,7 +264,6 @@ def _check_part(part: object) -> None:
 
 
 def _check_factor(factor: object) -> None:
-    if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
+    if not is_real(factor):
         raise TypeError(f"factor: got {type(factor).__name__}, expected a number")
-    if not math.isfinite(factor):
-        raise ValueError(f"factor: got {factor}, expected a finite number")
+    check_finite(factor=factor)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import defaults
+from .._checks import check_bytes, check_counts
 from ..architectures.layout import layout, unwrap
 from ..architectures.location import Location
 from ..architectures.site_check import idle_layers
@@ -20,7 +21,7 @@ from ..tasks.examples import Example, example_fields
 from . import checkpoint as checkpoints, distributed as parallel
 from .encoded_examples import EncodedExamples
 from .engine import CACHE_BYTES, SPILL_BYTES, Engine, Share
-from .fit_settings import FitSettings, Schedule, check_bytes, check_counts
+from .fit_settings import FitSettings, Schedule
 from .fit_state import Run
 from .objective import Objective
 from .termination import saving_on_sigterm

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from .. import defaults
+from .._checks import check_counts, finite_number, is_integer
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -71,37 +71,3 @@ class FitSettings:
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON has them."""
         return asdict(self) | {"betas": list(self.betas)}
-
-
-def check_counts(**settings: int) -> None:
-    """ValueError that names the first setting which is not a positive integer."""
-    for name, value in settings.items():
-        if not is_integer(value) or value < 1:
-            raise ValueError(f"{name}: got {value!r}, expected a positive integer")
-
-
-def check_bytes(**budgets: int | None) -> None:
-    """ValueError that names the first budget which is no integer >= 0; None stands for the default."""
-    for name, value in budgets.items():
-        if value is not None and (not is_integer(value) or value < 0):
-            raise ValueError(f"{name}: got {value!r}, expected an integer that is at least 0")
-
-
-def finite_number(value: object) -> float | None:
-    """`value` as a float, of an integer and of NumPy's scalars too; None where it is no finite number, as a bool is."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's bool is no Real
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # an integer beyond float
-        return None
-    return number if math.isfinite(number) else None
-
-
-def is_integer(value: object) -> bool:
-    """Whether `value` is an integer, one of NumPy's too, and no bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    return finite_number(value) is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .. import defaults
-from .fit_settings import finite_number
+from .._checks import finite_number
 
 
 @dataclass(frozen=True, slots=True)

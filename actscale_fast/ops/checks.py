@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor
 
+from .._checks import is_real
 from .registry import is_eager
 
 
@@ -21,7 +20,7 @@ def floating_tensor(name: str, value: object, shape: str) -> Tensor:
 
 def number(name: str, value: object) -> float:
     """`value` as a float; a bool is none, and neither is a tensor, since reading one waits for the GPU."""
-    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, numbers.Real)):
+    if not (is_real(value) or isinstance(value, (torch.SymFloat, torch.SymInt))):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     try:
         result = float(value)

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._checks import check_bytes, check_counts
 from ...architectures.location import Location
 from ...architectures.site_check import skipped
 from ...interventions import ActivScalar
-from ...modules.evaluation_mode import frozen
+from ...modules.evaluation_mode import evaluation_mode
 from ...patching.patch import patch
 from ...tasks.examples import Example
 from ..encoded_examples import EncodedExamples
 from ..engine import CACHE_BYTES, Engine, Share, gradient_on_trial
 from ..fit import checked_location, checked_objective, refuse_inference_mode
-from ..fit_settings import check_bytes, check_counts
 from ..objective import Objective
 from .knock_out import Removals
 
@@ -197,7 +197,7 @@ def attribution(
                 _, (of_objective,) = engine.gradients([Share(range(len(data)), objective)])
         elif not skipped():
             gradient_on_trial(model, data, scalars)
-        with frozen(model), Removals(model, data, scalars, batch_size, cache_bytes) as removals:
+        with evaluation_mode(model), Removals(model, data, scalars, batch_size, cache_bytes) as removals:
             found = removals.run(gradient=objective is None, knock_out=knock_out, progress=progress)
     scores = found.gradient if of_objective is None else of_objective
     assert scores is not None

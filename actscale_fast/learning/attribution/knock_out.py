@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...architectures.layout import embedding_weight, layout
 from ...frozen.batching import Batch, forward_arguments
-from ...frozen.shortcuts import opened
+from ...frozen.shortcuts import open_frozen_model
 from ...interventions import ActivScalar
 from ...patching.patch import Patch
 from ..encoded_examples import EncodedExamples
@@ -68,7 +68,7 @@ class Removals:
 
     def __enter__(self) -> Self:
         arguments = forward_arguments(self._model, self.data.batch([0]))
-        self.head, self.section = self._open.enter_context(opened(self.found, self._model, arguments))
+        self.head, self.section = self._open.enter_context(open_frozen_model(self.found, self._model, arguments))
         return self
 
     def __exit__(

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ... import defaults
+from ..._checks import check_counts, finite_number
 from ...interventions import ActivScalar, Intervention
 from ...tasks.examples import Example
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, Share
 from ..fit import checked_location, checked_objective, refuse_inference_mode
-from ..fit_settings import FitSettings, check_counts, finite_number
+from ..fit_settings import FitSettings
 from ..objective import Objective
 
 if TYPE_CHECKING:

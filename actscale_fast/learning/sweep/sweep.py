@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import defaults
+from ..._checks import check_bytes, check_counts
 from ...architectures.layout import layout
 from ...interventions import ActivScalar, Intervention
 from ...patching.patch import patch
@@ -26,7 +27,7 @@ from ..fit import (
     refuse_idle,
     refuse_inference_mode,
 )
-from ..fit_settings import FitSettings, Schedule, check_bytes, check_counts
+from ..fit_settings import FitSettings, Schedule
 from ..objective import Objective
 from ..termination import saving_on_sigterm
 from .folder import INDEX, digest_of, read_evaluation, write_evaluation, write_index

@@ -1,0 +1,53 @@
+"""Checks of the numbers that callers pass; every message names the argument."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+
+def is_real(value: object) -> bool:
+    """Whether `value` is a real number, including NumPy's scalars but not booleans."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's bool is not a Real
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer, including NumPy's but not booleans."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def finite_number(value: object) -> float | None:
+    """`value` as a float, or None if it is not a finite number."""
+    if not is_real(value):
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer that no float can hold
+        return None
+    return number if math.isfinite(number) else None
+
+
+def is_finite(value: object) -> bool:
+    """Whether `value` is a finite number."""
+    return finite_number(value) is not None
+
+
+def check_finite(**values: object) -> None:
+    """Raise a ValueError for the first value that is not a finite number."""
+    for name, value in values.items():
+        if not is_finite(value):
+            raise ValueError(f"{name}: got {value!r}, expected a finite number")
+
+
+def check_counts(**values: object) -> None:
+    """Raise a ValueError for the first value that is not a positive integer."""
+    for name, value in values.items():
+        if not is_integer(value) or value < 1:  # type: ignore[operator]
+            raise ValueError(f"{name}: got {value!r}, expected a positive integer")
+
+
+def check_bytes(**budgets: object) -> None:
+    """Raise a ValueError for the first budget that is neither None nor an integer >= 0."""
+    for name, value in budgets.items():
+        if value is not None and (not is_integer(value) or value < 0):  # type: ignore[operator]
+            raise ValueError(f"{name}: got {value!r}, expected an integer that is at least 0")
