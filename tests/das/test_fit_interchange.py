@@ -12,8 +12,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from das_cases import exact, hooked
 from model_zoo import randomised
-from test_boundless_das import exact, hooked
 from torch import Tensor
 
 import actscale_fast as af

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from extraction_cases import greedy_by_hand, models, spaced_tokenizer
+from frozen_cases import state_of
 from model_zoo import tiny_model
-from test_partial_forward import state_of
 from torch import Tensor
 
 import actscale_fast as af
@@ -17,7 +17,7 @@ from actscale_fast.extraction import LatentResult, decode_latent, latent_vectors
 from actscale_fast.extraction.latent_search import LatentSearch
 from actscale_fast.extraction.texts import Encoder
 from actscale_fast.interventions import SteerVec
-from actscale_fast.modules.evaluation_mode import frozen
+from actscale_fast.modules.evaluation_mode import evaluation_mode
 
 WHERE = pytest.mark.parametrize("which", [0, 1], ids=["llama", "gpt2"])
 EVERY = pytest.mark.parametrize("every_step", [True, False], ids=["every step", "first step"])
@@ -84,7 +84,7 @@ def loss_by_hand(model: Any, z: Tensor, ids: list[int], every_step: bool) -> Ten
 def test_the_loss_and_its_gradient_are_those_of_plain_teacher_forcing(which: int, every_step: bool) -> None:
     model = models()[which].double()
     rows = [[4, 5, 6, 3], [12, 13, 3], [7, 7, 9, 11, 10, 3]]
-    with frozen(model), searched(model, every_step, rows) as search:
+    with evaluation_mode(model), searched(model, every_step, rows) as search:
         search.start(0.7, torch.Generator().manual_seed(3))
         losses, _ = search._losses(torch.tensor([2, 0, 1]))
         (gradient,) = torch.autograd.grad(losses.sum(), search.z.vectors)
@@ -134,7 +134,7 @@ def test_the_result_tells_the_loss_at_the_vector_and_the_steps() -> None:
 def test_rows_of_a_batch_do_not_touch_each_other() -> None:
     model = tiny_models()[0].double()
     rows = [[4, 5, 6, 3], [12, 13, 3], [7, 7, 9, 11, 10, 3]]
-    with torch.enable_grad(), frozen(model), searched(model, True, rows) as search:
+    with torch.enable_grad(), evaluation_mode(model), searched(model, True, rows) as search:
         search.start(0.7, torch.Generator().manual_seed(3))
         every = search._losses(torch.tensor([0, 1, 2]))[0].tolist()
         some = search._losses(torch.tensor([1]))[0].tolist()

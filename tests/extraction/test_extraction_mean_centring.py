@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from extraction_cases import block_of, generated, greedy_by_hand, inputs_of_layer, models, spaced_tokenizer
+from frozen_cases import read_by_hand
 from model_zoo import tiny_model
-from test_reader import read_by_hand
 from torch import Tensor
 
 import actscale_fast as af

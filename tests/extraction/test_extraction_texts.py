@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from extraction_cases import greedy_by_hand, spaced_tokenizer
+from frozen_cases import state_of
 from model_zoo import tiny_model
-from test_partial_forward import state_of
 
 import actscale_fast as af
 from actscale_fast.extraction import continuations

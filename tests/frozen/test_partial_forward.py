@@ -8,28 +8,17 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import TokenExamples, assert_equal_to_rounding, engine, full
+from frozen_cases import state_of
 from model_zoo import CONFIGS, IDS, checkpoint_activations, randomised, tiny_model
-from torch import Tensor, nn
+from torch import Tensor
 
 import actscale_fast as af
 from actscale_fast.architectures.arguments import cache_argument
 from actscale_fast.architectures.layout import layout
-from actscale_fast.frozen.partial_forward import Prefix, Section, keys_and_values
+from actscale_fast.frozen.partial_forward import Prefix, PartialForward, keys_and_values
 from actscale_fast.learning.engine import Engine, Share
 
 OBJECTIVE = af.Objective(margin=3.0, faithfulness=0.7)
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that could tell that somebody was here: classes, attributes, hooks, modes, parameters and their gradients."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        attributes = {key: id(value) for key, value in module.__dict__.items() if not key.startswith("_forward")}
-        hooks = {key: list(value) for key, value in module.__dict__.items() if key.startswith("_forward")}
-        found[name] = type(module), attributes, hooks, module.training
-    for name, parameter in model.named_parameters():
-        found[f"parameter {name}"] = parameter.requires_grad, parameter.grad, parameter._version, parameter.data_ptr()
-    return found
 
 
 def scalars(model: Any, **where: Any) -> af.ActivScalar:
@@ -198,7 +187,7 @@ def test_a_model_may_run_in_two_parts(family: str) -> None:
     found = layout(model)
     arguments = {"input_ids": IDS, "use_cache": False}
     whole = model(IDS, output_hidden_states=True)
-    with torch.no_grad(), Section(found, None) as section:
+    with torch.no_grad(), PartialForward(found, None) as section:
         with pytest.raises(RuntimeError, match="first run must be of all layers"):
             section.run(arguments, end=1)
         noted = section.run(arguments, wanted=[1, 2])[1]
@@ -219,7 +208,7 @@ def test_the_last_tokens_may_run_on_kept_keys_and_values(family: str, first: int
 
     model, cache = tiny_model(family, dtype=torch.float64), DynamicCache()
     found = layout(model)
-    with torch.no_grad(), Section(found, None) as section:
+    with torch.no_grad(), PartialForward(found, None) as section:
         arguments = {"input_ids": IDS, "use_cache": True, cache_argument(model): cache}
         whole, noted = section.run(arguments, wanted=[1])
         layers = [keys_and_values(cache, index) for index in range(first, 2)]

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import pytest
 import torch
+from frozen_cases import read_by_hand, state_of
 from model_zoo import CONFIGS, IDS, SITES, scalars, tiny_model
-from test_partial_forward import state_of
-from torch import Tensor, nn
 
 import actscale_fast as af
 from actscale_fast.architectures.layout import layout
 from actscale_fast.frozen.batching import left_padded
 from actscale_fast.frozen.reader import Reader
-
-
-def read_by_hand(model: Any, site: str, ids: Tensor) -> Tensor:
-    """[L, B, T, H, D] by hooks on a plain forward pass."""
-    found, values = layout(model), []
-    heads = found.n_heads if site == "head" else 1
-
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        values.append(args[0])
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        values.append((output[0] if isinstance(output, tuple) else output).clone())  # Falcon adds to it in place
-
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for layer in range(found.n_layers):
-            module = found.site_module(site, layer)
-            hook = module.register_forward_pre_hook(before) if site == "head" else module.register_forward_hook(after)
-            stack.callback(hook.remove)
-        model(ids)
-    return torch.stack([value.reshape(*ids.shape, heads, -1) for value in values])
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -111,6 +111,7 @@ def _made(model_type: str, seed: int, dtype: torch.dtype, changes: tuple[tuple[s
 
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 2], [8, 8, 41, 3, 19, 60], [4, 6, 10, 11, 13, 14]])
+PROMPT, OTHER = torch.tensor([[5, 9, 12, 7, 30]]), torch.tensor([[11, 8, 14]])  # of different lengths
 SITES = ["head", "attn_out", "mlp_out", "residual"]
 
 

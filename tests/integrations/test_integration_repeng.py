@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import model_zoo
 import numpy as np
 import pytest
 import torch
@@ -248,7 +249,7 @@ def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
     return found(name)
 importlib.metadata.version = version
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(model_zoo.__file__).parent)!r})
 from model_zoo import tiny_model
 import actscale_fast as af
 from actscale_fast.integrations import repeng

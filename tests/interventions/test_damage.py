@@ -11,8 +11,8 @@ from pathlib import Path
 import damage
 import pytest
 import torch
+from fit_cases import conflicts, run
 from model_zoo import randomised, tiny_model
-from test_fit import conflicts, run
 
 import actscale_fast as af
 from actscale_fast import _files
@@ -149,7 +149,7 @@ def test_files_of_two_fits_of_a_sweep_are_not_exchanged(name: str, tmp_path: Pat
 
 
 def test_a_damaged_evaluation_is_not_computed_again(tmp_path: Path) -> None:
-    from test_sweep import run_sweep
+    from sweep_cases import run_sweep
 
     run_sweep({"seed": [0]}, folder=tmp_path, evaluate_on=conflicts(4, seed=3))
     (path,) = tmp_path.glob("*/evaluation.json")

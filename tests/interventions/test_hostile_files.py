@@ -339,7 +339,7 @@ def test_pipes_and_folders_in_place_of_files_do_not_hang(tmp_path: Path) -> None
     refused(tmp_path, r"\.safetensors: not a regular file")
     os.mkfifo(tmp_path / "fit.safetensors")
     import tiny
-    from test_fit import conflicts, run
+    from fit_cases import conflicts, run
 
     with pytest.raises(ValueError, match=r"fit\.safetensors.*not a regular file"):
         run(tiny.llama(), conflicts(4), checkpoint=tmp_path / "fit.safetensors")

@@ -259,7 +259,7 @@ def test_an_intervention_is_made_where_only_its_own_package_was_imported() -> No
     import sys
 
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from model_zoo import tiny_model; "
+        "import sys; sys.path.insert(0, 'tests/helpers'); from model_zoo import tiny_model; "
         "from actscale_fast.interventions import ActivScalar; print(ActivScalar.for_model(tiny_model()).n_parameters)"
     )
     root = Path(__file__).parents[2]

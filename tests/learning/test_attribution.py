@@ -13,7 +13,7 @@ import model_zoo
 import pytest
 import tiny
 import torch
-from test_fit import conflicts
+from fit_cases import conflicts
 from torch import Tensor
 
 import actscale_fast as af

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_fit import conflicts, run
+from fit_cases import conflicts, run
 
 import actscale_fast as af
 from actscale_fast import ops

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_fit import conflicts
+from fit_cases import conflicts
 
 import actscale_fast as af
 

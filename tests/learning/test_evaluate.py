@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_fit import conflicts
+from fit_cases import conflicts
 
 import actscale_fast as af
 

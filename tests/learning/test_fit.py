@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from fit_cases import conflicts, run
 from torch import Tensor
 
 import actscale_fast as af
@@ -18,25 +18,6 @@ from actscale_fast import ops
 from actscale_fast.learning.engine import Engine
 from actscale_fast.learning.fit_settings import FitSettings
 from actscale_fast.learning.fit_state import Run
-
-CAPITALS = ["Paris", "Berlin", "Rome", "Madrid", "Oslo"]
-
-
-def conflicts(n: int, seed: int = 0) -> list[af.Example]:
-    """Prompts of differing lengths, so that batches are padded."""
-    generator, examples = random.Random(seed), []
-    for _ in range(n):
-        correct, wrong = generator.sample(CAPITALS, 2)
-        words = ["Q"] * generator.randrange(3) + ["The capital of", generator.choice("ABC"), "is", wrong, "answer"]
-        examples.append(af.Example(" ".join(words), " " + correct, " " + wrong))
-    return examples
-
-
-def run(model: Any, examples: list[af.Example], objective: af.Objective | None = None, **options: Any) -> af.FitResult:
-    settings: dict[str, Any] = {"steps": 6, "lr": 0.05, "batch_size": 4, "seed": 3, "progress": False} | options
-    scalars = options.pop("intervention", None) or af.ActivScalar.for_model(model)
-    settings.pop("intervention", None)
-    return af.fit(model, tiny.tokenizer(), examples, scalars, objective, **settings)
 
 
 def plain_fit(model: Any, examples: list[af.Example], objective: af.Objective, steps: int, lr: float) -> Tensor:

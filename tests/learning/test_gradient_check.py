@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import PROMPTS, TokenExamples, assert_equal_to_rounding, engine, full
+from fit_cases import conflicts
 from model_zoo import randomised, tiny_model
-from test_fit import conflicts
 from tiny import llama, tokenizer
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +13,13 @@ import psutil
 import pytest
 import tiny
 import torch
-from test_fit import conflicts, run
+from fit_cases import OBJECTIVE, conflicts, run, start_fit, steps_in, whole_fit
 from torch import Tensor, nn
 
 import actscale_fast as af
 from actscale_fast import ops
 from actscale_fast.learning.encoded_examples import EncodedExamples
 from actscale_fast.learning.engine import Engine, Share
-
-OBJECTIVE = af.Objective(margin=2.0, faithfulness=0.5, minimality=0.05)
 
 
 def tensors_alive() -> tuple[int, int]:
@@ -78,47 +74,9 @@ def test_the_processs_memory_does_not_grow_with_its_steps() -> None:
     assert seen[1] - seen[0] < 4 << 20
 
 
-SCRIPT = """
-import sys
-sys.path[:0] = [{tests!r}]
-import signal, time, tiny, torch
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
-import actscale_fast as af
-from actscale_fast.learning.fit_state import Run
-from test_fit import conflicts
-
-torch.set_num_threads({threads})
-path, pause = sys.argv[1], float(sys.argv[2])
-update = Run.update
-
-def slowly(self, *given):
-    update(self, *given)
-    print(self.taken, flush=True)
-    time.sleep(pause)
-
-Run.update = slowly
-model = tiny.llama()
-scalars = af.ActivScalar.for_model(model)
-af.fit(model, tiny.tokenizer(), conflicts(9), scalars, af.Objective(margin=2.0, faithfulness=0.5, minimality=0.05),
-       steps=12, lr=0.05, batch_size=4, seed=3, progress=False, checkpoint=path, checkpoint_every=2)
-"""
-
-
-def whole_fit(**options: Any) -> af.FitResult:
-    return run(tiny.llama(), conflicts(9), OBJECTIVE, steps=12, **options)
-
-
 def interrupted(path: Path, after: int, how: signal.Signals) -> int:
     """Start the fit in a process of its own and send it a signal once it has taken `after` steps; steps it printed."""
-    command = [
-        sys.executable,
-        "-P",  # the installed package with its kernels, not the checkout
-        "-c",
-        SCRIPT.format(tests=str(Path(__file__).parent), threads=torch.get_num_threads()),
-        str(path),
-        "0.1",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_fit(path, torch.get_num_threads())
     assert process.stdout is not None
     taken = 0
     for line in process.stdout:
@@ -130,15 +88,6 @@ def interrupted(path: Path, after: int, how: signal.Signals) -> int:
     assert process.returncode != 0, errors
     assert taken == after, errors
     return taken
-
-
-def steps_in(path: Path) -> int:
-    import json
-
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return int(json.loads(file.metadata()["progress"])["step"])
 
 
 @pytest.mark.parametrize("after", [5])

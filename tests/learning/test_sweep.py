@@ -10,21 +10,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_fit import conflicts
+from fit_cases import conflicts
+from sweep_cases import OBJECTIVE, SETTINGS, run_sweep
 from torch import Tensor
 
 import actscale_fast as af
 from actscale_fast import ops
 from actscale_fast.learning.engine import Engine
 from actscale_fast.learning.fit_state import Run
-
-OBJECTIVE = af.Objective(margin=2.0, faithfulness=0.7, minimality=0.1)
-SETTINGS: dict[str, Any] = {"steps": 6, "lr": 0.05, "batch_size": 4, "progress": False}
-
-
-def run_sweep(grid: Any, model: Any = None, examples: Any = None, **options: Any) -> af.SweepResult:
-    model, examples = model or tiny.llama(), examples or conflicts(7)
-    return af.sweep(model, tiny.tokenizer(), examples, grid, OBJECTIVE, **SETTINGS | options)
 
 
 def single(

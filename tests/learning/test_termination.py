@@ -6,8 +6,6 @@ import importlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +14,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_fit import conflicts, run
-from test_long_work import SCRIPT, steps_in, whole_fit
-from test_sweep import run_sweep
+from fit_cases import conflicts, run, start_fit, steps_in, whole_fit
+from sweep_cases import run_sweep
 
 import actscale_fast as af
 from actscale_fast.learning.fit_state import Run
@@ -114,10 +111,7 @@ def test_a_terminated_interchange_fit_keeps_its_last_step(tmp_path: Path, monkey
 
 def test_without_a_handler_the_process_ends_by_the_signal_after_saving(tmp_path: Path) -> None:
     path = tmp_path / "fit.safetensors"
-    code = SCRIPT.format(tests=str(Path(__file__).parent), threads=1)
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", code, str(path), "0.1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with start_fit(path) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if int(line) == 3:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from fit_cases import conflicts, run
 from model_zoo import randomised, tiny_model
-from test_fit import conflicts, run
 from torch import Tensor, nn
 
 import actscale_fast as af

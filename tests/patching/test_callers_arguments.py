@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_zoo import scalars, tiny_model
+from model_zoo import OTHER, PROMPT, scalars, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -15,9 +15,6 @@ import actscale_fast as af
 from actscale_fast.architectures.arguments import cache_argument
 from actscale_fast.architectures.layout import layout as layout_of
 from actscale_fast.patching.forward_call import read
-
-PROMPT = torch.tensor([[5, 9, 12, 7, 30]])
-OTHER = torch.tensor([[11, 8, 14]])
 
 
 def logits_of(model: nn.Module, ids: Tensor, intervention: Any, **arguments: Any) -> Tensor:
@@ -79,14 +76,14 @@ class Unknown:
 def test_what_may_be_a_cache_of_unknown_length_is_refused_with_positions(name: str, value: Any) -> None:
     call = read(("input_ids",), (PROMPT,), {name: value})
     with pytest.raises(ValueError, match=rf"{name}: got a \w+, expected a cache that knows its length"):
-        call.understood()
+        call.refuse_unknown_arguments()
 
 
 @pytest.mark.parametrize("name", ["padding_mask", "valid", "segment_ids"])
 def test_what_may_be_a_mask_under_an_unknown_name_is_refused_with_positions(name: str) -> None:
     call = read(("input_ids",), (PROMPT,), {name: torch.ones(1, 5, dtype=torch.int64)})
     with pytest.raises(ValueError, match=rf"{name}: unknown argument \(torch.int64 \(1, 5\)\) that could be a mask"):
-        call.understood()
+        call.refuse_unknown_arguments()
 
 
 def test_two_different_caches_are_refused() -> None:

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from model_zoo import tiny_model
+from model_zoo import PROMPT, tiny_model
 from torch import Tensor, nn
 
 from actscale_fast.architectures.arguments import cache_argument
 from actscale_fast.interventions import ActivScalar, Intervention, SteerVec, slot_index
 from actscale_fast.patching.patch import patch
 
-PROMPT = torch.tensor([[5, 9, 12, 7, 30]])
 FAMILIES = ["llama", "gpt2", "opt", "bloom", "gemma3_text"]
 
 

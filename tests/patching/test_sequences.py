@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_zoo import IDS, logits, scalars, tiny_model
+from model_zoo import IDS, OTHER, PROMPT, logits, scalars, tiny_model
 from oracle.table import architectures
 from oracle.tiny import tiny_model as tiny_architecture
-from test_callers_arguments import OTHER, PROMPT
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
