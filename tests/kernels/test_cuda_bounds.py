@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_emulation.emulation import HERE, compiled, skip_where_it_cannot_be_built
+from cuda_emulation.emulation import HERE, kept_build, skip_where_it_cannot_be_built
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
@@ -20,7 +20,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     probe = ["c++", *SANITIZERS, str(folder / "probe.cpp"), "-o", str(folder / "probe")]
     if subprocess.run(probe, capture_output=True).returncode or subprocess.run([folder / "probe"]).returncode:
         pytest.skip("the compiler has no sanitizers here")
-    return compiled(folder / "bounds", [HERE / "bounds.cpp"], *SANITIZERS)
+    return kept_build("bounds", [HERE / "bounds.cpp"], *SANITIZERS)
 
 
 @pytest.mark.slow

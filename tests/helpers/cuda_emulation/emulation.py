@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import shlex
@@ -63,21 +64,39 @@ A100: Limits = (108, 166912, 167936, 1024, 1)
 SMALL: Limits = (4, 232448, 233472, 1024, 16)  # so that few rows fill it
 
 
+def kept_build(name: str, sources: list[Path], *flags: str) -> Path:
+    """The built file `name`, kept in build/ for every process and run with the same sources and flags."""
+    import fcntl
+
+    digest = hashlib.sha256(repr((sys.version, os.environ.get("CXX"), FLAGS, flags)).encode())
+    for path in sorted([*CSRC.rglob("*.*"), *HERE.glob("*.*")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = CSRC.parent / "build" / "emulated_cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / digest.hexdigest()[:16] / name
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as fresh:
+                built = compiled(Path(fresh, name), sources, *flags)
+                target.parent.mkdir(exist_ok=True)
+                built.rename(target)
+    return target
+
+
 @functools.cache
 def emulated_kernels() -> ModuleType:
-    """The module that `ops/cuda` calls, over the emulated device; compiled once a process."""
+    """The module that `ops/cuda` calls, over the emulated device."""
     import pybind11
 
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     sources = [CSRC / "bindings" / "cuda.cpp", HERE / "module.cpp"]
-    with tempfile.TemporaryDirectory(prefix="emulated_cuda_") as folder:
-        target = Path(folder, "emulated_kernels.so")
-        compiled(target, sources, "-shared", "-fPIC", "-fvisibility=hidden", *includes)
-        spec = importlib.util.spec_from_file_location("emulated_kernels", target)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    target = kept_build("emulated_kernels.so", sources, "-shared", "-fPIC", "-fvisibility=hidden", *includes)
+    spec = importlib.util.spec_from_file_location("emulated_kernels", target)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
