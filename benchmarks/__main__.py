@@ -14,7 +14,7 @@ from . import cases, results
 from .machine import ROOT
 from .runner import run_case
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "integrations.md")
+PAGES = ("benchmarks/README.md", "docs/fit.md", "docs/integrations.md", "docs/kernels.md", "docs/sweeps.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help=f"folder of the JSON files (default: {results.FOLDER.relative_to(ROOT)})")
     run.set_defaults(command=_run)
     commands.add_parser("list", help="the cases and their settings").set_defaults(command=_list)
-    table = commands.add_parser("table", help="make the tables of the README files from the JSON files")
+    table = commands.add_parser("table", help="write the tables in the documentation from the JSON files")
     table.add_argument("--from", dest="folder", type=Path, default=results.FOLDER, help="folder of the JSON files")
     table.set_defaults(command=_table)
     return parser
@@ -89,7 +89,7 @@ def _list(options: argparse.Namespace) -> int:
 def _table(options: argparse.Namespace) -> int:
     try:
         records = results.load_all(options.folder)
-        for document in DOCUMENTS:
+        for document in (ROOT / page for page in PAGES):
             if document.is_file():
                 changed = results.fill(document, records)
                 print(f"{os.path.relpath(document)}: {'tables made anew' if changed else 'nothing to change'}")

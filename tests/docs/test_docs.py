@@ -1,4 +1,4 @@
-"""The examples of the documentation run as they are written, on the real model; fits take two steps instead of many."""
+"""The examples of README and documentation run as they are written, on the real model; fits take two steps."""
 
 from __future__ import annotations
 
@@ -14,19 +14,30 @@ import torch
 import actscale_fast as af
 from actscale_fast.modules.hooks import record_of
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def blocks(name: str) -> list[tuple[str, str]]:
+def pages() -> list[Path]:
+    """All pages that are written by hand."""
+    return [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "benchmarks" / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ]
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
     """(heading, Python) of each example of a page."""
     return [
-        (section.splitlines()[0], code)
-        for section in (DOCS / name).read_text(encoding="utf-8").split("\n## ")[1:]
+        (section.splitlines()[0].strip(), code)
+        for section in page.read_text(encoding="utf-8").split("\n## ")
         for code in re.findall(r"```python\n(.*?)```", section, re.S)
     ]
 
 
-SYSTEMS, INTEGRATIONS = blocks("systems.md"), blocks("integrations.md")
+EXAMPLES = [(page.relative_to(ROOT), heading, code) for page in pages() for heading, code in blocks(page)]
 
 
 @pytest.fixture(scope="module")
@@ -35,23 +46,34 @@ def demo_model() -> tuple[Any, Any]:
 
 
 def test_a_quick_start_of_every_system_has_twelve_lines_at_most() -> None:
-    assert len({name for name, _ in SYSTEMS}) == 9
-    assert {name: len(code.splitlines()) for name, code in SYSTEMS if len(code.splitlines()) > 12} == {}
+    systems = blocks(ROOT / "docs" / "systems.md")[1:]
+    assert len({name for name, _ in systems}) == 9
+    assert {name: len(code.splitlines()) for name, code in systems if len(code.splitlines()) > 12} == {}
+
+
+def test_readme_is_short_and_its_first_example_has_about_ten_lines() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    _, code = blocks(ROOT / "README.md")[0]
+    assert len([line for line in code.splitlines() if line]) <= 12
 
 
 @pytest.mark.real_model
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "code"), SYSTEMS + INTEGRATIONS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(SYSTEMS + INTEGRATIONS)]
+    ("page", "heading", "code"),
+    EXAMPLES,
+    ids=[f"{page.stem}-{i}-{heading}" for i, (page, heading, _) in enumerate(EXAMPLES)],
 )
 def test_the_example_runs(
-    name: str, code: str, demo_model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, heading: str, code: str, demo_model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for fit in ("fit", "fit_interchange"):
         monkeypatch.setattr(af, fit, functools.partial(getattr(af, fit), steps=2, batch_size=4, progress=False))
     fewer = re.sub(r"n_train=\d+, n_test=\d+", "n_train=16, n_test=8", code)
+    fewer = fewer.replace("country_capital_conflicts(tokenizer)", "country_capital_conflicts(tokenizer, 16, 8)")
     model, tokenizer = demo_model
+    monkeypatch.setattr(af, "load_demo_model", lambda: demo_model)
     (tmp_path / "example.py").write_text(fewer, encoding="utf-8")  # a file: nnsight reads the source of its blocks
     given = {"af": af, "model": model, "tokenizer": tokenizer, "torch": torch}
     runpy.run_path(str(tmp_path / "example.py"), init_globals=given)
