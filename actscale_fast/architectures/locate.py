@@ -10,7 +10,7 @@ from torch import nn
 
 from .layout import execution_device, layout
 from .location import Location, check_site
-from .site_check import idle_layers, require, running_layers
+from .site_check import idle_layers, require_site, running_layers
 
 
 def locate(
@@ -33,7 +33,7 @@ def locate(
         layers = running_layers(found, check_site(site), found.chosen(site, None))
     location = found.location(check_site(site), layers, positions, generated, paths)
     first = found.site_module(site, location.layers[0])
-    require(found, site, location.layers)
+    require_site(found, site, location.layers)
     idle = idle_layers(found, site, location.layers) if scales else []
     if idle:
         warnings.warn(

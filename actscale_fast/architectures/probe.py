@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..modules import hooks as surgery
 from ..modules.hooks import suspended
-from ..modules.without_side_effects import unnoticed
+from ..modules.without_side_effects import without_side_effects
 from .arguments import cache_argument
 from .attention_outputs import heads_changed, values_changed
 
@@ -239,7 +239,7 @@ class Probe:
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Count the calls of the layers; nothing else in the model tells afterwards that it ran."""
-        with unnoticed(self.found.model), suspended(self.found.decoder), contextlib.ExitStack() as undo:
+        with without_side_effects(self.found.model), suspended(self.found.decoder), contextlib.ExitStack() as undo:
             for index, layer in enumerate(self.found.layers):
 
                 def count(module: nn.Module, args: tuple[Any, ...], index: int = index) -> None:

@@ -48,7 +48,7 @@ class _Known:
         )
 
 
-def require(found: ModelLayout, site: str, layers: Iterable[int], *, now: bool = False) -> bool:
+def require_site(found: ModelLayout, site: str, layers: Iterable[int], *, now: bool = False) -> bool:
     """Raise a ValueError where the site of one of these layers is not what its name says.
 
     Args:

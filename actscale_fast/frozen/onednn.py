@@ -64,7 +64,7 @@ def available() -> bool:
 class _Product:
     """x [..., in] -> x·Wᵀ + b [..., out]."""
 
-    passes_on = True  # gives what the module's own forward gives; see `links`
+    calls_the_class = True  # gives what the module's own forward gives; see `links`
 
     def __init__(self, weight: Tensor, bias: Any) -> None:
         self.weight, self.bias = weight, None if bias is None else bias.detach()  # [out, in], [out]

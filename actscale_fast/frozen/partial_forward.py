@@ -24,7 +24,7 @@ _HEAD = -1  # the key under which a section notes the head's input
 KeysValues = tuple[Tensor, Tensor]  # [B, key-value heads, S, head_dim] each
 
 
-class Section:
+class PartialForward:
     """Opens a model for partial runs; a context manager that leaves the model as it was.
 
     Args:
@@ -96,10 +96,10 @@ class Section:
         self.wanted = tuple(wanted) if end is None else (*wanted, end)
         self.noted, self.every_token = {}, every_token
         noted = self.noted
-        calls = record_of(self.found.decoder)
-        before = calls is not None and calls.leaves_out
-        if calls is not None:
-            calls.leaves_out = before or self.first > 0 or self.end < n_layers
+        patches = record_of(self.found.decoder)
+        before = patches is not None and patches.leaves_out
+        if patches is not None:
+            patches.leaves_out = before or self.first > 0 or self.end < n_layers
         try:
             cache = {} if prefix is None else cache_arguments(self.found.model, prefix.cache(n_layers))
             output = self.call(**arguments | cache)
@@ -108,8 +108,8 @@ class Section:
             return (output.logits[:, -1] if self.head is None else noted.pop(_HEAD)), noted
         finally:
             self.first, self.end, self.hidden, self.wanted, self.noted = 0, n_layers, None, (), {}
-            if calls is not None:
-                calls.leaves_out = before
+            if patches is not None:
+                patches.leaves_out = before
 
     def _note_head(self, hidden: Tensor) -> Tensor:
         noted = hidden if self.every_token else hidden[:, -1]
@@ -121,9 +121,9 @@ class Section:
 class _Gate:
     """A layer's forward pass while a section is open."""
 
-    passes_on = True  # to the layer's own; see `links`
+    calls_the_class = True  # to the layer's own; see `links`
 
-    def __init__(self, section: Section, index: int, original: Callable[..., Any]) -> None:
+    def __init__(self, section: PartialForward, index: int, original: Callable[..., Any]) -> None:
         self.section, self.index, self.original = section, index, original
         self.width: int | None = None  # items that the layer returns; 0: a tensor; None: not known yet
         self.kind: type = tuple

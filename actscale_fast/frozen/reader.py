@@ -14,10 +14,10 @@ from torch import Tensor
 from ..architectures.layout import embedding_weight, input_device, layout
 from ..architectures.location import check_layers, check_site
 from ..modules import hooks
-from ..modules.evaluation_mode import frozen
+from ..modules.evaluation_mode import evaluation_mode
 from .batching import Batch, forward_arguments
-from .partial_forward import Section
-from .shortcuts import opened
+from .partial_forward import PartialForward
+from .shortcuts import open_frozen_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ class Reader:
         self.layers = check_layers(layers, self.found.n_layers)
         self._modules = [self.found.site_module(site, layer) for layer in self.layers]
         self._n_heads = self.found.n_heads if site == "head" else 1
-        self._section: Section | None = None
+        self._section: PartialForward | None = None
         self._noted: dict[int, Tensor] | None = None  # by index among the layers; None: nothing is noted
         self._n_rows = 0
         self._reduce: Reduce | None = None
@@ -60,7 +60,7 @@ class Reader:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
-            undo.enter_context(frozen(self.found.model))
+            undo.enter_context(evaluation_mode(self.found.model))
             for index, module in enumerate(self._modules):
                 note = functools.partial(self._note, index)
                 undo.callback(hooks.detach, module, note)
@@ -104,7 +104,7 @@ class Reader:
             # One token a row shows the head, and what each layer returns.
             one = Batch(batch.input_ids[:, :1], torch.ones_like(batch.input_ids[:, :1]), padded=False)
             arguments = forward_arguments(model, one)
-            self._section = self._undo.enter_context(opened(self.found, model, arguments))[1]
+            self._section = self._undo.enter_context(open_frozen_model(self.found, model, arguments))[1]
             self._section.run(arguments)
         noted: dict[int, Tensor] = {}
         self._noted, self._n_rows, self._reduce = noted, len(batch), reduce

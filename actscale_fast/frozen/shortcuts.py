@@ -23,7 +23,7 @@ from ..modules.hooks import suspended
 from ..modules.without_side_effects import lock, unhooked
 from .batching import Batch, forward_arguments, note_padding, padding_known
 from .onednn import fast_products
-from .partial_forward import Section
+from .partial_forward import PartialForward
 
 #: How far a shortcut may be off the whole model, relative to the norm of its last hidden states.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -40,9 +40,9 @@ class Shortcuts:
 
 
 @contextlib.contextmanager
-def opened(
+def open_frozen_model(
     found: ModelLayout, call: nn.Module, arguments: dict[str, Any], *, shortcuts: bool = True
-) -> Iterator[tuple[OutputHead | None, Section]]:
+) -> Iterator[tuple[OutputHead | None, PartialForward]]:
     """The head and an open section of a model that is frozen already; the model is as it was afterwards.
 
     Args:
@@ -57,7 +57,7 @@ def opened(
         if call is found.model and trusted.products:
             stack.enter_context(fast_products(found.layers))
         module = None if head is None else head.module
-        yield head, stack.enter_context(Section(found, module, call, partial=trusted.partial))
+        yield head, stack.enter_context(PartialForward(found, module, call, partial=trusted.partial))
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def _compared(found: ModelLayout, head: OutputHead | None) -> Shortcuts | None:
     arguments = forward_arguments(model, Batch(ids, torch.ones_like(ids), padded=False))
     module, n_layers = None if head is None else head.module, found.n_layers
     eager = torch.compiler.set_stance("force_eager")
-    with lock, eager, suspended(found.decoder), unhooked(model), Section(found, module) as section:
+    with lock, eager, suspended(found.decoder), unhooked(model), PartialForward(found, module) as section:
         # From the top down, after a pass of other tokens: what a layer that is left out has kept must not be right.
         starts = sorted({1, n_layers // 2, n_layers - 1} & set(range(1, n_layers)), reverse=True)
         whole, hidden = section.run(arguments, wanted=starts)
@@ -113,7 +113,7 @@ def _compared(found: ModelLayout, head: OutputHead | None) -> Shortcuts | None:
     return Shortcuts(products, partial)
 
 
-def _pads(model: Any, section: Section, ids: Tensor, whole: Tensor) -> bool:
+def _pads(model: Any, section: PartialForward, ids: Tensor, whole: Tensor) -> bool:
     """Whether padding on the left, masked out, leaves a prompt as it is by itself."""
     padded = torch.cat([ids[:, -1:], ids[:, -1:], ids], 1)
     mask = torch.ones_like(padded)
@@ -127,7 +127,7 @@ def _pads(model: Any, section: Section, ids: Tensor, whole: Tensor) -> bool:
         return False
 
 
-def _agrees(section: Section, whole: Tensor, arguments: dict[str, Any], **options: Any) -> bool:
+def _agrees(section: PartialForward, whole: Tensor, arguments: dict[str, Any], **options: Any) -> bool:
     try:
         return _close(section.run(arguments, **options)[0], whole)
     except torch.OutOfMemoryError:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.layout import layout
-from ..modules.evaluation_mode import frozen
+from ..modules.evaluation_mode import evaluation_mode
 from ..patching.head_mask import HeadMask, head_mask
 
 
@@ -51,7 +51,7 @@ def fit_gates(
     """The three fits. Batches, one an update: what the model takes, and `labels` (−100: not scored); weight: |λ|."""
     found, fits, columns = layout(model), list[Tensor](), [scored(batch) for batch in batches]
     first = torch.full((found.n_layers, found.n_heads), start, dtype=torch.float32, device=model.device)
-    with frozen(model), head_mask(model, first.sigmoid()) as handle:
+    with evaluation_mode(model), head_mask(model, first.sigmoid()) as handle:
         for pressure in (0.0, weight, -weight):
             optimizer = torch.optim.Adam([theta := (fits[0] if fits else first).clone().requires_grad_()], lr=lr)
             for at in (step % len(batches) for step in range(steps)):

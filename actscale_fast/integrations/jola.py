@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..architectures.location import Location
 from ..interventions import Intervention
-from ..interventions.positions import Placement
+from ..interventions.placement import Placement
 from ..ops import scale_channels, scale_heads
 
 TEMPERATURE, LOW, HIGH, EPS = 0.33, -0.1, 1.1, 1e-6

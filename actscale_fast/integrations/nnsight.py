@@ -23,9 +23,9 @@ from ..architectures import site_check
 from ..architectures.arguments import argument_names
 from ..architectures.layout import ModelLayout, execution_device, layout
 from ..architectures.location import SITES
-from ..interventions import Intervention, Prompt
+from ..interventions import Intervention
 from ..patching.edits import Steering, steerings
-from ..patching.forward_call import read
+from ..patching.forward_call import Prompt, read_call
 from ._library import require
 
 require("nnsight")
@@ -69,7 +69,7 @@ def steer(
     for part in parts:
         location = part.intervention.location
         location.model.require(found.fingerprint)
-        site_check.require(found, location.site, location.layers)
+        site_check.require_site(found, location.site, location.layers)
     if isinstance(steps, Sequence):
         raise TypeError(f"steps: got a {type(steps).__name__}, expected nnsight's own tracer.iter[...]")
     if steps is None:
@@ -82,14 +82,14 @@ def steer(
 
 def _one_pass(model: Any, found: ModelLayout, parts: list[Steering], prompt: Prompt | None) -> Prompt | None:
     """Assign the edited values of one forward pass, site by site; returns the generation's prompt."""
-    noted = [part for part in parts if part.reads_calls]
+    noted = [part for part in parts if part.reads_arguments]
     if noted:
         args, kwargs = _envoy(model, found.decoder).inputs
-        call = replace(read(argument_names(type(found.decoder)), args, kwargs), prompt=prompt)
-        if any(part.places_tokens for part in noted):
-            call.understood()
+        call = replace(read_call(argument_names(type(found.decoder)), args, kwargs), prompt=prompt)
+        if any(part.reads_positions for part in noted):
+            call.refuse_unknown_arguments()
         for part in noted:
-            part.context = part.enter(call)
+            part.context = part.context_of(call)
         if prompt is None:  # the first pass: later ones may hold it again, where there is no KV cache
             flat = isinstance(call.mask, Tensor) and call.mask.dim() == 2
             prompt = Prompt(call.n_tokens, call.mask != 0 if flat else None)

@@ -139,7 +139,7 @@ class ScalarTable(nn.Module):
             raise ValueError(f"heads: the table has {self.heads}, but a whole model has all {self.fingerprint.n_heads}")
         found = layout(model)
         self.fingerprint.require(found.fingerprint)
-        site_check.require(found, "head", found.layers_of("head"))
+        site_check.require_site(found, "head", found.layers_of("head"))
         places = zip(found.layers_of("head"), found.projections, strict=True)
         edits = [(module, partial(self.scale, layer=layer)) for layer, module in places]
         try:

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..architectures.layout import layout
 from ..architectures.location import Location, ModelFingerprint, check_layers, check_positions, check_site
 from ..interventions import ActivScalar, Intervention
-from ..modules.module_paths import Links
-from ..patching import forward_context as contexts
 from ..patching.edits import Steering, steerings
 from ..patching.forward_call import Call
+from ..patching.forward_context import ActivePatch, Context
+from ..patching.forward_hooks import join, leave
 from ._head_sweeps import check_model, head_patching, head_scaling
 from ._library import require
 
@@ -125,32 +125,28 @@ def _fingerprint(model: Any, site: str) -> ModelFingerprint:
     return ModelFingerprint(model_type, cfg.n_layers, cfg.n_heads, cfg.d_head, cfg.d_model)
 
 
-class _Noted:
+class _Noted(ActivePatch):
     """Hands the arguments of a model's passes to a `Steering`, as long as that lives."""
+
+    reads_arguments = reads_positions = True  # type: ignore[assignment]
 
     def __init__(self, steering: Steering) -> None:
         self.steering = weakref.ref(steering)
-        self.links = Links(steering.intervention)
-        self.reads_calls = self.places_tokens = True
-        self.counted = None
 
-    @property
-    def context(self) -> contexts.Context | None:
+    @property  # type: ignore[override]
+    def context(self) -> Context | None:
         steering = self.steering()
         return None if steering is None else steering.context
 
     @context.setter
-    def context(self, value: contexts.Context | None) -> None:
+    def context(self, value: Context | None) -> None:
         steering = self.steering()
         if steering is not None:
             steering.context = value
 
-    def enter(self, call: Call) -> contexts.Context | None:
+    def context_of(self, call: Call) -> Context | None:
         steering = self.steering()
-        return None if steering is None else steering.enter(call)
-
-    def carriers(self) -> list[nn.Module]:
-        return []
+        return None if steering is None else steering.context_of(call)
 
 
 def _note_passes(model: Any, steering: Steering) -> None:
@@ -159,11 +155,11 @@ def _note_passes(model: Any, steering: Steering) -> None:
     except TypeError:
         raise ValueError("positions: this bridge's model is not of Hugging Face, so its passes are unknown") from None
     noted, reference = _Noted(steering), weakref.ref(decoder)
-    contexts.join(decoder, decoder, noted)  # type: ignore[arg-type]
+    join(decoder, decoder, noted)
 
     def part() -> None:
         found = reference()
         if found is not None:
-            contexts.part(found, noted)  # type: ignore[arg-type]
+            leave(found, found, noted)
 
     weakref.finalize(steering, part)

@@ -3,7 +3,7 @@
 from .base import Intervention, load_intervention
 from .composite import Composite, stack
 from .dynamic import DynScalar, Produced, produced_l1
-from .positions import Placement, Prompt, slot_index
+from .placement import Placement
 from .projection import Projection
 from .scalar import ActivScalar
 from .vector import SteerVec
@@ -16,10 +16,8 @@ __all__ = [
     "Placement",
     "Produced",
     "Projection",
-    "Prompt",
     "SteerVec",
     "load_intervention",
     "produced_l1",
-    "slot_index",
     "stack",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..architectures.location import Location
 from ..ops import dynamic_scale
 from .base import Intervention
-from .positions import Placement
+from .placement import Placement
 
 
 @dataclass(frozen=True, slots=True)

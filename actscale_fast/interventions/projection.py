@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..architectures.location import Location
 from .base import Intervention
-from .positions import Placement
+from .placement import Placement
 
 
 class Projection(Intervention):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..architectures.location import Location
 from ..ops import scale_heads
 from .base import Intervention
-from .positions import Placement
+from .placement import Placement
 
 
 class ActivScalar(Intervention):

@@ -1,4 +1,4 @@
-"""A model that is only looked at: frozen and in evaluation mode for a while, then exactly as it was."""
+"""A model in evaluation mode with its weights frozen, for a while."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients of the model's own parameters; each module and parameter is restored after."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode, without gradients of the model's own parameters; restore every module afterwards."""
     training = [module for module in model.modules() if module.training]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

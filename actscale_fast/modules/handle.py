@@ -1,4 +1,4 @@
-"""What switching something on in a model returns: it goes out by `.remove()`, or at the end of a `with` block."""
+"""The handle of something that was switched on in a model: `.remove()`, or the end of a `with` block, undoes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Handle:
     """A context manager around `remove`."""
 
     def remove(self) -> None:
-        """Undo; nothing happens the second time."""
+        """Undo it. A second call does nothing."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Running a model in passing, so that nobody can tell afterwards that it ran."""
+"""Running a model for a check, so that nothing in it shows afterwards that it ran."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .evaluation_mode import frozen
+from .evaluation_mode import evaluation_mode
 from .hooks import HOOKS, record_of
 
-#: Held while models run in passing: what is exchanged for it (modes, hooks, the compiler's stance) serves all threads.
+#: Held during such runs: the modes, hooks and compiler stance that they exchange are shared by all threads.
 lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def unnoticed(model: nn.Module) -> Iterator[None]:
-    """Frozen and in evaluation mode, nothing compiled, nobody's hooks; random numbers and modes are put back."""
+def without_side_effects(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, frozen weights, nothing compiled and no hooks; modes and random states are restored."""
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
-    with lock, frozen(model):
+    with lock, evaluation_mode(model):
         random, random_cuda = torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device)
         try:
             # Not under no_grad: in such a pass some quantised layers repack their weights for good.
@@ -36,9 +36,9 @@ def unnoticed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unhooked(model: nn.Module, *, ours: bool = True) -> Iterator[None]:
-    """Nobody's hooks run inside, but this package's own where `ours` says so.
+    """Disable all hooks, except this package's own where `ours` is True.
 
-    Hooks stay where several processes run: those that bring a sharded weight together are hooks.
+    Hooks stay on where several processes run: sharding libraries gather weights in hooks.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         yield
@@ -57,5 +57,5 @@ def unhooked(model: nn.Module, *, ours: bool = True) -> Iterator[None]:
     finally:
         for module, name, there in before:
             new = {key: hook for key, hook in module.__dict__[name].items() if key not in there}
-            there.update(new)  # such as transformers', which it installs in a model's first pass
+            there.update(new)  # transformers installs hooks during a model's first pass
             module.__dict__[name] = there

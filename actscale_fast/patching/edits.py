@@ -1,4 +1,4 @@
-"""An intervention under a strength, ready for any forward pass: its edits and the contexts that they read."""
+"""What a patch does to an activation: the edit of each layer, and the context that it reads in a forward pass."""
 
 from __future__ import annotations
 
@@ -9,56 +9,49 @@ import torch
 from torch import Tensor
 
 from ..interventions import Intervention, Placement
-from ..interventions.positions import EVERYWHERE
-from ..modules.module_paths import Links
-from . import forward_context as contexts
+from ..interventions.placement import EVERYWHERE
 from .forward_call import Call
-from .token_slots import per_row, place, refuse_separate_rows
+from .forward_context import ActivePatch, Context
+from .token_slots import per_row, place, refuse_several_sequences
 
 
-class Edit:
-    """One layer's edit: reads the context of the running forward pass and hands the activation to the intervention."""
+class LayerEdit:
+    """The edit of one layer: hands the activation to the intervention, with the context of the running pass."""
 
-    def __init__(self, steering: Steering, layer: int) -> None:
+    def __init__(self, steering: Steering, index: int) -> None:
+        location = steering.intervention.location
         self.steering = steering
         self.intervention = steering.intervention
-        self.layer = layer
-        self.number = steering.intervention.location.layers[layer]  # in the model
-        self.whole = steering.intervention.location.site != "head"
-        self.n_heads, self.width = steering.intervention.location.sizes_of(layer)
+        self.index = index  # among the chosen layers
+        self.layer = location.layers[index]  # in the model
+        self.whole = location.site != "head"
+        self.n_heads, self.width = location.sizes_of(index)
 
     def __call__(self, x: Tensor) -> Tensor:
-        context = self.steering.context or self.steering.outside(x)
+        """x [B, T, H·D] or [B, T, d], or with rows and tokens flattened; returns the edited activation."""
+        context = self.steering.context or self.steering.context_outside(x)
         if context.device is not None:
             context = context.on(x.device)
         if context.placement is None:
             return x
         if x.dim() == 2:  # OPT flattens rows and tokens
             return self(x.unflatten(0, (context.n_rows or 1, -1))).flatten(0, 1)
-        context.use(self.number)
+        context.use(self.layer)
         placement = context.placement
-        index = placement.index
-        if index is not None and x.shape[1] != index.shape[1]:
-            if (
-                x.shape[1] == context.n_last
-            ):  # the only tokens whose logits are wanted (layers that share keys: Gemma 4)
-                placement = placement.last(x.shape[1])
-                return self._edited(x, context, placement)
-            raise RuntimeError(
-                f"positions: a layer got {x.shape[1]} tokens, but the model was given {index.shape[1]}: it adds tokens "
-                "of its own, so that positions cannot be told"
-            )
-        return self._edited(x, context, placement)
-
-    def _edited(self, x: Tensor, context: contexts.Context, placement: Placement) -> Tensor:
-        edit = self.intervention.edit
+        if placement.index is not None and x.shape[1] != placement.index.shape[1]:
+            if x.shape[1] != context.n_last:
+                raise RuntimeError(
+                    f"positions: a layer got {x.shape[1]} tokens, but the model was given {placement.index.shape[1]}: "
+                    "it adds tokens of its own, so that positions cannot be told"
+                )
+            placement = placement.last(x.shape[1])  # Gemma 4: layers that share keys get the wanted tokens only
         if self.whole:
-            return edit(x.unsqueeze(2), self.layer, context.strength, placement).squeeze(2)
-        heads = apart(x, self.n_heads, self.width)
-        return edit(heads, self.layer, context.strength, placement).flatten(2)
+            return self.intervention.edit(x.unsqueeze(2), self.index, context.strength, placement).squeeze(2)
+        heads = split_heads(x, self.n_heads, self.width)
+        return self.intervention.edit(heads, self.index, context.strength, placement).flatten(2)
 
 
-def apart(x: Tensor, n_heads: int, width: int) -> Tensor:
+def split_heads(x: Tensor, n_heads: int, width: int) -> Tensor:
     """x [B, T, H·D] as heads [B, T, H, D].
 
     Raises:
@@ -72,15 +65,15 @@ def apart(x: Tensor, n_heads: int, width: int) -> Tensor:
     return x.unflatten(-1, (n_heads, width))
 
 
-class Steering:
-    """An intervention of one place with its strength and groups; attached to nothing.
+class Steering(ActivePatch):
+    """An intervention at one location with its strength and groups; by itself it is not attached to a model.
 
-    Whoever calls its edits sets `context` to what `enter` gave for the forward pass.
+    Whoever calls its edits sets `context` to the result of `context_of` for each forward pass.
 
     Args:
         intervention: moved to the device if it is elsewhere.
-        device: where the edited layers compute; None: not known, the intervention stays where it is.
-        strength, group: as `applying.patch` takes them.
+        device: where the edited layers compute; None: not known, so the intervention stays where it is.
+        strength, group: as `patch` takes them.
     """
 
     def __init__(
@@ -88,14 +81,10 @@ class Steering:
     ) -> None:
         intervention.check_finite()
         self.intervention = intervention
-        self.context: contexts.Context | None = None
-        self.links = Links(intervention)
-        self.counted: tuple[int, ...] | None = None
         #: While True, a forward pass edits nothing.
         self.paused = False
         self._home = device or intervention.device
         self._group = _checked_group(group, intervention.n_groups, self._home)
-        self._plain = contexts.Context(EVERYWHERE, 1.0)
         self.strength = strength
         if isinstance(self._strength, Tensor) and not bool(torch.isfinite(self._strength).all()):
             raise ValueError("strength: some of its values are not finite")
@@ -118,13 +107,13 @@ class Steering:
             self._strength: float | Tensor = value.to(self._home, dtype)
         else:
             self._strength = one_strength(value, "a float or a tensor [B]")
-        self._plain = contexts.Context(EVERYWHERE, self._strength)
+        self._outside = Context(EVERYWHERE, self._strength)
 
     @property
     def group(self) -> Tensor | None:
-        """Which part of a stacked intervention each row uses, int64 [B]. Set it for the next forward pass.
+        """The part of a stacked intervention that each row uses, int64 [B]. Set it for the next forward pass.
 
-        A tensor on the CPU is checked there; one on a GPU is waited for.
+        The values are checked, so setting a tensor on a GPU waits for that GPU.
         """
         return self._group
 
@@ -133,77 +122,74 @@ class Steering:
         self._group = _checked_group(value, self.intervention.n_groups, self._home)
 
     def set_rows(self, strength: float | Tensor, group: Tensor | None) -> None:
-        """Strength and group of the next forward pass, unchecked: never waits for the device. For a loop of one's own.
+        """Set strength and group for the next forward pass without checks, and so without waiting for the device.
 
         Args:
             strength: a float, or fp32 [B] on the device of the steered layers.
-            group: int64 [B] there, each below the number of groups; a row of another one becomes NaN.
+            group: int64 [B] there, each below the number of groups; a row with another value becomes NaN.
         """
         self._strength, self._group = strength, group
-        self._plain = contexts.Context(EVERYWHERE, strength)
+        self._outside = Context(EVERYWHERE, strength)
 
     @property
-    def reads_calls(self) -> bool:
-        """Whether what it does depends on the arguments of the forward pass: on rows, or on where tokens stand."""
-        return self._rowwise or self.intervention.location.positions is not None
+    def reads_arguments(self) -> bool:
+        return self._rowwise or self.reads_positions
+
+    @property
+    def reads_positions(self) -> bool:
+        return self.intervention.location.positions is not None
 
     @property
     def _rowwise(self) -> bool:
         return isinstance(self._strength, Tensor) or self._group is not None
 
-    @property
-    def places_tokens(self) -> bool:
-        """Whether it must know where each token stands in its prompt."""
-        return self.intervention.location.positions is not None
-
-    def edits(self) -> Iterator[tuple[int, Edit]]:
-        """(number of the layer, its edit): a function of the activation [B, T, H·D] or [B, T, d]."""
+    def edits(self) -> Iterator[tuple[int, LayerEdit]]:
+        """(number of the layer in the model, its edit) for each steered layer."""
         for index, layer in enumerate(self.intervention.location.layers):
-            yield layer, Edit(self, index)
+            yield layer, LayerEdit(self, index)
 
-    def enter(self, call: Call) -> contexts.Context:
-        """The context of one forward pass."""
-        location = self.intervention.location
+    def context_of(self, call: Call) -> Context:
+        """The context of one forward pass: which slot of the parameters each token uses, and β for each row."""
         if self.paused:
-            return contexts.Context(None, 0.0)
+            return Context(None, 0.0)
         if self.intervention.needs_source and call.prompt is None:  # generate() repeats a prompt's row for its beams
             self.intervention.check_source(call.n_rows)
-        if not self.reads_calls:
-            return contexts.Context(EVERYWHERE, self._strength, call.n_rows)
+        if not self.reads_arguments:
+            return Context(EVERYWHERE, self._strength, call.n_rows)
         if call.packed:
             raise ValueError(
                 "positions, strength, group: packed sequences have no rows to place them by; pad the batch"
             )
         if self._rowwise:
-            refuse_separate_rows("strength, group", call)
+            refuse_several_sequences("strength, group", call)
         strength, group = self._strength, self._group
         if isinstance(strength, Tensor):
             strength = per_row("strength", strength, call).to(self._home)
         if group is not None:
             group = per_row("group", group, call).to(self._home)
         placement: Placement | None = Placement(group=group)
-        if location.positions is not None:
+        if self.reads_positions:
             placement = place(self.intervention, call, group, self._home)
-        return contexts.Context(placement, strength, call.n_rows, self._home)
+        return Context(placement, strength, call.n_rows, self._home)
 
-    def outside(self, x: Tensor) -> contexts.Context:
-        """The context of a layer that was called by itself, or of a repetition that no carrier could reach."""
-        if self.intervention.location.positions is not None:
+    def context_outside(self, x: Tensor) -> Context:
+        """The context of a layer that was called by itself, or recomputed in a way that cannot restore its context."""
+        if self.reads_positions:
             raise RuntimeError(
                 "positions: a steered layer ran outside its model's forward pass, so its tokens are unknown"
             )
         if not self._rowwise:
-            return self._plain
-        return contexts.Context(Placement(group=self._group), self._strength, None, self._home)
+            return self._outside
+        return Context(Placement(group=self._group), self._strength, None, self._home)
 
 
 def steerings(
     intervention: Intervention, device: torch.device, strength: float | Tensor, group: Tensor | None
 ) -> list[Steering]:
-    """One for each place of an intervention, in order, for a caller of their edits; a `Composite`'s carry its factors.
+    """One `Steering` per location of an intervention, in order; those of a `Composite` include its factors.
 
     Raises:
-        TypeError, ValueError: as `applying.patch`; also an intervention that needs the activations of a source.
+        TypeError, ValueError: as `patch`; also for an intervention that needs the activations of a source.
     """
     if not isinstance(intervention, Intervention):
         raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
@@ -220,7 +206,7 @@ def steerings(
 
 
 def one_strength(value: object, expected: str) -> float:
-    """β as a float; TypeError or ValueError, naming what was expected, where it is no finite number."""
+    """β as a float; TypeError or ValueError, with what was expected, where it is not one finite number."""
     try:
         if isinstance(value, str | bytes):
             raise TypeError

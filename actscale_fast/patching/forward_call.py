@@ -1,8 +1,8 @@
-"""One forward pass of a decoder, read from its arguments by what they are and not by what they are called.
+"""The arguments of one forward pass, recognised by what they are and not by their names.
 
-Libraries rename arguments (transformers 5.24 calls `past_key_values` `cache`), and an argument that is looked up by a
-name of yesterday looks absent: a cached step then passes for a new prompt. The KV cache is therefore found by its type,
-wherever it comes in, and an argument that may say where tokens stand and is not understood is refused.
+Libraries rename arguments (transformers 5.24 calls `past_key_values` `cache`), and an argument that is looked up by an
+old name seems to be absent: a cached step would then pass for a new prompt. The KV cache is therefore recognised by
+its type, and an unknown argument that may say where tokens stand is refused.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..architectures.arguments import named
-from ..interventions.positions import Prompt
 
-#: Arguments that may hold a whole number or a truth value per token and say nothing about where tokens stand.
+#: Arguments that may hold an integer or a boolean per token without changing where the tokens stand.
 _PER_TOKEN = frozenset(
     {
         "input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "labels", "langs",
@@ -25,23 +24,31 @@ _PER_TOKEN = frozenset(
         "full_text_row_masked_out_mask", "head_mask", "cross_attn_head_mask", "position_bucket_ids",
     }
 )  # fmt: skip
-#: Names of what is handed from one pass to the next.
+#: Names of what one pass hands to the next.
 _CARRIED = re.compile(r"(^|_)(cache|caches|past|mems|mem_cache|memory|state|states|buckets)(_|$)")
-#: Names of what an encoder or another sense gives.
+#: Names of what an encoder or another modality provides.
 _OTHER_SENSES = re.compile(r"(^|_)(vision|visual|image|images|audio|video|pixel|pixels|encoder|cross|deepstack)(_|$)")
 _NOT_CARRIED = re.compile(r"hidden_states|cross_attention_states|vision|image|audio|encoder|cache_position|^use_")
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """How much of a sequence is prompt: the columns, padding included, and which of them hold real tokens."""
+
+    length: int
+    mask: Tensor | None = None  # [B, length] bool; None: all real
+
+
+@dataclass(frozen=True)
 class Call:
-    """The arguments of one forward pass, and the prompt that it belongs to."""
+    """The arguments of one forward pass of a decoder, and the prompt that it belongs to."""
 
     values: dict[str, Any]
     tokens: Tensor  # ids [B, T] or embeddings [B, T, d]
     prompt: Prompt | None = None  # as generate() or `Patch.prompt` announced it
-    #: The arguments of the whole model's pass that this one is part of; None: the decoder was called by itself.
-    outer: dict[str, Any] | None = None
-    makes_cache: bool = False  # the decoder makes a cache where it was handed none
+    #: The arguments of the whole model's pass that this pass is part of; None: the decoder was called directly.
+    model_arguments: dict[str, Any] | None = None
+    makes_cache: bool = False  # the decoder creates a cache where it is given none
 
     @property
     def n_rows(self) -> int:
@@ -53,7 +60,7 @@ class Call:
 
     @property
     def mask(self) -> Any:
-        """The attention mask as the model got it: a tensor, a dictionary of 4-D masks, or None."""
+        """The attention mask as the decoder got it: a tensor, a dictionary of 4-D masks, or None."""
         return self.values.get("attention_mask")
 
     @property
@@ -61,11 +68,11 @@ class Call:
         """The mask [B, S] of real tokens; None: all are real.
 
         Raises:
-            ValueError: the decoder got a mask of another kind, and so did the whole model.
+            ValueError: neither the decoder nor the whole model got a 2-D mask, but a mask of another kind.
         """
         mask = self.mask
-        if mask is not None and self.outer is not None and not _is_flat(mask):  # made by the model from its own
-            mask = self.outer.get("attention_mask")
+        if mask is not None and self.model_arguments is not None and not _is_flat(mask):  # made from the model's own
+            mask = self.model_arguments.get("attention_mask")
         if mask is None or _is_flat(mask):
             return mask
         raise ValueError(
@@ -74,7 +81,7 @@ class Call:
 
     @property
     def packed(self) -> bool:
-        """Whether sequence lengths say that several sequences stand in one row."""
+        """Whether sequence lengths say that one row holds several sequences."""
         return any(value is not None and name.startswith("cu_seq_len") for name, value in self.values.items())
 
     @property
@@ -84,7 +91,7 @@ class Call:
 
     @property
     def past(self) -> int | Tensor:
-        """Tokens in the KV cache: an int, or for a static cache a tensor on its device."""
+        """The number of tokens in the KV cache: an int, or for a static cache a tensor on its device."""
         cache = self.cache
         if cache is None:
             return 0
@@ -95,25 +102,18 @@ class Call:
         return length if isinstance(length, Tensor) else int(length)
 
     @property
-    def past_is_zero(self) -> bool:
-        """Whether the cache is known to be empty, or there is none."""
-        past = self.past
-        return isinstance(past, int) and past == 0
+    def sequence_numbers(self) -> Tensor | None:
+        """int64 [R, T], the number of the sequence in its row that each token belongs to; None: one sequence per row.
 
-    @property
-    def separate(self) -> Tensor | None:
-        """int64 [R, T]: the number of the sequence that each token belongs to, where position ids may tell several
-        sequences of one row apart; None: each row is one sequence.
-
-        Without a mask and a cache, transformers takes position ids that do not go on by 1 for a new sequence.
+        Without a mask and a cache, transformers starts a new sequence wherever position ids do not increase by 1.
 
         Raises:
-            ValueError: they tell several apart in a pass with a cache, in which attention would mix them.
+            ValueError: a row holds several sequences but the pass has a cache, so that attention would mix them.
         """
         positions = self.values.get("position_ids")
         if not isinstance(positions, Tensor) or self.mask is not None or self.prompt is not None:
             return None
-        if positions.dim() == 3:  # [time, height, width] of images; a fourth, which comes first, counts text
+        if positions.dim() == 3:  # [time, height, width] of images; a fourth one, which comes first, counts text
             positions = positions[0] if positions.shape[0] == 4 else None
         elif positions.dim() == 1:
             positions = positions[None]
@@ -131,8 +131,8 @@ class Call:
             )
         return numbers
 
-    def understood(self) -> None:
-        """Raise a ValueError where an argument may say where tokens stand and is not understood."""
+    def refuse_unknown_arguments(self) -> None:
+        """Raise a ValueError for an unknown argument that may say where tokens stand."""
         for name, value in self.values.items():
             if value is None or isinstance(value, bool | int | float | str) or is_cache(value):
                 continue
@@ -151,22 +151,22 @@ class Call:
                     )
 
     def _per_token(self, tensor: Tensor) -> bool:
-        """Whether a tensor has a number per token, [B, S] or [1, S], or one per pair of tokens, [..., T, S]."""
+        """Whether a tensor has a number per token, [B, S] or [1, S], or per pair of tokens, [..., T, S]."""
         if tensor.dim() == 2:
             return tensor.shape[0] in (1, self.n_rows) and tensor.shape[1] >= self.n_tokens
         pairs = tensor.dim() == 4 and tensor.shape[2] == self.n_tokens and tensor.shape[3] >= self.n_tokens
         return pairs and tensor.shape[0] in (1, self.n_rows)
 
 
-def read(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def read_call(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The call of a forward pass.
 
     Args:
-        names: those of the decoder's positional arguments.
+        names: the decoder's positional arguments.
         args, kwargs: what it was called with.
 
     Raises:
-        ValueError: no tokens, more positional arguments than there are names, or several caches.
+        ValueError: no tokens, or more positional arguments than there are names.
     """
     values = kwargs
     if args:
@@ -181,14 +181,12 @@ def read(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return Call(values, tokens)
 
 
-def _tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in a list, tuple or dictionary."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return [item for item in items if isinstance(item, Tensor)]
-
-
 def cache_among(values: dict[str, Any]) -> Any:
-    """The one KV cache among named values, or None; of an encoder-decoder cache the decoder's own half."""
+    """The KV cache among named values, or None; from an encoder-decoder cache, the decoder's own half.
+
+    Raises:
+        ValueError: several caches.
+    """
     found: list[Any] = []
     for value in values.values():
         if is_cache(value):
@@ -201,17 +199,23 @@ def cache_among(values: dict[str, Any]) -> Any:
     return found[0] if found else None
 
 
-def _is_flat(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 2
-
-
 def is_cache(value: Any) -> bool:
     """Whether a value is a KV cache that knows its length."""
     return not isinstance(value, Tensor | dict | tuple | list) and callable(getattr(value, "get_seq_length", None))
 
 
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a list, tuple or dictionary."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [item for item in items if isinstance(item, Tensor)]
+
+
 def _carried(name: str, value: Any) -> bool:
-    """Whether a value that is no known cache looks like what one pass hands to the next."""
+    """Whether a value looks like something that one pass hands to the next, although it is no known cache."""
     if isinstance(value, tuple | list):
         nested = any(isinstance(item, tuple | list) and any(isinstance(t, Tensor) for t in item) for item in value)
         return nested or bool(_CARRIED.search(name) and not _NOT_CARRIED.search(name))

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.layout import layout
-from ..interventions.positions import EVERYWHERE
-from ..modules.handle import Handle
-from ..modules.module_paths import Links
+from ..interventions.placement import EVERYWHERE
 from ..ops import scale_heads
-from .attachment import Attachment
-from .edits import apart
+from .edits import split_heads
 from .forward_call import Call
 from .forward_context import Context
-from .token_slots import per_row, refuse_separate_rows
+from .patch import AttachedPatch
+from .token_slots import per_row, refuse_several_sequences
 
 _SHAPES = "[H], [L, H] or [B, L, H]"
 
@@ -26,28 +24,28 @@ def head_mask(
 ) -> HeadMask:
     """Multiply each attention head's output by a factor: until the `with` block ends, or until `.remove()`.
 
-    The factor stands at the input of the attention's output projection. That is what a mask on the attention's
+    The factor acts at the input of the attention's output projection. It does what a mask on the attention's
     probabilities after the softmax does, without needing them: eager, SDPA, flash and flex attention give the same.
-    A mask that requires a gradient gets it: at 1 its negative is the first-order change of the loss from removing a
+    A mask that requires a gradient gets one: at 1, its negative is the first-order change of the loss from removing a
     head (arXiv 1905.10650, eq. 2, before the absolute value).
 
     Args:
         model: a causal language model of Hugging Face; its weights may be frozen.
-        mask: [H] for all layers, [L, H], or [B, L, H], one for each row of the batch (repeated for its beams in
-            generate()). L counts the layers that have attention heads, in hybrids not all; H is the number of heads,
-            of the layer that has the most where they differ (a layer ignores what is over). 1 keeps a head, 0 removes
-            it. Any floating dtype, integers or bool. Read in each forward pass, so that an optimizer's step, or a
-            change in place, takes effect with the next one. Applied as 1 + (mask − 1) in float32, like every scalar
-            here: a factor is exact to 6e-8. One that is computed from other tensors needs use_reentrant=False under
-            gradient checkpointing: the other kind would run back through its graph layer by layer, which PyTorch
-            refuses.
+        mask: [H] for all layers, [L, H], or [B, L, H] with one mask per row of the batch (repeated for its beams in
+            generate()). L counts the layers that have attention heads, which in hybrids are not all. H is the number
+            of heads of the layer that has the most; layers with fewer ignore the rest. 1 keeps a head, 0 removes it.
+            Any floating dtype, integers or bool. It is read in each forward pass, so an optimizer's step or a change
+            in place takes effect with the next pass. It is applied as 1 + (mask − 1) in float32, like every scalar
+            here, so a factor is exact to 6e-8. A mask that is computed from other tensors needs use_reentrant=False
+            under gradient checkpointing: the reentrant kind would run back through its graph layer by layer, which
+            PyTorch refuses.
         projection, layers_path: module paths for a family that is not in the table, as `for_model` takes them.
 
     Returns:
         The handle: a context manager with `.remove()` and `.mask`.
 
     Raises:
-        TypeError, ValueError: no tensor, another shape, a value that is not finite, or a model of an unknown family.
+        TypeError, ValueError: not a tensor, a wrong shape, a value that is not finite, or a model of an unknown family.
 
     Example:
         >>> mask = torch.ones(30, 9, requires_grad=True)
@@ -59,23 +57,21 @@ def head_mask(
     return HeadMask(model, mask, {name: path for name, path in paths.items() if path is not None})
 
 
-class HeadMask(Handle):
+class HeadMask(AttachedPatch):
     """An applied head mask; see `head_mask`."""
 
     def __init__(self, model: nn.Module, mask: Tensor, paths: dict[str, str] | None = None) -> None:
         found = layout(model, paths)
         layers = found.chosen("head", None)
         modules = [found.site_module("head", layer) for layer in layers]
-        self.context: Context | None = None
-        self.links = Links(found.model)
         self._sizes = [sizes for sizes in found.heads if sizes is not None]
         self._n_layers, self._n_heads = len(layers), max(n_heads for n_heads, _ in self._sizes)
-        self.counted: tuple[int, ...] | None = tuple(range(len(layers)))
+        self.counted = tuple(range(len(layers)))
         self.mask = mask
         if not bool(torch.isfinite(mask).all()):  # once: setting a mask in a loop must not wait for the device
             raise ValueError("mask: some of its values are not finite")
         edits = [(module, partial(self._scale, index)) for index, module in enumerate(modules)]
-        self._attachment = Attachment(found, self, "head", edits, layers)
+        self._attach(found, "head", layers, edits)
 
     @property
     def mask(self) -> Tensor:
@@ -95,22 +91,16 @@ class HeadMask(Handle):
         self._mask = value
 
     @property
-    def reads_calls(self) -> bool:
-        """Whether each row has a mask of its own."""
+    def reads_arguments(self) -> bool:
         return self._mask.dim() == 3 and len(self._mask) > 1
 
-    @property
-    def places_tokens(self) -> bool:
-        """Whether it must know where each token stands in its prompt: it acts on all of them."""
-        return False
-
-    def enter(self, call: Call) -> Context:
+    def context_of(self, call: Call) -> Context:
         """The context of one forward pass: its strength is the mask as it is now, [L or 1, H] or [B, L, H]."""
         mask = self._mask
-        if mask.dim() == 3 and len(mask) > 1:
+        if self.reads_arguments:
             if call.packed:
                 raise ValueError("mask: packed sequences have no rows; pad the batch, or give one mask for all rows")
-            refuse_separate_rows("mask", call)
+            refuse_several_sequences("mask", call)
             mask = per_row("mask", mask, call)
         return self._context(mask, call.n_rows)
 
@@ -119,7 +109,7 @@ class HeadMask(Handle):
         return Context(EVERYWHERE, factors if mask.dim() > 1 else factors[None], n_rows, mask.device)
 
     def _scale(self, index: int, x: Tensor) -> Tensor:
-        context = self.context or self._context(self._mask, None)  # None: the layer was called by itself
+        context = self.context or self._context(self._mask, None)  # None: the layer runs by itself
         if context.placement is None:
             return x
         context.use(index)
@@ -127,12 +117,4 @@ class HeadMask(Handle):
         assert isinstance(factors, Tensor)
         alpha = factors[..., min(index, factors.shape[-2] - 1), :n_heads].reshape(-1, 1, n_heads) - 1  # [1 or B, 1, H]
         rows = x.reshape(context.n_rows or len(alpha), -1, x.shape[-1])  # OPT flattens rows and tokens
-        return scale_heads(apart(rows, n_heads, width), alpha).view(x.shape)
-
-    def carriers(self) -> list[nn.Module]:
-        """The layers whose recomputation under gradient checkpointing needs this pass's mask."""
-        return self._attachment.carriers()
-
-    def remove(self) -> None:
-        """Take the mask out of the model; nothing happens where it is out already, or the model is gone."""
-        self._attachment.remove()
+        return scale_heads(split_heads(rows, n_heads, width), alpha).view(x.shape)

@@ -53,7 +53,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
         part.location.model.require(found.fingerprint)
         part.check_finite()
         own = layout(model, part.paths)
-        site_check.require(own, part.location.site, part.location.layers)
+        site_check.require_site(own, part.location.site, part.location.layers)
         for index, layer in enumerate(part.location.layers):
             module = site_projection(own, part.location.site, layer)
             name = names[module]

@@ -1,18 +1,26 @@
-"""`patch()`: apply an intervention, or several as one, to a model."""
+"""`patch()`: apply an intervention, or several as one, to a model. docs/architecture/patching.md draws the way."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from ..architectures.layout import execution_device, layout
+from ..architectures import site_check
+from ..architectures.layout import ModelLayout, execution_device, layout
 from ..interventions import Composite, Intervention
+from ..modules import hooks
 from ..modules.handle import Handle
-from . import forward_context as contexts
-from .attachment import Attachment
+from ..modules.module_paths import ModulePaths
+from .announced_prompt import AnnouncedPrompt
+from .checkpointing import CheckpointWithContexts
 from .edits import Steering
+from .forward_call import Prompt
+from .forward_context import ActivePatch, patches_of
+from .forward_hooks import join, leave
 
 
 def patch(
@@ -21,24 +29,24 @@ def patch(
     """Apply an intervention to this model: until the `with` block ends, or until `.remove()`.
 
     The model's weights, module names and state_dict stay as they are. Patches nest, in the order in which they were
-    applied; a `Composite` is applied as its parts would be one by one. Compiled models see the patch, its removal, and
-    every change of the parameters' values. Parameters are moved to the model's device if they are elsewhere, and stay
-    fp32 whatever the model's dtype. One forward pass at a time, and under gradient checkpointing the backward pass
+    applied; the parts of a `Composite` are applied one by one. Compiled models see the patch, its removal, and every
+    change of the parameters' values. Parameters are moved to the model's device if they are elsewhere, and stay fp32
+    whatever the model's dtype is. Run one forward pass at a time; under gradient checkpointing, run the backward pass
     inside the `with` block.
 
     Args:
-        model: the model that the intervention was made for, or another of its type and shape.
+        model: the model that the intervention was made for, or another one of its type and shape.
         intervention: its parameters get gradients; the model's weights may be frozen.
-        strength: β, a float, or one value per row of the batch [B]; 0 is the identity, −1 inverts. In generate() a
-            row's value serves all its beams or returned sequences. `Patch.strength` can be set anew at any time.
+        strength: β, a float, or one value per row of the batch [B]; 0 is the identity, −1 inverts. In generate() the
+            value of a row serves all its beams or returned sequences. `Patch.strength` can be set again at any time.
         group: int64 [B], for a stacked intervention: which of its G parts each row uses.
 
     Returns:
         The handle: a context manager with `.remove()`, `.strength` and `.prompt()`.
 
     Raises:
-        TypeError, ValueError: an intervention of another model, non-finite parameters, or a bad strength or group. The
-            model is then as it was.
+        TypeError, ValueError: an intervention for another model, non-finite parameters, or a bad strength or group. The
+            model is then unchanged.
 
     Example:
         >>> with patch(model, intervention, strength=-1.0):
@@ -49,7 +57,87 @@ def patch(
     return Patch(model, intervention, strength, group)
 
 
-class Patch(Steering, Handle):
+class AttachedPatch(ActivePatch, Handle):
+    """A patch whose edits are attached to the modules of a model; its references to the model are weak."""
+
+    def _attach(
+        self,
+        found: ModelLayout,
+        site: str,
+        layers: Sequence[int],
+        edits: Iterable[tuple[nn.Module, hooks.Edit]],
+    ) -> None:
+        """Attach the edits.
+
+        Args:
+            found: the model.
+            site: an edit at "head" changes its module's first input, at the other sites the module's output.
+            layers: the numbers of the edited layers.
+            edits: the modules, and what is done to each.
+
+        Raises:
+            ValueError: the check shows that the site of a layer is not what its name says.
+        """
+        must_wait = not site_check.require_site(found, site, layers)
+        # Also at the site residual: early versions of transformers 5 checkpoint a layer together with its hooks.
+        self._layers = [weakref.ref(found.layers[layer]) for layer in layers]
+        self._model, self._decoder = weakref.ref(found.model), weakref.ref(found.decoder)
+        self._edits: list[tuple[weakref.ref[nn.Module], hooks.Edit]] = []
+        try:
+            elsewhere = [layer for layer in found.layers_of(site) if layer not in set(layers)]
+            edited, others = ([found.site_path(site, layer) for layer in some] for some in (layers, elsewhere))
+            self.module_paths = ModulePaths(found.model, edited, others)
+            self._model_patches = join(found.decoder, found.model, self)
+            for module, edit in edits:
+                self._edits.append((weakref.ref(module), edit))
+                hooks.attach(module, edit, before=site == "head")
+            if must_wait:
+                check = functools.partial(_check_late, self._model, found.paths, site, tuple(layers))
+                self._model_patches.pending.append((self, check))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take the patch off the model. Nothing happens where it is off already, or where the model is gone."""
+        for reference, edit in self._edits:
+            module = reference()
+            if module is not None:
+                hooks.detach(module, edit)
+        self._edits.clear()
+        for layer in self.checkpointed_layers():
+            CheckpointWithContexts.remove(layer)  # the next training pass puts it back where another patch needs it
+        self._layers.clear()
+        decoder = self._decoder()
+        if decoder is not None:
+            leave(decoder, self._model(), self)
+
+    def checkpointed_layers(self) -> list[nn.Module]:
+        return [layer for layer in (reference() for reference in self._layers) if layer is not None]
+
+    @contextlib.contextmanager
+    def prompt(self, length: int, mask: Tensor | None = None) -> Iterator[None]:
+        """Say how much of the sequence is prompt, for a decoding loop of your own; generate() says it by itself.
+
+        Without it, a forward pass with an empty cache is all prompt, and one with a filled cache is all generated.
+
+        Args:
+            length: the columns of the prompt, padding included.
+            mask: [B, length], not 0 at its real tokens; None: the attention mask decides, or all tokens are real.
+        """
+        if mask is not None and (mask.dim() != 2 or mask.shape[1] != length):
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (B, {length})")
+        prompt = Prompt(length, None if mask is None else mask != 0)
+        with self._model_patches.announcing(AnnouncedPrompt(prompt, every_pass=True)):
+            yield
+
+    def are_all(self, patches: Sequence[ActivePatch]) -> bool:
+        """Whether these are all patches of the model, in this order."""
+        decoder = self._decoder()
+        return decoder is not None and patches_of(decoder) == tuple(patches)
+
+
+class Patch(Steering, AttachedPatch):
     """An applied intervention; see `patch`."""
 
     def __init__(
@@ -72,39 +160,12 @@ class Patch(Steering, Handle):
                 "positions: PEFT puts virtual tokens before the prompt of this model, so that its positions cannot be "
                 "told; steer every token (positions=None), or merge the tuned prompt into the text"
             )
-        edits = [(modules[layer], edit) for layer, edit in self.edits()]
-        self._attachment = Attachment(found, self, location.site, edits, location.layers)
-
-    @contextlib.contextmanager
-    def prompt(self, length: int, mask: Tensor | None = None) -> Iterator[None]:
-        """Say how much of the sequence is prompt, for a decoding loop of your own; generate() says it by itself.
-
-        Without it a forward pass with an empty cache is all prompt, and one with a filled cache all generated.
-
-        Args:
-            length: columns of the prompt, padding included.
-            mask: [B, length], not 0 at its real tokens; None: the attention mask decides, or all are real.
-        """
-        with self._attachment.prompt(length, mask):
-            yield
-
-    def remove(self) -> None:
-        """Take the intervention out of the model; nothing happens where it is out already, or the model is gone."""
-        self._attachment.remove()
-
-    @property
-    def neighbours(self) -> tuple[contexts.Contextual, ...]:
-        """All patches of the model, in the order in which they were applied."""
-        return self._attachment.neighbours
+        self._attach(found, location.site, location.layers, [(modules[layer], edit) for layer, edit in self.edits()])
 
     @property
     def alone(self) -> bool:
         """Whether the model has no other patch."""
-        return self.neighbours == (self,)
-
-    def carriers(self) -> list[nn.Module]:
-        """The layers whose recomputation under gradient checkpointing needs this patch's context."""
-        return self._attachment.carriers()
+        return self.are_all([self])
 
 
 class Patches(Handle):
@@ -135,7 +196,7 @@ class Patches(Handle):
 
     @property
     def group(self) -> Tensor | None:
-        """Which part of stacked interventions each row uses, int64 [B]. Set it for the next forward pass."""
+        """The part of stacked interventions that each row uses, int64 [B]. Set it for the next forward pass."""
         return self.parts[0].group
 
     @group.setter
@@ -143,14 +204,12 @@ class Patches(Handle):
         for part in self.parts:
             part.group = value
 
-    @contextlib.contextmanager
-    def prompt(self, length: int, mask: Tensor | None = None) -> Iterator[None]:
+    def prompt(self, length: int, mask: Tensor | None = None) -> contextlib.AbstractContextManager[None]:
         """Say how much of the sequence is prompt; see `Patch.prompt`."""
-        with self.parts[0].prompt(length, mask):
-            yield
+        return self.parts[0].prompt(length, mask)
 
     def remove(self) -> None:
-        """Take all parts out of the model; nothing happens where they are out already."""
+        """Take all parts off the model. Nothing happens where they are off already."""
         for part in reversed(self.parts):
             part.remove()
 
@@ -172,10 +231,17 @@ class Patches(Handle):
     @property
     def alone(self) -> bool:
         """Whether the model has no patch but these."""
-        return self.parts[0].neighbours == tuple(self.parts)
+        return self.parts[0].are_all(self.parts)
 
 
 AnyPatch = Patch | Patches
+
+
+def _check_late(model: weakref.ref[nn.Module], paths: dict[str, str], site: str, layers: tuple[int, ...]) -> None:
+    """The site check that had to wait for the model's first forward pass."""
+    found = model()
+    if found is not None:
+        site_check.require_site(layout(found, paths), site, layers, now=True)
 
 
 def _learns_prompt(model: nn.Module) -> bool:

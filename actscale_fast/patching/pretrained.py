@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
-from .._json import CHECKSUM, check_seal, has_seal, parsed, read_limited, read_sealed, write_sealed
-from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention, saving
+from .._json import parsed_sealed, read_limited, read_sealed, write_sealed
+from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
+from ..interventions.description import inside, number, read_description
+from ..interventions.saving import save as save_intervention
 from .merge import merge
 from .patch import AnyPatch, patch
 
@@ -199,7 +201,7 @@ class ActScaleModel(nn.Module):
         """
         if isinstance(self.strength, Tensor):
             raise ValueError("strength: got one value per row, which belong to a batch; set one number before saving")
-        digest = saving.save(self.intervention, Path(folder), float(self.strength))
+        digest = save_intervention(self.intervention, Path(folder), float(self.strength))
         base = getattr(getattr(self.model, "config", None), "_name_or_path", "") or None
         write_sealed(
             Path(folder) / CONFIG,
@@ -327,20 +329,18 @@ def _read_strength(folder: Path) -> float:
     It stands in `intervention.json`, which is what commits a save; the config beside it is for other readers, and must
     be intact all the same. Of an earlier version it is the config that tells.
     """
-    path = saving.inside(folder, CONFIG)
-    description = saving.read_description(folder)
+    path = inside(folder, CONFIG)
+    description = read_description(folder)
     told = description.fields.get("strength", 1.0)
     try:
         raw = read_limited(path)
     except FileNotFoundError:
         return float(told)
     try:
-        if has_seal(raw):
-            check_seal(raw)
-        config = parsed(raw)
-        strength = saving.number("strength", config["strength"])
+        config, is_sealed = parsed_sealed(raw)
+        strength = number("strength", config["strength"])
         own = {"strength", "base_model_name_or_path"}
-        if config.keys() != (own | {CHECKSUM, "format", "intervention"} if has_seal(raw) else own):
+        if config.keys() != (own | {"format", "intervention"} if is_sealed else own):
             raise ValueError(f"its keys are {', '.join(sorted(config))}"[:300])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged or not an ActScaleModel's ({error})") from None

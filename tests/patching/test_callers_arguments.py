@@ -14,7 +14,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 import actscale_fast as af
 from actscale_fast.architectures.arguments import cache_argument
 from actscale_fast.architectures.layout import layout as layout_of
-from actscale_fast.patching.forward_call import read
+from actscale_fast.patching.forward_call import read_call
 
 
 def logits_of(model: nn.Module, ids: Tensor, intervention: Any, **arguments: Any) -> Tensor:
@@ -30,7 +30,7 @@ def test_a_cache_is_found_by_its_type_under_any_name(name: str) -> None:
     model = tiny_model()
     cache = DynamicCache(config=model.config)
     model(PROMPT, **{cache_argument(model): cache, "use_cache": True})
-    call = read(("input_ids",), (PROMPT,), {name: cache})
+    call = read_call(("input_ids",), (PROMPT,), {name: cache})
     assert call.cache is cache
     assert call.past == 5
 
@@ -74,27 +74,27 @@ class Unknown:
     ],
 )
 def test_what_may_be_a_cache_of_unknown_length_is_refused_with_positions(name: str, value: Any) -> None:
-    call = read(("input_ids",), (PROMPT,), {name: value})
+    call = read_call(("input_ids",), (PROMPT,), {name: value})
     with pytest.raises(ValueError, match=rf"{name}: got a \w+, expected a cache that knows its length"):
         call.refuse_unknown_arguments()
 
 
 @pytest.mark.parametrize("name", ["padding_mask", "valid", "segment_ids"])
 def test_what_may_be_a_mask_under_an_unknown_name_is_refused_with_positions(name: str) -> None:
-    call = read(("input_ids",), (PROMPT,), {name: torch.ones(1, 5, dtype=torch.int64)})
+    call = read_call(("input_ids",), (PROMPT,), {name: torch.ones(1, 5, dtype=torch.int64)})
     with pytest.raises(ValueError, match=rf"{name}: unknown argument \(torch.int64 \(1, 5\)\) that could be a mask"):
         call.refuse_unknown_arguments()
 
 
 def test_two_different_caches_are_refused() -> None:
-    call = read((), (), {"input_ids": PROMPT, "cache": DynamicCache(), "other": DynamicCache()})
+    call = read_call((), (), {"input_ids": PROMPT, "cache": DynamicCache(), "other": DynamicCache()})
     with pytest.raises(ValueError, match="got 2 different caches"):
         _ = call.cache
 
 
 def test_positional_arguments_without_names_are_refused() -> None:
     with pytest.raises(ValueError, match="got 2 positional arguments, expected at most 1"):
-        read(("input_ids",), (PROMPT, PROMPT), {})
+        read_call(("input_ids",), (PROMPT, PROMPT), {})
 
 
 @pytest.mark.parametrize("kind", [tuple, list])

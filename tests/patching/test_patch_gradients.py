@@ -60,7 +60,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         gradients.append(intervention.alpha.grad.clone())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
     assert gradients[0].abs().min() > 0
-    assert "Carrier" not in repr([layer.__dict__.get("_gradient_checkpointing_func") for layer in model.model.layers])
+    assert "CheckpointWithContexts" not in repr(
+        [layer.__dict__.get("_gradient_checkpointing_func") for layer in model.model.layers]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

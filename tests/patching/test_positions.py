@@ -14,8 +14,9 @@ from model_zoo import PROMPT, tiny_model
 from torch import Tensor, nn
 
 from actscale_fast.architectures.arguments import cache_argument
-from actscale_fast.interventions import ActivScalar, Intervention, SteerVec, slot_index
+from actscale_fast.interventions import ActivScalar, Intervention, SteerVec
 from actscale_fast.patching.patch import patch
+from actscale_fast.patching.token_slots import slot_index
 
 FAMILIES = ["llama", "gpt2", "opt", "bloom", "gemma3_text"]
 

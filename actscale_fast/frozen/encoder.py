@@ -1,0 +1,89 @@
+"""Texts as token ids that are checked for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..architectures.layout import ModelLayout, embedding_weight, input_device
+from .batching import Batch, left_padded, open_ids, pad_id_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextEncoder:
+    """Turns texts into checked token ids for one model.
+
+    In every method `name` is what an error message calls the text, such as "prompts: row 3".
+
+    Args:
+        found: the model's layout.
+        tokenizer: a Hugging Face tokenizer.
+
+    Raises:
+        TypeError: the tokenizer is not one.
+    """
+
+    def __init__(self, found: ModelLayout, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not (callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens")):
+            raise TypeError(f"tokenizer: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer")
+        embedding: Tensor = embedding_weight(found.model)
+        self.tokenizer = tokenizer
+        self.device = input_device(found.model)
+        self.n_tokens, self.context = embedding.shape[0], found.max_context
+        self.pad_id = pad_id_of(tokenizer)
+
+    def opened(self, text: object, name: str) -> list[int]:
+        """The ids of a text that will be continued, after the special tokens that open it; possibly none."""
+        return self._known(open_ids(self.tokenizer, self._string(text, name)), name)
+
+    def plain(self, text: object, name: str) -> list[int]:
+        """The ids of a text without special tokens; possibly none."""
+        return self._known(list(self.tokenizer(self._string(text, name), add_special_tokens=False)["input_ids"]), name)
+
+    def prompt(self, text: object, name: str) -> list[int]:
+        """As `opened`, with at least one token and no more than the model's context."""
+        ids = self.opened(text, name)
+        if not ids:
+            raise ValueError(f"{name}: {text!r} has no tokens")
+        self.check_length(len(ids), name)
+        return ids
+
+    def prompts(self, texts: Sequence[str], name: str) -> list[list[int]]:
+        """The ids of each prompt in a list that is not empty."""
+        return [self.prompt(text, f"{name}: row {row}") for row, text in enumerate(check_texts(texts, name))]
+
+    def check_length(self, n_tokens: int, name: str) -> None:
+        """Raise a ValueError if there are more tokens than the model's context holds."""
+        if self.context is not None and n_tokens > self.context:
+            raise ValueError(f"{name} has {n_tokens} tokens, expected at most the model's {self.context}")
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """Rows of ids, padded on the left, on the model's device."""
+        return left_padded(rows, self.pad_id, self.device)
+
+    def _known(self, ids: list[int], name: str) -> list[int]:
+        if ids and max(ids) >= self.n_tokens:
+            raise ValueError(
+                f"{name} has token id {max(ids)}, expected less than the model's {self.n_tokens}; is the tokenizer that "
+                "of another model?"
+            )
+        return ids
+
+    @staticmethod
+    def _string(text: object, name: str) -> str:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is a {type(text).__name__}, expected a string")
+        return text
+
+
+def check_texts(texts: Any, name: str) -> Sequence[str]:
+    """`texts` if it is a list that is not empty; otherwise raise a TypeError or ValueError."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise TypeError(f"{name}: got a {type(texts).__name__}, expected a list of strings")
+    if not texts:
+        raise ValueError(f"{name}: got none, expected at least one")
+    return texts
