@@ -1,4 +1,4 @@
-"""What a model's forward pass takes, and under which names."""
+"""The arguments of a model's forward pass and their names."""
 
 from __future__ import annotations
 
@@ -9,26 +9,38 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .layout import unwrap
+from .hugging_face import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def argument_names(decoder: nn.Module | type[nn.Module]) -> tuple[str, ...]:
-    """The names of what the module's forward takes by position, in order."""
+def argument_names(module: nn.Module | type[nn.Module]) -> tuple[str, ...]:
+    """The names of the arguments that a module's forward takes by position, in order."""
+    own = isinstance(module, nn.Module) and "forward" in module.__dict__
+    cls: Any = module if own or isinstance(module, type) else type(module)
+    return _positional(cls.forward) if own else _argument_names(cls)
+
+
+@functools.cache
+def _argument_names(cls: Any) -> tuple[str, ...]:
+    return _positional(cls.forward)
+
+
+def _positional(forward: Any) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(decoder.forward).parameters.values()
+    parameters = inspect.signature(forward).parameters.values()
     return tuple(one.name for one in parameters if one.kind in kinds and one.name != "self")
 
 
 def cache_argument(model: nn.Module) -> str | None:
     """The name under which a model's forward pass takes a KV cache; None: it takes none."""
-    return _cache_argument(type(model))  # type: ignore[arg-type]
+    cls: Any = type(model)
+    return _cache_argument(cls)
 
 
 @functools.cache
-def _cache_argument(cls: type[nn.Module]) -> str | None:
+def _cache_argument(cls: Any) -> str | None:
     parameters = inspect.signature(cls.forward).parameters
     for name in ("cache", "past_key_values"):
         if name in parameters:
@@ -43,8 +55,9 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
-    """The names of the arguments of a model's forward pass; wrappers hand theirs on."""
-    return _accepted(type(unwrap(model)))  # type: ignore[arg-type]
+    """The names of all arguments of a model's forward pass, without its wrappers."""
+    cls: Any = type(unwrap(model))
+    return _accepted(cls)
 
 
 @functools.cache

@@ -1,9 +1,9 @@
-"""Reaching into a model's attention for one forward pass: what its heads return, scaled where they return it.
+"""Changing what a model's attention returns for one forward pass.
 
-This file alone knows how transformers calls attention: through `ALL_ATTENTION_FUNCTIONS`, or `eager_attention_forward`,
+Only this file knows how transformers calls attention: through `ALL_ATTENTION_FUNCTIONS`, or `eager_attention_forward`,
 in the globals of the file that a model is written in, with the attention module first and [B, T, H, D] as the first
-result. Families that compute attention by themselves put their values through the KV cache. A test fails where both
-have changed.
+result. Families that compute attention themselves put their values through the KV cache. test_self_check.py fails where
+a new version of transformers changes either.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: Of one attention module: what it returned [B, T, H, D], and what is to be handed on instead.
-Change = Callable[[Tensor], Tensor]
-_lock = threading.RLock()  # what is exchanged here serves all models of a file
+from ..modules.hooks import Edit
+
+_lock = threading.RLock()  # what is exchanged here is shared by all models of a file
 _FUNCTIONS, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 
 
 class _Functions:
-    """Stands for transformers' table of attention functions; what it hands out lets `changes` see the results."""
+    """Stands in for transformers' table of attention functions; `changes` apply to the results of its functions."""
 
-    def __init__(self, table: Any, changes: Mapping[nn.Module, Change]) -> None:
+    def __init__(self, table: Any, changes: Mapping[nn.Module, Edit]) -> None:
         self._table, self._changes = table, changes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._table, name)
 
     def __getitem__(self, key: str) -> Any:
-        return _seen(self._table[key], self._changes)
+        return _changed(self._table[key], self._changes)
 
     def __contains__(self, key: str) -> bool:
         return key in self._table
 
     def get(self, key: str, default: Any = None) -> Any:
-        return _seen(self._table.get(key, default), self._changes)
+        return _changed(self._table.get(key, default), self._changes)
 
     def get_interface(self, implementation: str, default: Any) -> Any:
-        return _seen(self._table.get_interface(implementation, default), self._changes)
+        return _changed(self._table.get_interface(implementation, default), self._changes)
 
 
-class _Seen:
-    """An attention function that shows its result."""
+class _Changed:
+    """An attention function with changed results."""
 
-    def __init__(self, function: Callable[..., Any], changes: Mapping[nn.Module, Change]) -> None:
+    def __init__(self, function: Callable[..., Any], changes: Mapping[nn.Module, Edit]) -> None:
         self.function, self.changes = function, changes
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -58,13 +58,13 @@ class _Seen:
         return (change(result[0]), *result[1:])
 
 
-def _seen(function: Any, changes: Mapping[nn.Module, Change]) -> Any:
-    return function if function is None or isinstance(function, _Seen) else _Seen(function, changes)
+def _changed(function: Any, changes: Mapping[nn.Module, Edit]) -> Any:
+    return function if function is None or isinstance(function, _Changed) else _Changed(function, changes)
 
 
 @contextlib.contextmanager
-def heads_changed(changes: Mapping[nn.Module, Change]) -> Iterator[None]:
-    """Let the attention functions of these modules hand on something else; other models go on as they are."""
+def heads_changed(changes: Mapping[nn.Module, Edit]) -> Iterator[None]:
+    """Change what the attention functions of these modules return, [B, T, H, D]; other models are not affected."""
     with _lock, contextlib.ExitStack() as undo:
         for place in _globals(changes):
             for name in (_FUNCTIONS, _EAGER):
@@ -73,12 +73,12 @@ def heads_changed(changes: Mapping[nn.Module, Change]) -> Iterator[None]:
             if _FUNCTIONS in place:
                 place[_FUNCTIONS] = _Functions(place[_FUNCTIONS], changes)
             if _EAGER in place:
-                place[_EAGER] = _seen(place[_EAGER], changes)
+                place[_EAGER] = _changed(place[_EAGER], changes)
         yield
 
 
 def _globals(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
-    """The namespaces of the files that these modules' classes are written in, each once."""
+    """The globals of the files in which the classes of these modules are written, each once."""
     found: dict[int, dict[str, Any]] = {}
     for cls in {cls for module in modules for cls in type(module).__mro__}:
         forward = cls.__dict__.get("forward")
@@ -89,11 +89,11 @@ def _globals(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
 
 
 def values_changed(change: Callable[[int, Tensor], Tensor], decoder: nn.Module) -> Any:
-    """An empty KV cache that hands on changed values.
+    """An empty KV cache that returns changed values.
 
     Args:
-        change: gets the layer's number and its values [B, key-value heads, T, D].
-        decoder: whose config tells what each layer keeps.
+        change: takes the number of a layer and its values [B, key-value heads, T, D].
+        decoder: its config says what each layer keeps.
     """
     from transformers import DynamicCache
 

@@ -1,8 +1,8 @@
 """The table of model families: where each keeps its layers, the attention's output projection and the MLP's output.
 
-One row a `model_type` of the config. `layers` is the path in the causal language model; its first step is left out
-in the bare base model. `projection` is the module whose input is the head site and whose output is the site attn_out;
-`mlp` the module whose output is the site mlp_out. Both are relative to a layer.
+There is one row per `model_type` of the config. `layers` is the path in the causal language model; the base model alone
+lacks its first step. `projection` is the module whose input is the head site and whose output is the site attn_out;
+`mlp` is the module whose output is the site mlp_out. Both paths start at a layer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """The paths of one family; an empty `mlp` means the site mlp_out is not known."""
+    """The paths of one family; an empty `mlp` means that the site mlp_out is not known."""
 
     layers: str
     projection: str

@@ -1,31 +1,28 @@
-"""A model as this package sees it: its layers, sites, head and sizes, whatever its family calls them."""
+"""`layout(model)`: what this package knows of a model, whatever its family calls the parts: layers, sites and sizes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from .._versions import require_supported
-from .detect import (
-    HELP,
-    config_heads,
-    find_layers,
-    find_mlp,
-    find_projection,
-    has,
-    heads_of,
-    part,
-    read,
-    submodule,
-    takes_hidden_states,
-)
+from .detect import HELP, find_layers, find_mlp, find_projection
 from .families import FAMILIES
+from .heads import ConfigHeads, heads_of
+from .hugging_face import text_config, unwrap
 from .location import Location, ModelFingerprint, check_layers
+from .parts import config_value, has, part, positive_int, submodule, takes_hidden_states
+
+
+class _AtSite(NamedTuple):
+    """What stands at a site."""
+
+    modules: dict[int, nn.Module]  # by layer
+    layers: dict[int, list[int]]  # the layers that have the site, by the identity of the module
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,9 @@ class ModelLayout:
     model: nn.Module
     decoder: nn.Module  # the module that owns the layers; takes input_ids or inputs_embeds, and attention_mask
     layers: tuple[nn.Module, ...]
-    layers_path: str  # of the layers in the model
-    projection: str
-    mlp: str
+    layers_path: str  # from the model to the list of layers
+    projection: str  # from a layer to the attention's output projection
+    mlp: str  # from a layer to the module whose output is the MLP's
     #: (heads, their width) of each layer's attention; None: the layer has none.
     heads: tuple[tuple[int, int] | None, ...]
     hidden_size: int
@@ -47,12 +44,16 @@ class ModelLayout:
     head_dim: int  # of most layers that have heads
     uncertain: ValueError | None = None  # why no projection was found
     paths: dict[str, str] = field(default_factory=dict)  # those that the caller named
-    _found: dict[str, dict[int, nn.Module]] = field(default_factory=dict, repr=False, compare=False)
-    _twins: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict, repr=False, compare=False)
+    _at_site: dict[str, _AtSite] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the config names."""
+        return _size(text_config(self.model), "vocab_size") or 1
 
     @property
     def fingerprint(self) -> ModelFingerprint:
@@ -65,7 +66,7 @@ class ModelLayout:
         return tuple(self.site_module("head", layer) for layer in self.layers_of("head"))
 
     def layers_of(self, site: str) -> tuple[int, ...]:
-        """The numbers of the layers that have a site: of the head site those with attention, in hybrids not all."""
+        """The numbers of the layers that have a site; in hybrids, not all layers have attention."""
         if site == "residual":
             return tuple(range(self.n_layers))
         if site == "mlp_out":
@@ -76,7 +77,7 @@ class ModelLayout:
         """The chosen layers as numbers from 0; None: all that have the site.
 
         Raises:
-            TypeError, ValueError: a bad number, or one twice; no layer has the site.
+            TypeError, ValueError: a bad number, a number given twice, or a site that no layer has.
         """
         if layers is not None:
             return check_layers(layers, self.n_layers)
@@ -93,61 +94,31 @@ class ModelLayout:
         chosen = self.chosen(site, layers)
         for layer in chosen:
             self.site_module(site, layer)
-        heads = self.heads_apart(site, chosen)
+        heads = self.unusual_heads(site, chosen)
         return Location(site, chosen, positions, generated, self.fingerprint, dict(paths or {}), heads)
 
-    def heads_apart(self, site: str, layers: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """`Location.heads` of these layers."""
+    def unusual_heads(self, site: str, layers: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """(heads, their width) of those of the layers that differ from most; see `Location.heads`."""
         usual = (self.n_heads, self.head_dim)
         found = {layer: self.heads[layer] for layer in layers} if site == "head" else {}
         return {layer: sizes for layer, sizes in found.items() if sizes is not None and sizes != usual}
 
+    def path_in_layer(self, site: str) -> str:
+        """The path from a layer to the module of a site; "": the layer itself, or the module is not known."""
+        return {"residual": "", "mlp_out": self.mlp}.get(site, self.projection)
+
     def site_path(self, site: str, layer: int) -> str:
-        """The path in the model of the module that a site belongs to."""
+        """The path from the model to the module of a site."""
         block = f"{self.layers_path}.{layer}"
-        return block if site == "residual" else f"{block}.{self.mlp if site == 'mlp_out' else self.projection}"
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that the config counts."""
-        return _integer(text_config(self.model), "vocab_size") or 1
-
-    def site_module_or_none(self, site: str, layer: int) -> nn.Module | None:
-        """`site_module`, or None where it refuses."""
-        try:
-            return self.site_module(site, layer)
-        except ValueError:
-            return None
-
-    def _modules_of(self, site: str) -> dict[int, nn.Module]:
-        """The module of a site in each layer that has one, found once."""
-        known = self._found.get(site)
-        if known is None:
-            path = "" if site == "residual" else self.mlp if site == "mlp_out" else self.projection
-            found = {index: layer if not path else part(layer, path) for index, layer in enumerate(self.layers)}
-            known = self._found[site] = {index: module for index, module in found.items() if module is not None}
-        return known
-
-    def _shared(self, site: str) -> dict[int, tuple[int, int]]:
-        """The identities of modules that stand at two layers, and these, found once."""
-        if site in self._twins:
-            return self._twins[site]
-        first: dict[int, int] = {}
-        shared = self._twins.setdefault(site, {})
-        own = set(self.layers_of(site))
-        for layer, module in self._modules_of(site).items():
-            if layer in own and first.setdefault(id(module), layer) != layer:
-                shared.setdefault(id(module), (first[id(module)], layer))
-        return shared
+        return block if site == "residual" else f"{block}.{self.path_in_layer(site)}"
 
     def site_module(self, site: str, layer: int) -> nn.Module:
         """The module that a site belongs to: its input at the head site, its output at the others.
 
         Raises:
-            ValueError: the layer has no such part, or one that stands at another layer too.
+            ValueError: the layer has no such part, or one that also stands at another layer.
         """
-        block = self.layers[layer]
-        path = "" if site == "residual" else self.mlp if site == "mlp_out" else self.projection
+        path = self.path_in_layer(site)
         if site == "mlp_out" and not path:
             raise ValueError(
                 f"site: 'mlp_out' of {self.model_type!r} is not certain: its MLP is not known, or may add the residual "
@@ -155,32 +126,39 @@ class ModelLayout:
             )
         if not path and site != "residual":
             raise self.uncertain or ValueError(f"site: {self.model_type!r} has no {site!r}")
-        module = self._modules_of(site).get(layer)
+        at_site = self._modules_at(site)
+        module = at_site.modules.get(layer)
         if module is None:
             what = "MLP" if site == "mlp_out" else "attention"
-            raise ValueError(f"layers: layer {layer} ({type(block).__name__}) has no {what} {path!r}")
+            raise ValueError(f"layers: layer {layer} ({type(self.layers[layer]).__name__}) has no {what} {path!r}")
         if site == "head" and self.heads[layer] is None:
             raise ValueError(f"layers: {path!r} of layer {layer} is a {type(module).__name__} of unknown input width")
-        shared = self._shared(site).get(id(module))
-        if shared is not None:
+        sharing = at_site.layers.get(id(module), [])
+        if len(sharing) > 1:
             raise ValueError(
-                f"layers: layers {shared[0]} and {shared[1]} share one module for the site {site!r} "
+                f"layers: layers {sharing[0]} and {sharing[1]} share one module for the site {site!r} "
                 f"({type(module).__name__}): an edit would act at both"
             )
         return module
 
+    def site_module_or_none(self, site: str, layer: int) -> nn.Module | None:
+        """`site_module`, or None where it raises an error."""
+        try:
+            return self.site_module(site, layer)
+        except ValueError:
+            return None
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside torch.compile's and PEFT's wrappers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected a Hugging Face causal language model")
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()  # type: ignore[operator]
-        if inner is None or inner is model:
-            return model
-        model = inner
+    def _modules_at(self, site: str) -> _AtSite:
+        if site not in self._at_site:
+            path = self.path_in_layer(site)
+            found = {index: part(layer, path) if path else layer for index, layer in enumerate(self.layers)}
+            modules = {index: module for index, module in found.items() if module is not None}
+            layers: dict[int, list[int]] = {}
+            for layer in self.layers_of(site):
+                if layer in modules:
+                    layers.setdefault(id(modules[layer]), []).append(layer)
+            self._at_site[site] = _AtSite(modules, layers)
+        return self._at_site[site]
 
 
 def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout:
@@ -204,50 +182,44 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     if getattr(outer, "is_encoder_decoder", False):
         raise ValueError(f"model: {type(model).__name__} is an encoder-decoder, expected a causal language model")
     config = text_config(model)
-    hidden_size = _integer(config, "hidden_size") or _integer(config, "d_model")
+    hidden_size = _size(config, "hidden_size", "d_model")
     if hidden_size is None:
         raise ValueError(f"model: the config of {type(model).__name__} has no hidden_size")
-    n_heads = config_heads(config) or 1  # a model without attention has its residual stream all the same
+    config_heads = ConfigHeads(config)
+    n_heads = config_heads.count() or 1  # a model without attention still has its residual stream
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
         raise ValueError("model: config.slow_but_exact computes the projections outside their modules; set it to False")
-    model_type, head_dim = config.model_type, _integer(config, "head_dim") or hidden_size // n_heads
+    model_type, head_dim = config.model_type, _size(config, "head_dim") or hidden_size // n_heads
     family = FAMILIES.get(model_type)
     path = paths.get("layers_path") or find_layers(model, config, family.layers if family else None)
     layers = submodule(model, path, "layers_path")
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(f"layers_path: {path!r} is a {type(layers).__name__}, expected a list of layers; {HELP}")
-    decoder, above = model, path.split(".")[:-1]
-    while above:  # the layers' owner, or of BERT's kind the module around it
-        owner = submodule(model, ".".join(above), "layers_path")
-        if not takes_hidden_states(owner):
-            decoder = owner
-            break
-        above.pop()
     projection = paths.get("projection") or (family.projection if family else None)
     uncertain: ValueError | None = None
     if projection is None:
         try:
             projection = find_projection(layers, model_type, n_heads * head_dim)
-        except ValueError as error:  # the residual stream is there all the same
+        except ValueError as error:  # the model still has its residual stream
             projection, uncertain = "", error
     if paths.get("projection") and not any(has(layer, projection) for layer in layers):
         raise ValueError(f"projection: no layer ({type(layers[0]).__name__}) has a module {projection!r}")
     mlp = paths.get("mlp") or (family.mlp if family else find_mlp(layers))
     heads = tuple(
-        heads_of(layer, projection, config, index) if projection else None for index, layer in enumerate(layers)
+        heads_of(layer, projection, config_heads, index) if projection else None for index, layer in enumerate(layers)
     )
     usual = Counter(sizes for sizes in heads if sizes is not None).most_common(1)
     n_heads, head_dim = usual[0][0] if usual else (n_heads, head_dim)
     return ModelLayout(
         model=model,
-        decoder=decoder,
+        decoder=_owner_of_layers(model, path),
         layers=tuple(layers),
         layers_path=path,
         projection=projection,
         mlp=mlp,
         heads=heads,
         hidden_size=hidden_size,
-        max_context=_integer(config, "max_position_embeddings") or _integer(config, "max_seq_len"),
+        max_context=_size(config, "max_position_embeddings", "max_seq_len"),
         model_type=model_type,
         n_heads=n_heads,
         head_dim=head_dim,
@@ -256,42 +228,17 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     )
 
 
-def text_config(model: nn.Module) -> Any:
-    """The config of a model's text decoder; of BART's kind the decoder's half of it."""
-    config: Any = model.config
-    return config.get_text_config(decoder=True)
+def _size(config: Any, *names: str) -> int | None:
+    """The first of these sizes that a config has."""
+    return next((size for name in names if (size := positive_int(config_value(config, name)))), None)
 
 
-def embedding_weight(model: nn.Module) -> torch.Tensor:
-    """The weight [V, d] of a model's token embedding.
-
-    Raises:
-        ValueError: it takes no ids of text tokens.
-    """
-    embedding: Any = unwrap(model).get_input_embeddings()  # type: ignore[operator]
-    weight = getattr(embedding, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-        raise ValueError(
-            f"model: {type(model).__name__} has a {type(embedding).__name__} in the place of a token embedding, "
-            "expected a model of text"
-        )
-    return weight
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where token ids belong: where the embedding computes."""
-    return execution_device(unwrap(model).get_input_embeddings()) or torch.device("cpu")  # type: ignore[operator]
-
-
-def execution_device(module: nn.Module) -> torch.device | None:
-    """Where a module computes: accelerate's word where it offloads the weights, otherwise where they lie."""
-    device: Any = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    parameter = next(module.parameters(), None)
-    return None if parameter is None or parameter.device.type == "meta" else parameter.device
-
-
-def _integer(config: Any, name: str) -> int | None:
-    value = read(config, name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+def _owner_of_layers(model: nn.Module, path: str) -> nn.Module:
+    """The module around a model's layers that takes token ids or embeddings."""
+    above = path.split(".")[:-1]
+    while above:
+        owner = submodule(model, ".".join(above), "layers_path")
+        if not takes_hidden_states(owner):
+            return owner
+        above.pop()
+    return model

@@ -1,4 +1,4 @@
-"""A causal language model's output head as numbers: logits = softcap·tanh(scale·(W·h + b)/softcap)."""
+"""The output head of a causal language model: logits = softcap·tanh(scale·(W·h + b)/softcap)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Roundings by which the model's logits may differ from the formula's, in units of the dtype at the largest logit.
+#: How far the model's logits may differ from the formula, in roundings of the dtype at the largest logit.
 _ROUNDINGS = 64
 
 
@@ -35,11 +35,11 @@ class OutputHead:
 
 @torch.no_grad()
 def read_head(model: nn.Module, arguments: dict[str, Any]) -> OutputHead | None:
-    """The head of `model`, checked on one forward pass; None where its logits are something else.
+    """The head of `model`, checked in one forward pass; None where its logits follow another formula.
 
     Args:
-        model: a causal language model of Hugging Face, not wrapped.
-        arguments: of its forward pass; a prompt or two.
+        model: a Hugging Face causal language model, not wrapped.
+        arguments: the arguments of a forward pass on a prompt or two.
     """
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     weight: Any = getattr(module, "weight", None)
@@ -69,7 +69,7 @@ def read_head(model: nn.Module, arguments: dict[str, Any]) -> OutputHead | None:
 
 
 def _post_processing(config: Any) -> tuple[float, float | None]:
-    """(factor, soft-cap) as the config names them; what the model does with them is checked, not believed."""
+    """(factor, soft-cap) as the config names them; `read_head` checks what the model does with them."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     softcap = getattr(config, "final_logit_softcapping", None)

@@ -1,4 +1,4 @@
-"""Where a new intervention acts: its location, checked against the model that it is made for."""
+"""The location of a new intervention, checked against its model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .layout import execution_device, layout
+from .hugging_face import execution_device
+from .layout import layout
 from .location import Location, check_site
 from .site_check import idle_layers, require_site, running_layers
 
@@ -26,7 +27,7 @@ def locate(
     """The checked location of a new intervention, and the device that its parameters belong on.
 
     Args:
-        scales: whether it multiplies by factors: then layers where that changes nothing are warned of.
+        scales: whether the intervention multiplies by factors; layers where these change nothing then cause a warning.
     """
     found = layout(model, paths)
     if layers is None:  # cross-attention to images does not run on text

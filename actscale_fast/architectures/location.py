@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from .._json import shown
+
 Site = Literal["head", "attn_out", "mlp_out", "residual"]
 SITES: tuple[str, ...] = get_args(Site)
 
@@ -108,18 +110,18 @@ class Location:
         model = ModelFingerprint(**data["model"])
         numbers = [getattr(model, item.name) for item in fields(model)[1:]]
         if not isinstance(model.model_type, str) or not all(_is_size(value) for value in numbers):
-            raise ValueError(f"model: got {_shown(data['model'])}, expected a name and positive integers")
+            raise ValueError(f"model: got {shown(data['model'])}, expected a name and positive integers")
         layers, positions, paths = data["layers"], data["positions"], data["paths"]
         if not isinstance(layers, list) or len(layers) > model.n_layers:
-            raise ValueError(f"layers: got {_shown(layers)}, expected a list of at most {model.n_layers}")
+            raise ValueError(f"layers: got {shown(layers)}, expected a list of at most {model.n_layers}")
         if positions is not None and not isinstance(positions, list):
-            raise ValueError(f"positions: got {_shown(positions)}, expected null or a list")
+            raise ValueError(f"positions: got {shown(positions)}, expected null or a list")
         if not all(type(position) is int and abs(position) < _LARGEST for position in positions or ()):
-            raise ValueError(f"positions: got {_shown(positions)}, expected integers of tokens")
+            raise ValueError(f"positions: got {shown(positions)}, expected integers of tokens")
         if type(data["generated"]) is not bool:
-            raise ValueError(f"generated: got {_shown(data['generated'])}, expected true or false")
+            raise ValueError(f"generated: got {shown(data['generated'])}, expected true or false")
         if not isinstance(paths, dict) or not all(isinstance(value, str) for value in paths.values()):
-            raise ValueError(f"paths: got {_shown(paths)}, expected names of modules")
+            raise ValueError(f"paths: got {shown(paths)}, expected names of modules")
         try:
             return cls(
                 site=check_site(data["site"]),
@@ -136,13 +138,13 @@ class Location:
 
 def _heads_from(data: Any, n_layers: int) -> dict[int, tuple[int, int]]:
     if not isinstance(data, dict) or len(data) > n_layers:
-        raise ValueError(f"heads: got {_shown(data)}, expected an object of layers")
+        raise ValueError(f"heads: got {shown(data)}, expected an object of layers")
     found = {}
     for layer, sizes in data.items():
         if not isinstance(sizes, list) or len(sizes) != 2 or not all(_is_size(size) for size in sizes):
-            raise ValueError(f"heads: got {_shown(sizes)}, expected [heads, width]")
+            raise ValueError(f"heads: got {shown(sizes)}, expected [heads, width]")
         if not (layer.isascii() and layer.isdigit() and len(layer) < 9 and int(layer) < n_layers):
-            raise ValueError(f"heads: got the layer {_shown(layer)}, expected 0 to {n_layers - 1}")
+            raise ValueError(f"heads: got the layer {shown(layer)}, expected 0 to {n_layers - 1}")
         found[int(layer)] = (sizes[0], sizes[1])
     return found
 
@@ -155,22 +157,17 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 < value < _LARGEST
 
 
-def _shown(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
 def _check_keys(name: str, data: Any, cls: type[Any]) -> None:
     """Raise a ValueError unless JSON data has the fields of a dataclass; those with a default may be missing."""
     if not isinstance(data, dict):
-        raise ValueError(f"{name}: got {_shown(data)}, expected an object")
+        raise ValueError(f"{name}: got {shown(data)}, expected an object")
     known = {item.name for item in fields(cls)}
     needed = {item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING}
     needed |= {"paths"} & known
     if missing := needed - data.keys():
         raise ValueError(f"{name}: {', '.join(sorted(missing))} missing")
     if unknown := data.keys() - known:
-        raise ValueError(f"{name}: got the unknown {_shown(sorted(unknown))}")
+        raise ValueError(f"{name}: got the unknown {shown(sorted(unknown))}")
 
 
 def check_site(site: object) -> str:

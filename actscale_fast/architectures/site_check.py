@@ -1,12 +1,11 @@
-"""The model itself is asked whether its sites are what their names say: one short forward pass per site and model.
+"""The site check: short forward passes that show whether the sites of a model are what their names say.
 
-Head site: rows that differ in nothing but the factors by which attention's result is scaled, head by head, must differ
-in just these factors where they enter the output projection. A norm over all heads, the difference of two heads, or
-heads in another order in between are found that way, whatever a family is called. Whole sites: rows in which the site's
-output is doubled or negated must differ after the layer; where doubling changes nothing, because a norm without scale
-follows, scalars cannot act. Every steered module must run once in a pass.
+There is one pass per site and model. Head site: heads are scaled one by one, and must enter the output projection with
+these factors; this finds a norm over all heads, the difference of two heads, or a change of their order, whatever the
+family is called. Other sites: outputs are doubled and negated, and the rows must then differ after the layer; where
+doubling changes nothing, because a norm without scale follows, scalars cannot act. Every edited module must run once.
 
-The passes are in `probe`. The verdict is kept for the model. `ACTSCALE_CHECK=0` skips the check.
+The verdict is kept for the model. `ACTSCALE_CHECK=0` skips the check.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ import os
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..modules import hooks
+from ..modules.hooks import plain_class
 from ..modules.module_paths import own_forward
-from .detect import has
-from .probe import Probe, Verdict
-
-if TYPE_CHECKING:
-    from .layout import ModelLayout
+from .layout import ModelLayout
+from .parts import has
+from .probe import Verdict
+from .probe_heads import HeadProbe
+from .probe_streams import StreamProbe
 
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Known]] = weakref.WeakKeyDictionary()
 
@@ -38,12 +37,17 @@ class _Known:
     verdict: Verdict
     modules: tuple[weakref.ref[nn.Module], ...]
     kinds: tuple[type, ...]
-    forwards: tuple[int | None, ...]  # those that were put on an instance
+    forwards: tuple[int | None, ...]  # `own_forward` of each
+
+    @classmethod
+    def on(cls, modules: list[nn.Module], verdict: Verdict) -> _Known:
+        kinds = tuple(plain_class(type(module)) for module in modules)
+        return cls(verdict, tuple(map(weakref.ref, modules)), kinds, tuple(map(own_forward, modules)))
 
     def holds(self, modules: list[nn.Module]) -> bool:
         """Whether these are the same modules, of the same classes."""
         return len(modules) == len(self.modules) and all(
-            reference() is module and kind is hooks.plain_class(type(module)) and forward == own_forward(module)
+            reference() is module and kind is plain_class(type(module)) and forward == own_forward(module)
             for reference, kind, forward, module in zip(self.modules, self.kinds, self.forwards, modules, strict=True)
         )
 
@@ -53,11 +57,12 @@ def require_site(found: ModelLayout, site: str, layers: Iterable[int], *, now: b
 
     Args:
         found: the model's layout.
-        site, layers: what is to be steered.
-        now: also where the model's weights are not in place before a forward pass (sharded, or on no device yet).
+        site, layers: what is to be edited.
+        now: check even where the model's weights are not in place yet (sharded, or not on a device).
 
     Returns:
-        Whether that is known; False: the model cannot run yet, so that the check waits for its first forward pass.
+        Whether the sites are known to be right. False: the model cannot run yet, so the check must be repeated before
+        its first forward pass.
     """
     verdict = verdict_of(found, site, now=now)
     if verdict is None:
@@ -69,9 +74,9 @@ def require_site(found: ModelLayout, site: str, layers: Iterable[int], *, now: b
 
 
 def idle_layers(found: ModelLayout, site: str, layers: Iterable[int]) -> list[int]:
-    """Those of the layers where a factor on the site's output changes nothing: a norm without scale follows it.
+    """Those of the layers where a factor on the site's output changes nothing, because a norm without scale follows.
 
-    A head among others always acts. Nothing is said of a model that cannot run yet.
+    A head among several always acts. For a model that cannot run yet the result is empty.
     """
     if site == "head":
         layers = [layer for layer in layers if (found.heads[layer] or (0, 0))[0] == 1]
@@ -81,27 +86,29 @@ def idle_layers(found: ModelLayout, site: str, layers: Iterable[int]) -> list[in
 
 
 def running_layers(found: ModelLayout, site: str, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of the layers that run in a forward pass of text, as far as that is known; all where none does."""
+    """Those of the layers that run in a forward pass of text, as far as that is known; all of them where none runs."""
     verdict = verdict_of(found, site)
     running = layers if verdict is None else tuple(layer for layer in layers if layer not in verdict.absent)
     return running or layers
 
 
 def verdict_of(found: ModelLayout, site: str, *, now: bool = False) -> Verdict | None:
-    """The verdict on a site of all layers, from the model or as it is known; None: skipped, or it has to wait."""
+    """The verdict on a site of all layers, new or known; None: the check is skipped, or the model cannot run yet."""
     if skipped():
         return None
     watched = _watched(found, site)
-    key = (site, found.heads, found.projection, found.mlp, _implementation(found))
+    implementation = str(getattr(getattr(found.decoder, "config", None), "_attn_implementation", None))
+    key = (site, found.heads, found.projection, found.mlp, implementation)
     known = _verdicts.setdefault(found.decoder, {})
     if key in known and known[key].holds(watched):
         return known[key].verdict
-    if not now and _must_wait(found.decoder):
+    if not now and _cannot_run_yet(found.decoder):
         return None
     modules = {layer: found.site_module_or_none(site, layer) for layer in found.layers_of(site)}
-    probe = Probe(found, {layer: module for layer, module in modules.items() if module is not None})
+    present = {layer: module for layer, module in modules.items() if module is not None}
+    probe = HeadProbe(found, present) if site == "head" else StreamProbe(found, present, site)
     try:
-        verdict = probe.heads() if site == "head" else probe.whole(site)
+        verdict = probe.verdict()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -110,12 +117,7 @@ def verdict_of(found: ModelLayout, site: str, *, now: bool = False) -> Verdict |
             f"taken for, failed: {type(error).__name__}: {error}; set ACTSCALE_CHECK=0 to skip the check"
         ) from error
     if probe.sure:
-        known[key] = _Known(
-            verdict,
-            tuple(weakref.ref(module) for module in watched),
-            tuple(hooks.plain_class(type(module)) for module in watched),
-            tuple(own_forward(module) for module in watched),
-        )
+        known[key] = _Known.on(watched, verdict)
     return verdict
 
 
@@ -126,19 +128,14 @@ def skipped() -> bool:
 
 def _watched(found: ModelLayout, site: str) -> list[nn.Module]:
     """The modules that a verdict on a site depends on."""
-    modules = list(found.layers)
-    path = {"residual": "", "mlp_out": found.mlp, "attn_out": found.projection}.get(site, found.projection)
+    modules, path = list(found.layers), found.path_in_layer(site)
     if site == "head":
         tops = [layer.get_submodule(path.partition(".")[0]) for layer in found.layers if has(layer, path)]
         return modules + [module for top in tops for module in top.modules()]
     return modules + [layer.get_submodule(path) for layer in found.layers if has(layer, path)]
 
 
-def _implementation(found: ModelLayout) -> str:
-    return str(getattr(getattr(found.decoder, "config", None), "_attn_implementation", None))
-
-
-def _must_wait(decoder: nn.Module) -> bool:
-    """Whether weights are not in place yet: on no device without anybody to fetch them, or sharded."""
+def _cannot_run_yet(decoder: nn.Module) -> bool:
+    """Whether weights are not in place: sharded, or on no device and with nothing that fetches them."""
     fetched = any("_hf_hook" in module.__dict__ for module in decoder.modules())
     return any((p.is_meta and not fetched) or type(p).__name__ == "DTensor" for p in decoder.parameters())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.arguments import accepted_arguments
-from ..architectures.layout import unwrap
+from ..architectures.hugging_face import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..architectures.layout import ModelLayout, embedding_weight, input_device
+from ..architectures.hugging_face import embedding_weight, input_device
+from ..architectures.layout import ModelLayout
 from .batching import Batch, left_padded, open_ids, pad_id_of
 
 if TYPE_CHECKING:
@@ -68,22 +69,22 @@ class TextEncoder:
     def _known(self, ids: list[int], name: str) -> list[int]:
         if ids and max(ids) >= self.n_tokens:
             raise ValueError(
-                f"{name} has token id {max(ids)}, expected less than the model's {self.n_tokens}; is the tokenizer that "
-                "of another model?"
+                f"{name} has token id {max(ids)}, expected less than the model's {self.n_tokens}; is the tokenizer "
+                "that of another model?"
             )
         return ids
 
     @staticmethod
     def _string(text: object, name: str) -> str:
         if not isinstance(text, str):
-            raise TypeError(f"{name} is a {type(text).__name__}, expected a string")
+            raise TypeError(f"{name}: got {type(text).__name__}, expected a string")
         return text
 
 
 def check_texts(texts: Any, name: str) -> Sequence[str]:
     """`texts` if it is a list that is not empty; otherwise raise a TypeError or ValueError."""
     if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise TypeError(f"{name}: got a {type(texts).__name__}, expected a list of strings")
+        raise TypeError(f"{name}: got {type(texts).__name__}, expected a list of strings")
     if not texts:
         raise ValueError(f"{name}: got none, expected at least one")
     return texts

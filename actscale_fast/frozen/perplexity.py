@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .._checks import check_counts
 from ..architectures.arguments import accepted_arguments
-from ..architectures.layout import embedding_weight, input_device, layout
+from ..architectures.layout import layout
 from ..modules.evaluation_mode import evaluation_mode
-from .batching import forward_arguments, left_padded, open_ids, pad_id_of
+from .batching import forward_arguments
+from .encoder import TextEncoder
 from .shortcuts import open_frozen_model
 
 if TYPE_CHECKING:
@@ -74,25 +75,23 @@ def perplexity(
         if len(prompts) != len(texts):
             raise ValueError(f"prompts: got {len(prompts)}, expected one for each of the {len(texts)} texts")
     found = layout(model, paths)
-    embedding: Tensor = embedding_weight(found.model)
-    device = input_device(found.model)
+    encoder = TextEncoder(found, tokenizer)
     rows = [
-        _row(tokenizer, text, "" if prompts is None else prompts[number], number, found.max_context, len(embedding))
+        _row(encoder, text, "" if prompts is None else prompts[number], f"texts: row {number}")
         for number, text in enumerate(texts)
     ]
     scores = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     if not rows:
         return scores.float()
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
-    pad_id = pad_id_of(tokenizer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(found.model))
-        probe = forward_arguments(found.model, left_padded([rows[0].ids], pad_id, device))  # type: ignore[arg-type]
+        probe = forward_arguments(found.model, encoder.batch([rows[0].ids]))  # type: ignore[arg-type]
         head, section = stack.enter_context(open_frozen_model(found, found.model, probe))
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             chosen = [rows[number] for number in numbers]
-            batch = left_padded([row.ids for row in chosen], pad_id, device)
+            batch = encoder.batch([row.ids for row in chosen])
             arguments = forward_arguments(found.model, batch)  # type: ignore[arg-type]
             width = max(row.n_scored for row in chosen) + 1
             if "logits_to_keep" in accepted_arguments(found.model):  # type: ignore[arg-type]
@@ -136,29 +135,16 @@ def _same(logits: Tensor) -> Tensor:
     return logits
 
 
-def _row(
-    tokenizer: PreTrainedTokenizerBase, text: str, prompt: str, number: int, context: int | None, n_tokens: int
-) -> _Row:
-    """One text's tokens behind its prompt's, or behind the tokens that open a text, checked."""
-    added = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _row(encoder: TextEncoder, text: str, prompt: str, name: str) -> _Row:
+    """One text's tokens after its prompt's, or after the tokens that open a text, checked."""
+    added = encoder.plain(text, name)
     if not added:
-        raise ValueError(f"texts: row {number}: {text!r} has no tokens")
-    if prompt:
-        ids = open_ids(tokenizer, prompt) + added
-    else:
-        ids = open_ids(tokenizer, text)
+        raise ValueError(f"{name}: {text!r} has no tokens")
+    ids = encoder.opened(prompt, name) + added if prompt else encoder.opened(text, name)
     n_scored = min(len(added), len(ids) - 1)
     if not n_scored:
-        raise ValueError(
-            f"texts: row {number}: {text!r} is one token, which nothing predicts; expected two, or a prompt"
-        )
-    if context is not None and len(ids) > context:
-        raise ValueError(f"texts: row {number} has {len(ids)} tokens, expected at most the model's {context}")
-    if max(ids) >= n_tokens:
-        raise ValueError(
-            f"texts: row {number} has token id {max(ids)}, expected less than the model's {n_tokens}; is the tokenizer "
-            "that of another model?"
-        )
+        raise ValueError(f"{name}: {text!r} is one token, which nothing predicts; expected two, or a prompt")
+    encoder.check_length(len(ids), name)
     return _Row(ids, n_scored)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from ..architectures.layout import embedding_weight, input_device, layout
+from ..architectures.hugging_face import embedding_weight, input_device
+from ..architectures.layout import layout
 from ..architectures.location import check_layers, check_site
 from ..modules import hooks
 from ..modules.evaluation_mode import evaluation_mode

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures.layout import ModelLayout, embedding_weight, input_device
+from ..architectures.hugging_face import embedding_weight, input_device
+from ..architectures.layout import ModelLayout
 from ..architectures.lm_head import OutputHead, read_head
 from ..architectures.site_check import skipped
 from ..modules.hooks import suspended

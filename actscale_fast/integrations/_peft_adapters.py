@@ -28,7 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from .._files import atomic_path
 from .._json import LARGEST, parsed, read_limited, write_json
 from ..architectures.families import FAMILIES
-from ..architectures.layout import ModelLayout, layout, unwrap
+from ..architectures.hugging_face import unwrap
+from ..architectures.layout import ModelLayout, layout
 from ..interventions import ActivScalar, Composite, Intervention
 from ..interventions.saving import made_folder
 from ..patching.edits import one_strength

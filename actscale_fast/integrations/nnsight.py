@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..architectures import site_check
 from ..architectures.arguments import argument_names
-from ..architectures.layout import ModelLayout, execution_device, layout
+from ..architectures.hugging_face import execution_device
+from ..architectures.layout import ModelLayout, layout
 from ..architectures.location import SITES
 from ..interventions import Intervention
 from ..patching.edits import Steering, steerings

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures.layout import unwrap
+from ..architectures.hugging_face import unwrap
 
 _WHOLE = 1 << 14  # elements of a tensor that counts with all of them; norms, biases, scales
 _SAMPLE = 384  # elements of a larger one; SmolLM2-135M: 272 tensors in 15 ms on one core

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..architectures import site_check
 from ..architectures.families import FAMILIES
-from ..architectures.layout import ModelLayout, layout, unwrap
+from ..architectures.hugging_face import unwrap
+from ..architectures.layout import ModelLayout, layout
 from ..interventions import ActivScalar, Intervention, SteerVec
 from .edits import one_strength
 

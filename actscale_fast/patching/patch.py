@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor, nn
 
 from ..architectures import site_check
-from ..architectures.layout import ModelLayout, execution_device, layout
+from ..architectures.hugging_face import execution_device
+from ..architectures.layout import ModelLayout, layout
 from ..interventions import Composite, Intervention
 from ..modules import hooks
 from ..modules.handle import Handle

@@ -1,4 +1,4 @@
-"""A model with an intervention on it, as one module with the habits of Hugging Face's libraries."""
+"""A model with an intervention on it, as one module with the methods that users of Hugging Face's libraries know."""
 
 from __future__ import annotations
 
@@ -12,31 +12,28 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
-from .._json import parsed_sealed, read_limited, read_sealed, write_sealed
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
-from ..interventions.description import inside, number, read_description
-from ..interventions.saving import save as save_intervention
+from . import pretrained_files as files
 from .merge import merge
 from .patch import AnyPatch, patch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG = "actscale_config.json"
 _PREFIX = "intervention."
-#: Models under an ActScaleModel: how many there are, and the parameters that were trainable before the first of them.
+#: For each model in use: how many ActScaleModels hold it, and which parameters were trainable before the first one.
 _frozen: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[str]]] = weakref.WeakKeyDictionary()
 _KINDS: dict[str, type[Intervention]] = {kind.__name__: kind for kind in (ActivScalar, SteerVec, DynScalar)}
 
 
 @dataclass
 class ActScaleConfig:
-    """What `get_actscale_model` makes; the fields are the arguments of `ActivScalar.for_model` and `patch`.
+    """What `get_actscale_model` creates; the fields are the arguments of `ActivScalar.for_model` and `patch`.
 
     Args:
         kind: "ActivScalar", "SteerVec" or "DynScalar".
         site, layers, positions, generated, projection, layers_path, mlp: as `for_model` takes them.
-        strength: β under which it runs.
+        strength: β.
     """
 
     kind: str = "ActivScalar"
@@ -50,7 +47,7 @@ class ActScaleConfig:
     mlp: str | None = None
 
     def made_for(self, model: nn.Module) -> Intervention:
-        """A new intervention for this model, which does nothing yet."""
+        """A new intervention for this model; it does nothing yet."""
         if self.kind not in _KINDS:
             raise ValueError(f"kind: got {self.kind!r}, expected one of {', '.join(map(repr, _KINDS))}")
         paths = {"projection": self.projection, "layers_path": self.layers_path, "mlp": self.mlp}
@@ -58,18 +55,18 @@ class ActScaleConfig:
 
 
 def get_actscale_model(model: PreTrainedModel, config: ActScaleConfig | Intervention | None = None) -> ActScaleModel:
-    """Put a new intervention, or one at hand, on a model and freeze the model: the intervention is left to train.
+    """Put an intervention on a model and freeze the model, so that only the intervention is trained.
 
     Args:
-        model: a causal language model of Hugging Face. It stays the same object, steered until `unload()`.
-        config: what to make (None: a scalar for every attention head), or the intervention itself.
+        model: a Hugging Face causal language model. It stays the same object, steered until `unload()`.
+        config: what to create (None: one scalar per attention head), or the intervention itself.
 
     Returns:
-        The model and the intervention as one module. In a loop, `Trainer` or `generate()` it stands for the model;
-        `ProximalCallback` (integrations.trainer) takes the ℓ1 norm's proximal step in a `Trainer`.
+        The model and the intervention as one module, which replaces the model in a loop, a `Trainer` or `generate()`.
+        For the proximal step of the ℓ1 norm in a `Trainer`, use `ProximalCallback` (integrations.trainer).
 
     Raises:
-        TypeError, ValueError: a bad config, or an intervention of another model.
+        TypeError, ValueError: a bad config, or an intervention for another model.
 
     Example:
         >>> model = get_actscale_model(model, ActScaleConfig(layers=range(4, 20)))
@@ -89,17 +86,17 @@ def get_actscale_model(model: PreTrainedModel, config: ActScaleConfig | Interven
 class ActScaleModel(nn.Module):
     """A frozen model with an intervention applied to it; see `get_actscale_model`.
 
-    Attributes that it does not have are the model's. Its `state_dict` holds the intervention alone, so that a
-    checkpoint of a `Trainer` takes kilobytes and is resumed like any other. Copies are steered as it is.
+    Attributes that it does not have are taken from the model. Its `state_dict` holds the intervention alone, so a
+    `Trainer` checkpoint takes kilobytes and can be resumed like any other. Copies are steered too.
     """
 
-    _hf_peft_config_loaded = True  # what `Trainer` asks a quantised model: is something on it that can be trained?
+    _hf_peft_config_loaded = True  # tells `Trainer` that a quantised model has trainable parts
 
     def __init__(self, model: PreTrainedModel, intervention: Intervention, strength: float = 1.0) -> None:
         super().__init__()
         self._patch: AnyPatch | None = patch(model, intervention, strength)
         self.model, self.intervention = model, intervention
-        self.training = model.training  # its own flag alone: the parts keep theirs
+        self.training = model.training  # the parts keep their own flags
         self._freeze([name for name, parameter in model.named_parameters() if parameter.requires_grad])
         self.register_load_state_dict_post_hook(_without_the_models_keys)
 
@@ -148,12 +145,12 @@ class ActScaleModel(nn.Module):
 
     @property
     def n_trainable(self) -> tuple[int, int]:
-        """(numbers that are trained, all numbers), the model's included."""
+        """(trained numbers, all numbers), those of the model included."""
         parameters = list(self.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many numbers are trained, of how many."""
+        """Print how many numbers are trained, and how many there are."""
         trained, total = self.n_trainable
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4g}")
 
@@ -168,13 +165,13 @@ class ActScaleModel(nn.Module):
             applied.paused = before
 
     def get_base_model(self) -> PreTrainedModel:
-        """The model, which stays steered; `unload()` gives it back as it was."""
+        """The model, still steered; `unload()` returns it unsteered."""
         return self.model
 
     def unload(self) -> PreTrainedModel:
-        """Take the intervention off for good; returns the model as it was, trainable where it had been.
+        """Take the intervention off and return the model as it was, trainable where it had been.
 
-        Where two of them share a model, the last one gives it back its training.
+        Where several ActScaleModels share the model, it becomes trainable again with the last `unload()`.
         """
         if self._patch is not None:
             self._patch.remove()
@@ -189,24 +186,20 @@ class ActScaleModel(nn.Module):
     def merge_and_unload(self) -> PreTrainedModel:
         """The model with the intervention in its weights (`af.merge`, which says what cannot be merged).
 
-        `model.save_pretrained` of the result is a plain checkpoint: any server runs it. `af.unmerge` undoes it.
+        `save_pretrained` of the result writes a plain checkpoint, which any server can run. `af.unmerge` undoes it.
         """
         merge(self.model, self.intervention, self.strength)
         return self.unload()
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Write the intervention, as `Intervention.save_pretrained` does, and `actscale_config.json` beside it.
+        """Write the intervention, as `Intervention.save_pretrained` does, and `actscale_config.json`; not the model.
 
-        The model is not written. Keyword arguments of other libraries' `save_pretrained` are ignored.
+        Keyword arguments of other libraries' `save_pretrained` are ignored.
         """
         if isinstance(self.strength, Tensor):
             raise ValueError("strength: got one value per row, which belong to a batch; set one number before saving")
-        digest = save_intervention(self.intervention, Path(folder), float(self.strength))
         base = getattr(getattr(self.model, "config", None), "_name_or_path", "") or None
-        write_sealed(
-            Path(folder) / CONFIG,
-            {"format": 2, "strength": self.strength, "base_model_name_or_path": base, "intervention": digest},
-        )
+        files.save(self.intervention, Path(folder), self.strength, base)
 
     @classmethod
     def from_pretrained(
@@ -216,63 +209,48 @@ class ActScaleModel(nn.Module):
 
         Args:
             model: the model that it was made for.
-            folder: what `save_pretrained`, of this class or of an intervention, wrote (a checkpoint of a `Trainer` is
-                for the `Trainer`); or the id of a repository on the Hugging Face hub, which is downloaded.
-            is_trainable: False: its parameters are frozen too.
-            revision: of the repository.
+            folder: what `save_pretrained` of this class or of an intervention wrote, or the id of a repository on the
+                Hugging Face hub, which is downloaded. `Trainer` checkpoints are resumed by the `Trainer` only.
+            is_trainable: False: the parameters of the intervention are frozen too.
+            revision: the revision of the repository.
 
         Raises:
-            FileNotFoundError, ValueError: as `af.load_intervention`; an intervention of another model.
+            FileNotFoundError, ValueError: as `af.load_intervention`; also an intervention for another model.
         """
-        path = Path(folder)
-        if not path.exists() and str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
-            from huggingface_hub import snapshot_download
-
-            wanted = ["*.safetensors", "*.json"]
-            try:
-                path = Path(snapshot_download(str(folder), revision=revision, allow_patterns=wanted))
-            except (OSError, ValueError) as error:  # no such repository, no network
-                raise FileNotFoundError(
-                    f"folder: {folder} is no folder, and not on the hub either ({error})"
-                ) from error
+        path = files.local_folder(folder, revision)
         intervention = load_intervention(path)
-        strength = _read_strength(path)
+        strength = files.read_strength(path)
         return cls(model, intervention.requires_grad_(is_trainable), strength)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
-        """Upload what `save_pretrained` writes, with a model card, to a repository that is made where there is none.
+        """Upload what `save_pretrained` writes, with a model card, to a repository; create it where necessary.
 
         Args:
             repo_id: "name" or "user/name".
             private, token: as in `huggingface_hub.HfApi.create_repo`.
-            kwargs: of `HfApi.upload_folder`: commit_message, revision, create_pr, …
+            kwargs: arguments of `HfApi.upload_folder`: commit_message, revision, create_pr, …
 
         Returns:
             The address of the commit.
         """
-        from huggingface_hub import HfApi, ModelCard, ModelCardData
+        from huggingface_hub import HfApi
         from huggingface_hub.utils import SoftTemporaryDirectory
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with SoftTemporaryDirectory() as temporary:
             self.save_pretrained(temporary)
-            base = read_sealed(Path(temporary) / CONFIG)["base_model_name_or_path"]
-            data = ModelCardData(library_name="actscale_fast", base_model=base, tags=["activation-scaling"])
-            card = f"---\n{data.to_yaml()}\n---\n\n# {type(self.intervention).__name__}\n\n{self.intervention!r}\n"
-            ModelCard(card, ignore_metadata_errors=True).save(Path(temporary) / "README.md")
-            kwargs.setdefault("commit_message", "Upload an intervention")
-            return str(api.upload_folder(repo_id=repo_id, folder_path=temporary, **kwargs))
+            return files.upload(Path(temporary), self.intervention, repo_id, api, **kwargs)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The intervention's tensors alone."""
+        """The tensors of the intervention alone."""
         return self.intervention.state_dict(destination=destination, prefix=prefix + _PREFIX, keep_vars=keep_vars)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         kept = [parameter.detach().clone() for parameter in self.intervention.parameters()]
         super()._apply(fn, recurse)
         for parameter, value in zip(self.intervention.parameters(), kept, strict=True):
-            if parameter.dtype != value.dtype:  # model.half() is for the model's weights: scalars stay fp32
+            if parameter.dtype != value.dtype:  # model.half() converts the model; scalars stay fp32
                 parameter.data = value.to(parameter.device)
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.to(value.dtype)
@@ -282,7 +260,7 @@ class ActScaleModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("model", "intervention"):  # __init__ has not come that far
+            if name in ("model", "intervention"):  # not set by __init__ yet
                 raise
             return getattr(self.model, name)
 
@@ -301,7 +279,7 @@ def _rebuilt(
     training: bool,
     state: tuple[float | Tensor, bool, list[str]] | None,
 ) -> ActScaleModel:
-    """A copy, from copies of the parts; `state`: strength, whether paused, what was trainable; None after unload()."""
+    """A copy made from copies of the parts; `state`: strength, paused, trainable parameters; None after unload()."""
     copied = ActScaleModel(model, intervention)
     copied.training = training
     if state is None:
@@ -313,7 +291,7 @@ def _rebuilt(
 
 
 def _without_the_models_keys(module: ActScaleModel, incompatible: Any) -> None:
-    """The model's own tensors are not in a state_dict, so none of them is missing; under any prefix."""
+    """Do not report the model's own tensors as missing: a state_dict never has them, whatever its prefix."""
     own = {f"model.{name}" for name in module.model.state_dict()}
     starts = (range(len(key)) for key in incompatible.missing_keys)
     incompatible.missing_keys[:] = [
@@ -321,27 +299,3 @@ def _without_the_models_keys(module: ActScaleModel, incompatible: Any) -> None:
         for key, places in zip(incompatible.missing_keys, starts, strict=True)
         if not any(key[at:] in own for at in places if at == 0 or key[at - 1] == ".")
     ]
-
-
-def _read_strength(folder: Path) -> float:
-    """The strength that an ActScaleModel was saved with; 1 of an intervention that was saved by itself.
-
-    It stands in `intervention.json`, which is what commits a save; the config beside it is for other readers, and must
-    be intact all the same. Of an earlier version it is the config that tells.
-    """
-    path = inside(folder, CONFIG)
-    description = read_description(folder)
-    told = description.fields.get("strength", 1.0)
-    try:
-        raw = read_limited(path)
-    except FileNotFoundError:
-        return float(told)
-    try:
-        config, is_sealed = parsed_sealed(raw)
-        strength = number("strength", config["strength"])
-        own = {"strength", "base_model_name_or_path"}
-        if config.keys() != (own | {"format", "intervention"} if is_sealed else own):
-            raise ValueError(f"its keys are {', '.join(sorted(config))}"[:300])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or not an ActScaleModel's ({error})") from None
-    return strength if description.fields["format"] == 1 else float(told)
