@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from .interventions.vector import SteerVec as SteerVec
     from .learning.attribution.attribution import Attribution as Attribution, attribution as attribution
     from .learning.evaluate import Evaluation as Evaluation, evaluate as evaluate
+    from .learning.checkpoint import Checkpoint as Checkpoint
+    from .learning.execution import Execution as Execution
     from .learning.fit import FitResult as FitResult, fit as fit
     from .learning.objective import Objective as Objective
     from .learning.sweep.folder import load_sweep as load_sweep
@@ -81,8 +83,8 @@ _HOMES = {
         "stack",
     ),
     "learning": (
-        "Attribution", "Evaluation", "FitResult", "Objective", "SweepFit", "SweepResult", "attribution",
-        "evaluate", "fit", "load_sweep", "minimality_path", "sweep",
+        "Attribution", "Checkpoint", "Evaluation", "Execution", "FitResult", "Objective", "SweepFit", "SweepResult",
+        "attribution", "evaluate", "fit", "load_sweep", "minimality_path", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),

@@ -47,7 +47,7 @@ def check_counts(**values: object) -> None:
 
 
 def check_bytes(**budgets: object) -> None:
-    """Raise a ValueError for the first budget that is neither None nor an integer >= 0."""
+    """Raise a ValueError for the first budget that is not an integer >= 0."""
     for name, value in budgets.items():
-        if value is not None and (not is_integer(value) or value < 0):  # type: ignore[operator]
+        if not is_integer(value) or value < 0:  # type: ignore[operator]
             raise ValueError(f"{name}: got {value!r}, expected an integer that is at least 0")

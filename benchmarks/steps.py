@@ -22,9 +22,10 @@ import actscale_fast as af
 from actscale_fast import ops
 from actscale_fast.frozen.batching import next_token_logits
 from actscale_fast.learning.encoded_examples import EncodedExamples
-from actscale_fast.learning.engine import Engine, Share
+from actscale_fast.learning.engine import Engine, FitRequest
+from actscale_fast.learning.execution import Execution
 from actscale_fast.learning.fit_settings import FitSettings
-from actscale_fast.learning.fit_state import Run
+from actscale_fast.learning.fit_state import FitState
 
 from .case import Variant, kernel_backends
 
@@ -75,10 +76,10 @@ class Ours:
         self.runs = []
         for objective, rows in zip(objectives, work.rows, strict=True):
             own = copy.deepcopy(single) if together else single
-            self.runs.append(Run(own, objective, settings, rows))
+            self.runs.append(FitState(own, objective, settings, rows))
         self.together = together
         self.intervention = af.ActivScalar.stack([run.intervention for run in self.runs]) if together else single
-        engine = Engine(model, work.data, self.intervention, objectives, capture=capture)
+        engine = Engine(model, work.data, self.intervention, objectives, Execution(capture=capture))
         self.engine = resources.enter_context(engine)
 
     def __call__(self) -> Results:
@@ -88,19 +89,19 @@ class Ours:
         made = []
         for run, start in zip(self.runs, self.starts, strict=True):
             run.values[0].data.copy_(start)
-            terms, gradients = self.engine.gradients([Share(run.rows(), run.objective)])
+            terms, gradients = self.engine.gradients([FitRequest(run.rows(), run.objective)])
             run.update(terms[0], gradients)
             made.append((terms[0], gradients[0]))
         terms = torch.stack([one for one, _ in made])
         return terms[:, 0], terms[:, 1], torch.stack([one for _, one in made])
 
     def _all_together(self) -> Results:
-        shares = []
+        requests = []
         for group, (run, start) in enumerate(zip(self.runs, self.starts, strict=True)):
             run.values[0].data.copy_(start)
             self.intervention.get_parameter("alpha").data[group].copy_(run.values[0].data)
-            shares.append(Share(run.rows(), run.objective, group))
-        terms, (gradient,) = self.engine.gradients(shares)
+            requests.append(FitRequest(run.rows(), run.objective, group))
+        terms, (gradient,) = self.engine.gradients(requests)
         for group, run in enumerate(self.runs):
             run.update(terms[group], [gradient[group]])
         return terms[:, 0], terms[:, 1], gradient

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .._checks import check_counts, is_finite
 from ..learning import checkpoint as checkpoints
+from ..learning.arguments import refuse_inference_mode
 from ..learning.encoded_examples import EncodedExamples
-from ..learning.fit import examples_identity, model_identity, refuse_inference_mode
 from ..learning.fit_settings import FitSettings
+from ..learning.identity import examples_identity, model_identity
 from ..learning.termination import saving_on_sigterm
 from ..patching.patch import Patch
 from ..tasks.examples import Example, sources_of
@@ -263,7 +264,7 @@ class _Fit:
         """Write the checkpoint; within an update, or with a loss that is not finite, the file stays as it is."""
         if self.checkpoint is None or not self._whole or self._saved == self.taken:
             return
-        checkpoints.save(self.checkpoint, checkpoints.FitState(self.taken, self.tensors(), self.history), self.identity)
+        checkpoints.save(self.checkpoint, checkpoints.SavedFit(self.taken, self.tensors(), self.history), self.identity)
         self._saved = self.taken
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..architectures.layout import layout
 from ..frozen.batching import forward_arguments
-from ..frozen.shortcuts import opened
+from ..frozen.shortcuts import open_frozen_model
 from ..learning.encoded_examples import EncodedExamples
-from ..learning.engine import CACHE_BYTES, SPILL_BYTES, extent_of
-from ..learning.engine.extent import RowStore, prefix_of
-from ..learning.engine.reference_cache import FrozenSide
-from ..modules.evaluation_mode import frozen
+from ..learning.engine import active_region
+from ..learning.engine.reference_cache import ReferenceCache, prefix_of
+from ..learning.engine.row_store import RowStore
+from ..learning.execution import CACHE_BYTES, SPILL_BYTES
+from ..modules.evaluation_mode import evaluation_mode
 from ..patching.patch import Patch
 from .boundless_das import BoundlessDAS
 
@@ -38,21 +39,21 @@ class Pairs:
     def __init__(self, model: PreTrainedModel, data: EncodedExamples, das: BoundlessDAS, sources: Tensor) -> None:
         self.model, self.data, self.das, self.sources = model, data, das, sources
         self.found = layout(model, das.location.paths)
-        self.extent = extent_of(das, data)
+        self.region = active_region(das, data)
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(frozen(self.model))
+            stack.enter_context(evaluation_mode(self.model))
             arguments = forward_arguments(self.model, self.data.batch([0]))
-            self.head, self.section = stack.enter_context(opened(self.found, self.model, arguments))
+            self.head, self.section = stack.enter_context(open_frozen_model(self.found, self.model, arguments))
             self.patched = stack.enter_context(Patch(self.model, self.das))
             store = RowStore(len(self.data), CACHE_BYTES, SPILL_BYTES)
-            self.constant = FrozenSide(
-                self.model, self.found, self.data, self.extent, self.section, self.patched, self.head, store
+            self.constant = ReferenceCache(
+                self.model, self.found, self.data, self.region, self.section, self.patched, self.head, store
             )
-            self.constant.prepare(())
-            self.constant.outputs = None  # nothing is compared with what the frozen model says
+            self.constant.fill(())
+            self.constant.logits = None  # nothing is compared with the frozen model's predictions
             self._open = stack.pop_all()
         return self
 
@@ -65,7 +66,7 @@ class Pairs:
         """[rows, V] behind the prompts of these rows, under the interchange with their sources."""
         batch = self.data.batch(rows)
         n_columns = batch.input_ids.shape[1]
-        width, first = min(self.extent.width, n_columns), self.extent.first
+        width, first = min(self.region.width, n_columns), self.region.first_layer
         kept = self.constant.constants(rows, n_columns)
         prefix = prefix_of(kept, first, self.found.n_layers, batch, width)
         source = self.sources[torch.tensor(rows, device=self.sources.device)]

@@ -1,7 +1,9 @@
 """The objective, and the loops that learn, evaluate and compare interventions on a frozen model."""
 
 from .attribution.attribution import Attribution, attribution
+from .checkpoint import Checkpoint
 from .evaluate import Evaluation, evaluate, evaluate_all
+from .execution import Execution
 from .fit import FitResult, fit
 from .objective import Objective
 from .sweep.folder import load_sweep
@@ -11,7 +13,9 @@ from .sweep.sweep import sweep
 
 __all__ = [
     "Attribution",
+    "Checkpoint",
     "Evaluation",
+    "Execution",
     "FitResult",
     "Objective",
     "SweepFit",

@@ -16,20 +16,45 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import defaults
+from .._checks import check_counts
 from .._files import atomic_path, check_writable, naming
 from .._json import parsed
-from .._tensor_files import Header, check_seal, read_header, save_file
-from .distributed import ALONE, World
-from .weights_digest import weights_digest
-
-__all__ = ["FitState", "check_place", "digest", "load", "restore", "save", "weights_digest"]
+from .._tensor_files import Header, check_checksum, read_header, save_file
+from .distributed import SINGLE_PROCESS, ProcessGroup
 
 _FORMAT, _OLDER = "actscale_fast fit 2", ("actscale_fast fit 1",)
 _SPARE = 256 << 20  # bytes of a file beside its tensors; a step's record has about 250
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a fit keeps its state, and how often.
+
+    Args:
+        path: a file that the state is written to, atomically. If it exists, the fit resumes from it, to the same bits
+            as an uninterrupted one. None: the state is not kept.
+        every: number of steps between two writes. The state is also written at the end, on Ctrl-C and on SIGTERM.
+
+    Raises:
+        ValueError: `every` is not a positive integer.
+    """
+
+    path: str | os.PathLike[str] | None = None
+    every: int = defaults.CHECKPOINT_EVERY
+
+    def __post_init__(self) -> None:
+        check_counts(checkpoint_every=self.every)
+
+    @classmethod
+    def of(cls, given: str | os.PathLike[str] | Checkpoint | None, every: int | None = None) -> Checkpoint:
+        """The checkpoint that the arguments of `fit` describe."""
+        made = given if isinstance(given, Checkpoint) else cls(given)
+        return made if every is None else cls(made.path, every)
+
+
 @dataclass(slots=True)
-class FitState:
+class SavedFit:
     """Everything a step changes."""
 
     step: int
@@ -41,7 +66,7 @@ def check_place(
     path: str | os.PathLike[str],
     tensors: dict[str, Tensor] | None = None,
     *,
-    world: World = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     new: bool = False,
 ) -> None:
     """Check before the first step that the state, or another file, can be written.
@@ -49,24 +74,24 @@ def check_place(
     Args:
         path: the file.
         tensors: the tensors of the state, which need room on the disk.
-        world: processes that all call this; an error of the leading one is raised in all of them.
+        processes: the processes that all call this; an error on rank 0 is raised in all of them.
         new: skip a file that already exists, which may belong to a finished fit.
 
     Raises:
         OSError: the file cannot be written; the message names the path.
     """
     error = None
-    if world.leads and not (new and Path(path).exists()):
+    if processes.is_rank_zero and not (new and Path(path).exists()):
         try:
             check_writable(path, _n_bytes(tensors or {}))
         except OSError as found:
             error = found
-    error = world.gather(error)[0]
+    error = processes.all_gather(error)[0]
     if error is not None:
         raise error
 
 
-def save(path: str | os.PathLike[str], state: FitState, settings: dict[str, Any]) -> None:
+def save(path: str | os.PathLike[str], state: SavedFit, settings: dict[str, Any]) -> None:
     """Write the state and the settings it belongs to.
 
     Raises:
@@ -81,8 +106,8 @@ def save(path: str | os.PathLike[str], state: FitState, settings: dict[str, Any]
         save_file(state.tensors, temporary, metadata=metadata)
 
 
-def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[str, Tensor]) -> FitState | None:
-    """The state in `path`, or None where there is no such file.
+def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[str, Tensor]) -> SavedFit | None:
+    """The state in `path`, or None if there is no such file.
 
     Raises:
         ValueError: the file was changed or truncated, is not the checkpoint of a fit, was made with other settings
@@ -97,9 +122,9 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[
     try:
         header = read_header(path)
         _check_format(header)
-        # A larger file belongs to another intervention, and is refused below by its settings or shapes.
+        # A larger file belongs to another intervention, and its settings or shapes are refused below.
         if header.size <= 2 * _n_bytes(expected) + _SPARE:
-            check_seal(path, header)
+            check_checksum(path, header)
         saved = parsed(header.metadata["settings"].encode(), finite=False)
         progress = parsed(header.metadata["progress"].encode(), finite=False)
         step, history = _checked_progress(progress)
@@ -128,7 +153,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[
         raise ValueError(f"checkpoint: {path} is damaged, truncated or another kind of file ({error})") from None
     except OSError as error:
         raise naming(error, path) from error
-    return FitState(step, tensors, history)
+    return SavedFit(step, tensors, history)
 
 
 class _OtherKindError(ValueError):
@@ -157,7 +182,7 @@ def _n_bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def restore(state: FitState, targets: dict[str, Tensor]) -> None:
+def restore(state: SavedFit, targets: dict[str, Tensor]) -> None:
     """Copy the state's tensors into `targets`, in place."""
     with torch.no_grad():
         for name, target in targets.items():

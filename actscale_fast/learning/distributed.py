@@ -1,9 +1,12 @@
-"""Several processes on one fit or one sweep, as torchrun and accelerate start them."""
+"""The processes that work on one fit or sweep together, as torchrun and accelerate start them."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,25 +15,28 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+#: Numbers the groups of this process, so that no two share the keys by which their members find each other.
+_numbers = itertools.count()
+
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """The processes that work together, and which of them this is."""
+class ProcessGroup:
+    """The processes of one call, and the rank of this one among them."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process writes the files and shows the progress."""
         return self.rank == 0
 
-    def part(self, work: Sequence[T]) -> list[T]:
-        """This process's share of some work, every size-th piece."""
+    def shard(self, work: Sequence[T]) -> list[T]:
+        """The part of the work that this process does: every size-th piece."""
         return list(work[self.rank :: self.size])
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace float32 tensors by their sums over all processes, the same bits in each, in one message."""
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace float32 tensors by their sums over all processes, in one message; all get the same bits."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -38,8 +44,8 @@ class World:
         for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
 
-    def gather(self, value: Any) -> list[Any]:
-        """One object of each process, in the order of their ranks, in every process."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The objects of all processes, ordered by rank, in every process."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -47,29 +53,46 @@ class World:
         return gathered
 
 
-ALONE = World()
+SINGLE_PROCESS = ProcessGroup()
 
 
-def join(distributed: bool | None) -> World:
-    """The world of this call.
+@contextlib.contextmanager
+def process_group(distributed: bool | None) -> Iterator[ProcessGroup]:
+    """The processes that share a call; a group that is created here is destroyed at the end.
 
     Args:
-        distributed: None: the process group that exists, or the one that torchrun or accelerate's environment
-            describes (gloo for the CPU, nccl for GPUs); alone without either. False: alone in any case.
+        distributed: None: use the existing process group, or create the one that the environment of torchrun or
+            accelerate describes (gloo for CPUs, nccl for GPUs); without either, work alone. True: as None, but raise
+            if there is only one process. False: work alone.
 
     Raises:
-        RuntimeError: True without a group and without that environment.
+        RuntimeError: `distributed` is True, and there is neither a group nor such an environment.
     """
     from torch import distributed as processes
 
-    if distributed is False or (distributed is None and not processes.is_available()):
-        return ALONE
-    if not processes.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
-            if distributed:
-                raise RuntimeError("distributed: there is one process only; start several with torchrun or accelerate")
-            return ALONE
-        # Both where there are GPUs: the model may be on the CPU all the same, and objects travel by gloo.
+    available = distributed is not False and processes.is_available()
+    if available and processes.is_initialized():
+        yield ProcessGroup(processes.get_rank(), processes.get_world_size())
+    elif available and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        # Both backends where there are GPUs: the model may still be on the CPU, and objects are sent through gloo.
         on_gpus = torch.cuda.is_available() and processes.is_nccl_available()
-        processes.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
-    return World(processes.get_rank(), processes.get_world_size())
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        store, rank, size = _rendezvous()
+        store = processes.PrefixStore(f"actscale_fast/{next(_numbers)}", store)
+        processes.init_process_group(backend, store=store, rank=rank, world_size=size)
+        try:
+            yield ProcessGroup(rank, size)
+        finally:
+            processes.destroy_process_group()
+    elif distributed:
+        raise RuntimeError("distributed: there is one process only; start several with torchrun or accelerate")
+    else:
+        yield SINGLE_PROCESS
+
+
+@functools.cache
+def _rendezvous() -> tuple[Any, int, int]:
+    """(the store of the environment's processes, rank, size); kept, because others may still be using the store."""
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(iter(rendezvous("env://")))

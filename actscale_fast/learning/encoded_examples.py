@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..architectures.layout import embedding_weight, input_device, layout, unwrap
-from ..frozen.batching import Batch, left_padded, open_ids, pad_id_of, padding_known
+from ..architectures.hugging_face import unwrap
+from ..architectures.layout import layout
+from ..frozen.batching import Batch, left_padded, open_ids, padding_known
+from ..frozen.encoder import TextEncoder
 from ..tasks.examples import Example, check_examples
 
 if TYPE_CHECKING:
@@ -20,17 +22,17 @@ class EncodedExamples:
     """Examples as token ids on one device, checked once so that no step has to.
 
     Args:
-        examples, tokenizer, model: as `fit` takes them.
-        paths: `Location.paths` of an intervention on a model of an unlisted family.
+        examples, tokenizer, model: as for `fit`.
+        paths: `Location.paths` of an intervention, for a model of an unlisted family.
 
     Raises:
-        TypeError: a model that is not Hugging Face's, no tokenizer, rows that are no examples.
-        ValueError: no examples, an answer that is not one known token, answers that are the same token, an empty
-            prompt, one longer than the model's context or with tokens it does not have; each names the row.
+        TypeError: not a Hugging Face model or tokenizer, or rows that are not examples.
+        ValueError: no examples, an answer that is not one known token, two answers that are the same token, or a prompt
+            that is empty, longer than the model's context or has unknown tokens; the message names the row.
     """
 
-    model: nn.Module | None = None  # the Hugging Face model inside of wrappers
-    #: Whether prompts of one length only stand in a batch, whatever the model does with padding.
+    model: nn.Module | None = None  # the Hugging Face model inside wrappers
+    #: Whether batches hold only prompts of one length, even if the model handles padding.
     alike_only: bool = False
 
     def __init__(
@@ -42,27 +44,15 @@ class EncodedExamples:
     ) -> None:
         found = layout(model, paths)
         self.model = unwrap(model)
-        if not (callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens")):
-            raise TypeError(f"tokenizer: got {type(tokenizer).__name__}, expected a Hugging Face tokenizer")
+        encoder = TextEncoder(found, tokenizer)
         self.examples = check_examples(examples)
-        embedding: Tensor = embedding_weight(found.model)
-        self.device = input_device(model)
-        self.pad_id = pad_id_of(tokenizer)
-        context, width = found.max_context, model.config.get_text_config().vocab_size
+        self.device, self.pad_id = encoder.device, encoder.pad_id
+        width = model.config.get_text_config().vocab_size
         self.prompts: list[list[int]] = []
         correct: list[int] = []
         wrong: list[int] = []
         for row, example in enumerate(self.examples):
-            ids = open_ids(tokenizer, example.prompt)
-            if not ids:
-                raise ValueError(f"examples: row {row}: the prompt {example.prompt!r} has no tokens")
-            if context is not None and len(ids) > context:
-                raise ValueError(f"examples: row {row} has {len(ids)} tokens, expected at most the model's {context}")
-            if max(ids) >= embedding.shape[0]:
-                raise ValueError(
-                    f"examples: row {row}: the prompt has token id {max(ids)}, expected less than the model's "
-                    f"{embedding.shape[0]}; is the tokenizer that of another model?"
-                )
+            ids = encoder.prompt(example.prompt, f"examples: row {row}")
             self.prompts.append(ids)
             for name, kept in (("correct", correct), ("wrong", wrong)):
                 token = _answer_token(tokenizer, example.prompt, ids, getattr(example, name), f"row {row}, {name}")
@@ -80,7 +70,7 @@ class EncodedExamples:
         return len(self.prompts)
 
     def by_length(self, batch_size: int) -> list[list[int]]:
-        """All rows in batches of similar length, so that little is padded."""
+        """All rows in batches of similar length, so that there is little padding."""
         order = sorted(range(len(self)), key=lambda row: len(self.prompts[row]))
         batches: list[list[int]] = []
         for row in order:
@@ -93,13 +83,15 @@ class EncodedExamples:
 
     @property
     def pads(self) -> bool:
-        """Whether prompts of several lengths may stand in one batch: the model leaves padded ones as they are."""
+        """Whether prompts of different lengths may share a batch, because padding does not change their results."""
         return not self.alike_only and (self.model is None or padding_known(self.model) is not False)
 
     def batch(self, rows: Sequence[int], multiple: int = 1) -> Batch:
         """The prompts of these rows, padded on the left to the longest of them.
 
-        With a `multiple` to one of it, though to no more than the longest prompt of all: few widths occur.
+        Args:
+            rows: the rows.
+            multiple: pad to a multiple of this, but not beyond the longest prompt of all, so that few widths occur.
         """
         prompts = [self.prompts[row] for row in rows]
         length = max(map(len, prompts))
@@ -111,10 +103,10 @@ class EncodedExamples:
 def _answer_token(
     tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], answer: str, where: str
 ) -> int:
-    """The one token that `answer` adds to the prompt, as the tokenizer itself splits the two together."""
+    """The single token that `answer` adds to the prompt when the tokenizer splits both together."""
     joined = open_ids(tokenizer, prompt + answer)
     added = joined[len(prompt_ids) :]
-    if joined[: len(prompt_ids)] != prompt_ids:  # tokens merge across the border
+    if joined[: len(prompt_ids)] != prompt_ids:  # tokens merge across the boundary
         added = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if len(added) != 1:
         tokens = tokenizer.convert_ids_to_tokens(added)

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from .. import ops
 from ..architectures.layout import layout
-from ..das.boundless_das import BoundlessDAS
-from ..das.sources import interchanges_of, source_activations, source_texts
 from ..frozen.batching import Batch, forward_arguments
-from ..frozen.shortcuts import opened
+from ..frozen.shortcuts import open_frozen_model
 from ..interventions import Intervention
-from ..modules.evaluation_mode import frozen
+from ..modules.evaluation_mode import evaluation_mode
 from ..patching.patch import patch
-from ..tasks.examples import Example
+from ..tasks.examples import Example, sources_of
 from .encoded_examples import EncodedExamples
 
 if TYPE_CHECKING:
@@ -88,16 +86,16 @@ def evaluate(
 
     Args:
         model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
-        examples: prompts with their two answers. An interchange (`BoundlessDAS`) needs their `source` too: with the
-            counterfactual answer as `correct`, `flip_to_correct` is its interchange accuracy between the two answers,
-            and β = −1 steers away from the source. Other interventions ignore sources.
+        examples: prompts with their two answers. An intervention that takes activations from a second prompt (such as
+            `BoundlessDAS`) also needs their `source`; the others ignore it. With the counterfactual answer as
+            `correct`, `flip_to_correct` is then the interchange accuracy between the two answers.
         intervention: what is evaluated, for example a fitted `ActivScalar`.
         batch_size: prompts in one forward pass (both directions together make twice as many rows).
         progress: show a progress bar.
 
     Raises:
-        TypeError, ValueError: bad arguments or examples (see `EncodedExamples`; for an interchange also one without a
-            source), an intervention made for another model.
+        TypeError, ValueError: bad arguments or examples (see `EncodedExamples`), an example without a source that the
+            intervention needs, or an intervention made for another model.
     """
     return evaluate_all(model, tokenizer, examples, [intervention], batch_size=batch_size, progress=progress)[0]
 
@@ -123,14 +121,15 @@ def evaluate_all(
     paths = interventions[0].paths
     found = layout(model, paths)
     data = EncodedExamples(examples, tokenizer, model, paths)
-    sources: dict[BoundlessDAS, Tensor] = {}
-    for das in dict.fromkeys(das for intervention in interventions for das in interchanges_of(intervention)):
-        texts = source_texts(data.examples)
-        sources[das] = source_activations(model, tokenizer, das, texts, batch_size=batch_size, progress=progress)
+    sources: dict[Intervention, Tensor] = {}
+    for part in dict.fromkeys(part for intervention in interventions for part in intervention.singles):
+        if part.needs_source:
+            texts = sources_of(data.examples)
+            sources[part] = part.source_activations(model, tokenizer, texts, batch_size=batch_size, progress=progress)
     rows: list[Tensor] = []  # [B, I, 7] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1, top token kept at +1, −1
     with contextlib.ExitStack() as stack:
-        stack.enter_context(frozen(model))
-        head, section = stack.enter_context(opened(found, model, forward_arguments(model, data.batch([0]))))
+        stack.enter_context(evaluation_mode(model))
+        head, section = stack.enter_context(open_frozen_model(found, model, forward_arguments(model, data.batch([0]))))
 
         def logits(batch: Batch) -> Tensor:
             output = section.run(forward_arguments(model, batch))[0]
@@ -150,8 +149,9 @@ def evaluate_all(
             found_rows = []
             for intervention in interventions:
                 with contextlib.ExitStack() as applied:
-                    for das in interchanges_of(intervention):
-                        applied.enter_context(das.interchange(sources[das][batch_rows].repeat(2, 1, 1, 1, 1)))
+                    for part in sources.keys() & intervention.singles:
+                        values = sources[part][batch_rows]
+                        applied.enter_context(part.interchange(torch.cat([values, values])))
                     applied.enter_context(patch(model, intervention, strength=direction))
                     steered = logits(batch.repeat(2))
                 kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]

@@ -1,4 +1,4 @@
-"""How a fit steps: counts, rates, the order of the examples; checked once."""
+"""The settings of a fit's steps, checked once: counts, learning rate, order of the examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """The arguments of `fit` that say how it steps; see there."""
+    """The arguments of `fit` that determine its steps; see there."""
 
     steps: int = defaults.STEPS
     lr: float = defaults.LR
@@ -56,7 +56,7 @@ class FitSettings:
         return self.lr * (1 - done) if self.schedule == "linear" else self.lr
 
     def rows(self, n_examples: int, step: int) -> list[int]:
-        """The rows of a step: consecutive pieces of permutations, one an epoch."""
+        """The rows of a step: consecutive pieces of one permutation per epoch."""
         if self.batch_size >= n_examples:
             return list(range(n_examples))
         rows: list[int] = []
@@ -69,5 +69,5 @@ class FitSettings:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON has them."""
+        """All fields, for JSON."""
         return asdict(self) | {"betas": list(self.betas)}

@@ -1,4 +1,4 @@
-"""The state of one fit: parameters, their moments, history and checkpoint. Knows nothing of models."""
+"""The state of one fit: parameters, their Adam moments, history and checkpoint. It does not depend on the model."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from torch import Tensor
 from .. import ops
 from ..interventions import Intervention
 from . import checkpoint as checkpoints
-from .distributed import ALONE, World
+from .distributed import SINGLE_PROCESS, ProcessGroup
 from .fit_settings import FitSettings
 from .objective import Objective
 
-#: Steps whose figures a GPU may still owe before the host waits for them.
+#: Number of steps whose figures may still be on a GPU before the host waits for them.
 _AHEAD = 8
 _FIGURES = ("effectiveness", "faithfulness", "minimality", "n_active", "moved")
 
 
 @dataclass(slots=True)
 class _Step:
-    """A step that was taken and whose figures are on their way from the device."""
+    """A completed step whose figures are being copied from the device."""
 
     number: int
     lr: float
     figures: Tensor  # float64 [6] on the host: those of _FIGURES, and whether the gradient was finite
-    ready: Any  # a CUDA event; None: they are there
-    before: dict[str, Tensor]  # the state that the step began with
+    ready: Any  # a CUDA event; None: the figures have arrived
+    before: dict[str, Tensor]  # the state before the step
 
 
-class Run:
-    """One fit under way: `update` takes a step's terms and gradients, `history` tells what came of it.
+class FitState:
+    """The state of one fit: `update` takes a step, `history` records it.
 
     Args:
         intervention: learned in place; its parameters are the starting point.
-        objective, settings: of the fit.
-        rows: the examples of this fit among those of the engine.
+        objective, settings: the objective and the settings of the fit.
+        rows: the fit's examples among those of the engine.
         checkpoint: a file for the state, or None.
-        identity: what else must be the same where that file is resumed.
-        name: for messages.
+        identity: what else must be the same to resume from that file.
+        name: a prefix of error messages.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Run:
         self.moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in self.values]
         self.counters = [torch.zeros((), dtype=torch.float32, device=value.device) for value in self.values]
         self.history: list[dict[str, float]] = []
-        self.taken = 0  # steps, those whose figures are not known yet among them
+        self.taken = 0  # number of steps, including those whose figures have not arrived
         self._l1 = intervention.l1
-        self._owed: deque[_Step] = deque()
-        self._whole = True  # parameters, moments and counters are of one step
+        self._pending: deque[_Step] = deque()
+        self._whole = True  # whether parameters, moments and counters belong to the same step
         self._saved = -1
 
     def done(self) -> bool:
-        """Whether all steps are taken, or `tolerance` and `patience` say that no more are needed."""
+        """Whether all steps are taken, or the fit has converged according to `tolerance` and `patience`."""
         return self._ends(self.taken, self.history)
 
     def _ends(self, taken: int, history: list[dict[str, float]]) -> bool:
@@ -84,7 +84,7 @@ class Run:
         return [self.examples[row] for row in self.settings.rows(len(self.examples), self.taken)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a step changes."""
+        """Everything that a step changes."""
         state: dict[str, Tensor] = {}
         for (name, value), (first, second), step in zip(self.named.items(), self.moments, self.counters, strict=True):
             state |= {name: value.data, f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": step}
@@ -94,19 +94,18 @@ class Run:
         """Take a step: Adam and the proximal step of the ℓ1 norm.
 
         Args:
-            terms: effectiveness, faithfulness and the ℓ1 norm of produced scalars [3] of the state that the step begins
-                with.
-            gradients: of E + λ_F·F, one a parameter.
+            terms: effectiveness, faithfulness and the ℓ1 norm of produced scalars [3], before the step.
+            gradients: the gradient of E + λ_F·F by each parameter.
 
         Raises:
-            FloatingPointError: a term or gradient of this step, or on a GPU of one a few steps ago, is not finite. The
-                parameters are then those that the step began with.
+            FloatingPointError: a term or gradient of this step (or on a GPU, of one a few steps ago) is not finite. The
+                parameters are then those before that step.
         """
         lr = self.settings.rate(self.taken)
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
         of_parameters = self.objective.sparsity == "parameters"
         l1 = self.objective.minimality if of_parameters else 0.0
-        home = self.values[0].device  # parts of a composite may lie on several
+        home = self.values[0].device  # the parts of a composite may be on several devices
         finite = torch.stack([gradient.isfinite().all().to(home) for gradient in gradients]).all()
         self._whole = False
         for value, gradient, moments, counter in zip(self.values, gradients, self.moments, self.counters, strict=True):
@@ -119,18 +118,18 @@ class Run:
             [effectiveness, faithfulness, norm, values.count_nonzero().double(),
              moved.abs().max(), finite.double()]
         )  # fmt: skip
-        self._owed.append(_Step(self.taken, lr, *_to_host(figures), before))
+        self._pending.append(_Step(self.taken, lr, *_to_host(figures), before))
         self.taken += 1
         self._whole = True
         # An early stop must not depend on when a GPU's figures arrive.
-        self.read(wait=len(self._owed) > _AHEAD or self.settings.tolerance is not None)
+        self.read(wait=len(self._pending) > _AHEAD or self.settings.tolerance is not None)
 
     def read(self, *, wait: bool) -> None:
-        """Move the figures that have arrived into the history; `wait` for all of them."""
-        while self._owed and (wait or self._owed[0].ready is None or self._owed[0].ready.query()):
-            step = self._owed[0]
-            if self.history and self.history[-1]["step"] == step.number:  # interrupted right here before
-                self._owed.popleft()
+        """Move the figures that have arrived into the history; with `wait`, all of them."""
+        while self._pending and (wait or self._pending[0].ready is None or self._pending[0].ready.query()):
+            step = self._pending[0]
+            if self.history and self.history[-1]["step"] == step.number:  # an earlier call was interrupted right here
+                self._pending.popleft()
                 continue
             if step.ready is not None:
                 step.ready.synchronize()
@@ -153,20 +152,20 @@ class Run:
                 }
             )
             self._l1 = record["minimality"]
-            self._owed.popleft()
+            self._pending.popleft()
 
-    def resume(self, world: World = ALONE) -> bool:
-        """Continue from the checkpoint where there is one; whether that was so.
+    def resume(self, processes: ProcessGroup = SINGLE_PROCESS) -> bool:
+        """Continue from the checkpoint if there is one; returns whether there was.
 
-        Of several processes on one fit the leading one alone reads the file, and all begin with its state.
+        If several processes share the fit, only rank 0 reads the file, and all start from its state.
 
         Raises:
-            ValueError: a checkpoint that is damaged or of another fit; processes with different fits.
-            OSError: a checkpoint that cannot be read, or of a fit with steps to take that cannot be written.
+            ValueError: the checkpoint is damaged or belongs to another fit, or the processes have different fits.
+            OSError: the checkpoint cannot be read, or cannot be written although there are steps left.
         """
-        state: checkpoints.FitState | None = None
+        state: checkpoints.SavedFit | None = None
         error: ValueError | OSError | None = None
-        if self.checkpoint is not None and world.leads:
+        if self.checkpoint is not None and processes.is_rank_zero:
             try:
                 state = checkpoints.load(self.checkpoint, self.identity, self.tensors())
                 if state is None or not self._ends(state.step, state.history):
@@ -174,8 +173,8 @@ class Run:
             except (ValueError, OSError) as found:
                 error = found
         resumed = state is not None
-        if world.size > 1:
-            state, resumed, error = self._agree(world, state, error)
+        if processes.size > 1:
+            state, resumed, error = self._agree(processes, state, error)
         if error is not None:
             raise error
         if state is None:
@@ -188,12 +187,14 @@ class Run:
         return resumed
 
     def _agree(
-        self, world: World, state: checkpoints.FitState | None, error: ValueError | OSError | None
-    ) -> tuple[checkpoints.FitState, bool, ValueError | OSError | None]:
-        """(where the leading process begins, whether that is its checkpoint, what is wrong), the same in all."""
+        self, processes: ProcessGroup, state: checkpoints.SavedFit | None, error: ValueError | OSError | None
+    ) -> tuple[checkpoints.SavedFit, bool, ValueError | OSError | None]:
+        """(the state of rank 0, whether it is from its checkpoint, an error), the same in all processes."""
         tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
-        mine = state or checkpoints.FitState(0, tensors, [])
-        found = world.gather((self.identity, mine if world.leads else None, state is not None, error))
+        mine = state or checkpoints.SavedFit(0, tensors, [])
+        found = processes.all_gather(
+            (self.identity, mine if processes.is_rank_zero else None, state is not None, error)
+        )
         identity, first, resumed, error = found[0]
         others = sorted({name for other, *_ in found for name in other if other[name] != identity.get(name)})
         if others and error is None:
@@ -201,13 +202,13 @@ class Run:
         return first, resumed, error
 
     def save(self) -> None:
-        """Write the checkpoint. Within an update the file stays the one to resume from."""
+        """Write the checkpoint, except during an update, where the previous file stays valid."""
         if self.checkpoint is None or not self._whole:
             return
         self.read(wait=True)
         if self._saved != self.taken:
             checkpoints.save(
-                self.checkpoint, checkpoints.FitState(self.taken, self.tensors(), self.history), self.identity
+                self.checkpoint, checkpoints.SavedFit(self.taken, self.tensors(), self.history), self.identity
             )
             self._saved = self.taken
 
@@ -217,7 +218,7 @@ class Run:
             return
         for name, tensor in self.tensors().items():
             tensor.copy_(step.before[name])
-        self._owed.clear()
+        self._pending.clear()
         self.taken = step.number
         what = f"the {bad} term is {record[bad]}" if bad else "a gradient is not finite"
         where = f"{self.name}: " if self.name else ""
@@ -225,7 +226,7 @@ class Run:
 
 
 def _to_host(figures: Tensor) -> tuple[Tensor, Any]:
-    """(the figures on the host, the event after which they are there)."""
+    """(the figures on the host, the event after which they have arrived)."""
     if figures.device.type != "cuda":
         return figures.cpu(), None
     there = torch.empty(figures.shape, dtype=figures.dtype, device="cpu", pin_memory=True)

@@ -15,23 +15,23 @@ class Objective:
     """L = E + λ_F·F + λ_M·‖α‖₁, averaged over prompts and summed over the directions of the strength.
 
     The paper (arXiv 2410.04962) states the three terms, the margin, the two weights and the ℓ1 norm. The hinge, the
-    direction of the KL, the exclusion of the answers and their averaging are this package's reading: each is a field.
+    direction of the KL and the exclusion of the answers are this package's interpretation; each is a field.
 
     Args:
-        margin: m of the hinge max(0, m − s·(z[c] − z[w])), in logits.
+        margin: m in the hinge max(0, m − s·(z[c] − z[w])), in logits.
         faithfulness: λ_F, the weight of the KL divergence from the frozen model.
-        minimality: λ_M, the weight of the ℓ1 norm; applied as a proximal step, so that zeros are exact.
-        sparsity: what the ℓ1 norm is of. "parameters": of what is learned. "scalars", for a DynScalar: of the scalars
-            that it produces, Σ over layers and heads of the mean |⟨u, h⟩| over the steered tokens, averaged over
-            prompts and directions; a subgradient, which makes scalars small but no probe exactly 0. The paper says
-            neither.
-        exclude_answers: the KL is over V∖{c, w}, renormalised; False: over all of V.
+        minimality: λ_M, the weight of the ℓ1 norm, which is applied as a proximal step, so that zeros are exact.
+        sparsity: whose ℓ1 norm is penalised. "parameters": that of the learned parameters. "scalars", for a DynScalar:
+            that of the scalars it produces, Σ over layers and heads of the mean |⟨u, h⟩| over the steered tokens,
+            averaged over prompts and directions. Its subgradient makes scalars small, but no probe exactly 0. The paper
+            does not say which of the two it means.
+        exclude_answers: take the KL over V∖{c, w}, renormalised; False: over all of V.
         kl: "forward" KL(p₀ ‖ p_s) or "reverse" KL(p_s ‖ p₀).
-        directions: the strengths' signs: (1, −1) flips to the correct and to the wrong answer, (1,) to the correct.
+        directions: the signs of the strength: (1, −1) flips to the correct and to the wrong answer, (1,) only to the
+            correct one.
 
     Raises:
-        ValueError: a weight that is no number, negative or not finite; an unknown choice. Integers and NumPy's scalars
-            are numbers; True and False are none.
+        ValueError: a weight that is negative, not finite or not a number (booleans are not), or an unknown choice.
     """
 
     margin: float = defaults.MARGIN

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..architectures.layout import layout
-from ..learning.checkpoint import digest, weights_digest
-from ..modules.evaluation_mode import frozen
+from ..learning.checkpoint import digest
+from ..learning.weights_digest import weights_digest
+from ..modules.evaluation_mode import evaluation_mode
 from . import locating, recipes, transferring
 from .comparing import Laboratory
 from .pictures import draw, transferred
@@ -73,7 +74,7 @@ def reproduce(
     with tqdm(total=len(plan), desc="reproduce", disable=not progress, unit="stage", dynamic_ncols=True) as bar:
         for where, compute in plan:
             bar.set_postfix_str(" ".join(where))
-            with frozen(model):
+            with evaluation_mode(model):
                 result = stages.run("-".join(where), compute)
             _put(results, where, result)
             bar.update()

@@ -275,7 +275,7 @@ def test_mistakes_cost_one_line(
     assert "no tokens" in refused(capsys, *generate, "")
     assert "the model's context is 64" in refused(capsys, *generate, "Paris " * 60)
     assert "no chat template" in refused(capsys, *generate, "Paris", "--chat")
-    assert "test-data: a task brings" in refused(capsys, *fit, "--task", "country-capital", "--test-data", data)
+    assert "--test-data cannot be used with --task" in refused(capsys, *fit, "--task", "country-capital", "--test-data", data)
 
 
 def test_a_bad_line_of_data_is_named(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,8 +388,10 @@ def test_the_defaults_of_the_library_and_the_command_line_are_the_same() -> None
     options = vars(build_parser().parse_args(["fit", "--task", "country-capital", "--out", "x"]))
     of_fit = {name: p.default for name, p in inspect.signature(learning.fit).parameters.items()}
     objective = learning.Objective()
-    for name in ("steps", "batch_size", "seed", "schedule", "accumulate", "checkpoint_every"):
+    for name in ("steps", "batch_size", "seed", "schedule"):
         assert options[name] == of_fit[name], name
+    assert options["accumulate"] == learning.Execution().accumulate
+    assert options["checkpoint_every"] == learning.Checkpoint().every
     for name in ("margin", "faithfulness", "kl"):
         assert options[name] == getattr(objective, name), name
     assert (options["lr"], options["minimality"]) == (None, None)  # of scalars the library's, of vectors their own
@@ -415,14 +417,15 @@ def test_an_interruption_ends_with_130_and_one_line(
 
 
 def test_bench_hands_its_arguments_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import actscale_fast
+    from actscale_fast.cli import bench
 
     checkout = tmp_path / "checkout"
     (checkout / "benchmarks").mkdir(parents=True)
+    (checkout / "benchmarks" / "__init__.py").touch()
     (checkout / "benchmarks" / "__main__.py").write_text(
         "import pathlib, sys\npathlib.Path('seen').write_text(' '.join(sys.argv[1:]))\nsys.exit(7)\n"
     )
-    monkeypatch.setattr(actscale_fast, "__file__", str(checkout / "actscale_fast" / "__init__.py"))
+    monkeypatch.setattr(bench, "__file__", str(checkout / "actscale_fast" / "cli" / "bench.py"))
     assert main(["bench", "--", "loss", "--quick"]) == 7
     assert (checkout / "seen").read_text() == "loss --quick"
 
@@ -430,9 +433,9 @@ def test_bench_hands_its_arguments_over(tmp_path: Path, monkeypatch: pytest.Monk
 def test_bench_without_a_checkout_says_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import actscale_fast
+    from actscale_fast.cli import bench
 
-    monkeypatch.setattr(actscale_fast, "__file__", str(tmp_path / "site-packages" / "actscale_fast" / "__init__.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "actscale_fast" / "cli" / "bench.py"))
     monkeypatch.chdir(tmp_path)
     assert "checkout of the source" in refused(capsys, "bench")
 
@@ -491,7 +494,7 @@ def test_sweep_fits_every_combination_and_goes_on_where_it_stopped(
     weights = [fit["chosen"]["minimality"] for fit in json.loads((tmp_path / "path" / "sweep.json").read_text())]
     assert weights == sorted(weights, reverse=True)
     error = refused(capsys, *words, "--path", "3", "--minimality", "1")
-    assert "path: it chooses the weights" in error
+    assert "--path chooses the weights" in error
 
 
 def test_attribution_writes_figures_and_a_picture_and_prints_the_top(

@@ -15,8 +15,8 @@ from torch import Tensor
 import actscale_fast as af
 from actscale_fast.architectures.arguments import cache_argument
 from actscale_fast.architectures.layout import layout
-from actscale_fast.frozen.partial_forward import Prefix, PartialForward, keys_and_values
-from actscale_fast.learning.engine import Engine, Share
+from actscale_fast.frozen.partial_forward import PartialForward, Prefix, keys_and_values
+from actscale_fast.learning.engine import Engine, FitRequest
 
 OBJECTIVE = af.Objective(margin=3.0, faithfulness=0.7)
 
@@ -76,12 +76,12 @@ def test_a_step_goes_on_after_an_error_in_the_one_before() -> None:
 
     model.model.layers[1].mlp.register_forward_pre_hook(fail)
     with Engine(model, data, intervention, [OBJECTIVE]) as opened:
-        first = opened.gradients([Share([0, 1, 2, 3], OBJECTIVE)])
+        first = opened.gradients([FitRequest([0, 1, 2, 3], OBJECTIVE)])
         failing[0] = True
         with pytest.raises(KeyboardInterrupt):
-            opened.gradients([Share([0, 1, 2, 3], OBJECTIVE)])
+            opened.gradients([FitRequest([0, 1, 2, 3], OBJECTIVE)])
         failing[0] = False
-        again = opened.gradients([Share([0, 1, 2, 3], OBJECTIVE)])
+        again = opened.gradients([FitRequest([0, 1, 2, 3], OBJECTIVE)])
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1][0], again[1][0])
 
@@ -129,10 +129,10 @@ def test_an_engine_inside_another_ones_block_sees_it_at_rest_and_leaves_it_whole
     model, data = tiny_model(dtype=torch.float64), TokenExamples()
     outer = scalars(model, layers=[1])
     with Engine(model, data, outer, [OBJECTIVE]) as opened:
-        first = opened.gradients([Share([0, 1, 2, 3], OBJECTIVE)])
+        first = opened.gradients([FitRequest([0, 1, 2, 3], OBJECTIVE)])
         with pytest.raises(ValueError, match=r"strength: got \d+ values for a batch of"):
             step(model, positions=[-1])
-        again = opened.gradients([Share([0, 1, 2, 3], OBJECTIVE)])
+        again = opened.gradients([FitRequest([0, 1, 2, 3], OBJECTIVE)])
     assert torch.equal(first[1][0], again[1][0])
 
 
@@ -188,7 +188,7 @@ def test_a_model_may_run_in_two_parts(family: str) -> None:
     arguments = {"input_ids": IDS, "use_cache": False}
     whole = model(IDS, output_hidden_states=True)
     with torch.no_grad(), PartialForward(found, None) as section:
-        with pytest.raises(RuntimeError, match="first run must be of all layers"):
+        with pytest.raises(RuntimeError, match="first run must include all layers"):
             section.run(arguments, end=1)
         noted = section.run(arguments, wanted=[1, 2])[1]
         lower, _ = section.run(arguments, end=1)

@@ -35,7 +35,7 @@ from actscale_fast.das.boundless_das import BoundlessDAS
 from actscale_fast.interventions import Intervention
 from actscale_fast.learning import checkpoint
 from actscale_fast.learning.evaluate import Evaluation
-from actscale_fast.learning.sweep import folder as sweep_files
+from actscale_fast.learning.sweep import fit_folder, folder as sweep_files
 from actscale_fast.learning.sweep.result import SweepFit, SweepResult
 from actscale_fast.patching.pretrained import ActScaleModel
 
@@ -72,11 +72,11 @@ def contents(intervention: Intervention) -> Any:
     return told
 
 
-def state(number: int) -> checkpoint.FitState:
+def state(number: int) -> checkpoint.SavedFit:
     generator = torch.Generator().manual_seed(number)
     tensors = {name: torch.randn(3, 4, 5, generator=generator) for name in ("alpha", "alpha.exp_avg")}
     history = [{"step": step, "loss": 0.1 * step + number, "lr": 0.05} for step in range(8)]
-    return checkpoint.FitState(8, tensors | {"alpha.step": torch.tensor(8.0)}, history)
+    return checkpoint.SavedFit(8, tensors | {"alpha.step": torch.tensor(8.0)}, history)
 
 
 def write_state(folder: Path, number: int) -> None:
@@ -99,15 +99,15 @@ def write_sweep(root: Path, number: int) -> None:
         history = [{"step": step, "loss": 1.0 / (step + 1 + index + number)} for step in range(4)]
         told = {"minimality": 0.1 * index}
         fits.append(SweepFit(f"fit {index}", told, None, {"lr": 0.05}, one, history, f"fit-{index}", figures))
-        sweep_files.write_finished(root, fits[-1])
-        sweep_files.write_evaluation(root, fits[-1], "of these examples")
+        fit_folder.write_finished(root, fits[-1])
+        fit_folder.write_evaluation(root, fits[-1], "of these examples")
     sweep_files.write_index(root, SweepResult(fits, 0.0))
 
 
 def read_sweep(root: Path) -> Any:
     result = []
     for fit in sweep_files.load_sweep(root).fits:
-        kept = sweep_files.read_evaluation(root, fit, "of these examples")
+        kept = fit_folder.read_evaluation(root, fit, "of these examples")
         told = (fit.label, fit.chosen, fit.task, fit.settings, fit.history, fit.folder, fit.error)
         result.append((told, fit.evaluation, kept, contents(fit.intervention)))
     return result

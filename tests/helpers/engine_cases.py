@@ -11,7 +11,8 @@ from torch import Tensor
 import actscale_fast as af
 from actscale_fast.interventions import Intervention
 from actscale_fast.learning.encoded_examples import EncodedExamples
-from actscale_fast.learning.engine import Engine, Share
+from actscale_fast.learning.engine import Engine, FitRequest
+from actscale_fast.learning.execution import Execution
 
 #: Of differing lengths, so that batches are padded; one longer than the sliding windows of the tiny models.
 PROMPTS = [[5, 9, 12, 7, 30, 2], [8, 8, 41, 3], [4, 6, 10, 11, 13, 14, 22, 23, 24, 25, 26, 27], [9, 9, 9]]
@@ -71,8 +72,8 @@ def engine(
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The same from one step of an engine."""
     rows = range(len(data)) if rows is None else rows
-    with Engine(model, data, intervention, [objective], **options) as opened:
-        terms, gradients = opened.gradients([Share(list(rows), objective)])
+    with Engine(model, data, intervention, [objective], Execution(**options)) as opened:
+        terms, gradients = opened.gradients([FitRequest(list(rows), objective)])
     return terms[0], gradients
 
 

@@ -52,18 +52,18 @@ sys.path[:0] = [{helpers!r}]
 import signal, time, tiny, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 import actscale_fast as af
-from actscale_fast.learning.fit_state import Run
+from actscale_fast.learning.fit_state import FitState
 from fit_cases import conflicts
 
 torch.set_num_threads({threads})
-update = Run.update
+update = FitState.update
 
 def slowly(self, *given):
     update(self, *given)
     print(self.taken, flush=True)
     time.sleep(0.1)
 
-Run.update = slowly
+FitState.update = slowly
 model = tiny.llama()
 scalars = af.ActivScalar.for_model(model)
 af.fit(model, tiny.tokenizer(), conflicts(9), scalars, af.Objective(margin=2.0, faithfulness=0.5, minimality=0.05),

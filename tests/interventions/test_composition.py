@@ -260,7 +260,7 @@ def test_a_composite_is_fitted_evaluated_and_resumed(tmp_path: Path) -> None:
     assert evaluation.baseline is not None
     assert evaluation.logit_difference > evaluation.baseline.logit_difference
     assert evaluation.n_scalars == 6
-    with pytest.raises(TypeError, match="got a Composite, expected one of a single place"):
+    with pytest.raises(TypeError, match="Composite is not supported here; pass one of its parts"):
         af.sweep(model, tokens, examples, {"seed": [0]}, intervention=whole, progress=False)
 
 

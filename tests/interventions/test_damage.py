@@ -18,7 +18,7 @@ import actscale_fast as af
 from actscale_fast import _files
 from actscale_fast._json import parsed, read_sealed, write_sealed
 from actscale_fast.learning import checkpoint
-from actscale_fast.learning.sweep import folder as sweep_files
+from actscale_fast.learning.sweep import fit_folder
 from actscale_fast.patching.pretrained import ActScaleModel
 
 SEED = 11
@@ -217,7 +217,7 @@ def test_a_sweeps_fit_is_committed_by_its_summary_alone(tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr(sweep_files, "write_sealed", killed)
+        context.setattr(fit_folder, "write_sealed", killed)
         with pytest.raises(KeyboardInterrupt):
             damage.write_sweep(tmp_path, 0)
     assert (tmp_path / "fit-0" / "intervention.json").exists()

@@ -177,10 +177,10 @@ def test_the_penalty_on_produced_scalars_has_the_value_and_gradient_of_the_formu
     without = af.Objective(minimality=0.0)
     with_it = af.Objective(minimality=0.7, sparsity="scalars")
     _, (plain,) = engine(model, data, dyn, without)
-    from actscale_fast.learning.engine import Engine, Share
+    from actscale_fast.learning.engine import Engine, FitRequest
 
     with Engine(model, data, dyn, [with_it]) as opened:
-        terms, (gradient,) = opened.gradients([Share(range(len(data)), with_it)])
+        terms, (gradient,) = opened.gradients([FitRequest(range(len(data)), with_it)])
     model.requires_grad_(False)
     expected = penalised_by_hand(model, data, dyn, positions)
     (wanted,) = torch.autograd.grad(0.7 * expected, [dyn.probes])
@@ -205,7 +205,7 @@ def test_sparsity_of_scalars_is_refused_where_none_are_produced() -> None:
     model, tokens = tiny.llama(), tiny.tokenizer()
     examples = [af.Example("The capital of A is", " Rome", " Oslo")]
     objective = af.Objective(sparsity="scalars")
-    with pytest.raises(ValueError, match="of a DynScalar, which produces them; got a ActivScalar"):
+    with pytest.raises(ValueError, match="requires a DynScalar, which produces them; got a ActivScalar"):
         af.fit(model, tokens, examples, af.ActivScalar.for_model(model), objective, progress=False)
     with pytest.raises(ValueError, match="sparsity: got 'u', expected 'parameters' or 'scalars'"):
         af.Objective(sparsity="u")  # type: ignore[arg-type]

@@ -264,8 +264,8 @@ def test_an_objectives_scores_are_those_of_the_first_step_of_a_fit(monkeypatch: 
     gradients: list[Tensor] = []
     original = Engine.gradients
 
-    def recorded(self: Engine, shares: Any) -> Any:
-        terms, found = original(self, shares)
+    def recorded(self: Engine, requests: Any) -> Any:
+        terms, found = original(self, requests)
         gradients.append(found[0].clone())
         return terms, found
 
@@ -323,7 +323,7 @@ def test_the_model_is_left_as_it_was_also_after_a_failure(monkeypatch: pytest.Mo
     def fails(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(passes.Removals, "_one_hot", fails)
+    monkeypatch.setattr(passes.KnockOut, "_one_hot", fails)
     with pytest.raises(KeyboardInterrupt):
         measured(model, tiny.tokenizer(), conflicts(4))
     assert state_of(model) == before

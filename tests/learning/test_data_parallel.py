@@ -123,7 +123,7 @@ def work(rank: int, port: int, folder: Path, n_threads: int) -> None:
     found["not joined"] = torch.distributed.is_initialized()
     for name, options in SHARED.items():
         found[name] = fitted(**options)
-    found["joined"] = torch.distributed.is_initialized()
+    found["left"] = torch.distributed.is_initialized()
     found["other starts"] = fitted(start=0.3 * (rank + 1))
     found["other examples"] = error_of(lambda: fitted(5 + rank))
     found["resumed"] = interrupted_and_resumed(rank, folder)
@@ -132,6 +132,9 @@ def work(rank: int, port: int, folder: Path, n_threads: int) -> None:
     found["swept again"] = swept(folder / "sweep")
     found["swept along paths"] = swept(warm_start=True)
     found["alone later"] = fitted(5, seed=rank, distributed=False)
+    torch.distributed.init_process_group("gloo")  # the caller's own group is used and kept
+    found["in the caller's group"] = fitted()
+    found["kept"] = torch.distributed.is_initialized()
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -173,9 +176,15 @@ def test_two_processes_give_the_fit_of_one(name: str, ranks: list[dict[str, Any]
         assert len(history) < SHARED[name]["steps"]
 
 
-def test_the_environment_of_torchrun_makes_the_group(ranks: list[dict[str, Any]]) -> None:
+def test_a_group_that_torchrun_describes_lasts_as_long_as_the_call(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
-        assert (found["before"], found["not joined"], found["joined"]) == (False, False, True)
+        assert not any(found[when] for when in ("before", "not joined", "left"))
+
+
+def test_the_callers_group_is_used_and_kept(ranks: list[dict[str, Any]]) -> None:
+    assert all(found["kept"] for found in ranks)
+    for found in ranks:
+        assert_same_bits([found["in the caller's group"], found["all heads"]])
 
 
 @pytest.mark.parametrize("when", ["alone", "alone later"])
@@ -230,12 +239,15 @@ def test_a_sweep_is_split_by_fits_and_every_process_has_all(
 def test_several_processes_that_were_asked_for_must_be_there() -> None:
     with pytest.raises(RuntimeError, match="distributed: there is one process only"):
         fitted(distributed=True)
-    assert distributed.join(None) == distributed.join(False) == distributed.ALONE
+    for alone in (None, False):
+        with distributed.process_group(alone) as processes:
+            assert processes == distributed.SINGLE_PROCESS
 
 
 def test_work_is_split_without_loss() -> None:
     for size in (1, 2, 3, 7):
-        parts = [distributed.World(rank, size).part(range(5)) for rank in range(size)]
+        parts = [distributed.ProcessGroup(rank, size).shard(range(5)) for rank in range(size)]
         assert sorted(itertools.chain(*parts)) == list(range(5))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        assert [distributed.World(rank, size).leads for rank in range(size)] == [True] + [False] * (size - 1)
+        groups = [distributed.ProcessGroup(rank, size) for rank in range(size)]
+        assert [group.is_rank_zero for group in groups] == [True] + [False] * (size - 1)

@@ -11,7 +11,7 @@ from model_zoo import randomised, tiny_model
 from torch import Tensor, nn
 
 import actscale_fast as af
-from actscale_fast.learning.engine import Engine, Share
+from actscale_fast.learning.engine import Engine, FitRequest
 
 OBJECTIVE = af.Objective(margin=3.0, faithfulness=0.7)
 
@@ -133,7 +133,7 @@ def test_a_head_that_is_not_plain_goes_through_its_logits(change: Any, where: di
     for scale in (0.3, 0.0):
         agree(model, scalars(model, scale, **where))
     with Engine(model, TokenExamples(), scalars(model), [OBJECTIVE]) as opened:
-        assert opened.head is None
+        assert opened.runner.head is None
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_heads_with_bias_scale_soft_cap_or_ties_are_numbers(family: str, changes
     model = model_of(family, **changes)
     agree(model, scalars(model, positions=[-2]))
     with Engine(model, TokenExamples(), scalars(model), [OBJECTIVE]) as opened:
-        assert opened.head is not None
+        assert opened.runner.head is not None
 
 
 def test_a_head_whose_input_another_hook_edits_is_followed() -> None:
@@ -173,9 +173,9 @@ def test_groups_with_their_own_objectives_are_single_steps(where: dict[str, Any]
     stack = af.ActivScalar.stack(singles)
     with Engine(model, data, stack, objectives) as opened:
         terms, gradients = opened.gradients(
-            [Share(*share) for share in zip(rows, objectives, range(3), strict=True)],
+            [FitRequest(*share) for share in zip(rows, objectives, range(3), strict=True)],
         )
-        again, alone = opened.gradients([Share(rows[2], objectives[2], 2)])
+        again, alone = opened.gradients([FitRequest(rows[2], objectives[2], 2)])
     for index, single in enumerate(singles):
         expected = full(model, data, single, objectives[index], rows[index])
         assert_equal_to_rounding((terms[index], [gradients[0][index]]), expected)
@@ -190,7 +190,7 @@ def test_a_share_that_is_not_finite_leaves_the_others_terms_alone() -> None:
     with Engine(model, data, stack, [OBJECTIVE]) as opened:
         with torch.no_grad():
             stack.alpha[1] = float("inf")
-        terms, gradients = opened.gradients([Share([0, 1], OBJECTIVE, 0), Share([0, 1], OBJECTIVE, 1)])
+        terms, gradients = opened.gradients([FitRequest([0, 1], OBJECTIVE, 0), FitRequest([0, 1], OBJECTIVE, 1)])
     assert terms[0].isfinite().all()
     assert not terms[1].isfinite().all()
     assert_equal_to_rounding((terms[0], [gradients[0][0]]), full(model, data, scalars(model), OBJECTIVE, [0, 1]))
@@ -227,7 +227,7 @@ def test_several_steps_of_one_engine_follow_the_parameters() -> None:
             with torch.no_grad():
                 moving.alpha.normal_(generator=torch.Generator().manual_seed(seed)).mul_(0.2)
                 moving.alpha[: seed % 3] = 0
-            found = opened.gradients([Share([3, 1, seed % 3], OBJECTIVE)])
+            found = opened.gradients([FitRequest([3, 1, seed % 3], OBJECTIVE)])
             expected = full(model_of(), data, moving, OBJECTIVE, [3, 1, seed % 3])
             assert_equal_to_rounding((found[0][0], found[1]), expected)
 

@@ -12,7 +12,7 @@ from model_zoo import CONFIGS, randomised, tiny_model, transformers_before
 import actscale_fast as af
 from actscale_fast.architectures.lm_head import read_head
 from actscale_fast.interventions import Intervention
-from actscale_fast.learning.engine import Engine, Share
+from actscale_fast.learning.engine import Engine, FitRequest
 
 PROMPTS = EVERY[:3]
 OBJECTIVE = af.Objective(margin=3.0, faithfulness=0.7)
@@ -89,10 +89,10 @@ def test_a_step_leaves_what_is_kept_as_it_was(family: str) -> None:
     model, data = tiny_model(family), TokenExamples(PROMPTS)
     scalars = af.ActivScalar.for_model(model, layers=[1], positions=[-2, -1])
     with Engine(model, data, scalars, [OBJECTIVE]) as opened:
-        before = {name: value.clone() for name, value in opened.store.near.items()}
+        before = {name: value.clone() for name, value in opened.runner.store.near.items()}
         assert sorted(before) == ["hidden", "keys.1", "values.1"]
         for value in (0.0, 0.3):  # the rows of the store themselves, and copies of them
             with torch.no_grad():
                 scalars.alpha.fill_(value)
-            opened.gradients([Share(range(3), OBJECTIVE)])
-        assert all(torch.equal(value, before[name]) for name, value in opened.store.near.items())
+            opened.gradients([FitRequest(range(3), OBJECTIVE)])
+        assert all(torch.equal(value, before[name]) for name, value in opened.runner.store.near.items())

@@ -17,7 +17,7 @@ import actscale_fast as af
 from actscale_fast import ops
 from actscale_fast.learning.engine import Engine
 from actscale_fast.learning.fit_settings import FitSettings
-from actscale_fast.learning.fit_state import Run
+from actscale_fast.learning.fit_state import FitState
 
 
 def plain_fit(model: Any, examples: list[af.Example], objective: af.Objective, steps: int, lr: float) -> Tensor:
@@ -107,7 +107,7 @@ def test_a_fit_needs_gradients_and_enables_them() -> None:
 def test_generated_tokens_have_nothing_to_learn_from() -> None:
     model = tiny.llama()
     alone = af.ActivScalar.for_model(model, positions=[], generated=True)
-    with pytest.raises(ValueError, match="intervention: it acts on generated tokens alone"):
+    with pytest.raises(ValueError, match="intervention: it acts only on generated tokens"):
         run(model, conflicts(4), intervention=alone)
     beside = af.ActivScalar.for_model(model, positions=[-1], generated=True)
     run(model, conflicts(4), intervention=beside)
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path: Path) -
 
 def test_an_interruption_between_a_record_and_its_release_counts_the_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tiny.llama(), conflicts(4))
-    record = Run.read
+    record = FitState.read
 
     class Interrupted(list[Any]):
         def append(self, item: Any) -> None:
@@ -229,15 +229,15 @@ def test_an_interruption_between_a_record_and_its_release_counts_the_step_once(m
             if item["step"] == 2:
                 raise KeyboardInterrupt
 
-    seen: list[Run] = []
+    seen: list[FitState] = []
 
-    def read(self: Run, *, wait: bool) -> None:
+    def read(self: FitState, *, wait: bool) -> None:
         if not seen:
             seen.append(self)
             self.history = Interrupted()
         record(self, wait=wait)
 
-    monkeypatch.setattr(Run, "read", read)
+    monkeypatch.setattr(FitState, "read", read)
     with pytest.raises(KeyboardInterrupt):
         run(tiny.llama(), conflicts(4))
     seen[0].history = list(seen[0].history)

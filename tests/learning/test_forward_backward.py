@@ -14,15 +14,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import actscale_fast as af
 from actscale_fast.learning.encoded_examples import EncodedExamples
-from actscale_fast.learning.engine import Engine, Item, Share, cuda_graphs
-from actscale_fast.learning.engine.cuda_graphs import CapturedPasses, tensors_of, with_tensors
-from actscale_fast.learning.engine.forward_backward import Inputs, Passes
+from actscale_fast.learning.engine import Engine, FitRequest, cuda_graphs
+from actscale_fast.learning.engine.cuda_graphs import CudaGraphs, tensors_of, with_tensors
+from actscale_fast.learning.engine.forward_backward import ForwardBackward, MicrobatchInputs
+from actscale_fast.learning.engine.microbatches import RequestedPrompt
 
 OBJECTIVES = [af.Objective(), af.Objective(margin=1.0, faithfulness=0.3)]
 PLACES: list[dict[str, Any]] = [{}, {"positions": [-1]}, {"layers": [1, 2]}, {"positions": [-2], "layers": [2]}]
 
 
-def open_engine(place: dict[str, Any], groups: int | None) -> tuple[Engine, list[Share]]:
+def open_engine(place: dict[str, Any], groups: int | None) -> tuple[Engine, list[FitRequest]]:
     model = tiny.llama()
     intervention: Any = af.ActivScalar.for_model(model, **place)
     with torch.no_grad():
@@ -30,40 +31,42 @@ def open_engine(place: dict[str, Any], groups: int | None) -> tuple[Engine, list
     if groups:
         intervention = af.ActivScalar.stack([intervention] * groups)
     engine = Engine(model, EncodedExamples(conflicts(6), tiny.tokenizer(), model), intervention, OBJECTIVES)
-    shares = [Share([0, 1, 2], OBJECTIVES[0])]
-    return engine, shares + ([Share([3, 4], OBJECTIVES[1], 2)] if groups else [])
+    requests = [FitRequest([0, 1, 2], OBJECTIVES[0])]
+    return engine, requests + ([FitRequest([3, 4], OBJECTIVES[1], 2)] if groups else [])
 
 
-def one_pass(engine: Engine, shares: list[Share], shift: int = 0) -> Inputs:
-    items = [Item(i, row + shift) for i, share in enumerate(shares) for row in share.rows]
-    (units,) = engine.arrangement.passes(items, shares)
-    return engine.assembly.inputs(units, shares, 0)
+def one_pass(engine: Engine, requests: list[FitRequest], shift: int = 0) -> MicrobatchInputs:
+    prompts = [RequestedPrompt(i, row + shift) for i, request in enumerate(requests) for row in request.rows]
+    (rows,) = engine.runner.planner.microbatches(prompts, requests)
+    return engine.runner.collator.collate(rows, requests)
 
 
 @pytest.mark.parametrize("groups", [None, 3])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_pass_never_reads_a_value_on_the_host(place: dict[str, Any], groups: int | None) -> None:
     """Fake tensors have no values: reading one, which on a GPU would wait for it, raises."""
-    engine, shares = open_engine(place, groups)
+    engine, requests = open_engine(place, groups)
     with engine:
-        inputs = one_pass(engine, shares)
-        expected = engine.passes.compute(inputs)
+        inputs = one_pass(engine, requests)
+        expected = engine.runner.forward_backward.compute(inputs)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fakes = with_tensors(inputs, [mode.from_tensor(tensor) for tensor in tensors_of(inputs)])
         with mode:
             with pytest.raises(DataDependentOutputException):
                 fakes.tensors["sign"].sum().item()
-            found = engine.passes.compute(fakes)
+            found = engine.runner.forward_backward.compute(fakes)
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
 
 
 def test_inputs_can_be_taken_apart_and_put_together() -> None:
-    engine, shares = open_engine({"positions": [-1], "layers": [1]}, 3)
+    engine, requests = open_engine({"positions": [-1], "layers": [1]}, 3)
     with engine:
-        inputs = one_pass(engine, shares)
+        inputs = one_pass(engine, requests)
         again = with_tensors(inputs, [tensor.clone() for tensor in tensors_of(inputs)])
         assert again.shape == inputs.shape
-        for found, expected in zip(engine.passes.compute(again), engine.passes.compute(inputs), strict=True):
+        for found, expected in zip(
+            engine.runner.forward_backward.compute(again), engine.runner.forward_backward.compute(inputs), strict=True
+        ):
             assert torch.equal(found, expected)
 
 
@@ -71,14 +74,14 @@ def test_inputs_can_be_taken_apart_and_put_together() -> None:
 class Replay:
     """Stands for a CUDA graph: computes again from the memory of its inputs, into the memory of its outputs."""
 
-    passes: Passes
-    inputs: Inputs
+    forward_backward: ForwardBackward
+    inputs: MicrobatchInputs
     outputs: list[Tensor]
     replays: int = 0
 
     def replay(self) -> None:
         self.replays += 1
-        for there, value in zip(self.outputs, self.passes.compute(self.inputs), strict=True):
+        for there, value in zip(self.outputs, self.forward_backward.compute(self.inputs), strict=True):
             there.copy_(value)
 
 
@@ -87,25 +90,27 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     """Graphs without a GPU."""
     made: list[Replay] = []
 
-    def captured(self: CapturedPasses, inputs: Inputs) -> Any:
+    def captured(self: CudaGraphs, inputs: MicrobatchInputs) -> Any:
         own = with_tensors(inputs, [torch.full_like(tensor, 0) for tensor in tensors_of(inputs)])
-        outputs = [torch.full_like(tensor, torch.nan) for tensor in self.passes.compute(inputs)]
-        made.append(Replay(self.passes, own, outputs))
+        outputs = [torch.full_like(tensor, torch.nan) for tensor in self.forward_backward.compute(inputs)]
+        made.append(Replay(self.forward_backward, own, outputs))
         return cuda_graphs._Graph(made[-1], tensors_of(own), outputs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CapturedPasses, "_captured", captured)
+    monkeypatch.setattr(CudaGraphs, "_captured", captured)
     return made
 
 
 def test_a_graph_is_made_once_a_shape_and_reads_each_pass_anew(replayed: list[Replay]) -> None:
-    engine, shares = open_engine({"layers": [1, 2]}, 3)
+    engine, requests = open_engine({"layers": [1, 2]}, 3)
     with engine:
-        graphs = CapturedPasses(engine.passes)
+        graphs = CudaGraphs(engine.runner.forward_backward)
         for shift in (0, 1, 0):
-            inputs = one_pass(engine, shares, shift)
-            for found, expected in zip(graphs.compute(inputs), engine.passes.compute(inputs), strict=True):
+            inputs = one_pass(engine, requests, shift)
+            for found, expected in zip(
+                graphs.compute(inputs), engine.runner.forward_backward.compute(inputs), strict=True
+            ):
                 assert torch.equal(found, expected)
-        shapes = {one_pass(engine, shares, shift).tensors["ids"].shape for shift in (0, 1)}
+        shapes = {one_pass(engine, requests, shift).tensors["ids"].shape for shift in (0, 1)}
     assert len(replayed) == len(shapes)
     assert sum(graph.replays for graph in replayed) == 3
 

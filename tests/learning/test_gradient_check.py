@@ -157,7 +157,7 @@ def test_a_fit_at_a_site_that_cannot_act_is_an_error(site: str) -> None:
     model = tiny_model("gemma2", vocab_size=61)
     with pytest.warns(UserWarning, match="cannot act"):
         one = af.ActivScalar.for_model(model, site=site)
-    with pytest.raises(ValueError, match="a factor changes nothing: a norm without scale follows the site"):
+    with pytest.raises(ValueError, match="a factor changes nothing, because a norm without scale follows the site"):
         af.fit(model, tokenizer(), conflicts(6), one, steps=1, progress=False)
 
 

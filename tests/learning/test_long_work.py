@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import actscale_fast as af
 from actscale_fast import ops
 from actscale_fast.learning.encoded_examples import EncodedExamples
-from actscale_fast.learning.engine import Engine, Share
+from actscale_fast.learning.engine import Engine, FitRequest
 
 
 def tensors_alive() -> tuple[int, int]:
@@ -38,11 +38,11 @@ def tensors_alive() -> tuple[int, int]:
 def test_no_step_keeps_a_tensor(where: dict[str, Any], cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, counts, step = [], [], Engine.gradients
 
-    def counting(self: Engine, shares: list[Share]) -> Any:
+    def counting(self: Engine, requests: list[FitRequest]) -> Any:
         calls.append(1)
         if len(calls) in (4, 17, 30):  # the first steps fill the caches of libraries
             counts.append(tensors_alive())
-        return step(self, shares)
+        return step(self, requests)
 
     monkeypatch.setattr(Engine, "gradients", counting)
     model = tiny.llama()
@@ -67,7 +67,7 @@ def test_the_processs_memory_does_not_grow_with_its_steps() -> None:
     data = EncodedExamples(conflicts(8), tiny.tokenizer(), model)
     with torch.enable_grad(), Engine(model, data, scalars, [objective]) as engine:
         for step in range(200):
-            engine.gradients([Share(range(8), objective)])
+            engine.gradients([FitRequest(range(8), objective)])
             if step in (100, 199):
                 gc.collect()
                 seen.append(psutil.Process().memory_info().rss)
@@ -220,8 +220,8 @@ def test_a_number_that_is_none_stops_the_fit_with_the_state_before(
     short = run(tiny.llama(), conflicts(9), OBJECTIVE, steps=12, schedule="constant", tolerance=None)
     gradients, calls = Engine.gradients, []
 
-    def broken(self: Engine, shares: list[Share]) -> Any:
-        terms, found = gradients(self, shares)
+    def broken(self: Engine, requests: list[FitRequest]) -> Any:
+        terms, found = gradients(self, requests)
         calls.append(1)
         if len(calls) == 5:
             (found[0] if what == "gradient" else terms).view(-1)[0] = float("nan")

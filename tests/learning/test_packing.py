@@ -12,9 +12,11 @@ from engine_cases import TokenExamples, assert_equal_to_rounding, full
 from model_zoo import CONFIGS, randomised, tiny_model
 
 import actscale_fast as af
-from actscale_fast.learning.engine import Engine, Item, Share, may_pack
-from actscale_fast.learning.engine.microbatches import Arrangement
+from actscale_fast.learning.engine import Engine, FitRequest
+from actscale_fast.learning.engine.microbatches import MicrobatchPlanner, RequestedPrompt
 from actscale_fast.learning.engine.packing import COLUMNS, additive, rows_of, tree_of
+from actscale_fast.learning.engine.packing_check import attention_may_pack
+from actscale_fast.learning.execution import Execution
 
 #: Common beginnings of several depths, one prompt that begins another one, two that are the same, one of one token.
 PROMPTS = [[5, 9, 12, 7], [5, 9, 12, 8, 3], [5, 9, 4], [5, 9, 12], [6, 2, 9], [6, 2, 9], [7], [5, 9, 12, 7, 7, 7]]
@@ -33,12 +35,12 @@ WINDOWS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def packing_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models would not pay for it: their attention weighs more."""
-    monkeypatch.setattr(Arrangement, "cost", lambda self, part, weight: 0 if part[0].tree else 1e9)
+    monkeypatch.setattr(MicrobatchPlanner, "cost", lambda self, part, weight: 0 if part[0].tree else 1e9)
 
 
 def packed(opened: Engine) -> bool:
-    passes = opened.arrangement.passes([Item(0, row) for row in ALL], [Share(ALL, OBJECTIVE)])
-    return all(unit.tree is not None for part in passes for unit in part)
+    passes = opened.runner.planner.microbatches([RequestedPrompt(0, row) for row in ALL], [FitRequest(ALL, OBJECTIVE)])
+    return all(row.tree is not None for part in passes for row in part)
 
 
 def prompts_of(generator: random.Random, n: int) -> list[list[int]]:
@@ -102,7 +104,7 @@ def test_packed_prompts_have_the_gradients_of_the_full_computation(family: str, 
         expected = full(model, data, intervention, OBJECTIVE)
         with Engine(model, data, intervention, [OBJECTIVE]) as opened:
             assert packed(opened)
-            terms, gradients = opened.gradients([Share(ALL, OBJECTIVE)])
+            terms, gradients = opened.gradients([FitRequest(ALL, OBJECTIVE)])
         assert_equal_to_rounding((terms[0], gradients), expected, tolerance)
 
 
@@ -113,14 +115,14 @@ def test_shares_are_packed_apart_and_keep_their_own_scalars_and_directions() -> 
     stack = af.ActivScalar.stack(singles)
     objectives = [OBJECTIVE, af.Objective(margin=1.0, directions=(-1,)), af.Objective(faithfulness=0.1)]
     rows = [[0, 1, 2, 3], [3, 4, 5, 7], [0, 6, 7]]
-    shares = [
-        Share(mine, objective, group) for group, (mine, objective) in enumerate(zip(rows, objectives, strict=True))
+    requests = [
+        FitRequest(mine, objective, group) for group, (mine, objective) in enumerate(zip(rows, objectives, strict=True))
     ]
     with Engine(model, data, stack, objectives) as opened:
-        items = [Item(index, row) for index, share in enumerate(shares) for row in share.rows]
-        units = [unit for part in opened.arrangement.passes(items, shares) for unit in part]
-        assert all(unit.tree and len({item.share for item in unit.items}) == 1 for unit in units)
-        terms, gradients = opened.gradients(shares)
+        prompts = [RequestedPrompt(index, row) for index, request in enumerate(requests) for row in request.rows]
+        packed_rows = [row for part in opened.runner.planner.microbatches(prompts, requests) for row in part]
+        assert all(row.tree and len({prompt.request for prompt in row.prompts}) == 1 for row in packed_rows)
+        terms, gradients = opened.gradients(requests)
     for group, (single, objective, mine) in enumerate(zip(singles, objectives, rows, strict=True)):
         expected = full(model, data, single, objective, mine)
         assert_equal_to_rounding((terms[group], [gradients[0][group]]), expected, 2e-6)
@@ -132,9 +134,9 @@ def test_constants_that_are_not_kept_are_computed_again_for_packed_prompts() -> 
     intervention = randomised(af.ActivScalar.for_model(model, layers=[1]))
     expected = full(model, data, intervention, OBJECTIVE)
     for cache_bytes in (0, 10_000, 1 << 30):
-        with Engine(model, data, intervention, [OBJECTIVE], cache_bytes=cache_bytes) as opened:
+        with Engine(model, data, intervention, [OBJECTIVE], execution=Execution(cache_bytes=cache_bytes)) as opened:
             assert packed(opened)
-            terms, gradients = opened.gradients([Share(ALL, OBJECTIVE)])
+            terms, gradients = opened.gradients([FitRequest(ALL, OBJECTIVE)])
         assert_equal_to_rounding((terms[0], gradients), expected, 2e-6)
 
 
@@ -148,19 +150,19 @@ def test_prompts_stay_apart_where_packing_would_be_wrong_or_of_no_use(reason: st
     other = af.patch(model, randomised(af.ActivScalar.for_model(model, positions=[-1])), strength=0.1)
     if reason != "another patch":
         other.remove()
-    options = {"accumulate": 2} if reason == "accumulate" else {}
-    with Engine(called, data, intervention, [OBJECTIVE], **options) as opened:
-        assert not opened.arrangement.packs
+    execution = Execution(accumulate=2 if reason == "accumulate" else 1)
+    with Engine(called, data, intervention, [OBJECTIVE], execution) as opened:
+        assert not opened.runner.planner.packs
 
 
 def test_only_attention_that_takes_masks_may_be_packed() -> None:
     config = tiny_model("llama").config
-    assert may_pack(config, 12)
+    assert attention_may_pack(config, 12)
     config.sliding_window = 12 + max(COLUMNS) - 1  # a row may be as wide as that
-    assert not may_pack(config, 12)
-    assert may_pack(config, 11)
+    assert not attention_may_pack(config, 12)
+    assert attention_may_pack(config, 11)
     config._attn_implementation = "flash_attention_2"
-    assert not may_pack(config, 11)
+    assert not attention_may_pack(config, 11)
 
 
 def test_biases_that_are_made_from_a_mask_of_tokens_are_not_packed() -> None:
@@ -168,8 +170,8 @@ def test_biases_that_are_made_from_a_mask_of_tokens_are_not_packed() -> None:
     intervention = randomised(af.ActivScalar.for_model(model))
     expected = full(model, TokenExamples(PROMPTS), intervention, OBJECTIVE)
     with Engine(model, TokenExamples(PROMPTS), intervention, [OBJECTIVE]) as opened:
-        assert not opened.arrangement.packs
-        terms, gradients = opened.gradients([Share(ALL, OBJECTIVE)])
+        assert not opened.runner.planner.packs
+        terms, gradients = opened.gradients([FitRequest(ALL, OBJECTIVE)])
     assert_equal_to_rounding((terms[0], gradients), expected, 2e-4)
 
 
@@ -179,7 +181,7 @@ def test_a_model_whose_attention_ignores_the_mask_is_found_out(length: int, dtyp
     model = tiny_model("llama", dtype=dtype)
     prompts = [[5 + row] * (length + row) for row in range(3)]
     with Engine(model, TokenExamples(prompts), af.ActivScalar.for_model(model), [OBJECTIVE]) as opened:
-        assert opened.arrangement.packs
+        assert opened.runner.planner.packs
     for layer in model.model.layers:
         attention = layer.self_attn
         original = attention.forward
@@ -189,4 +191,4 @@ def test_a_model_whose_attention_ignores_the_mask_is_found_out(length: int, dtyp
 
         attention.forward = causal
     with Engine(model, TokenExamples(prompts), af.ActivScalar.for_model(model), [OBJECTIVE]) as opened:
-        assert not opened.arrangement.packs
+        assert not opened.runner.planner.packs

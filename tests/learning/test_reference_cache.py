@@ -15,9 +15,10 @@ from model_zoo import randomised, tiny_model
 from torch import Tensor
 
 import actscale_fast as af
-from actscale_fast.learning.engine import Engine, Share, extent_of
+from actscale_fast.learning.engine import ActiveRegion, Engine, FitRequest, active_region
 from actscale_fast.learning.engine.batch_plan import plan
-from actscale_fast.learning.engine.extent import Extent, RowStore, right_aligned
+from actscale_fast.learning.engine.row_store import RowStore, right_aligned
+from actscale_fast.learning.execution import Execution
 
 OBJECTIVE = af.Objective(margin=3.0, faithfulness=0.7)
 
@@ -83,25 +84,28 @@ def test_alignment_keeps_the_last_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "extent"),
+    ("where", "region"),
     [
-        ({}, Extent(0, 12, 12)),
-        ({"layers": [1]}, Extent(1, 12, 12)),
-        ({"site": "residual", "layers": [0]}, Extent(1, 12, 12)),
-        ({"site": "residual", "layers": [1]}, Extent(2, 12, 12)),
-        ({"positions": [-1]}, Extent(0, 1, 12)),
-        ({"positions": [-2, -1], "layers": [-1]}, Extent(1, 2, 12)),
-        ({"positions": [0]}, Extent(0, 12, 12)),
-        ({"positions": [9]}, Extent(0, 3, 12)),
-        ({"positions": [4]}, Extent(0, 8, 12)),  # of the longest prompt; the other it reaches has two tokens from there
-        ({"positions": [-5]}, Extent(0, 5, 12)),
-        ({"positions": [99, -99]}, Extent(0, 1, 12)),
-        ({"positions": [-1], "generated": True}, Extent(0, 1, 12)),
+        ({}, ActiveRegion(0, 12, 12)),
+        ({"layers": [1]}, ActiveRegion(1, 12, 12)),
+        ({"site": "residual", "layers": [0]}, ActiveRegion(1, 12, 12)),
+        ({"site": "residual", "layers": [1]}, ActiveRegion(2, 12, 12)),
+        ({"positions": [-1]}, ActiveRegion(0, 1, 12)),
+        ({"positions": [-2, -1], "layers": [-1]}, ActiveRegion(1, 2, 12)),
+        ({"positions": [0]}, ActiveRegion(0, 12, 12)),
+        ({"positions": [9]}, ActiveRegion(0, 3, 12)),
+        (
+            {"positions": [4]},
+            ActiveRegion(0, 8, 12),
+        ),  # of the longest prompt; the other one has two from there
+        ({"positions": [-5]}, ActiveRegion(0, 5, 12)),
+        ({"positions": [99, -99]}, ActiveRegion(0, 1, 12)),
+        ({"positions": [-1], "generated": True}, ActiveRegion(0, 1, 12)),
     ],
     ids=str,
 )
-def test_the_extent_is_what_an_intervention_can_change(where: dict[str, Any], extent: Extent) -> None:
-    assert extent_of(af.ActivScalar.for_model(tiny_model(), **where), TokenExamples()) == extent
+def test_the_active_region_is_what_an_intervention_can_change(where: dict[str, Any], region: ActiveRegion) -> None:
+    assert active_region(af.ActivScalar.for_model(tiny_model(), **where), TokenExamples()) == region
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
@@ -117,15 +121,15 @@ def test_budgets_change_what_is_kept_and_not_the_gradients(
         intervention.alpha.mul_(0.3)
     expected = full(model, data, intervention, OBJECTIVE)
     with Engine(model, data, intervention, [OBJECTIVE]) as opened:
-        row = opened.store.n_bytes // len(data)
-        assert opened.store.n_near == len(data)
+        row = opened.runner.store.n_bytes // len(data)
+        assert opened.runner.store.n_near == len(data)
     allocate_as_from_a_gpu(monkeypatch)
     for near, far in ((4, 0), (0, 0), (2, 0), (2, 1), (0, 3), (1, 3), (0, 4)):
-        budgets = {"cache_bytes": near * row, "spill_bytes": far * row}
-        with Engine(model, data, intervention, [OBJECTIVE], **budgets) as opened:
-            assert (opened.store.n_near, opened.store.n_far) == (near, far)
+        execution = Execution(cache_bytes=near * row, spill_bytes=far * row)
+        with Engine(model, data, intervention, [OBJECTIVE], execution) as opened:
+            assert (opened.runner.store.n_near, opened.runner.store.n_far) == (near, far)
             for _ in range(2):
-                terms, gradients = opened.gradients([Share([0, 1, 2, 3], OBJECTIVE)])
+                terms, gradients = opened.gradients([FitRequest([0, 1, 2, 3], OBJECTIVE)])
                 assert_equal_to_rounding((terms[0], gradients), expected)
 
 
@@ -146,7 +150,7 @@ def allocate_as_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_everything_depends_on_is_not_kept() -> None:
     model, data = tiny_model(), TokenExamples()
     with Engine(model, data, af.ActivScalar.for_model(model), [OBJECTIVE]) as opened:
-        assert opened.store.n_bytes == 0
+        assert opened.runner.store.n_bytes == 0
 
 
 def cost(groups: list[list[int]], lengths: list[int], weight: int, pass_cost: int) -> int:
@@ -198,14 +202,14 @@ def test_a_step_runs_in_as_many_passes_as_asked_for(accumulate: int, monkeypatch
     model, data = tiny_model(dtype=torch.float64), TokenExamples([*PROMPTS, [7] * 12])
     intervention = af.ActivScalar.for_model(model, layers=[1])
     expected = full(model, data, intervention, OBJECTIVE)
-    with Engine(model, data, intervention, [OBJECTIVE], accumulate=accumulate) as opened:
+    with Engine(model, data, intervention, [OBJECTIVE], Execution(accumulate)) as opened:
         calls: list[int] = []
         handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
-        terms, gradients = opened.gradients([Share(range(5), OBJECTIVE)])
+        terms, gradients = opened.gradients([FitRequest(range(5), OBJECTIVE)])
         handle.remove()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            again = opened.gradients([Share(range(5), OBJECTIVE)])
+            again = opened.gradients([FitRequest(range(5), OBJECTIVE)])
     assert_equal_to_rounding((terms[0], gradients), expected)
     assert torch.equal(again[1][0], gradients[0])
     assert len(calls) >= min(accumulate, 5)
@@ -218,9 +222,9 @@ def test_less_memory_means_more_passes_and_the_same_gradients(where: dict[str, A
     expected = full(model, data, intervention, OBJECTIVE)
     for budget in (1, 20_000, 1 << 30):
         calls: list[int] = []
-        with Engine(model, data, intervention, [OBJECTIVE], memory_bytes=budget) as opened:
+        with Engine(model, data, intervention, [OBJECTIVE], Execution(memory_bytes=budget)) as opened:
             handle = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-            terms, gradients = opened.gradients([Share([0, 1, 2, 3], OBJECTIVE)])
+            terms, gradients = opened.gradients([FitRequest([0, 1, 2, 3], OBJECTIVE)])
             handle.remove()
         assert_equal_to_rounding((terms[0], gradients), expected, 1e-5)
         n_passes.append(len(calls))

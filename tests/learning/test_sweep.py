@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 import actscale_fast as af
 from actscale_fast import ops
 from actscale_fast.learning.engine import Engine
-from actscale_fast.learning.fit_state import Run
+from actscale_fast.learning.fit_state import FitState
 
 
 def single(
@@ -105,19 +106,19 @@ def test_interventions_of_several_kinds_are_starting_points_and_stay_as_they_are
 
 
 def test_all_fits_of_a_step_share_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[int] = []
+    requests: list[int] = []
     gradients = Engine.gradients
 
     def counted(self: Engine, asked: Any) -> Any:
-        shares.append(len(asked))
+        requests.append(len(asked))
         return gradients(self, asked)
 
     monkeypatch.setattr(Engine, "gradients", counted)
     run_sweep({"seed": range(4)})
-    assert shares == [4] * 6
-    shares.clear()
+    assert requests == [4] * 6
+    requests.clear()
     result = run_sweep({"seed": range(4)}, at_once=2)
-    assert shares == [2] * 12
+    assert requests == [2] * 12
     for fit in result.fits:
         assert_same_fit(fit, single(seed=fit.chosen["seed"]))
 
@@ -143,13 +144,13 @@ def test_a_path_starts_each_fit_where_the_one_of_larger_minimality_ended() -> No
 def test_a_finished_fit_is_not_repeated_and_the_grid_may_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run_sweep({"seed": [0, 1]}, folder=tmp_path)
     begun: list[str] = []
-    make = Run.__init__
+    make = FitState.__init__
 
-    def noted(self: Run, *args: Any, **kwargs: Any) -> None:
+    def noted(self: FitState, *args: Any, **kwargs: Any) -> None:
         begun.append(kwargs["name"])
         make(self, *args, **kwargs)
 
-    monkeypatch.setattr(Run, "__init__", noted)
+    monkeypatch.setattr(FitState, "__init__", noted)
     again = run_sweep({"seed": [2, 1, 0]}, folder=tmp_path)
     assert begun == ["seed=2"]
     for fit, before in zip(again.fits[:0:-1], first.fits, strict=True):
@@ -203,16 +204,16 @@ def test_a_fit_that_is_no_longer_finite_leaves_the_others_alone() -> None:
 def test_what_a_failed_fit_had_come_to_is_kept_and_it_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = Run.update
+    update = FitState.update
 
-    def breaks(self: Run, terms: Tensor, gradients: Any) -> None:
+    def breaks(self: FitState, terms: Tensor, gradients: Any) -> None:
         if self.name == "minimality=0.3" and self.taken == 3:
             terms = terms * torch.nan
         update(self, terms, gradients)
 
     grid = {"minimality": [0.3, 0.1]}
     with monkeypatch.context() as context:
-        context.setattr(Run, "update", breaks)
+        context.setattr(FitState, "update", breaks)
         with pytest.warns(UserWarning, match="step 3: the effectiveness term is nan"):
             first = run_sweep(grid, folder=tmp_path, warm_start=True)
     assert "step 3" in (first.fits[0].error or "")
@@ -234,7 +235,8 @@ def test_held_out_examples_are_evaluated_once(tmp_path: Path, monkeypatch: pytes
         alone = af.evaluate(tiny.llama(), tiny.tokenizer(), test, fit.intervention)
         assert fit.evaluation is not None
         assert flat(fit.evaluation) == pytest.approx(flat(alone), rel=1e-4, abs=1e-6)
-    monkeypatch.setattr("actscale_fast.learning.sweep.sweep.evaluate_all", None)
+    module = importlib.import_module("actscale_fast.learning.sweep.sweep")  # `sweep` is also a function
+    monkeypatch.setattr(module, "evaluate_all", None)
     again = run_sweep(grid, evaluate_on=test, folder=tmp_path)
     assert [fit.evaluation for fit in again.fits] == [fit.evaluation for fit in first.fits]
     assert [fit.evaluation for fit in af.load_sweep(tmp_path).fits] == [fit.evaluation for fit in first.fits]

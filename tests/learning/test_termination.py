@@ -18,7 +18,7 @@ from fit_cases import conflicts, run, start_fit, steps_in, whole_fit
 from sweep_cases import run_sweep
 
 import actscale_fast as af
-from actscale_fast.learning.fit_state import Run
+from actscale_fast.learning.fit_state import FitState
 from actscale_fast.learning.termination import saving_on_sigterm
 
 
@@ -44,14 +44,14 @@ def own_handler() -> Any:
 
 
 def terminate_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = Run.update
+    update = FitState.update
 
-    def updated(self: Run, *given: Any) -> None:
+    def updated(self: FitState, *given: Any) -> None:
         update(self, *given)
         if self.taken == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Run, "update", updated)
+    monkeypatch.setattr(FitState, "update", updated)
 
 
 @pytest.mark.usefixtures("own_handler")

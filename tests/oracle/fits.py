@@ -52,8 +52,8 @@ def fit_runs(subject: Subject, site: str) -> Verdict:
 
 def engine_objective(model: Any, intervention: Any, objective: Any) -> tuple[Tensor, Tensor]:
     """Terms and the scalars' gradient from one step of the engine."""
-    from actscale_fast.learning.engine import Engine, Share
+    from actscale_fast.learning.engine import Engine, FitRequest
 
     with Engine(model, Examples(PROMPTS), intervention, [objective]) as engine:
-        terms, gradients = engine.gradients([Share(list(range(len(PROMPTS))), objective)])
+        terms, gradients = engine.gradients([FitRequest(list(range(len(PROMPTS))), objective)])
     return terms[0], gradients[0]

@@ -1,4 +1,4 @@
-"""Attribution: what each head contributes to an answer, predicted by one gradient and measured by knock-outs."""
+"""Attribution: each head's contribution to an answer, predicted by one gradient and measured by knock-outs."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from ...interventions import ActivScalar
 from ...modules.evaluation_mode import evaluation_mode
 from ...patching.patch import patch
 from ...tasks.examples import Example
+from ..arguments import checked_location, checked_objective, refuse_inference_mode
 from ..encoded_examples import EncodedExamples
-from ..engine import CACHE_BYTES, Engine, Share, gradient_on_trial
-from ..fit import checked_location, checked_objective, refuse_inference_mode
+from ..engine import Engine, FitRequest, check_gradient
+from ..execution import CACHE_BYTES, Execution
 from ..objective import Objective
-from .knock_out import Removals
+from .knock_out import KnockOut
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Heads that "the top" means in an agreement; of a few, no more than a quarter of them.
+#: Number of heads that an agreement counts as the top; at most a quarter of all.
 _TOP = 10
 
 
 class Agreement(NamedTuple):
-    """How well the gradient's prediction, −score, meets the knock-out. NaN where one of them is the same everywhere."""
+    """How well the gradient's prediction, −score, agrees with the knock-out; NaN if one of them is constant."""
 
     pearson: float
     spearman: float
-    overlap: float  # share of the n_top largest by magnitude that both have in common
+    overlap: float  # share of the n_top largest by magnitude that they have in common
     n_top: int
 
 
 class Place(NamedTuple):
-    """One scalar's place and what is known of it."""
+    """One scalar: its place, its score and its knock-out."""
 
     layer: int
-    slot: int  # which of the location's positions; 0 where every token is one
-    head: int  # 0 at a whole site
+    slot: int  # index among the location's positions; 0 if all tokens share one
+    head: int  # 0 for a whole site
     score: float
     knock_out: float | None
 
@@ -55,26 +56,26 @@ class Place(NamedTuple):
 class Attribution:
     """The result of `attribution`. L chosen layers, P position slots, H heads (1 at a whole site)."""
 
-    #: fp32 [L, P, H]: the derivative at α = 0 of the mean logit difference (or of the objective that was given).
+    #: fp32 [L, P, H]: the derivative at α = 0 of the mean logit difference (or of the given objective).
     #: Removing the head, β·α = −1, is predicted to change that mean by −score.
     scores: Tensor = field(repr=False)
-    #: fp32 [L, P, H]: the change of the mean logit difference when this head alone is removed; None: not measured.
+    #: fp32 [L, P, H]: the change of the mean logit difference if only this head is removed; None: not measured.
     knock_out: Tensor | None = field(repr=False)
     location: Location
     n_examples: int
-    #: Mean z[c] − z[w] of the frozen model.
+    #: The frozen model's mean z[c] − z[w].
     logit_difference: float
-    #: What the scores are the gradient of; None: the mean logit difference.
+    #: The objective whose gradient the scores are; None: the mean logit difference.
     objective: Objective | None = None
 
     @property
     def n_top(self) -> int:
-        """How many places count as the top."""
+        """Number of places that count as the top."""
         return min(_TOP, max(self.scores.numel() // 4, 1))
 
     @property
     def agreement(self) -> Agreement | None:
-        """Of −scores with the knock-out; None without one, and where the scores are of another quantity."""
+        """The agreement of −scores with the knock-out; None without a knock-out or with an objective."""
         if self.knock_out is None or self.objective is not None:
             return None
         predicted, measured = -self.scores.flatten().double(), self.knock_out.flatten().double()
@@ -88,7 +89,7 @@ class Attribution:
         )
 
     def top(self, k: int = _TOP) -> list[Place]:
-        """The k places with the largest scores by magnitude, the largest first."""
+        """The k places with the largest scores by magnitude, largest first."""
         check_counts(k=k)
         order = self.scores.abs().flatten().argsort(descending=True, stable=True)[:k].tolist()
         _, n_slots, n_heads = self.scores.shape
@@ -102,7 +103,7 @@ class Attribution:
         return places
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it; correlations that are not defined are None."""
+        """All fields, for JSON; undefined correlations are None."""
         agreement = None if self.agreement is None else self.agreement._asdict()
         if agreement is not None:
             agreement = {name: value if math.isfinite(value) else None for name, value in agreement.items()}
@@ -117,7 +118,7 @@ class Attribution:
         }
 
     def heatmap(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
-        """Draw prediction and measurement; see `plots.attribution`."""
+        """Draw the prediction and the measurement; see `plots.attribution`."""
         from ...plots import attribution as draw
 
         return draw(self, path, **options)
@@ -138,37 +139,37 @@ def attribution(
     cache_bytes: int = CACHE_BYTES,
     progress: bool = True,
 ) -> Attribution:
-    """What each head (or whole site) contributes to the examples' answers.
+    """Find out what each head (or whole site) contributes to the examples' answers.
 
     With y = h·(1 + β·α) the gradient of a metric at α = 0 is dL/dα = β·⟨h, dL/dy⟩, summed over tokens: attribution
     patching towards zero activations, for all heads at once, from one forward and one backward pass. The metric is the
     mean over examples of the logit difference z[c] − z[w].
 
-    Sign: a score is the derivative of that mean with respect to α at β = 1. A head with a positive score speaks for the
-    correct answer: amplifying it raises the difference, and removing it (β·α = −1) is predicted to change it by
-    −score. The knock-out removes one head at a time and measures that change: all heads of a layer run as row groups of
-    the same passes, from the hidden states that the frozen model had there.
+    Sign: a score is the derivative of that mean by α at β = 1. A head with a positive score favours the correct answer:
+    amplifying it raises the difference, and removing it (β·α = −1) is predicted to change it by −score. The knock-out
+    removes one head at a time and measures that change: all heads of a layer run as row groups of the same passes, from
+    the frozen model's hidden states at that layer.
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was, and
-            one that is compiled runs uncompiled.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer. The model is left unchanged, and runs
+            uncompiled even if it is compiled.
         examples: prompts with their two answers.
-        site, layers, positions: as `ActivScalar.for_model` takes them.
-        intervention: its location instead of these three; its values are neither read nor changed.
-        objective: the scores are the gradient of its E + λ_F·F at α = 0 instead, that of the first step of `fit` on all
-            examples. The knock-out still measures the logit difference, so that there is no agreement to state.
-        knock_out: measure too: rows = heads × prompts through the layers above each.
-        batch_size: prompts that share a pass of the gradient, at most.
-        cache_bytes: memory for the frozen model's hidden states; more prompts take their turn.
+        site, layers, positions: as for `ActivScalar.for_model`.
+        intervention: takes the place of these three by its location; its values are neither read nor changed.
+        objective: take the gradient of its E + λ_F·F at α = 0 as scores, which is that of the first step of `fit` on
+            all examples. The knock-out still measures the logit difference, so no agreement is computed.
+        knock_out: whether to measure too, which runs heads × prompts rows through the layers above each head.
+        batch_size: the largest number of prompts in one pass of the gradient.
+        cache_bytes: memory for the frozen model's hidden states, which limits the prompts that run at a time.
         progress: show a progress bar.
 
     Returns:
-        Attribution, its tensors on the CPU.
+        Attribution, with its tensors on the CPU.
 
     Raises:
         TypeError, ValueError: bad arguments or examples (see `EncodedExamples`), an intervention of another model, or
-            given together with a place.
-        RuntimeError: under torch.inference_mode(), which gradients cannot be enabled in.
+            one that is passed together with a site, layers or positions.
+        RuntimeError: under torch.inference_mode(), where gradients cannot be enabled.
 
     Example:
         >>> result = af.attribution(model, tokenizer, examples)
@@ -186,20 +187,18 @@ def attribution(
         scalars = _at_rest(intervention)
     data = EncodedExamples(examples, tokenizer, model, scalars.location.paths)
     patch(model, scalars).remove()  # refuses another model's place before any work; moves to this model's device
-    of_objective: Tensor | None = None
+    objective_scores: Tensor | None = None
     with torch.enable_grad():
         if objective is not None:
             accumulate = -(-len(data) // batch_size)
-            engine = Engine(
-                model, data, scalars, [checked_objective(objective)], cache_bytes=cache_bytes, accumulate=accumulate
-            )
-            with engine:
-                _, (of_objective,) = engine.gradients([Share(range(len(data)), objective)])
+            execution = Execution(accumulate, cache_bytes)
+            with Engine(model, data, scalars, [checked_objective(objective)], execution) as engine:
+                _, (objective_scores,) = engine.gradients([FitRequest(range(len(data)), objective)])
         elif not skipped():
-            gradient_on_trial(model, data, scalars)
-        with evaluation_mode(model), Removals(model, data, scalars, batch_size, cache_bytes) as removals:
-            found = removals.run(gradient=objective is None, knock_out=knock_out, progress=progress)
-    scores = found.gradient if of_objective is None else of_objective
+            check_gradient(model, data, scalars)
+        with evaluation_mode(model), KnockOut(model, data, scalars, batch_size, cache_bytes) as passes:
+            found = passes.run(gradient=objective is None, knock_out=knock_out, progress=progress)
+    scores = found.gradient if objective_scores is None else objective_scores
     assert scores is not None
     return Attribution(
         scores.detach().float().cpu(), found.changes, scalars.location, len(data), found.difference, objective
@@ -214,14 +213,14 @@ def _at_rest(intervention: Any) -> ActivScalar:
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of two vectors; NaN where one of them is constant."""
+    """Pearson's correlation of two vectors; NaN if one of them is constant."""
     a, b = a - a.mean(), b - b.mean()
     size = float(a.norm() * b.norm())
     return float(a @ b) / size if size > 0 else math.nan
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Places in ascending order from 1; equal values share the mean of theirs."""
+    """Ranks in ascending order from 1; equal values share their mean rank."""
     _, where, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[where]

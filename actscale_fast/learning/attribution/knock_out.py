@@ -1,8 +1,8 @@
-"""The passes of an attribution: a gradient at α = 0, and every head removed once, from the layer where it stands.
+"""The passes of an attribution: a gradient at α = 0, and each head removed once, starting at its layer.
 
-A piece is as many prompts as memory allows. One forward pass of the frozen model over it, with scalars that are 0,
-gives the logit differences, their gradient and the hidden states below each chosen layer. The knock-outs of a layer
-then start there: rows = prompts × (slots · heads), each of which reads its own row of a stack of one-hot α = −1.
+The prompts run in pieces that fit the memory. One forward pass of the frozen model over a piece, with scalars of 0,
+gives the logit differences, their gradient and the hidden states that enter each chosen layer. The knock-outs of a
+layer start from these: a batch has prompts × (slots · heads) rows, each with one group of a stack of one-hot α = −1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from ...architectures.layout import embedding_weight, layout
+from ...architectures.hugging_face import embedding_weight
+from ...architectures.layout import layout
 from ...frozen.batching import Batch, forward_arguments
 from ...frozen.shortcuts import open_frozen_model
 from ...interventions import ActivScalar
@@ -27,8 +28,7 @@ from ..engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, p
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Tokens in one pass. Forward passes of SmolLM2-135M's upper half on two cores take the same time, to 10 %, with 512,
-#: 1024 and 2048. A GPU needs a bound too, because all heads times all prompts may not fit (not measured).
+#: Tokens in one pass on a GPU, because all heads times all prompts may not fit (not measured).
 _PASS_TOKENS_GPU = 1 << 14
 
 
@@ -36,20 +36,20 @@ _PASS_TOKENS_GPU = 1 << 14
 class Found:
     """Means over all examples."""
 
-    difference: float  # z[c] − z[w] of the frozen model
+    difference: float  # the frozen model's z[c] − z[w]
     gradient: Tensor | None  # [L, P, H]
     changes: Tensor | None  # fp32 [L, P, H] on the CPU
 
 
-class Removals:
-    """Runs the passes; a context manager, inside which the model (frozen already) has gates at its layers.
+class KnockOut:
+    """Runs the passes; a context manager that opens a model that is already frozen.
 
     Args:
         model: a causal language model; the one inside a wrapper runs.
-        data: its examples, encoded.
-        scalars: all 0.
-        batch_size: prompts in a piece, at most.
-        cache_bytes: for the hidden states of a piece; a single prompt may exceed it.
+        data: the encoded examples.
+        scalars: scalars that are all 0.
+        batch_size: the largest number of prompts in a piece.
+        cache_bytes: memory for the hidden states of a piece; a single prompt may exceed it.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Removals:
         self.on_cpu = data.device.type == "cpu"
         self.max_tokens = PASS_TOKENS_CPU if self.on_cpu else _PASS_TOKENS_GPU
         self.starts = [self.location.first_changed(layer) for layer in self.location.layers]
-        #: Slots of the prompt times heads; no example has generated tokens.
+        #: Slots of the prompt times heads; examples have no generated tokens.
         self.n_groups = (self.location.n_slots - self.location.generated) * self.location.n_heads
         self._open = contextlib.ExitStack()
 
@@ -81,7 +81,7 @@ class Removals:
         return self.found.model
 
     def run(self, *, gradient: bool, knock_out: bool, progress: bool) -> Found:
-        """All pieces, one after the other."""
+        """Run all pieces one after the other."""
         from tqdm.auto import tqdm
 
         n_layers, n_slots, n_heads = self.scalars.alpha.shape
@@ -113,12 +113,12 @@ class Removals:
         )
 
     def _pieces(self, knock_out: bool) -> list[list[int]]:
-        """The examples in parts of similar length, each within the bounds."""
+        """The examples in pieces of similar length, each within the bounds."""
         lengths = [len(prompt) for prompt in self.data.prompts]
         pieces = []
-        # Each prompt runs once for every group: that is what a column of padding costs.
+        # Each prompt runs once per group, so a column of padding costs that much.
         weight, cost = self.n_groups if knock_out else 1, PASS_COST_CPU if self.on_cpu else PASS_COST_GPU
-        cost = cost if self.data.pads else 0  # then every length has passes of its own
+        cost = cost if self.data.pads else 0  # without padding each length needs passes of its own
         for rows in plan(lengths, weight=weight, pass_cost=cost, max_tokens=None):
             longest = max(lengths[row] for row in rows)
             most = min(self.batch_size, self.max_tokens // longest)
@@ -130,14 +130,14 @@ class Removals:
         return pieces
 
     def _token_bytes(self) -> int:
-        """Of one hidden state."""
+        """Bytes of one hidden state."""
         weight = embedding_weight(self._model)
         return int(self.found.hidden_size * weight.element_size())
 
     def _frozen(
         self, rows: Sequence[int], batch: Batch, gradient: bool, knock_out: bool
     ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
-        """Of the frozen model: z[c] − z[w] [B], the gradient of its sum, hidden states by the layer that they enter."""
+        """The frozen model's z[c] − z[w] [B], the gradient of its sum, and hidden states by the layer they enter."""
         wanted = sorted({start for start in self.starts if start}) if knock_out else []
         with torch.set_grad_enabled(gradient), Patch(self._model, self.scalars) as patched:
             output, noted = self._pass(patched, batch, wanted=wanted)
@@ -147,7 +147,7 @@ class Removals:
 
     @torch.no_grad()
     def _removed(self, index: int, rows: Sequence[int], batch: Batch, hidden: dict[int, Tensor]) -> Tensor:
-        """z[c] − z[w] [B, n_groups] with one (slot, head) of the index-th chosen layer removed."""
+        """z[c] − z[w] [B, n_groups] with one (slot, head) of the index-th chosen layer removed per group."""
         n_items = len(rows) * self.n_groups
         size = even_size(n_items, self.max_tokens // batch.input_ids.shape[1])
         start = self.starts[index]
@@ -162,19 +162,19 @@ class Removals:
         return torch.cat(differences).view(len(rows), self.n_groups)
 
     def _pass(self, patched: Patch, batch: Batch, **options: Any) -> tuple[Tensor, dict[int, Tensor]]:
-        """One run of the section, all of whose columns are prompt."""
+        """One run of the section, where all columns belong to the prompt."""
         with patched.prompt(batch.input_ids.shape[1], batch.attention_mask if batch.padded else None):
             return self.section.run(forward_arguments(self._model, batch), **options)
 
     def _one_hot(self, index: int) -> ActivScalar:
-        """A stack for the index-th chosen layer; its g-th part removes the g-th (slot, head)."""
+        """A stack for the index-th chosen layer, whose g-th group removes the g-th (slot, head)."""
         location = replace(self.location, layers=(self.location.layers[index],))
         stack = ActivScalar(location, n_groups=self.n_groups, device=self.scalars.device).requires_grad_(False)
         stack.alpha.view(self.n_groups, -1).fill_diagonal_(-1.0)
         return stack
 
     def _difference(self, output: Tensor, rows: Sequence[int]) -> Tensor:
-        """z[c] − z[w] [B] in fp32 or wider, from two rows of the head, or from the logits where there is none."""
+        """z[c] − z[w] [B] in fp32 or wider, from two rows of the head, or from the logits if there is no head."""
         correct, wrong = self.data.correct[list(rows)], self.data.wrong[list(rows)]
         ids = torch.stack([correct, wrong], -1)  # [B, 2]
         wide = torch.promote_types(output.dtype, torch.float32)

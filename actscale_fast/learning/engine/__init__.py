@@ -1,33 +1,35 @@
-"""One step of one fit or of many: the three terms and their gradients, at the cost of what an intervention can change.
+"""One step of one fit or of many: the terms and their gradients, at the cost of what the interventions can change.
 
-A step has shares, one a fit: prompts, an objective, a group of scalars (`arrangement`). Each prompt runs under each
-direction. What the interventions cannot reach is constant and kept (`constants`, `frozen_side`); the rest is put into
-passes of little padding (`planning`, `packing`), written down as tensors (`inputs`) and computed as a section of the
-model (`passes`), on a GPU also as CUDA graphs (`capture`). The last hidden states go to the fused losses, never as
-logits where the head allows it.
+In the order of a step:
+
+- `engine`: opens the model with the fastest strategy that agrees with the plain model, then takes steps, which a
+  `step_runner` runs;
+- `microbatches`: splits the prompts of the `FitRequest`s, by `batch_plan` (little padding, few passes), `packing`
+  (several prompts per row, if `packing_check` allows it) and `token_budget` (memory);
+- `collate`: makes the tensors of a microbatch, with constants from `reference_cache`;
+- `forward_backward`: the losses and gradients of a microbatch, on a GPU optionally by `cuda_graphs`.
+
+Once per engine: `active_region` finds what can change, `reference_cache` runs the frozen model and keeps the rest in a
+`row_store`, and `gradient_check` compares two prompts with the `plain_model`. `shared_layers` finds the layers that are
+the same for both directions.
 """
 
+from .active_region import ActiveRegion, active_region
 from .batch_plan import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
 from .engine import Engine
-from .extent import CACHE_BYTES, SPILL_BYTES, Extent, extent_of
-from .gradient_check import GradientError, gradient_on_trial
-from .microbatches import Item, Share, Unit, may_pack
+from .gradient_check import GradientError, check_gradient
+from .microbatches import FitRequest
 
 __all__ = [
-    "CACHE_BYTES",
     "PASS_COST_CPU",
     "PASS_COST_GPU",
     "PASS_TOKENS_CPU",
-    "SPILL_BYTES",
+    "ActiveRegion",
     "Engine",
-    "Extent",
+    "FitRequest",
     "GradientError",
-    "Item",
-    "Share",
-    "Unit",
+    "active_region",
+    "check_gradient",
     "even_size",
-    "extent_of",
-    "gradient_on_trial",
-    "may_pack",
     "plan",
 ]

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: What one more pass costs, in tokens: below it, padding is cheaper. SmolLM2-135M on two cores: 0.15 s of Python, small
-#: ops and weights read once more a pass, 2.5 ms a token. A GPU is bound by launches at such sizes and pads instead (not
-#: measured).
+#: The cost of one more pass, in tokens; less padding than that is cheaper. See benchmarks/README.md; a GPU is bound by
+#: launches at such sizes and pads instead (not measured).
 PASS_COST_CPU, PASS_COST_GPU = 64, 1 << 30
-#: Tokens in one pass on a CPU, where larger products are not faster and larger activations leave the caches.
+#: Tokens in one pass on a CPU, where larger products are not faster and larger activations exceed the caches.
 PASS_TOKENS_CPU = 1024
 
 
 def plan(
     lengths: Sequence[int], *, weight: int, pass_cost: int, max_tokens: int | None, at_least: int = 1
 ) -> list[list[int]]:
-    """The items of each pass, by their place in `lengths`.
+    """The items of each pass, by their index in `lengths`.
 
-    Items of one length are kept together where the bound allows it; the split of the sorted lengths into passes has the
-    least Σ (items · weight · longest + pass_cost), by dynamic programming over the distinct lengths.
+    Items of one length are kept together if the bound allows it. The sorted lengths are split so that
+    Σ (items · weight · longest + pass_cost) is minimal, by dynamic programming over the distinct lengths.
 
     Args:
-        lengths: tokens of each item that run.
-        weight: rows of each item (one a direction).
-        pass_cost: of one more pass, in tokens.
-        max_tokens: of one pass, padding included; None: no bound. A single item may exceed it.
-        at_least: passes to make; the largest ones are halved until there are as many. One an item is the most.
+        lengths: number of tokens of each item that run.
+        weight: number of rows per item (one per direction).
+        pass_cost: cost of one more pass, in tokens.
+        max_tokens: the largest number of tokens in a pass, including padding; None: no bound. A single item may exceed
+            it.
+        at_least: number of passes to make; the largest ones are halved until there are as many, or one per item.
     """
     order = sorted(range(len(lengths)), key=lambda item: lengths[item])
     distinct = sorted(set(lengths))
@@ -56,6 +56,6 @@ def plan(
 
 
 def even_size(count: int, most: int) -> int:
-    """The size of equal pieces of `count` things, as few as `most` in a piece allows (one, where it allows none)."""
+    """The size of equal pieces of `count` items, with at most `most` (but at least one) in each piece."""
     n_pieces = -(-count // max(most, 1))
     return -(-count // n_pieces)

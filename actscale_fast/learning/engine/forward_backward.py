@@ -1,11 +1,8 @@
-"""One pass of a step, from tensors on the device to terms and gradients.
+"""The forward and backward pass of a microbatch, from tensors on the device to terms and gradients.
 
-`Passes.compute` reads tensors and their shapes alone and never waits for the device, so that a CUDA graph can capture
-it. What depends on values (the rows of a step, their padding, where the constants lie) is decided before, on the host,
-and stands in `Inputs`.
-
-Layers below the lowest scalar that is not zero give both directions the same activations. They run once a prompt, and
-since an edit of parameters that are 0 is linear in β, their gradient is that of Σ_s s·(upstream under β = s).
+`ForwardBackward.compute` reads only tensors and their shapes and never waits for the device, so that a CUDA graph can
+capture it. Everything that depends on values (the rows of a step, their padding, where constants are kept) is decided
+before, on the host, and is part of `MicrobatchInputs`.
 """
 
 from __future__ import annotations
@@ -16,80 +13,85 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import ops
 from ...architectures.lm_head import OutputHead
 from ...frozen.batching import Batch, forward_arguments
-from ...frozen.partial_forward import Section
+from ...frozen.partial_forward import PartialForward
 from ...interventions import DynScalar, produced_l1
 from ...patching.patch import AnyPatch
-from .extent import prefix_of
+from .reference_cache import prefix_of
+from .shared_layers import SignedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: margin, exclude_answers, kl: rows that share them go through one call of the loss.
+#: margin, exclude_answers, kl: the losses that share them are one call.
 LossOptions = tuple[float, bool, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """What of a pass is no tensor; passes of one shape and the same tensor shapes are one graph."""
+class MicrobatchShape:
+    """The parts of a microbatch that are not tensors; one CUDA graph serves each, if the tensors' shapes agree too."""
 
-    width: int  # the last columns that run
+    width: int  # number of columns that run, counted from the last
     padded: bool
-    packed: bool  # several prompts stand in a row
-    first: int  # the lowest layer that runs
-    regular: bool  # row r is of unit r mod I
-    quiet_below: int  # layers below it run once for all directions; n_layers + 1: so does the head
+    packed: bool  # rows hold several prompts
+    first_layer: int  # the lowest layer that runs
+    regular: bool  # batch row b belongs to packed row b mod I
+    shared_below: int  # layers below it run once for all directions; n_layers + 1: so does the head
     losses: tuple[LossOptions, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """A pass: I units (a prompt, or several packed), B rows (one a unit and direction), R losses, S shares.
+class MicrobatchInputs:
+    """A microbatch as tensors.
 
-    A loss is of a prompt under one direction; R is B but where units are packed. Tensors: "ids" int64 [I, T]; "mask"
-    int64 [I, T], packed additive [I, 1, T, T] and then also "positions" [I, T], "row_of", "column_of" int64 [R], where
-    each loss's last token is; "expand" int64 [B], the unit of each row; "sign" [B] of ±1; "groups" int64 [I] where the
-    intervention is a stack; "hidden" [I, width, d] and "keys.l", "values.l" [I, ·, S, ·] where they are constant;
-    "mean" [S, R], 1/n of the share where a loss is its own; "weight" [R], λ_F/n; "sparsity" [R], λ_M/n a direction,
-    where produced scalars are penalised (a row is then of one prompt). Of the i-th kind of loss: "places.i" int64,
-    which ones, where there are several kinds; "correct.i", "wrong.i", and its reference.
+    It has I packed rows, B batch rows (one per packed row and direction), R losses (one per prompt and direction, so
+    R = B unless prompts are packed) and S fit requests. The tensors are, by name:
+
+    - "ids" int64 [I, T]; "mask" int64 [I, T], or additive [I, 1, T, T] if packed, then with "positions" int64 [I, T];
+    - "expand" int64 [B], the packed row of each batch row; "sign" [B], +1 or −1;
+    - "groups" int64 [I] if the intervention is a stack;
+    - "hidden" [I, width, d], "keys.l" and "values.l" [I, ·, prefix, ·] as far as they are constant;
+    - "row_of" and "column_of" int64 [R], the batch row and column of each loss's last token, if packed;
+    - "mean" [S, R], 1/n of a request for its own losses, else 0; "weight" [R], λ_F/n; "sparsity" [R], λ_M/(n·d) for d
+      directions, if produced scalars are penalised (prompts are not packed then);
+    - for the i-th kind of loss "correct.i" and "wrong.i" int64, and "places.i" int64, its losses, if there are several
+      kinds.
     """
 
-    shape: Shape
+    shape: MicrobatchShape
     tensors: dict[str, Tensor]
-    references: tuple[ops.ReferenceStatistics | Tensor, ...]  # of each loss: statistics, or logits without a head
+    references: tuple[ops.ReferenceStatistics | Tensor, ...]  # per kind of loss: statistics, or logits without a head
 
 
-class Passes:
-    """The computation of passes on an open model.
+class ForwardBackward:
+    """Computes microbatches on an open model.
 
     Args:
-        model: plain or compiled.
-        section: of the model, open.
+        model: the model, plain or compiled.
+        section: the model's open partial forward pass.
         patched: the intervention's patch.
-        head: the model's, or None: the losses take logits.
-        n_layers: of the model.
-        parameters: whose gradients are wanted.
+        head: the model's head; None: the losses take logits.
+        n_layers: the model's number of layers.
+        parameters: the parameters whose gradients are wanted.
     """
 
     def __init__(
-        self, model: PreTrainedModel, section: Section, patched: AnyPatch, head: OutputHead | None, n_layers: int,
-        parameters: Sequence[Tensor],
+        self, model: PreTrainedModel, section: PartialForward, patched: AnyPatch, head: OutputHead | None,
+        n_layers: int, parameters: Sequence[Tensor],
     ) -> None:  # fmt: skip
         self.model, self.section, self.patched, self.head = model, section, patched, head
         self.n_layers, self.parameters = n_layers, list(parameters)
 
-    def compute(self, inputs: Inputs) -> list[Tensor]:
-        """The terms of each share [S, 3] and the gradient of each parameter, of E + λ_F·F (+ λ_M·‖produced‖₁)."""
+    def compute(self, inputs: MicrobatchInputs) -> list[Tensor]:
+        """The terms of each request [S, 3] and the gradient of each parameter, of E + λ_F·F (+ λ_M·‖produced‖₁)."""
         terms, loss = self.losses(inputs)
         return [terms, *torch.autograd.grad(loss, self.parameters)]
 
-    def losses(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """(the terms [S, 3], float32 without a graph; the loss with its graph)."""
+    def losses(self, inputs: MicrobatchInputs) -> tuple[Tensor, Tensor]:
+        """(the terms [S, 3] in float32 and without a graph, the loss with its graph)."""
         given = inputs.tensors
         (output, produced), direction = self._noted_forward(inputs), given["sign"]
         if inputs.shape.packed:
@@ -102,12 +104,12 @@ class Passes:
         if "sparsity" in given:
             loss = loss + (produced * given["sparsity"].to(produced)).sum()
         rows = torch.stack([effectiveness.detach(), faithfulness.detach(), produced.detach()], -1)  # [R, 3]
-        # Not as a product: a row that is not finite concerns its own share alone.
+        # Not as a product, so that a row that is not finite does not affect other requests.
         own = torch.where((mean > 0)[..., None], mean[..., None] * rows, 0.0)  # [S, R, 3]
         return own.sum(1).to(given["mean"].device, torch.float32), loss
 
-    def _noted_forward(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        """(`_forward`, ‖produced scalars‖₁ of each row [B] where it is penalised)."""
+    def _noted_forward(self, inputs: MicrobatchInputs) -> tuple[Tensor, Tensor | None]:
+        """(`_forward`, ‖produced scalars‖₁ of each batch row [B] if it is penalised)."""
         probe = self.patched.intervention
         if "sparsity" not in inputs.tensors or not isinstance(probe, DynScalar):
             return self._forward(inputs), None
@@ -117,19 +119,19 @@ class Passes:
         real = given["mask"][given["expand"]][:, -shape.width :] != 0 if shape.padded else None
         return output, produced_l1(noted, real)
 
-    def _forward(self, inputs: Inputs) -> Tensor:
-        """The head's inputs (or logits) of the rows [B, ·], packed at every token [B, T, d]."""
+    def _forward(self, inputs: MicrobatchInputs) -> Tensor:
+        """The head's inputs (or logits) of the batch rows [B, ·]; of every token [B, T, d] if packed."""
         shape, given = inputs.shape, inputs.tensors
         groups, expand, sign = given.get("groups"), given["expand"], given["sign"]
-        first, hidden = shape.first, given.get("hidden")
-        if shape.quiet_below > first:
-            end = None if shape.quiet_below > self.n_layers else shape.quiet_below
+        first, hidden = shape.first_layer, given.get("hidden")
+        if shape.shared_below > first:
+            end = None if shape.shared_below > self.n_layers else shape.shared_below
             self.patched.set_rows(1.0, groups)
             shared = self._run(given, shape, given, None, first=first, hidden=hidden, end=end)
-            hidden = _SignedRows.apply(shared, expand.to(shared.device), sign.to(shared.device))
+            hidden = SignedRows.apply(shared, expand.to(shared.device), sign.to(shared.device))
             if end is None:
                 return hidden
-            first = shape.quiet_below
+            first = shape.shared_below
         elif hidden is not None:
             hidden = hidden[expand.to(hidden.device)]
         constant = given
@@ -140,10 +142,10 @@ class Passes:
         return self._run(given, shape, constant, expand, first=first, hidden=hidden)
 
     def _run(
-        self, given: dict[str, Tensor], shape: Shape, constant: dict[str, Tensor], rows: Tensor | None, *, first: int,
-        hidden: Tensor | None, end: int | None = None,
+        self, given: dict[str, Tensor], shape: MicrobatchShape, constant: dict[str, Tensor], rows: Tensor | None, *,
+        first: int, hidden: Tensor | None, end: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """The units, or the rows of them (their numbers int64 [B])."""
+        """Run the packed rows, or the batch rows if `rows` int64 [B] says which packed row each has."""
         if shape.packed:
             names = {"ids": "input_ids", "mask": "attention_mask", "positions": "position_ids"}
             arguments: dict[str, Any] = {
@@ -159,7 +161,7 @@ class Passes:
         with self.patched.prompt(n_columns, batch.attention_mask if batch.padded else None):
             return self.section.run(arguments, first=first, end=end, hidden=hidden, prefix=prefix)[0]
 
-    def _row_losses(self, output: Tensor, direction: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def _row_losses(self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs) -> tuple[Tensor, Tensor]:
         """Effectiveness and faithfulness of each loss [R]."""
         parts = []
         for number, options in enumerate(inputs.shape.losses):
@@ -174,7 +176,7 @@ class Passes:
         return effectiveness, faithfulness
 
     def _loss(
-        self, output: Tensor, direction: Tensor, inputs: Inputs, number: int, options: LossOptions
+        self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs, number: int, options: LossOptions
     ) -> tuple[Tensor, Tensor]:
         margin, exclude, kl = options
         correct, wrong = (inputs.tensors[f"{name}.{number}"].to(output.device) for name in ("correct", "wrong"))
@@ -188,20 +190,3 @@ class Passes:
                 output, self.head.weight, reference, correct, wrong, **given, **self.head.options
             )
         return effectiveness, faithfulness
-
-
-class _SignedRows(torch.autograd.Function):
-    """Rows of prompts that both directions share: row r is x[expand[r]]; the gradient of x[i] is Σ_r sign[r]·dy[r]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, expand: Tensor, sign: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(expand, sign)
-        ctx.n_items = x.shape[0]
-        return x[expand]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        expand, sign = ctx.saved_tensors
-        signed = dy * sign.to(dy.dtype).view(-1, *[1] * (dy.dim() - 1))
-        return dy.new_zeros(ctx.n_items, *dy.shape[1:]).index_add_(0, expand, signed), None, None

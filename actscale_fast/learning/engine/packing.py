@@ -1,9 +1,9 @@
-"""Several prompts in one row of a pass: no padding between them, and what they begin with in common runs once.
+"""Packing several prompts into one row: there is no padding between them, and a common beginning runs once.
 
-The prompts of a row are the paths of a tree of tokens, in which a common beginning is one path. A token attends to its
-ancestors alone and has their number as its position, so that every prompt is computed as if it stood by itself. Where
-every token is steered alike, and by the same scalars, that is exact: the beginning of two prompts is the same
-computation. Attention then costs the square of the row's columns, which bounds how much a row should hold.
+The prompts of a row are the paths of a tree of tokens, in which a common beginning is one path. A token attends only to
+its ancestors, and their number is its position, so every prompt is computed as if it stood alone. If all tokens are
+steered by the same scalars this is exact, because the common beginning of two prompts is the same computation. The cost
+of attention grows with the square of the row's columns, which limits how much a row should hold.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Columns that rows are filled up to; the plan of a step tries each and takes the cheapest.
+#: Numbers of columns that rows are filled up to; each step tries all of them and takes the cheapest.
 COLUMNS = (48, 80, 128)
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """The tokens of one row, parents before children."""
+    """The tokens of one row; parents come before their children."""
 
     tokens: list[int]
-    depths: list[int]  # of each token, its position in every prompt that it is part of
-    paths: list[list[int]]  # the columns of each prompt's tokens
-    sources: list[tuple[int, int]]  # of each token: a prompt that it is part of, and its position there
+    depths: list[int]  # position of each token, in every prompt that it is part of
+    paths: list[list[int]]  # columns of each prompt's tokens
+    sources: list[tuple[int, int]]  # for each token: a prompt that it is part of, and its position there
 
     @property
     def width(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return len(self.tokens)
 
     def allowed(self, width: int) -> Tensor:
-        """Which columns each column attends to, bool [width, width]; columns after the tree see themselves."""
+        """Which columns each column attends to, bool [width, width]; columns after the tree attend to themselves."""
         seen = torch.eye(width, dtype=torch.bool, device="cpu")
         for path in self.paths:
             columns = torch.tensor(path, device="cpu")
@@ -43,7 +43,7 @@ class Tree:
 
 
 def tree_of(prompts: Sequence[Sequence[int]]) -> Tree:
-    """The tree of prompts in lexicographic order: neighbours share the most."""
+    """The tree of prompts, which must be in lexicographic order, where neighbours share the most."""
     tree = Tree([], [], [], [])
     before: Sequence[int] = ()
     path: list[int] = []
@@ -61,16 +61,16 @@ def tree_of(prompts: Sequence[Sequence[int]]) -> Tree:
 
 
 def rows_of(prompts: Sequence[Sequence[int]], columns: int) -> list[list[int]]:
-    """The prompts of each row, by their place: as many rows as `columns` asks for, the widest as narrow as can be.
+    """The prompts of each row, by index: no more rows than `columns` requires, with the widest as narrow as possible.
 
-    Rows are consecutive pieces of the lexicographic order, which keeps together what begins alike.
+    Rows are consecutive pieces of the lexicographic order, which keeps common beginnings together.
     """
     order = sorted(range(len(prompts)), key=lambda place: tuple(prompts[place]))
     pairs = itertools.pairwise(order)
     added = [len(prompts[order[0]]), *(len(prompts[b]) - _shared(prompts[a], prompts[b]) for a, b in pairs)]
     n_rows = -(-sum(added) // columns)
     low, high = max(len(prompt) for prompt in prompts), sum(map(len, prompts))
-    while low < high:  # the narrowest bound that needs no more rows
+    while low < high:  # find the narrowest bound that needs no more rows
         middle = (low + high) // 2
         if len(_filled(prompts, order, added, middle)) <= n_rows:
             high = middle
@@ -94,13 +94,13 @@ def _filled(prompts: Sequence[Sequence[int]], order: list[int], added: list[int]
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of attention as models take it in four dimensions: 0 where allowed, very negative elsewhere."""
+    """An additive attention mask: 0 where attention is allowed, a very negative number elsewhere."""
     lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, lowest)
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that two prompts begin with in common."""
+    """Number of tokens that two prompts have in common at their beginning."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

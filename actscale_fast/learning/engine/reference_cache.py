@@ -1,4 +1,4 @@
-"""The frozen model's side of a fit, computed once: what the losses compare with, and what no scalar can change."""
+"""What the frozen model computes for each example, once: the references of the losses, and what stays constant."""
 
 from __future__ import annotations
 
@@ -9,62 +9,63 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...architectures.layout import ModelLayout, embedding_weight
+from ...architectures.hugging_face import embedding_weight
+from ...architectures.layout import ModelLayout
 from ...architectures.lm_head import OutputHead
-from ...frozen.batching import forward_arguments
-from ...frozen.partial_forward import Section, cache_arguments, keys_and_values
+from ...frozen.batching import Batch, forward_arguments
+from ...frozen.partial_forward import PartialForward, Prefix, cache_arguments, keys_and_values
 from ...patching.patch import AnyPatch
 from ..encoded_examples import EncodedExamples
-from .extent import Extent, RowStore, right_aligned
-from .packing import additive
+from .active_region import ActiveRegion
+from .row_store import RowStore, right_aligned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Prompts in a pass of the frozen model.
+#: Number of prompts in one pass of the frozen model.
 REFERENCE_ROWS = 32
 
 
-class FrozenSide:
-    """What the frozen model says of each example, and the part of its computation that stays the same.
+class ReferenceCache:
+    """The frozen model's predictions for each example, and the part of its computation that no step changes.
 
     Args:
-        model, found: plain or compiled, and its layout.
+        model, found: the model, plain or compiled, and its layout.
         data: the examples.
-        extent: what an intervention can change of them.
-        section: of the model, open.
-        patched: the intervention's patch, paused while the frozen model runs.
-        head: the model's, or None: logits are kept.
-        store: for what is constant.
+        region: what an intervention can change.
+        section: the model's open partial forward pass.
+        patched: the intervention's patch, which is paused while the frozen model runs.
+        head: the model's head; None: logits are kept.
+        store: holds what is constant.
     """
 
     def __init__(
-        self, model: PreTrainedModel, found: ModelLayout, data: EncodedExamples, extent: Extent, section: Section,
-        patched: AnyPatch, head: OutputHead | None, store: RowStore,
+        self, model: PreTrainedModel, found: ModelLayout, data: EncodedExamples, region: ActiveRegion,
+        section: PartialForward, patched: AnyPatch, head: OutputHead | None, store: RowStore,
     ) -> None:  # fmt: skip
-        self.model, self.found, self.data, self.extent = model, found, data, extent
+        self.model, self.found, self.data, self.region = model, found, data, region
         self.section, self.patched, self.head, self.store = section, patched, head, store
         self.dtype: torch.dtype = embedding_weight(found.model).dtype
         self.statistics: dict[tuple[bool, str], ops.ReferenceStatistics] = {}
-        self.outputs: Tensor | None = None  # [N, V] logits where there is no head
+        self.logits: Tensor | None = None  # [N, V] if there is no head
 
     @torch.no_grad()
-    def prepare(self, options: Iterable[tuple[bool, str]]) -> Tensor:
-        """Run all examples once; the head's inputs [N, d], or their logits [N, V] without one.
+    def fill(self, options: Iterable[tuple[bool, str]]) -> Tensor:
+        """Run all examples once; returns the head's inputs [N, d], or the logits [N, V] if there is no head.
 
         Args:
             options: `exclude_answers` and `kl` of the objectives.
         """
         outputs: list[tuple[list[int], Tensor]] = []
         for rows in self.data.by_length(REFERENCE_ROWS):
-            output, kept = self.run(rows)
+            output, constant = self._run(rows)
             outputs.append((rows, output))
-            if kept:
-                self.store.put(rows, kept)
+            if constant:
+                self.store.put(rows, constant)
         order = torch.tensor([row for rows, _ in outputs for row in rows], device="cpu").argsort()
         output = torch.cat([output for _, output in outputs])[order.to(outputs[0][1].device)]
         if self.head is None:
-            self.outputs = output
+            self.logits = output
             return output
         correct, wrong = (ids.to(output.device) for ids in (self.data.correct, self.data.wrong))
         for exclude, kl in options:
@@ -75,80 +76,77 @@ class FrozenSide:
         return output
 
     def reference(self, examples: Tensor, exclude_answers: bool, kl: str) -> ops.ReferenceStatistics | Tensor:
-        """What the losses of these examples (int64 [R], on the host) compare with."""
-        if self.outputs is not None:
-            return self.outputs[examples.to(self.outputs.device)]
+        """The references of the losses of these examples (int64 [R], on the host)."""
+        if self.logits is not None:
+            return self.logits[examples.to(self.logits.device)]
         known = self.statistics[exclude_answers, kl]
         return known[examples.to(known.correct.device)]
 
     def constants(self, rows: Sequence[int], columns: int) -> dict[str, Tensor]:
-        """What is constant of these rows, left-padded to `columns`."""
-        if self.extent.whole:
+        """What is constant for these rows, left-padded to `columns`: "hidden", "keys.l" and "values.l"."""
+        if self.region.is_whole:
             return {}
-        n_prefix = max(columns - self.extent.width, 0)
+        n_prefix = max(columns - self.region.width, 0)
         cut = {}
-        for name, value in self._kept(rows).items():
+        for name, value in self._stored(rows).items():
             if name == "hidden":
-                cut[name] = value[:, -min(columns, self.extent.width) :]
+                cut[name] = value[:, -min(columns, self.region.width) :]
             elif n_prefix:
                 cut[name] = value[:, :, -n_prefix:]
         return cut
 
     def hidden(self, rows: Sequence[int]) -> Tensor | None:
-        """The hidden states [rows, width, d] that the lowest running layer gets, aligned at their last token."""
-        return self._kept(rows)["hidden"] if self.extent.first else None
+        """The hidden states [rows, width, d] that enter the lowest running layer, aligned at their last token."""
+        return self._stored(rows)["hidden"] if self.region.first_layer else None
 
     @torch.no_grad()
-    def run(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the head's inputs or logits of these rows, what is constant of them) without the intervention."""
-        from transformers import DynamicCache
-
-        extent = self.extent
-        batch = self.data.batch(rows)
-        arguments = forward_arguments(self.model, batch)
-        cache = DynamicCache() if extent.n_prefix else None
-        if cache is not None:
-            arguments |= cache_arguments(self.found.model, cache)
-        output, noted = self._paused(arguments, wanted=[extent.first] if extent.first else [])
-        kept = {}
-        if extent.first:
-            kept["hidden"] = right_aligned(noted[extent.first], extent.width, 1)
-        if cache is not None:
-            columns = batch.input_ids.shape[1]
-            for index in range(extent.first, self.found.n_layers):
-                for name, value in zip(("keys", "values"), keys_and_values(cache, index), strict=True):
-                    whole = right_aligned(value[:, :, :columns], extent.longest, 2)
-                    kept[f"{name}.{index}"] = whole[:, :, : extent.n_prefix]
-        return output, kept
-
-    @torch.no_grad()
-    def says_the_same(self, packed: dict[str, Tensor], columns: Sequence[int], expected: Tensor) -> bool:
-        """Whether one packed row gives its prompts the head's inputs that they have by themselves, thanks to its mask.
-
-        Args:
-            packed: its "ids", "positions" and "mask".
-            columns: of the prompts' last tokens.
-            expected: [prompts, d].
-        """
-        arguments = {"input_ids": packed["ids"], "position_ids": packed["positions"], "use_cache": False}
-        causal = additive(torch.ones_like(packed["mask"], dtype=torch.bool).tril(), self.dtype)
-        off = []
-        for mask in (packed["mask"], causal):
-            found, _ = self._paused(arguments | {"attention_mask": mask}, every_token=True)
-            off.append((found[0, list(columns)] - expected).norm(dim=-1))
-        right, wrong = off
-        # Half of the digits: another position is far beyond that, rounding far below (some models compute their
-        # attention in float32 whatever their dtype). In 16 bits that says little: the mask has to matter as well.
-        digits = max(torch.finfo(expected.dtype).eps, torch.finfo(torch.float32).eps)
-        close = (right <= digits**0.5 * expected.norm(dim=-1)).all()
-        return bool(close and right.max() <= 0.1 * wrong.max())
-
-    def _paused(self, arguments: dict[str, Any], **options: Any) -> tuple[Tensor, dict[int, Tensor]]:
+    def run_frozen(self, arguments: dict[str, Any], **options: Any) -> tuple[Tensor, dict[int, Tensor]]:
+        """The section's output without the intervention."""
         self.patched.paused = True
         try:
             return self.section.run(arguments, **options)
         finally:
             self.patched.paused = False
 
-    def _kept(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        return self.store.get(rows, lambda again: self.run(again)[1])
+    @torch.no_grad()
+    def _run(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the head's inputs or logits of these rows, what is constant for them)."""
+        from transformers import DynamicCache
+
+        region = self.region
+        batch = self.data.batch(rows)
+        arguments = forward_arguments(self.model, batch)
+        cache = DynamicCache() if region.n_prefix else None
+        if cache is not None:
+            arguments |= cache_arguments(self.found.model, cache)
+        first = region.first_layer
+        output, noted = self.run_frozen(arguments, wanted=[first] if first else [])
+        constant = {}
+        if first:
+            constant["hidden"] = right_aligned(noted[first], region.width, 1)
+        if cache is not None:
+            columns = batch.input_ids.shape[1]
+            for index in range(first, self.found.n_layers):
+                for name, value in zip(("keys", "values"), keys_and_values(cache, index), strict=True):
+                    whole = right_aligned(value[:, :, :columns], region.longest, 2)
+                    constant[f"{name}.{index}"] = whole[:, :, : region.n_prefix]
+        return output, constant
+
+    def _stored(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        return self.store.get(rows, lambda missing: self._run(missing)[1])
+
+
+def prefix_of(constant: dict[str, Tensor], first: int, n_layers: int, batch: Batch, width: int) -> Prefix | None:
+    """The keys and values of a batch's columns before the last `width`, for the layers from `first` on.
+
+    Args:
+        constant: "keys.l" and "values.l" of these layers; not needed if all columns run, where the result is None.
+        first, n_layers: the lowest layer that runs, and the model's number of layers.
+        batch: the whole batch.
+        width: number of columns that run.
+    """
+    n_prefix = batch.input_ids.shape[1] - width
+    if n_prefix <= 0:
+        return None
+    layers = [(constant[f"keys.{index}"], constant[f"values.{index}"]) for index in range(first, n_layers)]
+    return Prefix(first, layers, len(batch), n_prefix, batch.input_ids.device)

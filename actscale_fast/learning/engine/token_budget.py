@@ -1,4 +1,4 @@
-"""How many tokens fit in a pass: what a pass keeps for its backward is counted once, on one prompt."""
+"""How many tokens fit in a pass: the memory that a pass keeps for its backward is counted once, on one prompt."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-#: Of the memory that is free when an engine opens.
+#: Share of the memory that is free when an engine opens.
 SHARE_OF_FREE = 0.5
-#: What a pass holds at its peak over what autograd keeps for the backward: activations in flight and their gradients.
+#: Peak memory of a pass, as a multiple of what autograd keeps: it includes temporary activations and gradients.
 PEAK_OVER_KEPT = 1.5
 
 
 class KeptBytes:
-    """Counts the bytes that autograd saves inside the block, each storage once, without those of the modules given."""
+    """Counts the bytes that autograd saves inside the block, each storage once, except for those of some modules."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.known = {
@@ -42,11 +42,11 @@ class KeptBytes:
         for address, n_bytes in _storages(tensor):
             if address not in self.known:
                 self.found[address] = n_bytes
-        return tensor.detach()  # an output that its own node keeps would be a cycle that nobody frees
+        return tensor.detach()  # an output kept by its own node would be a cycle that is never freed
 
 
 def _storages(tensor: Tensor) -> list[tuple[int, int]]:
-    """(address, bytes) of the memory behind a tensor: of a quantised or sharded one that of its parts."""
+    """(address, bytes) of the memory behind a tensor, or behind the parts of a quantised or sharded one."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         parts = [getattr(tensor, name) for name in names]
@@ -58,7 +58,7 @@ def _storages(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of memory that nobody uses: on a GPU what the driver and PyTorch's own pool have left, else of the machine."""
+    """Unused memory: on a GPU what the driver and PyTorch's own pool have left, else that of the machine."""
     if device.type == "cuda":
         pooled = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + pooled
@@ -66,6 +66,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def tokens_that_fit(kept_bytes: int, n_tokens: int, budget: int) -> int:
-    """The largest pass within a budget of bytes, where one of `n_tokens` keeps `kept_bytes`; at least one token."""
+    """The tokens of the largest pass within a budget of bytes, if `n_tokens` keep `kept_bytes`; at least one."""
     per_token = max(PEAK_OVER_KEPT * kept_bytes / max(n_tokens, 1), 1.0)
     return max(int(budget / per_token), 1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""What a sweep fits: points of a grid, each with an objective, settings, an intervention to start from, and a name."""
+"""The points of a sweep's grid: each has an objective, settings, a starting point and a folder name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ...architectures.layout import ModelLayout
+from ...architectures.location import check_layers
 from ...interventions import Intervention
-from .. import checkpoint as checkpoints
+from ..checkpoint import digest
 from ..fit_settings import FitSettings
 from ..objective import Objective
 
@@ -30,24 +31,24 @@ _KEYS = (*_OF_OBJECTIVE, *_OF_SETTINGS, "layers", "task")
 class Point:
     """One fit of a sweep before it has begun."""
 
-    chosen: dict[str, Any]  # what the grid says of it
+    chosen: dict[str, Any]  # what the grid says about it
     task: str | None
     objective: Objective
     settings: FitSettings
     intervention: Intervention
-    after: Point | None = None  # the fit whose result it starts from
+    after: Point | None = None  # the point whose result it starts from
     identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        """What the grid says, in a line."""
+        """What the grid says, in one line."""
         return ", ".join(f"{name}={_short(value)}" for name, value in self.chosen.items()) or "single"
 
     @property
     def folder(self) -> str:
-        """A name that stays the same as long as the fit does: its label and a digest of all that decides its result."""
+        """The name of its folder: the label and a digest of everything that determines the result."""
         readable = re.sub(r"[^A-Za-z0-9.=_-]+", "_", self.label)[:80]
-        return f"{readable}-{checkpoints.digest(self.identity)[:10]}"
+        return f"{readable}-{digest(self.identity)[:10]}"
 
 
 def points(
@@ -58,14 +59,14 @@ def points(
 
     Args:
         grid: as `sweep` takes it.
-        template: the intervention that points start from where they bring none.
-        objective, settings: those of all points, but for what the grid says.
-        tasks: the names of the sets of examples; (None,) where there is one without a name.
+        template: the starting point of points that have none of their own.
+        objective, settings: those of all points, except for what the grid says.
+        tasks: the names of the sets of examples; (None,) for one without a name.
         found: the model's layout.
 
     Raises:
-        TypeError, ValueError: a grid of another kind, an unknown key, a value that the objective or the settings
-            refuse, an unknown task.
+        TypeError, ValueError: a grid of another type, an unknown key or task, or a value that the objective or the
+            settings refuse.
     """
     made: list[Point] = []
     for given in _listed(grid):
@@ -87,9 +88,9 @@ def points(
         for task in wanted:
             if task not in tasks:
                 raise ValueError(f"grid: got the task {task!r}, expected among {', '.join(map(repr, tasks))}")
-            told = chosen if task is None else chosen | {"task": task}
+            own = chosen if task is None else chosen | {"task": task}
             made.append(
-                Point(told, task, replace(objective, **changes), replace(settings, **steps), copy.deepcopy(start))
+                Point(own, task, replace(objective, **changes), replace(settings, **steps), copy.deepcopy(start))
             )
     if not made:
         raise ValueError("grid: got no points, expected at least one")
@@ -97,11 +98,11 @@ def points(
 
 
 def chain_by_minimality(made: Sequence[Point]) -> list[list[Point]]:
-    """Paths of points that differ in λ_M alone, from the largest down; each starts where the one before ended."""
+    """Paths of points that differ only in λ_M, from the largest down; each starts where the previous one ended."""
     paths: dict[str, list[Point]] = {}
     for point in made:
-        told = {name: value for name, value in point.chosen.items() if name != "minimality"}
-        paths.setdefault(json.dumps(told, default=str, sort_keys=True), []).append(point)
+        others = {name: value for name, value in point.chosen.items() if name != "minimality"}
+        paths.setdefault(json.dumps(others, default=str, sort_keys=True), []).append(point)
     for path in paths.values():
         path.sort(key=lambda point: -point.objective.minimality)
         for before, point in itertools.pairwise(path):
@@ -128,11 +129,9 @@ def _listed(grid: Any) -> list[Any]:
 
 
 def _restricted(template: Intervention, layers: Any, found: ModelLayout) -> Intervention:
-    """The template's values at some layers, 0 where it has none."""
-    from ...architectures.location import check_layers
-
+    """The template's values at the given layers, and 0 at layers that it does not have."""
     chosen = check_layers(layers, found.n_layers)
-    heads = found.heads_apart(template.location.site, chosen)
+    heads = found.unusual_heads(template.location.site, chosen)
     location = replace(template.location, layers=chosen, heads=heads)
     made = type(template)(location, device=template.device)
     with torch.no_grad():
@@ -144,7 +143,7 @@ def _restricted(template: Intervention, layers: Any, found: ModelLayout) -> Inte
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of NumPy as Python's own, which JSON holds."""
+    """A NumPy scalar as a Python number, for JSON."""
     return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
 
 

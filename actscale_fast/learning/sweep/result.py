@@ -1,4 +1,4 @@
-"""What a sweep leaves: its fits, their scores, their front and their table."""
+"""The results of a sweep: its fits, their scores, their Pareto front and their table."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class SweepFit:
     """One fit of a sweep."""
 
     label: str
-    chosen: dict[str, Any]  # what the grid says of it
+    chosen: dict[str, Any]  # what the grid says about it
     task: str | None
-    settings: dict[str, Any]  # of the fit, the objective's fields among them
+    settings: dict[str, Any]  # of the fit, including the objective's fields
     intervention: Intervention = field(repr=False)
     history: list[dict[str, float]] = field(repr=False)
-    folder: str  # its name in the sweep's folder
+    folder: str  # the name of its folder in the sweep's folder
     evaluation: Evaluation | None = field(default=None, repr=False)
-    error: str | None = None  # why it stopped before its end
+    error: str | None = None  # why it stopped early
 
     @classmethod
     def of(
@@ -48,11 +48,11 @@ class SweepFit:
         """How effective the fit is, larger is better.
 
         Args:
-            by: "flips": the mean of both flip rates on the held-out examples; "effectiveness": −E of the last step on
-                its training batch, in logits.
+            by: "flips": the mean of both flip rates on the held-out examples; "effectiveness": −E on the training batch
+                of the last step, in logits.
 
         Raises:
-            ValueError: an unknown score, or flips of a fit that was not evaluated.
+            ValueError: an unknown score, or "flips" for a fit that was not evaluated.
         """
         if by not in get_args(Score):
             raise ValueError(f"by: got {by!r}, expected one of {', '.join(get_args(Score))}")
@@ -83,19 +83,19 @@ class SweepFit:
 
 @dataclass(slots=True)
 class SweepResult:
-    """The fits of a sweep, in the order of its grid."""
+    """The fits of a sweep, in the grid's order."""
 
     fits: list[SweepFit]
-    #: Of this call; fits that were finished before take none.
+    #: Duration of this call; fits that were already finished take no time.
     seconds: float
 
     @property
     def best_score(self) -> Score:
-        """The score that `pareto` and the plot take by themselves: flips where all fits were evaluated."""
+        """The default score of `pareto` and the plot: "flips" if all fits were evaluated, else "effectiveness"."""
         return "flips" if all(fit.evaluation is not None for fit in self._whole()) else "effectiveness"
 
     def pareto(self, by: Score | None = None) -> list[SweepFit]:
-        """The fits that no other one beats in both, sorted by the number of active scalars.
+        """The fits that no other fit beats in both respects, sorted by the number of active scalars.
 
         Args:
             by: the score set against the number of active scalars (see `SweepFit.score`); default `best_score`.
@@ -114,7 +114,7 @@ class SweepResult:
         return plots.pareto(self, path, **options)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """(columns, one row a fit) as text."""
+        """(column names, one row per fit) as text."""
         evaluated = any(fit.evaluation is not None for fit in self.fits)
         columns = ["fit", "steps", "E", "F", "active", "ℓ1"]
         columns += ["correct, β = +1", "wrong, β = −1", "KL"] if evaluated else []

@@ -1,0 +1,133 @@
+"""The plain way to the loss of two prompts: unpadded, without a cache, through all logits, one prompt at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...frozen.batching import Batch, forward_arguments
+from ...interventions import Intervention
+from ...patching.patch import AnyPatch
+from ..encoded_examples import EncodedExamples
+from ..objective import Objective
+
+#: Larger than every logit difference, so that the hinge is linear.
+MARGIN = 100.0
+
+
+@dataclass(frozen=True)
+class LossAndGradients:
+    """The loss and its gradients at some parameters."""
+
+    loss: float
+    gradients: list[Tensor]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and all(bool(gradient.isfinite().all()) for gradient in self.gradients)
+
+
+class PlainModel:
+    """E + F of two prompts by the plain model and autograd, a mean over the prompts, in float64.
+
+    Args:
+        model: the model, plain or compiled; the one inside a wrapper runs.
+        data: the examples.
+        intervention: the intervention that is learned.
+        patched: its patch, alone or among others.
+        group: the group of a stacked intervention that is tried, or None.
+        objective: gives the directions, the KL and whether answers are excluded.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: EncodedExamples, intervention: Intervention, patched: AnyPatch,
+        group: int | None, objective: Objective,
+    ) -> None:  # fmt: skip
+        self.model, self.data, self.patched, self.group = model, data, patched, group
+        self.objective = replace(objective, margin=MARGIN, faithfulness=1.0, minimality=0.0)
+        self.parameters = [value for value in intervention.parameters() if value.requires_grad]
+        self.rows = _two_rows(data)
+        with torch.no_grad():  # first, as in the engine: some quantised layers have no backward afterwards
+            self.references = {row: self._logits(self._ids(row), [0.0]) for row in self.rows}
+
+    @property
+    def hinges(self) -> float:
+        """What the margin adds to the loss."""
+        return MARGIN * len(self.objective.directions)
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The loss at the current parameters."""
+        return float(self._loss())
+
+    def loss_and_gradients(self) -> LossAndGradients:
+        """The loss and its gradients at the current parameters."""
+        with torch.enable_grad():
+            loss = self._loss()
+            if not loss.requires_grad:
+                return LossAndGradients(float(loss.detach()), [torch.zeros_like(value) for value in self.parameters])
+            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+        return LossAndGradients(float(loss.detach()), gradients)
+
+    @contextlib.contextmanager
+    def moved(self, step: list[Tensor], factor: float) -> Iterator[None]:
+        """Move the parameters by a multiple of a step inside the block."""
+        before = [value.detach().clone() for value in self.parameters]
+        try:
+            with torch.no_grad():
+                for value, change in zip(self.parameters, step, strict=True):
+                    value.add_(factor * change.to(value.dtype))
+            yield
+        finally:
+            with torch.no_grad():
+                for value, old in zip(self.parameters, before, strict=True):
+                    value.copy_(old)
+
+    def _loss(self) -> Tensor:
+        return torch.stack([self._prompt_loss(row) for row in self.rows]).mean()
+
+    def _prompt_loss(self, row: int) -> Tensor:
+        """The loss of one prompt, written out in float64 and without the kernels of the engine."""
+        directions = self.objective.directions
+        ids, reference = self._ids(row), self.references[row].expand(len(directions), -1)
+        z = self._logits(ids.expand(len(directions), -1), [float(sign) for sign in directions]).double()
+        answers = (self.data.correct[[row]], self.data.wrong[[row]])
+        correct, wrong = (ids.expand(len(directions)).to(z.device) for ids in answers)
+        sign = torch.tensor([float(sign) for sign in directions], dtype=torch.float64, device=z.device)
+        difference = z.gather(1, correct[:, None])[:, 0] - z.gather(1, wrong[:, None])[:, 0]
+        p, q = reference.double(), z
+        if self.objective.exclude_answers:
+            others = torch.ones_like(z, dtype=torch.bool).scatter_(1, torch.stack([correct, wrong], 1), False)
+            p, q = (one[others].view(len(z), -1) for one in (p, q))
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        if self.objective.kl == "reverse":
+            p, q = q, p
+        divergence = (p.exp() * torch.where(p > -torch.inf, p - q, 0.0)).sum(-1)
+        return (torch.relu(self.objective.margin - sign * difference) + divergence).sum()
+
+    def _ids(self, row: int) -> Tensor:
+        return torch.tensor([self.data.prompts[row]], device=self.data.device)
+
+    def _logits(self, ids: Tensor, strengths: list[float]) -> Tensor:
+        """The last token's logits of each row [R, V] under its strength."""
+        model: Any = self.model
+        device = self.parameters[0].device
+        group = None if self.group is None else torch.full((len(ids),), self.group, device=device)
+        self.patched.set_rows(torch.tensor(strengths, dtype=torch.float32, device=device), group)
+        batch = Batch(ids, torch.ones_like(ids), padded=False)
+        return model(**forward_arguments(model, batch)).logits[:, -1]  # type: ignore[no-any-return]
+
+
+def _two_rows(data: EncodedExamples) -> list[int]:
+    """The shortest prompt, and the shortest longer one (or else another one, or else the same one alone)."""
+    order = sorted(range(len(data)), key=lambda row: len(data.prompts[row]))
+    first = order[0]
+    longer = [row for row in order if len(data.prompts[row]) > len(data.prompts[first])]
+    return [first, *(longer or order[1:])[:1]]

@@ -1,0 +1,93 @@
+"""Tensors that belong to examples, kept within two memory budgets.
+
+Rows are kept on the model's device up to `cache_bytes`, then in CPU memory up to `spill_bytes`; rows beyond both are
+computed again when they are asked for. All tensors are aligned at their last column, as left-padded batches are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class RowStore:
+    """Named tensors [N, ...] of which each row belongs to one example.
+
+    Args:
+        n_rows: N.
+        cache_bytes: budget on the device that the tensors come from.
+        spill_bytes: budget in CPU memory for rows that did not fit; not used for tensors that come from the CPU.
+    """
+
+    def __init__(self, n_rows: int, cache_bytes: int, spill_bytes: int) -> None:
+        self.n_rows, self.budgets = n_rows, (cache_bytes, spill_bytes)
+        self.near: dict[str, Tensor] = {}  # rows 0 … n_near − 1
+        self.far: dict[str, Tensor] = {}  # the n_far rows after them
+        self.n_near = self.n_far = 0
+
+    def put(self, rows: Sequence[int], values: dict[str, Tensor]) -> None:
+        """Store the rows that fit the memory budgets; the first call decides how many do."""
+        if not self.near:
+            self._allocate(values)
+        rows_near = [place for place, row in enumerate(rows) if row < self.n_near]
+        rows_far = [place for place, row in enumerate(rows) if self.n_near <= row < self.n_near + self.n_far]
+        for name, value in values.items():
+            if rows_near:
+                self.near[name][[rows[place] for place in rows_near]] = value[rows_near]
+            if rows_far:
+                self.far[name][[rows[place] - self.n_near for place in rows_far]] = value[rows_far].cpu()
+
+    def get(self, rows: Sequence[int], missing: Callable[[list[int]], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The values of these rows, on the device that they came from.
+
+        Args:
+            rows: any rows, which may be repeated.
+            missing: computes the values of rows that are not stored.
+        """
+        if all(row < self.n_near for row in rows):
+            start, count = rows[0], len(rows)
+            if list(rows) == list(range(start, start + count)):  # every step has all examples: no copy
+                return {name: value[start : start + count] for name, value in self.near.items()}
+            return {name: value[list(rows)] for name, value in self.near.items()}
+        near = [place for place, row in enumerate(rows) if row < self.n_near]
+        far = [place for place, row in enumerate(rows) if self.n_near <= row < self.n_near + self.n_far]
+        rest = [place for place, row in enumerate(rows) if row >= self.n_near + self.n_far]
+        again = missing([rows[place] for place in rest]) if rest else {}
+        found = {}
+        for name, value in self.near.items():
+            out = value.new_empty(len(rows), *value.shape[1:])
+            if near:
+                out[near] = value[[rows[place] for place in near]]
+            if far:
+                out[far] = self.far[name][[rows[place] - self.n_near for place in far]].to(out.device)
+            if rest:
+                out[rest] = again[name]
+            found[name] = out
+        return found
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that is used, in both places."""
+        return sum(t.numel() * t.element_size() for kept in (self.near, self.far) for t in kept.values())
+
+    def _allocate(self, values: dict[str, Tensor]) -> None:
+        row_bytes = max(sum(value[0].numel() * value.element_size() for value in values.values()), 1)
+        on_cpu = all(value.device.type == "cpu" for value in values.values())
+        near, far = self.budgets
+        self.n_near = min(self.n_rows, near // row_bytes)
+        self.n_far = 0 if on_cpu else min(self.n_rows - self.n_near, far // row_bytes)
+        for name, value in values.items():
+            self.near[name] = value.new_empty(self.n_near, *value.shape[1:])
+            self.far[name] = torch.empty(self.n_far, *value.shape[1:], dtype=value.dtype, device="cpu")
+
+
+def right_aligned(value: Tensor, width: int, axis: int) -> Tensor:
+    """`value` padded with zeros at its beginning, or cut there, so that it is `width` long along `axis`."""
+    length = value.shape[axis]
+    if length >= width:
+        return value.narrow(axis, length - width, width)
+    shape = list(value.shape)
+    shape[axis] = width - length
+    return torch.cat([value.new_zeros(shape), value], axis)

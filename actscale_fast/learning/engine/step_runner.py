@@ -1,0 +1,176 @@
+"""Runs steps on a frozen model that is opened with one strategy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from ...architectures.layout import layout
+from ...frozen.batching import forward_arguments
+from ...frozen.shortcuts import open_frozen_model
+from ...interventions import Intervention
+from ...modules.evaluation_mode import evaluation_mode
+from ...patching.patch import AnyPatch, patch
+from ..encoded_examples import EncodedExamples
+from ..execution import Execution
+from ..objective import Objective
+from .active_region import ActiveRegion, active_region
+from .collate import Collator
+from .cuda_graphs import CudaGraphs
+from .forward_backward import ForwardBackward
+from .microbatches import FitRequest, MicrobatchPlanner, PackedRow, RequestedPrompt, tokens
+from .packing_check import may_pack, packing_matches
+from .reference_cache import ReferenceCache
+from .row_store import RowStore
+from .shared_layers import shared_below
+from .token_budget import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Which parts of the computation a step leaves out."""
+
+    name: str
+    prefix: bool  # tokens before the first steered one, and common beginnings of prompts
+    partial: bool  # layers below the lowest steered one, and the head's logits of all but the last token
+
+
+#: From the fastest to the plain one; the first that agrees with the whole model is used.
+STRATEGIES = (
+    Strategy("with all shortcuts", True, True),
+    Strategy("with whole prompts", False, True),
+    Strategy("with the whole model in every step", False, False),
+)
+
+#: Number of prompts that show whether a model takes several in a row.
+_PROBED = 3
+
+
+class StepRunner:
+    """Opens a model with one strategy and runs microbatches on it; a context manager.
+
+    Args:
+        model, data, intervention, objectives, execution: as for `Engine`.
+        strategy: what the steps leave out.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, data: EncodedExamples, intervention: Intervention,
+        objectives: Sequence[Objective], execution: Execution, strategy: Strategy,
+    ) -> None:  # fmt: skip
+        self.model, self.data, self.intervention = model, data, intervention
+        self.objectives, self.execution, self.strategy = objectives, execution, strategy
+        self.found = layout(model, intervention.paths)
+        self.parameters = [value for value in intervention.parameters() if value.requires_grad]
+        #: Whether each row has to be a single prompt and direction, from the first layer on.
+        self.penalises_scalars = any(objective.sparsity == "scalars" for objective in objectives)
+        self.on_cpu = data.device.type == "cpu"
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        data, strategy = self.data, self.strategy
+        with contextlib.ExitStack() as stack:
+            data.alike_only = not strategy.partial
+            stack.callback(setattr, data, "alike_only", False)
+            stack.enter_context(evaluation_mode(self.model))
+            arguments = forward_arguments(self.model, data.batch([0]))
+            self.head, section = stack.enter_context(
+                open_frozen_model(self.found, self.model, arguments, shortcuts=strategy.partial)
+            )
+            patched = patched_for_steps(self.model, self.intervention)
+            stack.callback(patched.remove)
+            self.partial = section.partial
+            region = active_region(self.intervention, data)
+            width = region.width if strategy.prefix else region.longest
+            self.region = ActiveRegion(region.first_layer if self.partial else 0, width, region.longest)
+            self.planner = MicrobatchPlanner(
+                data, self.region, self.found.hidden_size, self.on_cpu, self.execution.accumulate
+            )
+            self.store = RowStore(len(data), self.execution.cache_bytes, self.execution.spill_bytes)
+            cache = ReferenceCache(self.model, self.found, data, self.region, section, patched, self.head, self.store)
+            self.collator = Collator(data, cache, self.intervention.n_groups is not None, self.execution.capture)
+            self.forward_backward = ForwardBackward(
+                self.model, section, patched, self.head, self.found.n_layers, self.parameters
+            )
+            graphs = CudaGraphs(self.forward_backward) if self.execution.capture else None
+            self.compute = (graphs or self.forward_backward).compute
+            output = cache.fill(sorted({(objective.exclude_answers, objective.kl) for objective in self.objectives}))
+            if strategy.prefix and patched.alone:  # another patch may distinguish between rows or positions
+                self.planner.packs = self._packing_matches(cache, output)
+            self._bound_tokens()
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def sums(self, microbatches: list[list[PackedRow]], requests: Sequence[FitRequest]) -> tuple[Tensor, list[Tensor]]:
+        """The terms and gradients of some microbatches; see `Engine.gradients`."""
+        terms = torch.zeros(len(requests), 3, dtype=torch.float32, device=self.intervention.device)
+        gradients = [torch.zeros_like(value) for value in self.parameters]
+        shared = self._shared_below(requests)
+        for rows in microbatches:
+            found = self.compute(self.collator.collate(rows, requests, shared))
+            for total, added in zip([terms, *gradients], found, strict=True):
+                total += added.to(total.device)
+        if self.penalises_scalars:  # a mean over directions, as the norm of parameters is the same for both
+            for index, request in enumerate(requests):
+                terms[index, 2] /= len(request.objective.directions)
+        return terms, gradients
+
+    def _shared_below(self, requests: Sequence[FitRequest]) -> int:
+        one_direction = all(len(request.objective.directions) == 1 for request in requests)
+        if not self.partial or not self.on_cpu or self.penalises_scalars or one_direction:
+            return 0
+        return shared_below(self.intervention, [request.group for request in requests], self.found.n_layers)
+
+    def _packing_matches(self, cache: ReferenceCache, output: Tensor) -> bool:
+        """Whether prompts may be packed, and the frozen model then gives the same results.
+
+        Not on a GPU, where a mask would rule out the fast attention kernels (not measured).
+        """
+        apart = self.penalises_scalars or self.head is None or self.execution.accumulate > 1
+        if not self.on_cpu or apart or not may_pack(self.model, self.found, self.intervention, self.region):
+            return False
+        distinct = {tuple(prompt): row for row, prompt in enumerate(self.data.prompts)}
+        if len(distinct) < 2:
+            return False
+        shortest = sorted(distinct, key=len)[:_PROBED]
+        prompts = [RequestedPrompt(0, distinct[prompt]) for prompt in shortest]
+        (row,) = self.planner.packed(prompts, sum(map(len, shortest)))
+        assert row.tree is not None
+        columns = [path[-1] for path in row.tree.paths]
+        alone = output[[prompt.row for prompt in row.prompts]]
+        return packing_matches(cache, self.collator.packed_tokens([row]), columns, alone)
+
+    def _bound_tokens(self) -> None:
+        """Count what one prompt keeps for its backward, and bound the tokens of a microbatch accordingly."""
+        longest = max(range(len(self.data)), key=lambda row: len(self.data.prompts[row]))
+        rows = [self.planner.unpacked(RequestedPrompt(0, longest))]
+        requests = [FitRequest([longest], self.objectives[0])]
+        with torch.enable_grad(), KeptBytes([self.found.model]) as kept:
+            self.forward_backward.losses(self.collator.collate(rows, requests))
+        budget = self.execution.memory_bytes
+        if budget is None:
+            budget = int(SHARE_OF_FREE * free_bytes(self.data.device))
+        fit = tokens_that_fit(kept.n_bytes, tokens(rows, requests), budget)
+        fit = 1 << (fit.bit_length() - 1)  # a power of two, so that small changes of free memory change nothing
+        bound = self.planner.max_tokens
+        self.planner.max_tokens = fit if bound is None else min(fit, bound)
+
+
+def patched_for_steps(model: PreTrainedModel, intervention: Intervention) -> AnyPatch:
+    """The intervention's patch, for which each pass sets its rows."""
+    grouped = intervention.n_groups is not None
+    return patch(model, intervention, group=torch.zeros(0, dtype=torch.int64, device="cpu") if grouped else None)

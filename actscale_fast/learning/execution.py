@@ -1,0 +1,77 @@
+"""How the passes of a fit or a sweep run, which does not change what is learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+from .. import defaults
+from .._checks import check_bytes, check_counts
+
+#: Default memory budgets in bytes.
+CACHE_BYTES, SPILL_BYTES = 2 << 30, 8 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How the passes of a fit or a sweep run: it changes time and memory, and the result only to rounding.
+
+    Args:
+        accumulate: number of forward passes that an update is split into at least, to save memory. If memory runs out
+            all the same, the passes are halved once, with a warning.
+        cache_bytes: memory on the model's device for what is computed only once.
+        spill_bytes: CPU memory for what exceeds `cache_bytes`; what exceeds both is computed again in each step.
+        memory_bytes: memory for the activations of one pass; None: half of what is free. Larger batches run in several
+            passes.
+        capture: run the passes as CUDA graphs, with one launch each. Not yet run on a GPU.
+        distributed: None: share the work with the other processes of an existing group, or of one that torchrun or
+            accelerate describes, which then lasts until the end of the call. True: the same, but raise if there is only
+            one process. False: work alone.
+
+    Raises:
+        ValueError: a count or a budget that is not an integer, or is too small.
+    """
+
+    accumulate: int = defaults.ACCUMULATE
+    cache_bytes: int = CACHE_BYTES
+    spill_bytes: int = SPILL_BYTES
+    memory_bytes: int | None = None
+    capture: bool = False
+    distributed: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(accumulate=self.accumulate)
+        check_bytes(cache_bytes=self.cache_bytes, spill_bytes=self.spill_bytes)
+        if self.memory_bytes is not None:
+            check_bytes(memory_bytes=self.memory_bytes)
+
+
+class ExecutionKeywords(TypedDict, total=False):
+    """The fields of `Execution` as keyword arguments of `fit` and `sweep`, as before it existed."""
+
+    accumulate: int
+    cache_bytes: int
+    spill_bytes: int
+    memory_bytes: int | None
+    capture: bool
+    distributed: bool | None
+
+
+class FitKeywords(ExecutionKeywords, total=False):
+    """Keyword arguments that `fit` took before `Execution` and `Checkpoint` existed, and still takes."""
+
+    checkpoint_every: int
+
+
+def with_keywords(execution: Execution | None, keywords: ExecutionKeywords, function: str) -> Execution:
+    """`execution` with the fields that were passed as keywords.
+
+    Raises:
+        TypeError: an unknown keyword, or an execution of another type.
+    """
+    if execution is not None and not isinstance(execution, Execution):
+        raise TypeError(f"execution: got {type(execution).__name__}, expected an Execution or None")
+    for name in keywords:
+        if name not in ExecutionKeywords.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return replace(execution or Execution(), **keywords)

@@ -1,0 +1,172 @@
+"""The folder of one fit of a sweep.
+
+It holds the intervention as `save_pretrained` writes it, `history.json`, and finally `summary.json`, which marks the
+fit as finished and holds the checksums of both. `evaluation.json` is there if the fit was evaluated,
+`state.safetensors` while it is running. All files are written atomically; a file that was changed since raises an
+error that names it. In particular, a damaged evaluation is not silently recomputed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ..._json import LARGEST, parsed, read_limited, read_sealed, write_json, write_sealed
+from ...interventions import Intervention, load_intervention
+from ...interventions.description import DESCRIPTION, inside
+from ...tasks.examples import Example
+from ..checkpoint import digest
+from ..evaluate import Evaluation
+from .grid import Point
+from .result import SweepFit
+
+SUMMARY, HISTORY, EVALUATION = "summary.json", "history.json", "evaluation.json"
+
+_FIELDS = {
+    "label": str, "chosen": dict, "task": str | None, "settings": dict, "folder": str, "error": str | None,
+    "files": dict, "evaluation": dict | None,
+}  # fmt: skip
+
+
+def finished(root: Path, point: Point) -> SweepFit | None:
+    """The result of a point that the sweep's folder already holds, or None.
+
+    Raises:
+        ValueError: one of its files was changed or is missing; the message names it.
+        OSError: a file cannot be read; the message names it.
+    """
+    folder = root / point.folder
+    if not os.path.lexists(folder / SUMMARY):
+        return None
+    try:
+        summary = read_inside(folder, SUMMARY)
+        check_entry(folder / SUMMARY, summary, point.folder)
+        intervention, history = read_learned(folder, SUMMARY, summary)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"folder: {folder} is damaged ({error}); delete it to fit this point again") from None
+    return SweepFit.of(point, intervention.to(point.intervention.device), history)
+
+
+def write_finished(root: Path, fit: SweepFit) -> None:
+    """Write a finished fit; `summary.json`, which holds the checksums of the other files, commits it."""
+    folder = root / fit.folder
+    files = write_learned(folder, fit)
+    write_sealed(folder / SUMMARY, fit.to_dict() | {"files": files})
+
+
+def write_learned(folder: Path, fit: SweepFit) -> dict[str, str]:
+    """Write a fit's intervention and history; returns their checksums by name."""
+    if os.path.lexists(folder / EVALUATION) and not os.path.lexists(folder / SUMMARY):
+        (folder / EVALUATION).unlink()  # it belongs to a fit that was deleted
+    fit.intervention.save_pretrained(folder)
+    write_json(folder / HISTORY, fit.history)
+    return learned_checksums(folder)
+
+
+def read_learned(folder: Path, listed_in: str, entry: dict[str, Any]) -> tuple[Intervention, list[dict[str, float]]]:
+    """The intervention and history in a folder, which must match the checksums in an entry of a summary or index."""
+    history = read_limited(inside(folder, HISTORY), LARGEST)
+    if hashlib.sha256(history).hexdigest() != entry["files"][HISTORY]:
+        raise ValueError(f"{folder / HISTORY}: damaged, its checksum is not the one in {listed_in}")
+    if _checksum(inside(folder, DESCRIPTION)) != entry["files"][DESCRIPTION]:
+        raise ValueError(f"{folder / DESCRIPTION}: damaged, its checksum is not the one in {listed_in}")
+    try:
+        records = parsed(history, finite=False)
+    except ValueError as error:
+        raise ValueError(f"{folder / HISTORY}: damaged ({error})") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{folder / HISTORY}: damaged (no list of records)")
+    return load_intervention(folder), records
+
+
+def learned_checksums(folder: Path) -> dict[str, str]:
+    """The checksums of a fit's history and intervention, by file name."""
+    return {name: _checksum(folder / name) for name in (HISTORY, DESCRIPTION)}
+
+
+def write_evaluation(root: Path, fit: SweepFit, examples_digest: str) -> None:
+    """Write the evaluation of a fit, with digests of the examples and of the intervention."""
+    assert fit.evaluation is not None
+    folder = root / fit.folder
+    content = {
+        "examples": examples_digest,
+        "intervention": _checksum(folder / DESCRIPTION),
+        "evaluation": fit.evaluation.to_dict(),
+    }
+    write_sealed(folder / EVALUATION, content)
+
+
+def read_evaluation(root: Path, fit: SweepFit, examples_digest: str) -> Evaluation | None:
+    """The stored evaluation on these examples, or None.
+
+    Raises:
+        ValueError: the file was changed or belongs to another intervention; evaluating again would hide that.
+        OSError: the file cannot be read; the message names it.
+    """
+    try:
+        examples, evaluation = stored_evaluation(root / fit.folder)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to evaluate this fit again") from None
+    return evaluation if examples == examples_digest else None
+
+
+def stored_evaluation(folder: Path) -> tuple[str, Evaluation]:
+    """(digest of the examples, evaluation) from a fit's folder."""
+    path = folder / EVALUATION
+    stored = read_inside(folder, EVALUATION)
+    if not isinstance(stored, dict) or stored.keys() != {"examples", "intervention", "evaluation"}:
+        raise ValueError(f"{path}: damaged (not the evaluation of a fit)")
+    if stored["intervention"] != _checksum(folder / DESCRIPTION):
+        raise ValueError(f"{path}: damaged, or of another intervention than {DESCRIPTION}")
+    return str(stored["examples"]), checked_evaluation(path, stored["evaluation"])
+
+
+def checked_evaluation(path: Path, data: Any) -> Evaluation:
+    """The evaluation that a file describes."""
+    names = {item.name for item in fields(Evaluation)}
+    for one in (data, data.get("baseline") if isinstance(data, dict) else None):
+        if one is None and one is not data:
+            continue
+        numbers = [value for name, value in one.items() if name != "baseline"] if isinstance(one, dict) else [None]
+        if not isinstance(one, dict) or one.keys() != names or any(type(v) not in (int, float) for v in numbers):
+            raise ValueError(f"{path}: damaged (an evaluation's fields are missing or no numbers)")
+        if one is not data and one["baseline"] is not None:
+            raise ValueError(f"{path}: damaged (a baseline has one of its own)")
+    return Evaluation.from_dict(data)
+
+
+def check_entry(path: Path, entry: Any, folder: str | None = None) -> None:
+    """Refuse a fit's entry with fields of wrong types, or one that belongs to another folder."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: damaged (a fit is no object)")
+    for name, kind in _FIELDS.items():
+        if name not in entry or not isinstance(entry[name], kind):
+            raise ValueError(f"{path}: damaged ({name} is missing or of a wrong type)")
+    name = entry["folder"]
+    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        raise ValueError(f"{path}: damaged (the folder is {ascii(name)[:100]}, expected a name)")
+    if folder not in (None, name):
+        raise ValueError(f"{path}: of another fit, {ascii(name)[:100]}")
+    if entry["files"].keys() != {HISTORY, DESCRIPTION}:
+        raise ValueError(f"{path}: damaged (files is not {HISTORY} and {DESCRIPTION})")
+
+
+def read_inside(folder: Path, name: str) -> Any:
+    """The content of a sealed JSON file, which must not be a link that leads out of the folder."""
+    return read_sealed(inside(folder, name), finite=False)
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """A digest of the examples of an evaluation."""
+    return digest([asdict(example) for example in examples])
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(read_limited(path, LARGEST)).hexdigest()
