@@ -86,52 +86,44 @@ def parsed(payload: bytes, *, finite: bool = True) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def has_seal(payload: bytes) -> bool:
-    """Whether these bytes come from a sealed file, intact or not."""
-    return _SEAL.match(payload) is not None
+def parsed_sealed(payload: bytes, *, finite: bool = True) -> tuple[Any, bool]:
+    """Parse JSON that may be sealed; returns the content without the checksum, and whether there was one.
 
-
-def check_seal(payload: bytes) -> None:
-    """Raise a ValueError if any byte has changed since the file was sealed."""
+    Raises:
+        ValueError: a byte has changed since the file was sealed; or as `parsed`.
+    """
     found = _SEAL.match(payload)
     if found is None:
-        raise ValueError("it has no checksum")
+        return parsed(payload, finite=finite), False
     start, end = found.span(1)
-    digest = hashlib.sha256(payload[:start] + _ZEROS.encode() + payload[end:]).hexdigest()
-    if digest.encode() != found[1]:
+    if hashlib.sha256(payload[:start] + _ZEROS.encode() + payload[end:]).hexdigest().encode() != found[1]:
         raise ValueError("it does not match its checksum")
+    content = parsed(payload, finite=finite)
+    (content if isinstance(content, dict) else content[0]).pop(CHECKSUM)
+    return content, True
 
 
-def read_sealed(
-    path: Path, *, limit: int = LARGEST, finite: bool = True, older: str = "written by an earlier version"
-) -> Any:
-    """The content of a sealed file, without the checksum.
-
-    Args:
-        path: the file.
-        limit: its maximum size in bytes.
-        finite: refuse NaN and infinity.
-        older: the explanation given for a file without a checksum.
+def read_sealed(path: Path, *, finite: bool = True) -> Any:
+    """The content of a sealed file, without the checksum; if `finite`, NaN and infinity are refused.
 
     Raises:
         FileNotFoundError, OSError: the file is missing or cannot be read; the message names it.
         ValueError: the file was changed or is not a sealed file; the message names it.
     """
-    return unsealed(path, read_limited(path, limit), finite=finite, older=older)
-
-
-def unsealed(path: Path, payload: bytes, *, finite: bool = True, older: str = "written by an earlier version") -> Any:
-    """Like `read_sealed`, for bytes that have already been read."""
+    payload = read_limited(path, LARGEST)
     try:
-        if has_seal(payload):
-            check_seal(payload)
-        content = parsed(payload, finite=finite)
-        if not has_seal(payload):
-            raise ValueError(f"it has no checksum: {older}, or another kind of file")
+        content, is_sealed = parsed_sealed(payload, finite=finite)
+        if not is_sealed:
+            raise ValueError("it has no checksum: written by an earlier version, or another kind of file")
     except ValueError as error:  # JSON and Unicode errors are ValueErrors
         raise ValueError(f"{path}: damaged ({error})") from None
-    (content if isinstance(content, dict) else content[0]).pop(CHECKSUM)
     return content
+
+
+def shown(value: Any) -> str:
+    """A value from a file, short enough for an error message and with ASCII characters only."""
+    text = ascii(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _refused_constant(name: str) -> float:

@@ -140,7 +140,7 @@ def _pieces(raw: bytes, tensors: dict[str, Tensor]) -> Iterator[Any]:
         yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def check_seal(path: Path, header: Header) -> None:
+def check_checksum(path: Path, header: Header) -> None:
     """Raise a ValueError if any byte has changed since the file was written; the caller adds the name of the file."""
     claimed = header.metadata.get(CHECKSUM, "")
     start = _place(header.raw, claimed) if re.fullmatch(r"[0-9a-f]{64}", claimed) else None

@@ -4,26 +4,27 @@
     m_i = sigmoid(i/T)·sigmoid((b·D − i)/T)          i = 0 … D − 1, boundary b in [1e-3, 1], temperature T
     y   = h + β·(out − h)
 
-R is orthogonal, so out − h = Rᵀ(m⊙R(s − h)): two products instead of three, and exactly nothing where s = h or m = 0.
-The mask is the paper's: as T falls it becomes 1 strictly between 0 and b·D and 0 beyond, and m_0 stays ½.
+R is orthogonal, so out − h = Rᵀ(m⊙R(s − h)): two products instead of three, and exactly 0 where s = h or m = 0.
+The mask is the paper's: as T falls to 0, m_i approaches 1 for 0 < i < b·D and 0 beyond; m_0 stays ½.
 
-A product with R costs 2·D² a steered token; other tokens are copied. The Cayley map of R costs a solve, ~3·D³.
+A product with R costs 2·D² operations for each steered token; other tokens are copied.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import ClassVar, Self
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal
 
 from ..architectures.location import Location
 from ..interventions.base import Intervention
-from ..interventions.positions import Placement
+from ..interventions.placement import Placement
+from .rotation import Rotation
+from .sources import activations_at
 
 LEAST_BOUNDARY = 1e-3  # the paper's code clamps b to [1e-3, 1]
 TEMPERATURE = 50.0  # where annealing begins
@@ -33,18 +34,16 @@ _SOURCE_HELP = "with das.interchange(source_activations(model, tokenizer, das, t
 class BoundlessDAS(Intervention):
     """Swaps a subspace of an activation for that of another prompt, the source: Rᵀ((1−m)⊙R·h_base + m⊙R·h_source).
 
-    One rotation R and one boundary b a layer, position and head (or whole site). β = 1 is the interchange, β = 0 the
-    identity. Every pass needs the source's activations, which `interchange` sets. It acts on the prompt, once: tokens
-    generated after it see the interchange through the KV cache.
+    Each layer, position and head (or whole site) has a rotation R and a boundary b (arXiv 2305.08809). β = 1 is the
+    interchange, β = 0 the identity. Every pass needs the source's activations, which `interchange` sets. Only tokens of
+    the prompt are edited; tokens generated after it see the interchange through the KV cache.
 
-    `boundary` is fp32 [L, P, H], 0.5 at first. `rotation` is fp32 [L, P, H, D, D]; its axis i is row i. It is the
-    Cayley map of D(D − 1)/2 free numbers (of torch's orthogonal parametrizations the cheapest: 37 ms forward and
-    backward at D = 576 on one core, the matrix exponential 494 ms), computed again only where they changed.
-    `temperature` is a buffer and saved; 0 makes a hard mask, m_i = 1 where i < b·D.
+    `boundary` is fp32 [L, P, H] and starts at 0.5. `rotation` is fp32 [L, P, H, D, D]; its row i is axis i.
+    `temperature` is a buffer and is saved; 0 makes a hard mask, m_i = 1 where i < b·D.
 
     Args:
         location: with a list of positions and without generated tokens.
-        n_groups: None; interchanges are not stacked.
+        n_groups: None; interchanges cannot be stacked.
 
     Raises:
         ValueError: positions=None, generated tokens, or a stack.
@@ -65,10 +64,10 @@ class BoundlessDAS(Intervention):
             self.boundary.fill_(0.5)
         self.register_buffer("temperature", torch.tensor(TEMPERATURE, dtype=torch.float32, device=device))
         n_matrices = location.n_slots * location.n_heads
-        self.rotations = nn.ModuleList(_Rotation(n_matrices, location.width, device) for _ in location.layers)
+        self.rotations = nn.ModuleList(Rotation(n_matrices, location.width, device) for _ in location.layers)
         #: While True an edit does nothing, and needs no source.
         self.paused = False
-        self._sources: list[Tensor] = []  # the last one is in force
+        self._sources: list[Tensor] = []  # the last one is in use
         self._shared: list[Tensor] | None = None
 
     @classmethod
@@ -88,12 +87,13 @@ class BoundlessDAS(Intervention):
         """An interchange with random rotations, on the model's device; see `Intervention.for_model`.
 
         Args:
-            model, site, layers, generated, projection, layers_path, mlp: as there; generated must stay False.
-            positions: a list: tokens of the prompt, the base's and the source's each counted in its own.
-            seed: of the rotations that are drawn.
+            model, site, layers, projection, layers_path, mlp: as in `Intervention.for_model`.
+            positions: a list of tokens of the prompt; base and source each count in their own tokens.
+            generated: must stay False.
+            seed: seed of the random rotations.
 
         Raises:
-            TypeError, ValueError: as there, and positions=None or generated=True.
+            TypeError, ValueError: as in `Intervention.for_model`, and positions=None or generated=True.
 
         Example:
             >>> das = BoundlessDAS.for_model(model, layers=[15], positions=[-1])
@@ -119,15 +119,24 @@ class BoundlessDAS(Intervention):
     @property
     def rotation(self) -> Tensor:
         """R of every layer, position and head, [L, P, H, D, D], without gradient; z = R·h."""
-        return torch.stack([self._of(rotation.values()) for rotation in self._rotations()])
+        return torch.stack([self._by_slot(rotation.values()) for rotation in self._rotations()])
 
     def mask(self, layer: int) -> Tensor:
-        """m [P, H, D] of one layer (index among the chosen ones), at the present temperature."""
+        """m [P, H, D] of one layer (its index among the chosen ones) at the present temperature."""
         axis = torch.arange(self.location.width, device=self.device, dtype=self.boundary.dtype)
         end = self.location.width * self.boundary[layer].clamp(LEAST_BOUNDARY, 1.0)[..., None]
         divisor = torch.where(self.temperature > 0, self.temperature, 1.0)
         soft = torch.sigmoid(axis / divisor) * torch.sigmoid((end - axis) / divisor)
         return torch.where(self.temperature > 0, soft, (axis < end).to(soft.dtype))
+
+    def source_activations(
+        self, model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 32, progress: bool = False
+    ) -> Tensor:
+        was_paused, self.paused = self.paused, True
+        try:
+            return activations_at(model, tokenizer, self.location, texts, batch_size=batch_size, progress=progress)
+        finally:
+            self.paused = was_paused
 
     def check_source(self, n_rows: int) -> None:
         if self._sources and self._sources[-1].shape[0] != n_rows:
@@ -137,14 +146,14 @@ class BoundlessDAS(Intervention):
 
     @contextlib.contextmanager
     def interchange(self, source: Tensor) -> Iterator[Self]:
-        """Let the passes inside take the subspace from these activations.
+        """Let the passes inside the `with` block take the subspace from these activations.
 
         Args:
-            source: [B, L, P, H, D], floating point, as `source_activations` gives it: a row for each row of the batch;
-                fewer rows serve as generate() repeats a prompt's for its beams or returned sequences.
+            source: [B, L, P, H, D], floating point, as `source_activations` returns it, with one row for each row of
+                the batch. In generate() a prompt's row is repeated for its beams or returned sequences.
 
         Raises:
-            TypeError, ValueError: no such tensor.
+            TypeError, ValueError: not such a tensor.
         """
         where = self.location
         shape = (len(where.layers), where.n_slots, where.n_heads, where.width)
@@ -162,14 +171,13 @@ class BoundlessDAS(Intervention):
 
     @contextlib.contextmanager
     def shared_rotation(self) -> Iterator[None]:
-        """Compute each rotation once for all passes inside, and its gradient once, where the block ends.
+        """Compute each rotation once for all passes in the `with` block, and its gradient once at the block's end.
 
-        For a training step of several passes: call backward() on each inside; outside, each pass with gradients
-        computes the rotation of each of its layers anew.
+        Use it for a training step of several passes and call backward() on each inside the block. Without it, every
+        pass with gradients computes its rotations anew.
         """
         made = [rotation.weight for rotation in self._rotations()]
-        self._shared = [weight.detach().requires_grad_(weight.requires_grad) for weight in made]
-        leaves = self._shared
+        self._shared = leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in made]
         try:
             yield
         finally:
@@ -183,7 +191,7 @@ class BoundlessDAS(Intervention):
             return x
         if not self._sources:
             raise RuntimeError(f"source: a BoundlessDAS ran without the source's activations; use `{_SOURCE_HELP}`")
-        assert placement.index is not None  # it has positions, and none of generated tokens
+        assert placement.index is not None  # it has a list of positions, and no slot for generated tokens
         n_rows, n_tokens = x.shape[:2]
         wide = torch.promote_types(x.dtype, torch.float32)
         source = _of_rows(self._sources[-1][:, layer].to(x.device), n_rows).to(wide)  # [B, P, H, D]
@@ -196,17 +204,17 @@ class BoundlessDAS(Intervention):
             turned = torch.einsum("phij,bphj->bphi", rotation, source - base) * mask
             change = torch.einsum("phij,bphi->bphj", rotation, turned)
         beta = strength.to(wide).view(-1, 1, 1, 1) if isinstance(strength, Tensor) else strength
-        # Slots without a token write behind the last one. Contiguous: GPT-2's layers take views of their input.
+        # Slots without a token write into a column behind the last one. Contiguous: GPT-2 takes views of its input.
         return F.pad(x, (0, 0, 0, 0, 0, 1)).scatter_(1, index, (base + beta * change).to(x.dtype))[:, :-1].contiguous()
 
     @property
     def n_parameters(self) -> int:
-        """Free numbers: D(D − 1)/2 a rotation, and the boundaries."""
+        """The free numbers: D(D − 1)/2 for each rotation, and the boundaries."""
         return self.boundary.numel() * (self.location.width * (self.location.width - 1) // 2 + 1)
 
     @property
     def n_active(self) -> int:
-        """All of them: no value of a rotation is nothing."""
+        """All parameters, since no value of a rotation means "no change"."""
         return self.n_parameters
 
     @property
@@ -235,67 +243,17 @@ class BoundlessDAS(Intervention):
     def _rotation(self, layer: int) -> Tensor:
         """R of one layer [P, H, D, D], with gradient where one is wanted."""
         if self._shared is not None:
-            return self._of(self._shared[layer])
+            return self._by_slot(self._shared[layer])
         rotation = self._rotations()[layer]
         learned = torch.is_grad_enabled() and rotation.free.requires_grad
-        return self._of(rotation.weight if learned or torch.compiler.is_compiling() else rotation.values())
+        return self._by_slot(rotation.weight if learned or torch.compiler.is_compiling() else rotation.values())
 
-    def _rotations(self) -> list[_Rotation]:
+    def _rotations(self) -> list[Rotation]:
         return list(self.rotations)  # type: ignore[arg-type]
 
-    def _of(self, weight: Tensor) -> Tensor:
+    def _by_slot(self, weight: Tensor) -> Tensor:
+        """[P·H, D, D] as [P, H, D, D]."""
         return weight.unflatten(0, (-1, self.location.n_heads))
-
-
-class _Rotation(nn.Module):
-    """A batch of orthogonal matrices `weight` [N, D, D], a function of the parameter `free` [N, D, D]."""
-
-    weight: Tensor
-
-    def __init__(self, n_matrices: int, width: int, device: torch.device | None) -> None:
-        super().__init__()
-        self.shape = (n_matrices, width, width)
-        self.weight = nn.Parameter(torch.eye(width, dtype=torch.float32, device=device).repeat(n_matrices, 1, 1))
-        orthogonal(self, "weight", orthogonal_map="cayley")
-        self._kept: tuple[object, Tensor] | None = None
-
-    @property
-    def free(self) -> Tensor:
-        """What is learned: the part below the diagonal counts."""
-        return self.parametrizations.weight.original  # type: ignore[union-attr, return-value]
-
-    @property
-    def base(self) -> Tensor:
-        """The constant factor: weight = base · Cayley(free)."""
-        return self.parametrizations.weight[0].base  # type: ignore[union-attr, index, return-value]
-
-    def values(self) -> Tensor:
-        """The matrices without gradient, computed where `free` or `base` changed since the last call."""
-        state = [_state(tensor) for tensor in (self.free, self.base)]
-        if self._kept is None or None in state or self._kept[0] != state:
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (state, self.weight.detach())
-        return self._kept[1]
-
-    @torch.no_grad()
-    def set(self, matrices: Tensor) -> None:
-        """Begin at these matrices, to the bit.
-
-        Raises:
-            ValueError: they are not orthogonal.
-        """
-        matrices = matrices.to(self.base)
-        identity = torch.eye(self.shape[-1], dtype=matrices.dtype, device=matrices.device)
-        off = float((matrices @ matrices.mT - identity).abs().amax())
-        if not off <= 1e-3:  # a rotation that was learned is off by some 1e-6
-            raise ValueError(f"rotation: R·Rᵀ is off the identity by {off:.2g}, expected an orthogonal matrix")
-        self.base.copy_(matrices)
-        self.free.copy_(-identity)  # as torch's parametrization begins; its diagonal does not count
-
-
-def _state(tensor: Tensor) -> tuple[int, int, torch.device] | None:
-    """What changes with the values; None: torch does not count changes of this one."""
-    return None if tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.device)
 
 
 def _check_positions(positions: object, generated: bool) -> None:

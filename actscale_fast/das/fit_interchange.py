@@ -1,4 +1,4 @@
-"""Learning where a model keeps a causal variable: Boundless DAS on pairs of a base and a source (arXiv 2305.08809)."""
+"""Fitting Boundless DAS on pairs of a base and a source: where does a model keep a causal variable?"""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _FIGURES = ("loss", "cross_entropy", "accuracy", "boundary")
 
 @dataclass(slots=True)
 class InterchangeResult:
-    """A fitted interchange and how it came about."""
+    """A fitted interchange, with the record of its fit."""
 
     intervention: BoundlessDAS
-    #: One record a step: step, loss, cross_entropy, accuracy (share of the step's pairs whose next token is the
-    #: counterfactual one, of the whole vocabulary), boundary (their mean), temperature, lr (of the rotations).
+    #: One record per step: step, loss, cross_entropy, accuracy (the share of the step's pairs for which the
+    #: counterfactual answer is the most likely token), boundary (the mean), temperature, lr (of the rotations).
     history: list[dict[str, float]] = field(repr=False)
-    #: Of this call; a resumed fit counts its own steps only.
+    #: The duration of this call; steps of a fit that it resumed are not included.
     seconds: float
 
 
@@ -65,13 +65,13 @@ class _Plan:
             raise ValueError(f"warmup: got {self.warmup!r}, expected a share of the steps, at least 0 and below 1")
 
     def factor(self, step: int) -> float:
-        """Of both rates: up in a line while warming up, then down in a line, to 0 after the last step."""
+        """The factor of both learning rates: a linear warm-up, then linear decay to 0 after the last step."""
         n_steps = self.steps.steps
         n_warm = round(self.warmup * n_steps)
         return (step + 1) / n_warm if step < n_warm else (n_steps - step) / (n_steps - n_warm)
 
     def temperature_at(self, step: int) -> float:
-        """In a line from the first to the last."""
+        """The temperature of a step, linear between the first and the last."""
         first, last = self.temperature
         done = step / (self.steps.steps - 1) if self.steps.steps > 1 else 1.0
         return first + (last - first) * done
@@ -97,41 +97,43 @@ def fit_interchange(
     checkpoint_every: int = 50,
     progress: bool = True,
 ) -> InterchangeResult:
-    """Learn `das` in place so that its interchanges give the examples' counterfactual answers.
+    """Learn an interchange in place, so that it gives the examples' counterfactual answers.
 
     Minimises cross-entropy(correct answer at the last token, over the whole vocabulary) + boundary_weight · mean
-    boundary with Adam, on a frozen model. What stays the same is computed once: the sources' activations, the layers
-    below the lowest interchange and the tokens before the first. Each step computes each rotation once.
+    boundary with Adam on a frozen model (arXiv 2305.08809). The sources' activations, the layers below the lowest
+    interchange and the tokens before the first one are computed only once.
 
-    Rates, weight, temperatures, warm-up, epochs and the pairs of a pass are the paper's published settings, made for
-    8000 pairs and a 7B model; there four passes of 16 made an update (batch_size=64, accumulate=4). Ours: one pass an
-    update, because small sets of pairs leave few updates otherwise; rates that fall in a line to 0 after warming up
-    (our reading of a linear schedule); the boundary is put back into [1e-3, 1] after each step, and averaged where
-    there are several.
+    The learning rates, weight, temperatures, warm-up, epochs and pairs per forward pass are the published settings,
+    which were made for 8000 pairs and a 7B model and used four passes of 16 pairs per update (batch_size=64,
+    accumulate=4). These choices are ours: one pass per update, since a small set of pairs would leave few updates;
+    linear decay to 0 after the warm-up; the boundary is clamped to [1e-3, 1] after each step, and the mean of several
+    boundaries is minimised.
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer.
         examples: bases (`prompt`) with their `source`; `correct` is the counterfactual answer.
         das: its rotations and boundaries are the starting point; it ends at the last temperature.
-        epochs: times that each pair is seen; `steps` says the number of updates instead.
-        batch_size: pairs an update; larger than the number of examples means all of them.
-        accumulate: passes that an update is split into, to save memory; its gradient is the same to rounding.
+        epochs: how often each pair is used.
+        steps: the number of updates, instead of epochs.
+        batch_size: pairs per update; at most all examples.
+        accumulate: passes into which an update is split to save memory; the gradient is the same up to rounding.
         rotation_lr, boundary_lr: Adam's learning rates.
-        temperature: first and last; between them it falls in a line.
+        boundary_weight: the weight of the mean boundary in the loss.
+        temperature: the first and the last; linear in between.
         warmup: share of the steps.
-        seed: of the order of the examples.
-        checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps and at the end.
-            Where it exists the fit resumes from it, to the same bits as an uninterrupted one. Ctrl-C and SIGTERM save.
+        seed: seed of the order of the examples.
+        checkpoint: a file to which the state is written atomically every `checkpoint_every` steps, at the end, and on
+            Ctrl-C or SIGTERM. If it exists, the fit resumes from it, with the same bits as without the interruption.
         progress: show a progress bar.
 
     Returns:
         InterchangeResult.
 
     Raises:
-        TypeError, ValueError: bad arguments or examples, one without a source, a checkpoint of another fit.
-        OSError: the checkpoint cannot be written, found out before the model runs; names the path.
-        RuntimeError: under torch.inference_mode().
-        FloatingPointError: the loss or its gradient became NaN or infinite; that step changed no parameter.
+        TypeError, ValueError: bad arguments or examples, an example without a source, a checkpoint of another fit.
+        OSError: the checkpoint cannot be written, which is checked before the model runs; the message names the path.
+        RuntimeError: called in torch.inference_mode().
+        FloatingPointError: the loss or its gradient is not finite; no parameter was changed by that step.
 
     Example:
         >>> das = BoundlessDAS.for_model(model, layers=[22], positions=[-1])
@@ -150,7 +152,7 @@ def fit_interchange(
     plan = _Plan(settings, boundary_lr, boundary_weight, temperature, warmup)
     if checkpoint is not None:
         checkpoints.check_place(checkpoint, new=True)
-    Patch(model, das).remove()  # refuses another model's, and moves the parameters to this model's device
+    Patch(model, das).remove()  # refuses another model's interchange, and moves the parameters to this model's device
     begun = time.perf_counter()
     identity = {} if checkpoint is None else _identity(data, das, plan, accumulate, model)
     fit = _Fit(das, plan, accumulate, checkpoint, identity)
@@ -195,7 +197,7 @@ class _Fit:
         self._whole, self._saved = True, -1
 
     def step(self, pairs: Pairs) -> None:
-        """One update of rotations and boundaries."""
+        """Update rotations and boundaries once."""
         das, plan = self.das, self.plan
         rows = plan.steps.rows(len(pairs.data), self.taken)
         das.temperature.fill_(plan.temperature_at(self.taken))
@@ -233,7 +235,7 @@ class _Fit:
         record = {"step": self.taken, "temperature": plan.temperature_at(self.taken), "lr": factor * rates[0]}
         self.taken += 1
         self._whole = True
-        # The Cayley map solves linear equations, which waits for a GPU anyway.
+        # The Cayley map solves linear equations, which synchronises with a GPU anyway.
         *values, is_finite = torch.cat([figures, finite.all()[None].to(figures)]).tolist()
         found = dict(zip(_FIGURES, values, strict=True))
         if not is_finite:
@@ -245,7 +247,7 @@ class _Fit:
         return [value for value in self.named.values() if value.grad is not None]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a step changes, and the rotations' constant factors."""
+        """Everything that a step changes, and the rotations' constant factors."""
         state: dict[str, Tensor] = {name: value.detach() for name, value in self.das.state_dict(keep_vars=True).items()}
         for name, value in self.named.items():
             state |= {f"{name}.{key}": moment for key, moment in self.adam.state[value].items()}
@@ -261,7 +263,7 @@ class _Fit:
             self.history, self.taken, self._saved = state.history, state.step, state.step
 
     def save(self) -> None:
-        """Write the checkpoint; within an update, or with a loss that is not finite, the file stays as it is."""
+        """Write the checkpoint, except within an update or after a loss that is not finite."""
         if self.checkpoint is None or not self._whole or self._saved == self.taken:
             return
         checkpoints.save(self.checkpoint, checkpoints.SavedFit(self.taken, self.tensors(), self.history), self.identity)
@@ -271,7 +273,7 @@ class _Fit:
 def _identity(
     data: EncodedExamples, das: BoundlessDAS, plan: _Plan, accumulate: int, model: PreTrainedModel
 ) -> dict[str, Any]:
-    """What makes a fit this fit and not another one: JSON."""
+    """What distinguishes this fit from others, as JSON."""
     own = {
         "boundary_lr": plan.boundary_lr,
         "boundary_weight": plan.boundary_weight,

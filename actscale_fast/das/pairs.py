@@ -33,7 +33,7 @@ class Pairs:
         model: plain or compiled.
         data: the bases.
         das: the interchange.
-        sources: [N, L, P, H, D], one a base.
+        sources: [N, L, P, H, D], one for each base.
     """
 
     def __init__(self, model: PreTrainedModel, data: EncodedExamples, das: BoundlessDAS, sources: Tensor) -> None:

@@ -65,9 +65,6 @@ class ScaleIntervention(pyvene.SourcelessIntervention, pyvene.TrainableIntervent
         return f"ScaleIntervention({self.alpha.numel()})"
 
 
-# What a saved config calls it, and where pyvene looks for it when it loads one.
-ScaleIntervention.__module__ = "actscale_fast.integrations.pyvene"
-
 #: pyvene's interventions that add a constant vector, and with which sign.
 SIGNS = {pyvene.AdditionIntervention: 1.0, pyvene.SubtractionIntervention: -1.0}
 KINDS = (ScaleIntervention, pyvene.ZeroIntervention, *SIGNS)

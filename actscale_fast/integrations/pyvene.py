@@ -40,6 +40,9 @@ from ._pyvene_kinds import ALL_DIMS, SIGNS, ScaleIntervention, added_vector, unk
 
 __all__ = ["Accelerated", "ScaleIntervention", "accelerate", "from_pyvene", "load_pyvene", "to_pyvene"]
 
+# The name in a saved config, by which pyvene finds the class when it loads one.
+ScaleIntervention.__module__ = __name__
+
 Edit = Callable[[Tensor], Tensor]
 
 

@@ -1,8 +1,9 @@
-"""What every intervention is: a module of fp32 parameters, a location, and one method that edits an activation."""
+"""The base class of all interventions: fp32 parameters, a location, and a method that edits an activation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -13,28 +14,34 @@ from .._files import write_bytes
 from ..architectures.locate import locate
 from ..architectures.location import Location, check_positions, check_site
 from . import saving
-from .positions import Placement
+from .description import Description, read_description
+from .placement import Placement
 
 
 class Intervention(nn.Module):
     """Parameters at a location of one model.
 
-    A subclass names its parameters and their shapes after [L, P] in `parameter_tails` and implements `edit`; creation,
-    stacking, checks, saving and patching come with it. Parameters start at 0, the identity.
+    To write your own, subclass it, name the parameters and their shapes in `parameter_tails` and implement `edit`;
+    creation, stacking, checks, saving and patching are inherited. Parameters start at 0, where `edit` must change
+    nothing. The class attributes below describe the edit to the rest of the package. An installed package can declare
+    its classes as entry points of the group `actscale_fast.interventions` (`MyClass = "package.module:MyClass"`), so
+    that `load_intervention` finds them.
 
     Args:
         location: site, layers, positions and the model's fingerprint.
         n_groups: G, the number of interventions stacked into one for row groups; None: a single one, without that axis.
+        device: where the parameters are created; None: the CPU.
     """
 
     classes: ClassVar[dict[str, type[Intervention]]] = {}
-    #: Whether parameters β·p under strength 1 do what parameters p do under strength β.
+    #: Whether parameters β·p at strength 1 do the same as parameters p at strength β.
     homogeneous: ClassVar[bool] = True
     #: Whether all positions of a location use the same parameters, P = 1.
     shares_positions: ClassVar[bool] = False
-    #: Whether an edit multiplies an activation by factors, which a norm without scale after the site undoes.
+    #: Whether an edit multiplies activations by factors, which a norm without scale after the site would undo.
     multiplies: ClassVar[bool] = False
-    #: Whether an edit needs the activations of a second prompt for each row.
+    #: Whether an edit takes activations from a second prompt for each row. Such a class implements
+    #: `source_activations`, `interchange` and `check_source`.
     needs_source: ClassVar[bool] = False
     _wanted: Tensor
 
@@ -46,8 +53,8 @@ class Intervention(nn.Module):
         super().__init__()
         self.location = location
         self.n_groups = n_groups
-        device = torch.device("cpu") if device is None else device  # not PyTorch's default, which is the caller's
-        with torch.inference_mode(False):  # they are learned later
+        device = torch.device("cpu") if device is None else device  # not PyTorch's default device
+        with torch.inference_mode(False):  # the parameters may be learned later
             for name, shape in self.parameter_shapes(location, n_groups).items():
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)))
         wanted = torch.tensor(location.positions or (), dtype=torch.int64, device=device)
@@ -73,20 +80,21 @@ class Intervention(nn.Module):
             site: "head" (input of the attention's output projection, by query heads), "attn_out" (that projection's
                 output), "mlp_out" (the MLP's output) or "residual" (the decoder layer's output). attn_out and mlp_out
                 are taken before any norm or multiplier that follows: in Gemma 2, Gemma 3 and OLMo 2 such a norm undoes
-                a positive factor, and only its sign gets through.
-            layers: numbers of the layers, negative from the end; None: all.
-            positions: None: every token, prompt and generated. A list: tokens of the prompt only, counted from its
-                first real token, negative from its last; padding never counts. One outside a prompt does nothing.
-            generated: with a list, steer the generated tokens too; they share one further slot.
-            projection, layers_path, mlp: module paths for a family that is not in the table, e.g.
+                a positive factor, so that only the sign takes effect.
+            layers: layer numbers, negative from the end; None: all layers.
+            positions: None: every token, of the prompt and generated. A list: tokens of the prompt only, counted from
+                its first real token, or from its last if negative; padding does not count. A position outside a prompt
+                does nothing.
+            generated: with a list, also steer the generated tokens, which share one further slot.
+            projection, layers_path, mlp: module paths for a family that is not in the table, for example
                 projection="self_attn.o_proj", layers_path="model.layers", mlp="mlp".
 
         Warns:
-            UserWarning: scalars at a site that a norm without scale follows, where a positive factor changes nothing.
+            UserWarning: scalars at a site followed by a norm without scale, where a positive factor changes nothing.
 
         Raises:
-            TypeError, ValueError: an unknown site or layer, duplicates, a family whose parts cannot be told apart, or a
-                site that a short forward pass of the model shows to be something else than its name says.
+            TypeError, ValueError: an unknown site or layer, duplicates, a family whose modules cannot be identified, or
+                a site that a short forward pass of the model shows to be something other than its name says.
 
         Example:
             >>> intervention = ActivScalar.for_model(model, site="head", layers=range(4, 20))
@@ -121,22 +129,38 @@ class Intervention(nn.Module):
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
         """The edited activation.
 
-        Where all parameters are 0 it is x itself, and its derivative by the parameters is linear in β (or 0): rows of
-        opposite strength then share their passes in a fit.
+        Where all parameters are 0, it must equal x, and its derivative with respect to the parameters must be linear in
+        β (or 0), so that rows of opposite strength can share forward passes in a fit.
 
         Args:
             x: [B, T, H, D] in the model's dtype (H = 1 at a whole site).
             layer: index among the chosen layers.
-            strength: β, a float or one per row [B].
-            placement: which slot each token uses and which group each row.
+            strength: β, a float or one value per row [B].
+            placement: which slot each token uses, and which group each row.
         """
         raise NotImplementedError
 
+    def source_activations(
+        self, model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 32, progress: bool = False
+    ) -> Tensor:
+        """Read from the frozen model what an edit takes from these texts, one item for each: [N, ...].
+
+        Implemented by classes with `needs_source`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no activations from other prompts")
+
+    def interchange(self, source: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Let the passes inside the `with` block use these items of `source_activations`, one for each row.
+
+        Implemented by classes with `needs_source`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no activations from other prompts")
+
     def check_source(self, n_rows: int) -> None:
-        """Refuse sources that are not one for each of n_rows; of a class that needs them."""
+        """Raise a ValueError unless the source in use has n_rows items; implemented by classes with `needs_source`."""
 
     def of_layer(self, parameter: Tensor, layer: int, device: torch.device) -> Tensor:
-        """One layer's values [G, P, ...] as a view, of its own heads; copied only where it is on another device."""
+        """One layer's values [G, P, ...], limited to its own heads; a view unless it is on another device."""
         values = parameter.narrow(0, layer, 1) if self.n_groups is None else parameter.select(1, layer)
         n_heads = self.location.heads_of(layer)
         if values.dim() > 2 and values.shape[2] > n_heads:
@@ -145,7 +169,7 @@ class Intervention(nn.Module):
 
     @classmethod
     def stack(cls, interventions: Iterable[Intervention]) -> Self:
-        """Several interventions of this class as one, [G, L, P, ...]; see `interventions.stack`."""
+        """Several interventions of this class as one, [G, L, P, ...]; see `stack`."""
         from .composite import stack
 
         parts = list(interventions)
@@ -155,13 +179,13 @@ class Intervention(nn.Module):
         return cast(Self, stack(parts))
 
     def __add__(self, other: Intervention) -> Intervention:
-        """Both, this one first; steering vectors at one site and its positions become one vector."""
-        from .composite import added
+        """Both interventions, this one first; two steering vectors at one site become one vector."""
+        from .composite import Composite
 
-        return added(self, other)
+        return Composite([(1.0, self), (1.0, other)])
 
     def __mul__(self, factor: float) -> Intervention:
-        """The same under β·factor."""
+        """The same intervention with its strength multiplied by a factor."""
         from .composite import scaled
 
         return scaled(self, factor)
@@ -176,22 +200,22 @@ class Intervention(nn.Module):
 
     @property
     def pairs(self) -> list[tuple[float, Intervention]]:
-        """(factor of the strength, intervention of one place) of each that this one is made of, as they are applied."""
+        """(factor of the strength, intervention at a single location) of each part, in the order of application."""
         return [(1.0, self)]
 
     @property
     def singles(self) -> tuple[Intervention, ...]:
-        """The interventions of one place each that this one is made of."""
+        """The parts, each at a single location."""
         return tuple(part for _, part in self.pairs)
 
     @property
     def paths(self) -> dict[str, str]:
-        """Module paths of a model of an unlisted family."""
+        """Module paths that were given for a model of an unlisted family."""
         return self.singles[0].location.paths
 
     @property
     def wanted_positions(self) -> Tensor:
-        """int64 [P], the listed positions, on the parameters' device."""
+        """The listed positions, int64 [P], on the parameters' device."""
         return self._wanted
 
     @property
@@ -203,46 +227,46 @@ class Intervention(nn.Module):
     def n_parameters(self) -> int:
         """How many numbers are learned."""
         own = [self.location.heads_of(index) for index in range(len(self.location.layers))]
-        most = max(own) * len(own)  # parameters have room for the heads of the layer that has the most
+        most = max(own) * len(own)  # every layer has room for as many heads as the layer with the most
         return sum(parameter.numel() * sum(own) // most for parameter in self.parameters())
 
     @property
     def n_active(self) -> int:
-        """How many of them are not exactly zero."""
+        """How many parameters are not exactly zero."""
         return sum(int(torch.count_nonzero(parameter.detach())) for parameter in self.parameters())
 
     @property
     def l1(self) -> float:
-        """The sum of their absolute values."""
+        """The sum of the parameters' absolute values."""
         return sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in self.parameters())
 
     def check_finite(self) -> None:
-        """Raise a ValueError that names a parameter which holds NaN or infinity, and how many."""
+        """Raise a ValueError that names a parameter with NaN or infinite values."""
         for name, parameter in self.named_parameters():
             bad = int((~torch.isfinite(parameter.detach())).sum())
             if bad:
                 raise ValueError(f"{name}: {bad} of {parameter.numel()} values are not finite")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the intervention into `folder`: its tensors, then `intervention.json`, which commits them.
+        """Write the intervention into a folder: its tensors, then `intervention.json`, which commits them.
 
-        An intervention that the folder holds is replaced as a whole: a process that is killed at any moment leaves the
-        older one or the new one.
+        An intervention already in the folder is replaced as a whole: a process killed at any moment leaves either the
+        old one or the new one.
 
         Raises:
-            ValueError: a parameter is not finite. Nothing is written then.
+            ValueError: a parameter is not finite; nothing is written then.
             OSError: a file cannot be written; the message names it.
         """
         saving.save(self, Path(folder))
 
     def write_data(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
-        """Write all files but `intervention.json`; returns its fields and the names it refers to."""
-        encoded = saving.encode(self)
+        """Write all files except `intervention.json`; returns its fields and the names that it refers to."""
+        encoded = saving.encode(type(self), self.location, self.n_groups, self.saved_tensors())
         write_bytes(folder / encoded.name, encoded.payload)
         return encoded.description, [encoded.name]
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """What `save_pretrained` writes."""
+        """The tensors that `save_pretrained` writes."""
         return dict(self.named_parameters())
 
     @classmethod
@@ -251,15 +275,15 @@ class Intervention(nn.Module):
         return cls.parameter_shapes(location, n_groups)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `saved_tensors` gave."""
+        """Set the values that `saved_tensors` returned."""
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self.get_parameter(name).copy_(tensor)
 
     @classmethod
-    def read(cls, description: saving.Description) -> Self:
-        """The intervention in a folder whose `intervention.json` says that it is of this class."""
-        location, n_groups = saving.place(description)
+    def read(cls, description: Description) -> Self:
+        """The intervention of this class that a folder's `intervention.json` describes."""
+        location, n_groups = description.place()
         shapes = description.checked(lambda: cls.saved_shapes(location, n_groups))
         tensors = saving.load(description, shapes)
 
@@ -278,34 +302,36 @@ class Intervention(nn.Module):
 
     def extra_repr(self) -> str:
         where = self.location
-        positions = (
-            "all" if where.positions is None else [*where.positions, *(["generated"] if where.generated else [])]
-        )
+        positions = "all" if where.positions is None else [*where.positions, *(["generated"] * where.generated)]
         return (
             f"site={where.site!r}, layers={list(where.layers)}, positions={positions}, model={where.model.model_type!r}"
         )
 
 
 def load_intervention(folder: str | Path) -> Intervention:
-    """Read an intervention of any class from the folder that `save_pretrained` wrote, onto the CPU.
+    """Read an intervention of any class from a folder that `save_pretrained` wrote, onto the CPU.
+
+    A class that is not imported yet is looked up by its name among the entry points of installed packages; see
+    `Intervention`. A file never decides which module is imported.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file was changed, is of an unknown class or format, leads out of the folder, has tensors of wrong
-            shapes or types, or holds non-finite values; the message names the file.
+        ValueError: a file was changed, has an unknown class or format, leads out of the folder, has tensors of wrong
+            shapes or types, or contains non-finite values; the message names the file.
+        ImportError: an installed package declares the class, but its module cannot be imported.
         OSError: a file cannot be read; the message names it.
     """
     folder = Path(folder)
     for _ in range(4):
-        description = saving.read_description(folder)
+        description = read_description(folder)
         try:
             return read_part(description)
         except (FileNotFoundError, ValueError):
-            if saving.read_description(folder).sha256 == description.sha256:
-                raise  # otherwise another process has saved over it meanwhile
-    return read_part(saving.read_description(folder))
+            if read_description(folder).sha256 == description.sha256:
+                raise  # otherwise another process has replaced it in the meantime
+    return read_part(read_description(folder))
 
 
-def read_part(description: saving.Description) -> Intervention:
+def read_part(description: Description) -> Intervention:
     """The intervention that is described."""
-    return saving.class_of(description, Intervention.classes).read(description)
+    return description.class_in(Intervention.classes).read(description)

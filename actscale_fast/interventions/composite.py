@@ -1,8 +1,7 @@
-"""Interventions together: one after the other, under a factor of the strength, or side by side in row groups."""
+"""Combinations of interventions: one after the other, with factors of the strength, or side by side in row groups."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -18,25 +17,32 @@ from .._files import write_bytes
 from ..architectures.location import Location
 from . import saving
 from .base import Intervention, read_part
-from .vector import SteerVec
+from .description import (
+    DESCRIPTION,
+    Description,
+    checked_sha256,
+    description_bytes,
+    number,
+    read_description,
+)
 
-#: Parts of a Composite that is saved or loaded.
+#: The most parts of a Composite that can be saved or loaded.
 _MOST_PARTS = 1024
 
 
 class Composite(Intervention):
-    """Several interventions, each under a factor of its own, applied as nested patches are: the first one first.
+    """Several interventions, each with its own factor of the strength, applied in order like nested patches.
 
-    Two scalings of one head multiply, (1 + β·α₁)(1 + β·α₂); vectors add. `a + b`, `a - b` and `0.5 * a` make one where
-    the sum or multiple is no intervention of the parts' own class. It is patched, fitted, evaluated and saved as any
-    other: `for_model(..., site="attn_out") + for_model(..., site="mlp_out")` are learned together.
+    Two scalings of one head multiply, (1 + β·α₁)(1 + β·α₂); vectors add. `a + b`, `a - b` and `0.5 * a` return a
+    Composite where the result is not an intervention of the parts' own class. It is patched, fitted, evaluated and
+    saved like any other: `for_model(..., site="attn_out") + for_model(..., site="mlp_out")` are learned together.
 
     Args:
-        parts: pairs of factor and intervention; all stacked alike, or none.
+        parts: pairs of a factor and an intervention; all are stacks of one size, or none is a stack.
 
     Raises:
-        TypeError, ValueError: no parts, one that is no intervention, a factor that is not finite, other models, or
-            stacks of different sizes.
+        TypeError, ValueError: no parts, a part that is not an intervention, a factor that is not finite, parts made for
+            different models, or stacks of different sizes.
     """
 
     parts: nn.ModuleList
@@ -84,27 +90,27 @@ class Composite(Intervention):
         return sum(single.l1 for single in dict.fromkeys(self.singles))
 
     def write_data(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
-        """Write each part into a subfolder named after its contents; a part that is used twice is written once."""
+        """Write each part into a subfolder named after its contents; a part that occurs twice is written once."""
         if len(self.parts) > _MOST_PARTS:
             raise ValueError(f"parts: got {len(self.parts)}, expected at most {_MOST_PARTS} in a Composite to be saved")
         written: dict[Intervention, tuple[str, str]] = {}
         listed: list[dict[str, Any]] = []
         for factor, part in self.pairs:
             if part not in written:
-                encoded = saving.encode(part)
-                raw = saving.description_bytes(encoded.description)
+                encoded = saving.encode(type(part), part.location, part.n_groups, part.saved_tensors())
+                raw = description_bytes(encoded.description)
                 digest = hashlib.sha256(raw).hexdigest()
                 alike = sum(other == digest for _, other in written.values())  # an equal but separate part
                 name = f"part-{digest[:16]}" + (f"-{alike + 1}" if alike else "")
                 write_bytes(folder / name / encoded.name, encoded.payload)
-                write_bytes(folder / name / saving.DESCRIPTION, raw)
+                write_bytes(folder / name / DESCRIPTION, raw)
                 written[part] = name, digest
             name, digest = written[part]
             listed.append({"folder": name, "factor": factor, "sha256": digest})
         return {"class": type(self).__name__, "parts": listed}, [name for name, _ in written.values()]
 
     @classmethod
-    def read(cls, description: saving.Description) -> Self:
+    def read(cls, description: Description) -> Self:
         listed = description.checked(lambda: _listed(description.fields))
         parts: dict[str, Intervention] = {}
         for name, _, digest in listed:
@@ -112,7 +118,7 @@ class Composite(Intervention):
                 folder = description.folder / name
                 if folder.is_symlink():
                     raise ValueError(f"{folder}: a link, expected a folder")
-                part = saving.read_description(folder, digest)
+                part = read_description(folder, digest)
                 if part.fields["class"] == cls.__name__:
                     raise ValueError(f"{part.path}: damaged, a {cls.__name__} cannot be part of another")
                 parts[name] = read_part(part)
@@ -122,27 +128,8 @@ class Composite(Intervention):
         return f"factors={list(self.factors)}"
 
 
-def added(first: Intervention, second: Intervention) -> Intervention:
-    """`first + second`: a SteerVec where both are one at the same place, else a Composite."""
-    _check_part(second)
-    if _are_vectors(first, second):
-        with contextlib.suppress(ValueError):  # places that cannot stand in one table
-            total = SteerVec(common_location([first.location, second.location]), device=first.device)
-            with torch.no_grad():
-                for part in (first, second):
-                    _place(part, total, None)
-            return total
-    return Composite([(1.0, first), (1.0, second)])
-
-
-def _are_vectors(first: Intervention, second: Intervention) -> bool:
-    """Whether both are plain steering vectors, and both learned or neither."""
-    plain = all(type(part) is SteerVec and part.n_groups is None for part in (first, second))
-    return plain and len({value.requires_grad for part in (first, second) for value in part.parameters()}) == 1
-
-
 def scaled(intervention: Intervention, factor: float) -> Intervention:
-    """`factor * intervention`, of its own class where its parameters can say so."""
+    """`factor * intervention`, of the same class where its parameters can absorb the factor."""
     _check_factor(factor)
     if isinstance(intervention, Composite) or not intervention.homogeneous:
         return Composite([(factor, intervention)])
@@ -154,16 +141,16 @@ def scaled(intervention: Intervention, factor: float) -> Intervention:
 
 
 def stack(interventions: Iterable[Intervention]) -> Intervention:
-    """Interventions of one class as one whose parts serve rows: `patch(..., group=)` says which row uses which.
+    """Combine interventions of one class into one with row groups; `patch(..., group=)` assigns a part to each row.
 
-    They may differ in layers, and in positions that are all counted from the same end: where a part has no parameter of
-    its own it does nothing.
+    They may differ in layers, and in positions if all are counted from the same end of the prompt; where a part has no
+    parameter of its own, it does nothing.
 
     Args:
-        interventions: at one site of one model, none a stack.
+        interventions: at one site of one model; none is a stack itself.
 
     Raises:
-        ValueError: none given, several classes, stacks among them, or places that cannot stand in one table.
+        ValueError: no interventions, several classes, stacks among them, or positions that cannot be combined.
 
     Example:
         >>> both = stack([love, hate])
@@ -186,16 +173,16 @@ def stack(interventions: Iterable[Intervention]) -> Intervention:
     stacked = cls(common_location(locations), n_groups=len(parts), device=parts[0].device)
     with torch.no_grad():
         for number, part in enumerate(parts):
-            _place(part, stacked, number)
+            place_in(stacked, part, number)
     return stacked
 
 
 def common_location(locations: Sequence[Location]) -> Location:
-    """The smallest place that holds all of these.
+    """The smallest location that contains all of these.
 
     Raises:
-        ValueError: several sites or models, some with positions and some without, or positions counted from both ends
-            that are not the same: in a short prompt two of them could be one token.
+        ValueError: several sites or models, some with positions and some without, or different positions counted from
+            both ends of the prompt: in a short prompt two of them could be the same token.
     """
     first = locations[0]
     if all(location == first for location in locations):
@@ -221,8 +208,8 @@ def common_location(locations: Sequence[Location]) -> Location:
     )  # fmt: skip
 
 
-def _place(part: Intervention, whole: Intervention, group: int | None) -> None:
-    """Add the parameters of a part to those of a larger place, in one of its groups."""
+def place_in(whole: Intervention, part: Intervention, group: int | None = None) -> None:
+    """Add the parameters of a part to those of an intervention at a larger location, in one of its groups."""
     there, here = whole.location, part.location
     layers = [there.layers.index(layer) for layer in here.layers]
     slots = [0]
@@ -244,17 +231,17 @@ def _listed(fields: dict[str, Any]) -> list[tuple[str, float, str]]:
     """(folder, factor, SHA-256 of its description) of each part; raises ValueError, KeyError or TypeError."""
     entries = fields["parts"]
     if not isinstance(entries, list) or not 0 < len(entries) <= _MOST_PARTS:
-        number = f"{len(entries)} of them" if isinstance(entries, list) else type(entries).__name__
-        raise ValueError(f"parts: got {number}, expected a list of 1 to {_MOST_PARTS}")
+        got = f"{len(entries)} of them" if isinstance(entries, list) else type(entries).__name__
+        raise ValueError(f"parts: got {got}, expected a list of 1 to {_MOST_PARTS}")
     listed = []
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or entry.keys() != {"folder", "factor", "sha256"}:
             raise ValueError(f"parts: number {index} needs exactly a folder, a factor and a sha256")
-        digest = saving.checked_sha256(entry["sha256"])
+        digest = checked_sha256(entry["sha256"])
         wanted = rf"part-{digest[:16]}(-[1-9]\d{{0,3}})?" if fields["format"] > 1 else f"part-{index}"
         if not isinstance(entry["folder"], str) or not re.fullmatch(wanted, entry["folder"]):
             raise ValueError(f"parts: the folder of number {index} is {ascii(entry['folder'])[:80]}")
-        listed.append((entry["folder"], saving.number("factor", entry["factor"]), digest))
+        listed.append((entry["folder"], number("factor", entry["factor"]), digest))
     return listed
 
 

@@ -18,18 +18,19 @@ from .placement import Placement
 
 @dataclass(frozen=True, slots=True)
 class Produced:
-    """The scalars that one layer made in one forward pass."""
+    """The scalars that one layer produced in one forward pass."""
 
-    scalars: Tensor  # α, float32 [B, T, H], with its graph
+    scalars: Tensor  # α, float32 [B, T, H], with its autograd graph
     steered: Tensor | None  # bool [R, T], R = B or 1: the tokens that were scaled; None: all
 
 
 class DynScalar(Intervention):
-    """One probe vector per layer and head (or whole site), shared by positions: h·(1 + β·⟨u, h⟩) (eq. 10).
+    """A probe vector u for each layer and head (or whole site), shared by positions: h·(1 + β·⟨u, h⟩).
 
-    The scalar is read off the activation itself, so that what is learned on prompts of one length applies to any.
-    `probes` is fp32 [L, 1, H, D]: D is the head's width at the head site; at a whole one H is 1 and D the hidden size.
-    A list of positions says which tokens are scaled; they share the probe, generated ones included. Eq. 10 has no bias.
+    This is eq. 10 of arXiv 2410.04962, without a bias. The scalar ⟨u, h⟩ is computed from the activation itself, so
+    that what is learned on prompts of one length applies to any. `probes` is fp32 [L, 1, H, D], or [G, L, 1, H, D] when
+    stacked. At the head site D is the head's width; at a whole site H is 1 and D the hidden size. A list of positions
+    selects the tokens that are scaled; they share the probe, as generated tokens do.
     """
 
     shares_positions: ClassVar[bool] = True
@@ -54,7 +55,7 @@ class DynScalar(Intervention):
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[list[Produced]]:
-        """Note the scalars that forward passes inside produce, one item a layer; for a penalty on them."""
+        """Record the scalars that forward passes in the `with` block produce, one item per layer, for a penalty."""
         before = self._produced
         noted: list[Produced] = []
         self._produced = noted
@@ -65,10 +66,10 @@ class DynScalar(Intervention):
 
 
 def produced_l1(noted: list[Produced], real: Tensor | None = None) -> Tensor:
-    """Σ over layers and heads of the mean of |α| over the steered tokens, for each row; float32 [B] with its graph.
+    """For each row, Σ over layers and heads of the mean |α| over the steered tokens; float32 [B], differentiable.
 
     Args:
-        noted: of `DynScalar.noting`, each of the same rows.
+        noted: the list that `DynScalar.noting` filled in one forward pass.
         real: bool [B, T], tokens that are not padding; None: all.
     """
     total: Tensor | None = None
@@ -77,7 +78,7 @@ def produced_l1(noted: list[Produced], real: Tensor | None = None) -> Tensor:
         counted = torch.ones_like(sums, dtype=torch.bool) if part.steered is None else part.steered.expand_as(sums)
         if real is not None:
             counted = counted & real.to(sums.device)
-        # Not a product: a padding token may hold anything.
+        # Not a product: a padding token may be infinite or NaN.
         mean = torch.where(counted, sums, 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
         total = mean if total is None else total + mean.to(total.device)
     if total is None:

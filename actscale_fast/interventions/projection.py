@@ -12,11 +12,12 @@ from .placement import Placement
 
 
 class Projection(Intervention):
-    """A direction and a target per layer, position slot and head (or whole site): h + β·(t − ⟨h, u⟩)·u.
+    """A direction u and a target t for each layer, position slot and head (or whole site): h + β·(t − ⟨h, u⟩)·u.
 
-    With a unit vector u and β = 1 the projection ⟨h, u⟩ becomes t, whatever it was (instruction steering, arXiv
-    2410.12877); with t = 0 the direction is removed. `directions` is fp32 [L, P, H, D], `targets` fp32 [L, P, H]. A
-    direction of 0 does nothing. Computed in float32 (float64 for a float64 activation), rounded once.
+    With a unit vector u and β = 1, the projection ⟨h, u⟩ becomes t, whatever it was (instruction steering, arXiv
+    2410.12877); t = 0 removes the direction. `directions` is fp32 [L, P, H, D] and `targets` fp32 [L, P, H], with a
+    leading G when stacked. A direction of 0 does nothing. Computed in float32 (float64 for float64 activations) and
+    rounded once.
     """
 
     homogeneous: ClassVar[bool] = False

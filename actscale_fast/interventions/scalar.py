@@ -13,10 +13,11 @@ from .placement import Placement
 
 
 class ActivScalar(Intervention):
-    """One signed scalar per layer, position slot and head (or whole site): h·(1 + β·α) (arXiv 2410.04962, eq. 5).
+    """A signed scalar for each layer, position slot and head (or whole site): h·(1 + β·α).
 
-    `alpha` is fp32 [L, P, H] at the head site, [L, P, 1] at a whole one, [G, L, P, ·] where stacked. α = 0 is the
-    identity, α = −1 under β = 1 removes the head, β = −1 inverts the intervention.
+    This is eq. 5 of arXiv 2410.04962. `alpha` is fp32 [L, P, H] at the head site, [L, P, 1] at a whole site, and
+    [G, L, P, ·] when stacked. α = 0 is the identity, α = −1 with β = 1 removes the head, and β = −1 inverts the
+    intervention.
     """
 
     multiplies: ClassVar[bool] = True

@@ -1,19 +1,27 @@
-"""How an intervention was learned: the terms over the steps."""
+"""How an intervention was learned: the terms of the objective at each step."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from .._json import LARGEST, check_seal, has_seal, parsed, read_limited
-from .drawing import BLANK, INK, plain, written
+from .._json import LARGEST, parsed_sealed, read_limited
+from .drawing import INK, plain, written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..learning import FitResult
+Records = Sequence[dict[str, float]]
+
+
+class Learned(Protocol):
+    """The result of a fit."""
+
+    @property
+    def history(self) -> list[dict[str, float]]: ...
+
 
 _TERMS = (
     ("effectiveness", "effectiveness  E", "#3b6fb6"),
@@ -24,7 +32,7 @@ _TERMS = (
 
 
 def history(
-    result: FitResult | Sequence[dict[str, float]] | str | os.PathLike[str],
+    result: Learned | Records | str | os.PathLike[str],
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
@@ -33,14 +41,13 @@ def history(
     """Draw the three terms of the objective and the number of active scalars over the steps of a fit.
 
     Args:
-        result: a FitResult, its `.history`, or a JSON file with such a list.
-        path: where to write the picture; as in `heatmap`.
-        title: above the four panels; default none.
-        dpi: dots an inch of a .png.
+        result: the result of a fit, its `.history`, or a JSON file with such a list.
+        path, dpi: as in `heatmap`.
+        title: above the four panels; None: no title.
 
     Raises:
-        ValueError: no steps, a step without one of the terms, or a suffix that is no format of pictures.
-        FileNotFoundError: no such file.
+        ValueError: no steps, a step without one of the terms, or a suffix that is not a picture format.
+        FileNotFoundError: there is no such file.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -61,9 +68,7 @@ def history(
         axis.margins(x=0.015, y=0.12)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(4))
-        axis.grid(axis="y", color=BLANK, linewidth=0.9)
-        axis.set_axisbelow(True)
-        plain(axis)
+        plain(axis, grid="y")
     for axis in axes[2:]:
         axis.set_xlabel("step", fontsize=9, color=INK)
     if title:
@@ -71,14 +76,11 @@ def history(
     return written(figure, path)
 
 
-def _records(result: FitResult | Sequence[dict[str, float]] | str | os.PathLike[str]) -> list[dict[str, float]]:
+def _records(result: Learned | Records | str | os.PathLike[str]) -> list[dict[str, float]]:
     if isinstance(result, str | os.PathLike):
         file = Path(result)
         try:
-            raw = read_limited(file, LARGEST)
-            if has_seal(raw):
-                check_seal(raw)
-            records = parsed(raw, finite=False)
+            records, _ = parsed_sealed(read_limited(file, LARGEST), finite=False)
         except ValueError as error:
             raise ValueError(f"{file}: not JSON ({error})") from None
     else:

@@ -1,4 +1,4 @@
-"""Systems side by side: one row each, one panel a metric."""
+"""Systems side by side: a row for each system, a panel for each metric."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .drawing import BLANK, INK, headed, plain, series, written
+from .drawing import INK, headed, plain, series, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +21,8 @@ class Measured:
 
     system: str
     metric: str
-    values: tuple[float, ...]  # one a seed
-    group: str = ""  # such as "training" and "held out", drawn in the same row
+    values: tuple[float, ...]  # one per seed
+    group: str = ""  # for example "training" or "held out"; groups share the system's row
 
 
 def comparison(
@@ -33,20 +33,19 @@ def comparison(
     title: str | None = None,
     dpi: int = 160,
 ) -> Figure:
-    """Draw systems below each other and metrics beside each other: the mean, and a line from the least to the largest.
+    """Draw each system's metrics in a row: the mean, and a line from the smallest to the largest value.
 
-    Systems, metrics and groups stand in the order in which they first occur.
+    Systems, metrics and groups keep the order in which they first occur.
 
     Args:
-        rows: what was measured; a system may lack a metric.
-        path: where to write the picture, in the format of its suffix (.png, .pdf, .svg); None: nowhere.
-        log: the metrics that have a logarithmic axis; 0 stands left of it.
-        title: above the panels; default none.
-        dpi: dots an inch of a .png.
+        rows: the measurements; a system may lack a metric.
+        path, dpi: as in `heatmap`.
+        log: the metrics with a logarithmic axis; 0 is drawn at its left end.
+        title: above the panels; None: no title.
 
     Raises:
-        ValueError: no rows, one without values or with one that is not finite, a metric of `log` that does not occur or
-            has values below 0, or a suffix that is no format of pictures.
+        ValueError: no rows, a row without values or with one that is not finite, a metric in `log` that does not occur
+            or has values below 0, or a suffix that is not a picture format.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -56,7 +55,9 @@ def comparison(
     for row in rows:
         if not row.values or not all(map(math.isfinite, row.values)):
             raise ValueError(f"rows: {row.system!r}, {row.metric!r} has the values {row.values}, expected finite ones")
-    systems, metrics, groups = (list(dict.fromkeys(getattr(r, name) for r in rows)) for name in _NAMES)
+    systems, metrics, groups = (
+        list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("system", "metric", "group")
+    )
     if not set(log) <= set(metrics):
         raise ValueError(f"log: got {sorted(log)}, expected some of {metrics}")
     height = (
@@ -75,10 +76,7 @@ def comparison(
             axis.plot([mean], [place], mark, color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.6)
         _scale(axis, metric, [value for row in of_metric for value in row.values], metric in log)
         axis.set_title(metric, loc="left", fontsize=9, color=INK)
-        axis.grid(axis="y", color=BLANK, linewidth=0.9)
-        axis.grid(axis="x", color=BLANK, linewidth=0.6)
-        axis.set_axisbelow(True)
-        plain(axis)
+        plain(axis, grid="yx")
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(systems)), systems, fontsize=8.5)
@@ -87,9 +85,6 @@ def comparison(
     handles = [Line2D([], [], color=colour, marker=mark, linestyle="", markersize=5) for colour, mark in marks]
     headed(figure, title, handles, groups if marks else ())
     return written(figure, path)
-
-
-_NAMES = ("system", "metric", "group")
 
 
 def _scale(axis: Axes, metric: str, values: list[float], log: bool) -> None:
@@ -119,7 +114,7 @@ def _scale(axis: Axes, metric: str, values: list[float], log: bool) -> None:
 
 
 def _short(value: float, _: object = None) -> str:
-    """1000 as 1k, 0.01 as it is."""
+    """1000 as 1k, 0.01 unchanged."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"

@@ -1,4 +1,4 @@
-"""Lines: the path from few to many active scalars, and what grows with the strength of an intervention."""
+"""Curves: answers flipped against the number of active scalars, and quantities against the strength."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PathPoint:
-    """One intervention of a path."""
+    """One intervention of a path from few to many active scalars."""
 
     n_active: float  # scalars (or parameters) that are not exactly zero
     to_correct: float  # share of examples with z[c] > z[w] under β = +1
@@ -43,21 +43,20 @@ def path(
 ) -> Figure:
     """Draw the share of answers flipped against the number of active scalars.
 
-    One curve has both directions in one panel; several have a panel for each direction.
+    A single curve has both directions in one panel; several curves have a panel for each direction.
 
     Args:
-        curves: by name the points of a path, or those of several runs (seeds), whose mean is drawn over a band from the
-            least to the largest. Runs are joined by straight lines and compared where all of them have points.
-        path: where to write the picture, in the format of its suffix (.png, .pdf, .svg); None: nowhere.
-        kl: a further panel with the KL, which every point must have then.
-        log: a logarithmic axis of active scalars; 0 stands left of it.
+        curves: the points of each named path, or those of several runs (seeds) of it: then their mean, over a band from
+            the smallest to the largest value. Runs are interpolated linearly and compared where all have points.
+        path, dpi: as in `heatmap`.
+        kl: add a panel with the KL, which every point must then have.
+        log: a logarithmic axis of active scalars; 0 is drawn at its left end.
         xlabel: what is counted.
-        title: above the panels; default none.
-        dpi: dots an inch of a .png.
+        title: above the panels; None: no title.
 
     Raises:
-        TypeError: what is no PathPoint.
-        ValueError: no curve, one without points, a point without KL, or a suffix that is no format of pictures.
+        TypeError: something that is not a PathPoint.
+        ValueError: no curve, one without points, a point without KL, or a suffix that is not a picture format.
     """
     from matplotlib.figure import Figure
 
@@ -79,10 +78,7 @@ def path(
         _finish(axis, "share flipped" if label == "flipped" else "", xlabel, log)
         if label != "flipped":
             axis.set_title(label, loc="left", fontsize=9.5, color=INK)
-        if "kl" in keys:
-            axis.set_ylim(bottom=0)
-        else:
-            axis.set_ylim(-0.03, 1.03)
+        axis.set_ylim(*((0,) if "kl" in keys else (-0.03, 1.03)))
     if not alone:
         axes[0].set_ylabel("share flipped")
     headed(figure, title, *axes[0].get_legend_handles_labels())
@@ -103,18 +99,18 @@ def strengths(
     """Draw one quantity, such as a perplexity or a logit difference, against the strength of interventions.
 
     Args:
-        curves: by name (strengths, values), both of one length; or (strengths, values of each seed), whose mean is
-            drawn over a band from the least to the largest.
-        path, dpi: as in `path`.
+        curves: (strengths, values) by name, both of one length; or (strengths, values of each seed), drawn as their
+            mean over a band from the smallest to the largest.
+        path, dpi: as in `heatmap`.
         ylabel: the quantity, with its unit.
         xlabel: what is varied.
-        log: a logarithmic axis of the quantity.
-        baseline: the frozen model's value, as a line across.
-        title: above the picture; default none.
+        log: a logarithmic axis for the quantity.
+        baseline: the frozen model's value, drawn as a line across.
+        title: above the picture; None: no title.
 
     Raises:
-        ValueError: no curve, one without values or with another number of them than of strengths, values that are not
-            positive on a logarithmic axis, or a suffix that is no format of pictures.
+        ValueError: no curve, a curve without values or with more or fewer values than strengths, values that are not
+            positive on a logarithmic axis, or a suffix that is not a picture format.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -154,7 +150,7 @@ def strengths(
 
 
 def _runs(name: str, given: Any, kl: bool) -> list[list[PathPoint]]:
-    """The runs of one curve, their points by the number of active scalars."""
+    """The runs of one curve, their points sorted by the number of active scalars."""
     many = bool(given) and not isinstance(given[0], PathPoint)
     runs = [sorted(run, key=_n_active) for run in (given if many else [given])]
     if not runs or not all(runs):
@@ -176,7 +172,7 @@ def _curve(axis: Axes, runs: list[list[PathPoint]], key: str, style: tuple[str, 
     low, high = max(x.min() for x in places), min(x.max() for x in places)
     grid = np.unique(np.concatenate([x[(x >= low) & (x <= high)] for x in places] + [[low, high]]))
     scale = np.log1p if log else np.asarray
-    # Of equally many active scalars the last counts: np.interp wants increasing places.
+    # np.interp needs increasing places: of points with equally many active scalars the last one counts.
     rows = [np.interp(scale(grid), scale(x), y) for x, y in map(_distinct, places, values)]
     _band(axis, grid, np.stack(rows), *style, label, marked=len(runs) == 1)
 
@@ -187,10 +183,10 @@ def _distinct(x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def _band(axis: Axes, x: Any, rows: Any, colour: str, mark: str, label: str, marked: bool = True) -> None:
-    """The mean of rows [R, X] over a band from the least to the largest."""
+    """Draw the mean of rows [R, X] over a band from the smallest to the largest value."""
     if len(rows) > 1:
         axis.fill_between(x, rows.min(0), rows.max(0), color=colour, alpha=0.16, linewidth=0)
-    every = max(len(x) // 8, 1)  # marks tell curves apart, they need not stand at every point of a mean
+    every = max(len(x) // 8, 1)  # marks tell curves apart; a mean does not need one at every point
     axis.plot(
         x, rows.mean(0), color=colour, marker=mark, markersize=4.2, linewidth=1.7, label=label,
         markevery=1 if marked else every, markeredgecolor="white", markeredgewidth=0.5,
@@ -208,6 +204,4 @@ def _finish(axis: Axes, ylabel: str, xlabel: str, log: bool) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(7))
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
-    axis.grid(axis="y", color=BLANK, linewidth=0.9)
-    axis.set_axisbelow(True)
-    plain(axis)
+    plain(axis, grid="y")

@@ -1,20 +1,21 @@
-"""Maps of heads (or positions) by layers: an intervention's scalars, and what an attribution found."""
+"""Maps of heads (or positions) by layers: the scalars of an intervention, and the scores of an attribution."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
+from torch import Tensor
+
+from ..architectures.location import Location
+from ..interventions import ActivScalar, Intervention
 from .drawing import written
 from .panels import Panel, panels_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ..architectures.location import Location
-    from ..interventions import ActivScalar, Intervention
-    from ..learning import Attribution
 
 _PLACES = {
     "head": "attention heads",
@@ -22,6 +23,28 @@ _PLACES = {
     "mlp_out": "MLP outputs",
     "residual": "residual stream",
 }
+
+
+@runtime_checkable
+class Attributed(Protocol):
+    """The result of an attribution; scores and knock-outs are [L, P, H]."""
+
+    @property
+    def scores(self) -> Tensor: ...
+    @property
+    def knock_out(self) -> Tensor | None: ...
+    @property
+    def location(self) -> Location: ...
+    @property
+    def n_examples(self) -> int: ...
+    @property
+    def logit_difference(self) -> float: ...
+    @property
+    def objective(self) -> object: ...
+    @property
+    def n_top(self) -> int: ...
+    @property
+    def agreement(self) -> Any: ...
 
 
 def heatmap(
@@ -35,28 +58,27 @@ def heatmap(
 ) -> Figure:
     """Draw the scalars of an ActivScalar, layers from left to right: red amplifies, blue suppresses, blank is 0.
 
-    Rows are heads (one panel a position, where there are several) or, at a whole site, positions. Every scalar that is
-    not exactly 0 has an outline, so that a small one is told from none. Several interventions, as those at the outputs
-    of attention and MLP, stand side by side in one scale of colours.
+    Rows are heads (with a panel per position) or, at a whole site, positions. Every scalar that is not exactly 0 has an
+    outline, which distinguishes a small one from none. Several interventions are drawn side by side in one colour
+    scale.
 
     Args:
-        intervention: an ActivScalar that is not a stack; or several of the same layers and positions, as a list or a
+        intervention: an ActivScalar that is not a stack; or several with the same layers and positions, as a list or a
             Composite (whose factors multiply the scalars).
-        path: where to write the picture, in the format of its suffix (.png, .pdf, .svg); None: nowhere. The file
-            appears whole or not at all.
-        tokens: for an intervention with positions the token that stands at each of them, which then label the rows (or
-            panels); as text, or as `convert_ids_to_tokens` gives them.
+        path: where to write the picture, atomically and in the format of its suffix (.png, .pdf, .svg); None: no file.
+        tokens: the token at each position of the intervention, as a label of its row (or panel); as text, or as
+            `convert_ids_to_tokens` returns them.
         title: the first line of the title; default "Activation scalars".
-        limit: the |α| of full colour; default the largest one.
-        dpi: dots an inch of a .png.
+        limit: the |α| shown in full colour; None: the largest one.
+        dpi: dots per inch of a .png file.
 
     Returns:
         The figure.
 
     Raises:
         TypeError: not an ActivScalar.
-        ValueError: a stack of several, interventions of different layers, positions or rows, tokens for another number
-            of positions, a limit that is not positive, or a suffix that is no format of pictures.
+        ValueError: a stack, interventions with different layers, positions or heads, more or fewer tokens than
+            positions, a limit that is not positive, or a suffix that is not a picture format.
 
     Example::
 
@@ -89,9 +111,7 @@ def heatmap(
 
 
 def _parts(given: Any) -> list[tuple[float, ActivScalar]]:
-    """(factor, intervention) of each column, all drawable beside each other."""
-    from ..interventions import ActivScalar
-
+    """(factor, intervention) of each column."""
     several = isinstance(given, list | tuple)
     pairs = [pair for one in (given if several else [given]) for pair in getattr(one, "pairs", [(1.0, one)])]
     if not pairs:
@@ -111,37 +131,33 @@ def _parts(given: Any) -> list[tuple[float, ActivScalar]]:
 
 
 def attribution(
-    result: Attribution,
+    result: Attributed,
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
     limit: float | None = None,
     dpi: int = 160,
 ) -> Figure:
-    """Draw what removing each head is predicted to change, −score, above what it was measured to change.
+    """Draw the predicted change when each head is removed, −score, above the measured change.
 
-    Both are changes of the mean logit difference z[c] − z[w] in one colour scale: a blue head speaks for the correct
-    answer, since the difference falls without it, a red one against it. Scores of an objective are another quantity and
-    have a scale of their own. Outlines mark the largest of each map.
+    Both are changes of the mean logit difference z[c] − z[w] in one colour scale: without a blue head the difference
+    falls, so it speaks for the correct answer; a red one speaks against it. Scores of an objective are another quantity
+    and have their own scale. Outlines mark the largest of each map.
 
     Args:
-        result: of `attribution`; without knock-outs there is the prediction alone.
+        result: the result of `attribution`; without knock-outs only the prediction is drawn.
         path, dpi: as in `heatmap`.
         title: the first line of the title; default "Removing one head at a time".
-        limit: the magnitude of full colour; default the largest one.
+        limit: the magnitude shown in full colour; None: the largest one.
 
     Returns:
         The figure.
 
     Raises:
         TypeError: not an Attribution.
-        ValueError: a limit that is not positive, or a suffix that is no format of pictures.
+        ValueError: a limit that is not positive, or a suffix that is not a picture format.
     """
-    import torch
-
-    from ..learning import Attribution
-
-    if not isinstance(result, Attribution):
+    if not isinstance(result, Attributed):
         raise TypeError(f"result: got {type(result).__name__}, expected an Attribution")
     location = result.location
     change = "Δ logits"
@@ -167,7 +183,7 @@ def attribution(
 
 
 def _maps(values: Any, location: Location, slots: Sequence[str]) -> list[tuple[str | None, Any]]:
-    """A tensor [L, P, H] as named maps, numpy [rows, layers] each."""
+    """A tensor [L, P, H] as named NumPy maps [rows, layers]."""
     array = values.float().cpu().numpy()
     if location.site != "head":
         return [(None, array[:, :, 0].T)]
@@ -184,7 +200,7 @@ def _axes_of(location: Location, slots: Sequence[str]) -> dict[str, Any]:
 
 
 def _labels(location: Location, tokens: Sequence[str] | None = None) -> list[str]:
-    """The name of each slot: a position's number, behind its token where tokens are given."""
+    """The name of each slot: the position's number, after its token where tokens are given."""
     if location.positions is None:
         if tokens is not None:
             raise ValueError("tokens: the intervention has no positions, expected none")
@@ -202,12 +218,12 @@ def _labels(location: Location, tokens: Sequence[str] | None = None) -> list[str
 
 
 def _readable(token: str) -> str:
-    """A token as a label: without the marks of its space, line breaks seen."""
+    """A token as a label, without tokenizers' marks of a space and with line breaks visible."""
     text = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
     return text.replace("\n", "↵").replace("$", r"\$").strip() or "␣"
 
 
-def _agreement(result: Attribution) -> str:
+def _agreement(result: Attributed) -> str:
     found = result.agreement
     parts = [f"{result.n_examples} prompts", f"z[c] − z[w] = {_signed(result.logit_difference)}"]
     if found is not None:

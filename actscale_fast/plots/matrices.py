@@ -1,4 +1,4 @@
-"""Small matrices with their numbers: how much sets of active scalars share."""
+"""Small matrices with their numbers: how much two sets of active scalars have in common."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .drawing import FAINT, INK, written
+from .drawing import FAINT, INK, two_lines, written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,19 +23,18 @@ def overlap(
     quantity: str = "shared of both (Jaccard)",
     dpi: int = 160,
 ) -> Figure:
-    """Draw how much each two sets share, a number between 0 and 1 in each cell.
+    """Draw how much each two sets have in common, as a number between 0 and 1 in each cell.
 
     Args:
-        matrix: [N, N] symmetric, of a tensor, an array or nested lists; NaN where there is nothing to compare.
+        matrix: [N, N] symmetric, as a tensor, an array or nested lists; NaN where there is nothing to compare.
         labels: the names of the N sets.
-        path: where to write the picture, in the format of its suffix (.png, .pdf, .svg); None: nowhere.
+        path, dpi: as in `heatmap`.
         title: the first line; default "Overlap of active scalars".
         quantity: what the numbers are.
-        dpi: dots an inch of a .png.
 
     Raises:
-        ValueError: not a square matrix of numbers between 0 and 1, another number of labels, or a suffix that is no
-            format of pictures.
+        ValueError: not a square matrix of numbers between 0 and 1, more or fewer labels than rows, or a suffix that is
+            not a picture format.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
@@ -69,7 +68,5 @@ def overlap(
     axis.tick_params(labelsize=8, length=0, labelcolor=INK)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    words: dict[str, Any] = {"x": 0.12 / width, "ha": "left", "va": "top", "color": INK}
-    figure.text(y=1 - 0.12 / height, s=title or "Overlap of active scalars", fontsize=10.5, fontweight="bold", **words)
-    figure.text(y=1 - 0.38 / height, s=quantity, fontsize=8.5, **words)
+    two_lines(figure, title or "Overlap of active scalars", quantity, left=0.12, top=0.12)
     return written(figure, path)

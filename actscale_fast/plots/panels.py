@@ -1,4 +1,4 @@
-"""Signed maps of cells: panels in one or several columns, layers from left to right, a colour bar for each quantity."""
+"""Signed maps of cells: panels in one or several columns, layers from left to right, a colour bar per quantity."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .drawing import BLANK, EDGE, FAINT, HAIR, INK, plain
+from .drawing import BLANK, EDGE, FAINT, HAIR, INK, colour_bar, plain, two_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,15 +40,15 @@ def panels_figure(
     columns: int = 1,
     every_row: bool = False,
 ) -> Figure:
-    """Draw maps of the same rows and layers; red is above 0, blue below, blank exactly 0.
+    """Draw maps of the same rows and layers; red is above 0, blue is below, blank is exactly 0.
 
     Args:
-        panels: from top to bottom; with several columns row by row, all of one quantity.
+        panels: from top to bottom; with several columns row by row, and all of one quantity.
         layers, rows: the names of the columns and rows; `row_label` names the rows' axis.
         title, summary: the two lines above, the first in bold.
-        limit: the magnitude of full colour; None: the largest one of each quantity.
-        dpi: dots an inch.
-        columns: panels beside each other.
+        limit: the magnitude shown in full colour; None: the largest one of each quantity.
+        dpi: dots per inch.
+        columns: panels side by side.
         every_row: label all rows, in cells that leave room for it.
     """
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def panels_figure(
     one, down = cell * (n_layers + 0.2), cell * (n_rows + 0.2)
     across = columns * one + (columns - 1) * _BETWEEN
     tall = n_panels * down + (n_panels - 1) * gap
-    # A character of the panels' titles takes 0.065, one of the two lines above 0.065 and 0.09.
+    # A character takes 0.065, and 0.09 in the bold line.
     beside = left + max(across, *(0.065 * len(panel.title or "") for panel in panels)) + 0.2
     width = max(beside + right - 0.2, left + 0.065 * len(summary) + 0.1, left + 0.09 * len(title) + 0.1, 4.6)
     height = max(tall, 0.9) + top + bottom
@@ -93,22 +93,18 @@ def panels_figure(
         long = min(max(spread * (down + gap) - gap, 0.9 if spread == n_panels else down), 3.2)
         place = (beside / width, (height - above - long) / height, 0.13 / width, long / height)
         _bar(figure, place, quantity, largest, 6 if long > 1.5 else 4)
-    words: dict[str, Any] = {"x": (left + 0.1 * cell) / width, "ha": "left", "va": "top", "color": INK}
-    figure.text(y=1 - 0.16 / height, s=title, fontsize=11, fontweight="bold", **words)
-    figure.text(y=1 - 0.41 / height, s=summary, fontsize=8.5, **words)
+    two_lines(figure, title, summary, left=left + 0.1 * cell, top=0.14)
     return figure
 
 
 def _bar(figure: Figure, place: tuple[float, float, float, float], quantity: str, limit: float, n_ticks: int) -> None:
-    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.ticker import MaxNLocator
 
-    bar = figure.colorbar(ScalarMappable(Normalize(-limit, limit), _diverging()), cax=figure.add_axes(place))
+    bar = colour_bar(figure, Normalize(-limit, limit), _diverging(), cax=figure.add_axes(place))
     bar.ax.set_title(quantity, fontsize=9, color=INK, pad=5)
     bar.ax.yaxis.set_major_locator(MaxNLocator(n_ticks, symmetric=True))
-    bar.ax.tick_params(labelsize=8, color=FAINT, labelcolor=INK, length=2)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # a Spine, which matplotlib's annotation hides
+    bar.ax.tick_params(length=2)
 
 
 def _cells(axis: Axes, panel: Panel, limit: float) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from .countries import CAPITALS
 from .examples import Example
-from .split import TaskSplit, answer_tokens, check_count, checked_templates, held_out_templates, prompt_lengths
+from .split import TaskSplit, answer_tokens, check_sizes, checked_templates, held_out_templates, prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,8 +103,7 @@ def country_capital_conflicts(
         train, test = country_capital_conflicts(tokenizer, n_train=256, n_test=64)
         train[0].prompt   # 'The capital of Norway is Cairo. Q: What is the capital of Norway? A:'
     """
-    check_count("n_train", n_train)
-    check_count("n_test", n_test)
+    check_sizes(n_train, n_test)
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction: got {test_fraction}, expected a number between 0 and 1")
     if split not in get_args(Split):

@@ -19,8 +19,8 @@ class Example:
         prompt: the text before the answer; not empty.
         correct: the correct answer as it follows the prompt, with its leading space where it has one (" Berlin").
         wrong: the wrong answer (" Paris"). Both must be single tokens; `fit` and `evaluate` check that.
-        source: for an interchange, another prompt, which activations are taken from. `prompt` is then the base,
-            `correct` the answer that the interchange should give, `wrong` the other one.
+        source: for an interchange, the second prompt, from which activations are taken. `prompt` is then the base and
+            `correct` the answer that the interchange should give.
 
     Raises:
         TypeError, ValueError: an argument that is not a string, an empty prompt, answer or source, equal answers.
@@ -102,3 +102,11 @@ def check_examples(examples: Sequence[Example]) -> list[Example]:
         if not isinstance(example, Example):
             raise TypeError(f"examples: row {row} is a {type(example).__name__}, expected an Example")
     return checked
+
+
+def sources_of(examples: Sequence[Example]) -> list[str]:
+    """The source of every example; raises a ValueError that names the first row without one."""
+    for row, example in enumerate(examples):
+        if example.source is None:
+            raise ValueError(f"examples: row {row} has no source, which an interchange takes the activations from")
+    return [example.source for example in examples if example.source is not None]

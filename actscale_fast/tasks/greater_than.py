@@ -1,8 +1,8 @@
-"""Greater-than: "The war lasted from the year 1732 to the year 17" goes on above 32, not below.
+"""Greater-than: "The war lasted from the year 1732 to the year 17" continues with a number above 32, not below.
 
-The task of arXiv 2305.00586, with nouns and sentences of its own. What is answered depends on how the tokenizer splits
-a year: the last two digits where they are one token (GPT-2: " 17", "32"), else the next digit: the third where digits
-are tokens (SmolLM2: "1", "7", "3", "2"), the fourth where three are one (Llama 3: "173", "2").
+This is the task of arXiv 2305.00586 with other nouns and sentences. The answer depends on how the tokenizer splits a
+year: the last two digits where they are one token (GPT-2: " 17", "32"), else the next digit, which is the third where
+every digit is a token (SmolLM2: "1", "7", "3", "2") and the fourth where three digits are (Llama 3: "173", "2").
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .examples import Example
-from .split import TaskSplit, check_count, checked_templates, held_out_templates, of_one_shape, single_token_words
+from .split import (
+    TaskSplit,
+    added_tokens,
+    check_sizes,
+    checked_templates,
+    held_out_templates,
+    of_one_shape,
+    single_token_words,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +40,8 @@ GREATER_THAN_TEMPLATES: tuple[str, ...] = (
     "Having begun in the year {year}, the {event} was over by the year {stem}",
     "Records of the {event} cover the time between the year {year} and the year {stem}",
 )
-"""The built-in templates; held-out examples use a quarter of them, training the others. On each, SmolLM2-135M-Instruct
-ranks the later year's digit above the earlier one's for 94-100 % of prompts (32 a template)."""
+"""The built-in templates; held-out examples use a quarter of them, training the others. With each of them,
+SmolLM2-135M-Instruct ranks the later year's digit above the earlier year's for 94-100 % of 32 prompts."""
 
 _FIELDS = ("event", "year", "stem")
 _EVENTS = [
@@ -43,18 +51,18 @@ _EVENTS = [
     "investigation",
 ]  # fmt: skip
 _CENTURIES = range(11, 19)
-_ENOUGH = 100  # years that a way to split them must fit, of 800
+_ENOUGH = 100  # of 800 years, how many a way to split them must fit
 
 
 @dataclass(frozen=True, slots=True)
 class _Year:
-    """A year that a prompt may start from."""
+    """A year with which a prompt may start."""
 
     number: int
-    stem: str  # its first digits, behind which the answer stands
-    shown: str  # the digits of its own that answer's stand for
-    above: tuple[str, ...]  # answers that are later
-    below: tuple[str, ...]  # answers that are earlier
+    stem: str  # its first digits, which the answer follows
+    shown: str  # its digits in the place of the answer
+    above: tuple[str, ...]  # answers that make a later year
+    below: tuple[str, ...]  # answers that make an earlier year
 
 
 def greater_than(
@@ -66,37 +74,35 @@ def greater_than(
     templates: Sequence[str] | None = None,
     aligned: bool = False,
 ) -> TaskSplit:
-    """Sentences of something that lasted from one year to a later one; held-out ones have templates of their own.
+    """Sentences about something that lasted from one year to a later one; held-out ones use other templates.
 
-    The prompt ends within the second year, behind the digits that both share, and the answers have no leading space.
-    The correct one makes a later year, the wrong one an earlier; starting years are spread evenly over the answered
-    digits. Of the two answers the correct one is always the larger number: an intervention that makes all large numbers
-    likelier, whatever the year, flips the answers too, and only the KL of the other tokens tells it from another.
+    A prompt ends within the second year, after the digits that both years share, and the answers have no leading space.
+    The correct one makes a later year, the wrong one an earlier year; starting years are spread evenly over the
+    answered digits. The correct answer is always the larger number, so an intervention that makes all large numbers
+    more likely also flips the answers; only the KL of the other tokens reveals that.
 
     Args:
         tokenizer: decides which digits are answered, and which years and nouns are used.
-        n_train, n_test: examples on either side.
-        seed: the same seed gives the same examples, in the same order.
-        templates: two or more texts with the fields `{event}`, `{year}` and, as their end, `{stem}`, the digits before
+        n_train, n_test: number of training and held-out examples.
+        seed: the same seed gives the same examples in the same order.
+        templates: two or more texts with the fields `{event}`, `{year}` and, at the end, `{stem}`, the digits before
             the answer; default `GREATER_THAN_TEMPLATES`.
-        aligned: use only templates of one shape: every prompt has equally many tokens, and the noun, the year and the
-            stem stand at the same tokens in all of them. Of the default 8 are of one shape.
+        aligned: use only templates of one shape: every prompt has the same number of tokens, and the noun, the year and
+            the stem are at the same tokens in all of them. Eight of the default templates have one shape.
 
     Returns:
         TaskSplit, which unpacks as `train, test`.
 
     Raises:
-        TypeError, ValueError: a count below 1, templates without their fields, a tokenizer that splits years in no way
-            that leaves an answer of one token (or, with `aligned`, too few templates), or more examples wanted than
-            there are.
+        TypeError, ValueError: a count below 1, templates without their fields, a tokenizer with which no answer is a
+            single token (or, with `aligned`, too few templates have one shape), or more examples than can be made.
 
     Example::
 
         train, test = greater_than(tokenizer, n_train=256, n_test=64)
         train[0].prompt   # 'The siege lasted from the year 1732 to the year 17'
     """
-    check_count("n_train", n_train)
-    check_count("n_test", n_test)
+    check_sizes(n_train, n_test)
     texts = checked_templates(GREATER_THAN_TEMPLATES if templates is None else templates, _FIELDS)
     for text in texts:
         if not text.endswith(" {stem}"):
@@ -119,7 +125,7 @@ def greater_than(
 
 
 def _years(tokenizer: PreTrainedTokenizerBase) -> list[_Year]:
-    """The years of the first way to split them that fits the tokenizer."""
+    """The years, split in the first way that fits the tokenizer."""
     for stem_digits, answer_digits in ((2, 2), (2, 1), (3, 1)):
         years = _split_years(tokenizer, stem_digits, answer_digits)
         if len(years) >= _ENOUGH:
@@ -131,11 +137,11 @@ def _years(tokenizer: PreTrainedTokenizerBase) -> list[_Year]:
 
 
 def _split_years(tokenizer: PreTrainedTokenizerBase, stem_digits: int, answer_digits: int) -> list[_Year]:
-    """The years whose digits behind the stem begin with a token of `answer_digits` digits, in order."""
+    """The years whose digits after the stem begin with a token of `answer_digits` digits, in order."""
     numbers = [str(100 * century + year) for century in _CENTURIES for year in range(100)]
     end = stem_digits + answer_digits
     texts = dict.fromkeys(number[:stop] for number in numbers for stop in (stem_digits, end, 4))
-    ids = dict(zip(texts, _behind_a_word(tokenizer, texts), strict=True))
+    ids = added_tokens(tokenizer, "year", texts)
     widths = [len(ids[number]) for number in numbers]
     width = max(set(widths), key=widths.count)
     usable: dict[str, dict[str, list[str]]] = {}  # stem -> digits of the answer -> years
@@ -155,18 +161,10 @@ def _split_years(tokenizer: PreTrainedTokenizerBase, stem_digits: int, answer_di
     return sorted(found, key=lambda year: year.number)
 
 
-def _behind_a_word(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | dict[str, None]) -> list[list[int]]:
-    """The tokens that each text adds to a word and a space; none where they merge with the word."""
-    before = "year"
-    prefix = list(tokenizer(before, add_special_tokens=False)["input_ids"])
-    joined = tokenizer([f"{before} {text}" for text in texts], add_special_tokens=False)["input_ids"]
-    return [list(ids[len(prefix) :]) if list(ids[: len(prefix)]) == prefix else [] for ids in joined]
-
-
 def _sentences(
     argument: str, wanted: int, templates: list[str], events: list[str], years: list[_Year], rng: random.Random
 ) -> list[Example]:
-    """`wanted` different prompts, in rounds that each have every answered digit once."""
+    """`wanted` different prompts, in rounds in which every answered digit occurs once."""
     strata: dict[str, list[_Year]] = {}
     for year in years:
         strata.setdefault(year.shown, []).append(year)

@@ -1,8 +1,8 @@
 """Indirect object identification: "When Mary and John went to the store, John gave a book to" -> " Mary", not " John".
 
-The task of arXiv 2211.00593: of two names the one that occurs once is the indirect object. Sentences in which the
-repeated name came second are of the form ABBA, the others BABA; both occur equally often here, so that no rule about
-the order of names answers them.
+This is the task of arXiv 2211.00593: of two names, the one that occurs once is the indirect object. Sentences in which
+the repeated name came second have the form ABBA, the others BABA; both are equally frequent, so that no rule about the
+order of names gives the answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .examples import Example
-from .split import TaskSplit, check_count, checked_templates, held_out_templates, of_one_shape, single_token_words
+from .split import TaskSplit, check_sizes, checked_templates, held_out_templates, of_one_shape, single_token_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ ALIGNED_INDIRECT_OBJECT_TEMPLATES: tuple[str, ...] = (
     "After {first} and {second} ran to the {place}, {giver} threw a {thing} to",
     "While {first} and {second} waited outside the {place}, {giver} returned a {thing} to",
 )
-"""The default of `aligned`: names, place and thing stand at the same tokens in all 12 of them."""
+"""The default with `aligned`: names, place and thing are at the same tokens in all 12 of them."""
 
 _FIELDS = ("first", "second", "giver", "place", "thing")
 _ORDERS = ("ABBA", "BABA")
@@ -79,56 +79,66 @@ def indirect_object_identification(
     orders: Sequence[str] = _ORDERS,
     aligned: bool = False,
 ) -> TaskSplit:
-    """Sentences with two names whose indirect object is to be named; held-out sentences have templates of their own.
+    """Sentences with two names that end before their indirect object; held-out ones use other templates.
 
     Args:
         tokenizer: decides which names, places and things are one token with their leading space.
-        n_train, n_test: examples on either side, of which the orders of names take turns.
-        seed: the same seed gives the same examples, in the same order.
+        n_train, n_test: number of training and held-out examples, in which the orders of names take turns.
+        seed: the same seed gives the same examples in the same order.
         templates: two or more texts with the fields `{first}`, `{second}`, `{giver}`, `{place}` and `{thing}`, ending
             where the name begins (no trailing space); default `INDIRECT_OBJECT_TEMPLATES`.
-        orders: of the names: "ABBA" (the giver is named second), "BABA" (first), or both.
-        aligned: use only templates of one shape: every prompt has equally many tokens, and each of the two first names,
-            the giver, the place and the thing stand at the same token in all of them. The default is then
-            `ALIGNED_INDIRECT_OBJECT_TEMPLATES`: 12, which the tokenizers of SmolLM2, GPT-2, Llama 3, Qwen 3 and Gemma 3
-            all keep, so that 9 are for training and 3 held out.
+        orders: "ABBA" (the giver is named second), "BABA" (the giver is named first), or both.
+        aligned: use only templates of one shape: every prompt has the same number of tokens, and the two first names,
+            the giver, the place and the thing are at the same tokens in all of them. The default is then
+            `ALIGNED_INDIRECT_OBJECT_TEMPLATES`: with the tokenizers of SmolLM2, GPT-2, Llama 3, Qwen 3 and Gemma 3 all
+            12 have one shape.
 
     Returns:
         TaskSplit, which unpacks as `train, test`.
 
     Raises:
-        TypeError, ValueError: a count below 1, templates without their fields, unknown orders, a tokenizer that leaves
-            too few words (or, with `aligned`, too few templates), or more examples wanted than there are.
+        TypeError, ValueError: a count below 1, templates without their fields, unknown orders, a tokenizer with which
+            too few words are one token (or, with `aligned`, too few templates have one shape), or more examples than
+            can be made.
 
     Example::
 
         train, test = indirect_object_identification(tokenizer, n_train=256, n_test=64)
     """
-    check_count("n_train", n_train)
-    check_count("n_test", n_test)
+    check_sizes(n_train, n_test)
     default = ALIGNED_INDIRECT_OBJECT_TEMPLATES if aligned else INDIRECT_OBJECT_TEMPLATES
     texts = checked_templates(default if templates is None else templates, _FIELDS)
     chosen = (orders,) if isinstance(orders, str) else tuple(orders)
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(_ORDERS):
         raise ValueError(f"orders: got {orders!r}, expected 'ABBA', 'BABA' or both")
-    words = {
-        "names": single_token_words(tokenizer, _NAMES),
-        "places": single_token_words(tokenizer, _PLACES),
-        "things": single_token_words(tokenizer, _THINGS),
-    }
-    for kind, least in (("names", 2), ("places", 1), ("things", 1)):
-        if len(words[kind]) < least:
-            raise ValueError(f"tokenizer: only {len(words[kind])} {kind} are one token, expected at least {least}")
+    words = sentence_words(tokenizer, 2)
     if aligned:
-        names, places, things = words["names"], words["places"], words["things"]
-        slots = {"first": names, "second": names[::-1], "giver": names, "place": places, "thing": things}
-        texts = of_one_shape(tokenizer, texts, slots)
+        texts = aligned_templates(tokenizer, texts, words)
     rng = random.Random(seed)
     of_train, of_test = held_out_templates(texts, rng)
     return TaskSplit(
         train=_sentences("n_train", n_train, of_train, chosen, words, rng),
         test=_sentences("n_test", n_test, of_test, chosen, words, rng),
     )
+
+
+def sentence_words(tokenizer: PreTrainedTokenizerBase, n_names: int) -> dict[str, list[str]]:
+    """The names (at least `n_names`), places and things that are one token with this tokenizer."""
+    every = {"names": _NAMES, "places": _PLACES, "things": _THINGS}
+    words = {kind: single_token_words(tokenizer, of_kind) for kind, of_kind in every.items()}
+    for kind, least in (("names", n_names), ("places", 1), ("things", 1)):
+        if len(words[kind]) < least:
+            raise ValueError(f"tokenizer: only {len(words[kind])} {kind} are one token, expected at least {least}")
+    return words
+
+
+def aligned_templates(
+    tokenizer: PreTrainedTokenizerBase, templates: Sequence[str], words: dict[str, list[str]]
+) -> list[str]:
+    """The templates of the most common shape."""
+    names = words["names"]
+    fields = {"first": names, "second": names[::-1], "giver": names, "place": words["places"], "thing": words["things"]}
+    return of_one_shape(tokenizer, templates, fields)
 
 
 def _sentences(

@@ -14,13 +14,11 @@ import random
 from typing import TYPE_CHECKING
 
 from .examples import Example
-from .indirect_objects import _NAMES, _PLACES, _THINGS, ALIGNED_INDIRECT_OBJECT_TEMPLATES
-from .split import TaskSplit, check_count, enough, held_out_templates, of_one_shape, single_token_words, tries
+from .indirect_objects import ALIGNED_INDIRECT_OBJECT_TEMPLATES, aligned_templates, sentence_words
+from .split import TaskSplit, check_sizes, distinct, held_out_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_WORDS = {"names": _NAMES, "places": _PLACES, "things": _THINGS}
 
 
 def name_order(tokenizer: PreTrainedTokenizerBase, *, n_train: int = 256, n_test: int = 64, seed: int = 0) -> TaskSplit:
@@ -51,27 +49,17 @@ def name_order(tokenizer: PreTrainedTokenizerBase, *, n_train: int = 256, n_test
         das = BoundlessDAS.for_model(model, layers=[22], positions=[-1])
         fit_interchange(model, tokenizer, train, das)
     """
-    check_count("n_train", n_train)
-    check_count("n_test", n_test)
-    words = {kind: single_token_words(tokenizer, of_kind) for kind, of_kind in _WORDS.items()}
-    for kind, least in (("names", 4), ("places", 1), ("things", 1)):
-        if len(words[kind]) < least:
-            raise ValueError(f"tokenizer: only {len(words[kind])} {kind} are one token, expected at least {least}")
-    names, places, things = words.values()
-    slots = {"first": names, "second": names[::-1], "giver": names, "place": places, "thing": things}
+    check_sizes(n_train, n_test)
+    words = sentence_words(tokenizer, 4)
     rng = random.Random(seed)
-    sides = held_out_templates(of_one_shape(tokenizer, ALIGNED_INDIRECT_OBJECT_TEMPLATES, slots), rng)
+    sides = held_out_templates(aligned_templates(tokenizer, ALIGNED_INDIRECT_OBJECT_TEMPLATES, words), rng)
     return TaskSplit(
         *(_pairs(wanted, texts, words, rng) for wanted, texts in zip((n_train, n_test), sides, strict=True))
     )
 
 
 def _pairs(wanted: int, templates: list[str], words: dict[str, list[str]], rng: random.Random) -> list[Example]:
-    made: dict[Example, None] = {}
-    for _ in range(tries(wanted)):
-        if len(made) == wanted:
-            break
-        row = len(made)
+    def draw(row: int) -> Example:
         own, other = row % 2, (row // 2) % 2  # S of the base and of the source
         names = rng.sample(words["names"], 4)
         base, source = (
@@ -81,7 +69,6 @@ def _pairs(wanted: int, templates: list[str], words: dict[str, list[str]], rng: 
             )
             for pair, giver in ((names[:2], own), (names[2:], other))
         )  # fmt: skip
-        made[Example(base, correct=f" {names[1 - other]}", wrong=f" {names[other]}", source=source)] = None
-    pairs = enough(made, wanted)
-    rng.shuffle(pairs)
-    return pairs
+        return Example(base, correct=f" {names[1 - other]}", wrong=f" {names[other]}", source=source)
+
+    return distinct(wanted, draw, rng)

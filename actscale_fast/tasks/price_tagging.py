@@ -14,7 +14,7 @@ import random
 from typing import TYPE_CHECKING, Literal
 
 from .examples import Example
-from .split import TaskSplit, answer_tokens, check_count, enough, prompt_lengths, tries
+from .split import TaskSplit, answer_tokens, check_sizes, distinct, prompt_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,8 +69,7 @@ def price_tagging(
         das = BoundlessDAS.for_model(model, layers=[15], positions=[-1])
         fit_interchange(model, tokenizer, train, das)
     """
-    check_count("n_train", n_train)
-    check_count("n_test", n_test)
+    check_sizes(n_train, n_test)
     if variable not in ("lower", "upper"):
         raise ValueError(f"variable: got {variable!r}, expected 'lower' or 'upper'")
     split = [word for word, tokens in answer_tokens(tokenizer, ("yes", "no")).items() if len(tokens) != 1]
@@ -83,18 +82,14 @@ def price_tagging(
     held_out = round(0.3 * len(brackets))
     sides = []
     for wanted, of_side in ((n_train, brackets[held_out:]), (n_test, brackets[:held_out])):
-        made: dict[Example, None] = {}
-        for _ in range(tries(wanted)):
-            if len(made) == wanted:
-                break
-            cell = _CELLS[len(made) % len(_CELLS)]
-            example = _pair(cell, variable, of_side, rng)
-            if set(prompt_lengths(tokenizer, [example.prompt, example.source or ""])) == {length}:
-                made[example] = None
-        side = enough(made, wanted)
-        rng.shuffle(side)
-        sides.append(side)
-    return TaskSplit(train=sides[0], test=sides[1])
+
+        def draw(row: int, of_side: list[tuple[int, int]] = of_side) -> Example | None:
+            example = _pair(_CELLS[row % len(_CELLS)], variable, of_side, rng)
+            lengths = prompt_lengths(tokenizer, [example.prompt, example.source or ""])
+            return example if set(lengths) == {length} else None
+
+        sides.append(distinct(wanted, draw, rng))
+    return TaskSplit(*sides)
 
 
 def _pair(cell: tuple[str, str], variable: Variable, brackets: list[tuple[int, int]], rng: random.Random) -> Example:

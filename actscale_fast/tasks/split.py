@@ -1,10 +1,10 @@
-"""What every task returns, and what all tasks ask of a tokenizer."""
+"""What every task returns, and the words, templates and draws that tasks have in common."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TaskSplit:
-    """Examples to learn from and held-out ones; unpacks as `train, test = split`."""
+    """Examples for training and held-out ones; unpacks as `train, test = split`."""
 
     train: list[Example]
     test: list[Example]
@@ -25,24 +25,28 @@ class TaskSplit:
         return iter((self.train, self.test))
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> dict[str, list[int]]:
-    """The tokens that each word adds to a prompt that ends just before it, the space between them included.
+def added_tokens(tokenizer: PreTrainedTokenizerBase, before: str, texts: Iterable[str]) -> dict[str, list[int]]:
+    """The tokens that a space and each text add to `before`; none where they merge with its tokens.
 
-    Words are tokenized behind a prompt, because some tokenizers split a word that opens a text differently.
+    Words are tokenized after others because some tokenizers split the first word of a text differently.
     """
-    words = list(words)
-    before = "A:"
+    texts = list(texts)
     prefix = list(tokenizer(before, add_special_tokens=False)["input_ids"])
-    joined = tokenizer([f"{before} {word}" for word in words], add_special_tokens=False)["input_ids"]
-    added = {}
-    for word, ids in zip(words, joined, strict=True):
-        tail = list(ids[len(prefix) :]) if list(ids[: len(prefix)]) == prefix else []
-        added[word] = [] if tokenizer.unk_token_id in tail else tail
-    return added
+    joined = tokenizer([f"{before} {text}" for text in texts], add_special_tokens=False)["input_ids"]
+    return {
+        text: list(ids[len(prefix) :]) if list(ids[: len(prefix)]) == prefix else []
+        for text, ids in zip(texts, joined, strict=True)
+    }
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> dict[str, list[int]]:
+    """The tokens that each word adds to a prompt that ends just before it, including the space between them."""
+    found = added_tokens(tokenizer, "A:", words)
+    return {word: [] if tokenizer.unk_token_id in tokens else tokens for word, tokens in found.items()}
 
 
 def single_token_words(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[str]:
-    """Those words that are one token behind a space, in their own order, each token taken once."""
+    """The words that are a single token after a space, in their order; of words with the same token, the first."""
     kept: dict[int, str] = {}
     for word, tokens in answer_tokens(tokenizer, words).items():
         if len(tokens) == 1:
@@ -51,22 +55,22 @@ def single_token_words(tokenizer: PreTrainedTokenizerBase, words: Iterable[str])
 
 
 def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each prompt, special ones included."""
+    """The number of tokens of each prompt, including special ones."""
     return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
 
 
 def of_one_shape(
     tokenizer: PreTrainedTokenizerBase, templates: Sequence[str], words: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Those templates that have equally many tokens and each field at the same of them: the most common shape.
+    """The templates of the most common shape: the same number of tokens, and each field at the same tokens.
 
     Args:
-        tokenizer: counts the tokens, special ones included.
+        tokenizer: counts the tokens, including special ones.
         templates: texts with the fields of `words`.
-        words: for each field what may stand there; the first two are tried, and what they change is the field's place.
+        words: the words for each field; the tokens at which the first two differ are the field's.
 
     Raises:
-        ValueError: fewer than two templates are of one shape.
+        ValueError: fewer than two templates have the same shape.
     """
     shapes = [_shape(tokenizer, template, words) for template in templates]
     counts = Counter(shape for shape in shapes if shape)
@@ -82,7 +86,7 @@ def of_one_shape(
 def _shape(
     tokenizer: PreTrainedTokenizerBase, template: str, words: Mapping[str, Sequence[str]]
 ) -> tuple[tuple[int, ...], ...]:
-    """((number of tokens), (places of the first field), …); () where a filling changes the number."""
+    """((number of tokens,), (places of the first field), …); () where the number depends on the words."""
     first = {field: choice[0] for field, choice in words.items()}
     texts = [first, *(first | {field: choice[-1 if len(choice) == 1 else 1]} for field, choice in words.items())]
     ids, *others = tokenizer([template.format(**filling) for filling in texts])["input_ids"]
@@ -93,7 +97,7 @@ def _shape(
 
 
 def held_out_templates(templates: Sequence[str], rng: random.Random) -> tuple[list[str], list[str]]:
-    """Templates for training and, a quarter of them, for held-out examples."""
+    """The templates for training, and a quarter of them for held-out examples."""
     if len(templates) < 2:
         raise ValueError(f"templates: got {len(templates)}, expected at least two, of which one is held out")
     order = list(templates)
@@ -103,7 +107,7 @@ def held_out_templates(templates: Sequence[str], rng: random.Random) -> tuple[li
 
 
 def checked_templates(templates: Sequence[str], fields: Sequence[str]) -> list[str]:
-    """Templates of one's own as a list; each has all fields and no others, and ends where the answer begins."""
+    """The templates as a list; each must have all fields and no others, and end where the answer begins."""
     if isinstance(templates, str):
         raise TypeError("templates: got a string, expected a list of strings")
     texts = list(templates)
@@ -128,22 +132,37 @@ def checked_templates(templates: Sequence[str], fields: Sequence[str]) -> list[s
     return texts
 
 
-def check_count(name: str, value: int) -> None:
-    """Refuse anything but a whole number that is at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, expected at least 1")
+def check_sizes(n_train: int, n_test: int) -> None:
+    """Raise a TypeError or ValueError unless both are integers that are at least 1."""
+    for name, value in (("n_train", n_train), ("n_test", n_test)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
-def tries(wanted: int) -> int:
-    """How often to draw before a task is found to make too few different examples."""
-    return 100 * wanted + 1000
+def distinct(wanted: int, draw: Callable[[int], Example | None], rng: random.Random) -> list[Example]:
+    """`wanted` different examples in random order.
 
+    Args:
+        wanted: how many.
+        draw: makes an example at random, given the number of those already kept; None: an unsuitable one.
+        rng: shuffles the examples.
 
-def enough(made: Iterable[Example], wanted: int) -> list[Example]:
-    """The examples that were drawn, where there are enough of them."""
+    Raises:
+        ValueError: 100 draws per example (and 1000 more) did not give enough.
+    """
+    made: dict[Example, None] = {}
+    for _ in range(100 * wanted + 1000):
+        if len(made) == wanted:
+            break
+        example = draw(len(made))
+        if example is not None:
+            made[example] = None
+    if len(made) < wanted:
+        raise ValueError(
+            f"tokenizer: only {len(made)} distinct examples can be built with this tokenizer, expected {wanted}"
+        )
     examples = list(made)
-    if len(examples) < wanted:
-        raise ValueError(f"tokenizer: its words make only {len(examples)} different examples, expected {wanted}")
+    rng.shuffle(examples)
     return examples

@@ -284,12 +284,12 @@ def test_sources_are_read_at_the_positions_of_their_own_prompts() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ("The capital", TypeError, "texts: got a str, expected a list of strings"),
-        ([], ValueError, "texts: got none, expected at least one source"),
+        ("The capital", TypeError, "texts: got str, expected a list of strings"),
+        ([], ValueError, "texts: got none, expected at least one"),
         (["The capital of", "The"], ValueError, "texts: row 1: the source has 1 tokens, and so no position 1"),
-        (["The capital of", 3], TypeError, "texts: row 1 is a int, expected a string"),
+        (["The capital of", 3], TypeError, "texts: row 1: got int, expected a string"),
         ([" ".join(["The"] * 65)], ValueError, "texts: row 0 has 65 tokens, expected at most the model's 64"),
-        ([""], ValueError, "texts: row 0: the source '' has no tokens"),
+        ([""], ValueError, "texts: row 0: '' has no tokens"),
     ],
 )
 def test_sources_that_a_model_cannot_read_are_refused(given: Any, error: type[Exception], message: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from actscale_fast import _files
 from actscale_fast._json import write_sealed
 from actscale_fast.interventions import ActivScalar, Intervention, SteerVec, load_intervention
-from actscale_fast.interventions.saving import DESCRIPTION
+from actscale_fast.interventions.description import DESCRIPTION
 
 IDS = torch.tensor([[5, 9, 12, 7, 30, 2]])
 
