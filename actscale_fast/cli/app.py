@@ -1,4 +1,4 @@
-"""`main`: from arguments to an exit status, with every error on one line."""
+"""The entry point: runs one command and turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .parser import build_parser
 from .values import joined_signed_lists
 
 Command = Callable[..., int]
-#: Modules of the commands that have none of their own name.
+#: The modules of commands that are not defined in a module of the same name.
 _HOMES = dict.fromkeys(("fit", "evaluate", "generate", "plot", "merge"), "commands") | {"combine": "extract"}
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
 
@@ -21,10 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: the words after the program's name; default those of the process.
+        arguments: the words after the program's name; by default those of the process.
 
     Returns:
-        0 done; 1 failed, with one line on stderr; 130 interrupted. Wrong usage exits with 2, `--help` with 0.
+        0 on success, 1 after an error (with one line on stderr), 130 after an interrupt. Wrong usage exits with 2.
     """
     words = joined_signed_lists(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nactscale-fast: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe went away; keep Python from complaining when it flushes
+    except BrokenPipeError:  # the reader of a pipe is gone; keep Python from complaining when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Command:
-    """The function of a command, imported only now, because it brings torch with it."""
+    """The function of a command, imported only when it runs because it imports torch."""
     home = _HOMES.get(name, name)
     return getattr(importlib.import_module(f".{home}", __package__), name)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""`actscale-fast attribution`: what each head contributes, predicted and measured."""
+"""`actscale-fast attribution`: what each head contributes to the answers, predicted and measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .output import print_table, say
 
 
 def attribution(options: argparse.Namespace) -> int:
-    """Attribute the answers of examples to heads; print the top ones, write all figures and the picture."""
+    """Print the heads that contribute most, and write all figures and the picture."""
     examples = load_file(options.data, "data")
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
@@ -37,7 +37,7 @@ def attribution(options: argparse.Namespace) -> int:
 
 
 def _print_top(result: learning.Attribution, n: int) -> None:
-    """The largest predictions beside what was measured, and how well all of them agree."""
+    """The largest predictions beside the measurements, and how well all of them agree."""
     location = result.location
     shown = {"layer": True, "position": location.positions is not None, "head": location.site == "head"}
     columns = [name for name, is_shown in shown.items() if is_shown]
@@ -49,14 +49,14 @@ def _print_top(result: learning.Attribution, n: int) -> None:
         figures = [-place.score] + ([] if place.knock_out is None else [place.knock_out])
         rows.append([cells[name] for name in columns] + [f"{figure:+.3f}" for figure in figures])
     print_table(
-        f"Removing one ({result.n_examples} prompts)",
+        f"Removing one at a time ({result.n_examples} prompts)",
         [*columns, "predicted", *(["measured"] if measured else [])],
         rows,
     )
-    say(f"changes of the mean z[c] − z[w], which is {result.logit_difference:+.2f}")
+    say(f"change of the mean logit difference z[c] − z[w], which is {result.logit_difference:+.2f}")
     found = result.agreement
     if found is not None:
         say(
             f"agreement over {result.scores.numel()}: Pearson {found.pearson:.2f}, Spearman {found.spearman:.2f}, "
-            f"{round(found.overlap * found.n_top)} of the {found.n_top} largest in both"
+            f"{round(found.overlap * found.n_top)} of the {found.n_top} largest are the same"
         )

@@ -1,4 +1,4 @@
-"""`actscale-fast bench`: hand over to the benchmarks of a source checkout."""
+"""`actscale-fast bench`: run the benchmarks of a source checkout."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import actscale_fast
-
 
 def bench(arguments: Sequence[str]) -> int:
-    """Run `python -m benchmarks` in the checkout with these arguments and return its exit status.
-
-    Raises:
-        FileNotFoundError: there is no folder `benchmarks` beside the package nor in the current folder.
-    """
-    package = Path(actscale_fast.__file__).resolve().parent.parent
+    """Run `python -m benchmarks` with these arguments and return its exit status."""
+    package = Path(__file__).resolve().parents[2]
     for root in (package, Path.cwd()):
         if (root / "benchmarks" / "__main__.py").is_file():
             words = [word for position, word in enumerate(arguments) if word != "--" or position]
             return subprocess.run([sys.executable, "-m", "benchmarks", *words], cwd=root).returncode
     raise FileNotFoundError(
-        f"no folder benchmarks in {package} or {Path.cwd()}: it is not part of the installed package; "
+        f"there is no folder benchmarks in {package} or {Path.cwd()}; the installed package does not contain it, so "
         "run this command in a checkout of the source"
     )

@@ -1,4 +1,4 @@
-"""The commands fit, evaluate, generate, plot and merge: from options to calls of the package."""
+"""The commands fit, evaluate, generate, plot and merge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load
 from ..patching.merge import merge as merge_into_weights
 from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
 from .options import given_paths
-from .output import continuations, exchanging, print_continuations, print_evaluation, say
+from .output import check_sources, continuations, print_continuations, print_evaluation, say
 from .record import keep_learned, measure_learned, task_seed, was_aligned
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def fit(options: argparse.Namespace) -> int:
-    """Learn an intervention and save it with its history; measure it where held-out examples are at hand."""
+    """Learn an intervention, save it with its history, and evaluate it if there are held-out examples."""
     few = options.kind == "activ-scalar"
     options.lr = options.lr or (defaults.LR if few else defaults.VECTOR_LR)
     if options.minimality is None:
@@ -66,7 +66,7 @@ def fit(options: argparse.Namespace) -> int:
 
 
 def _at_rest(options: argparse.Namespace, model: PreTrainedModel) -> Intervention:
-    """What `--kind` names, at every site of `--site`."""
+    """A new intervention of the given kind, at every given site."""
     kinds: dict[str, type[Intervention]] = {
         "activ-scalar": ActivScalar,
         "steer-vec": SteerVec,
@@ -79,7 +79,7 @@ def _at_rest(options: argparse.Namespace, model: PreTrainedModel) -> Interventio
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Print before and after; of a task, on examples that the intervention's fit held out."""
+    """Print the figures before and after; with --task, on examples that the fit held out."""
     check_file(options.out, "out")
     examples, title = load_file(options.data, "data"), str(options.data)
     intervention = load_intervention(options.intervention)
@@ -96,14 +96,14 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Continue a prompt greedily under every strength."""
+    """Continue prompts greedily under every strength."""
     if not all(options.prompt):
         raise ValueError("prompt: got '', which has no tokens")
     strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)
     prompts, sources = options.prompt, options.source or []
-    exchanging(intervention, sources, len(prompts))
+    check_sources(intervention, sources, len(prompts))
     if options.chat:
         prompts, sources = ([_as_chat(tokenizer, text) for text in texts] for texts in (prompts, sources))
     texts = continuations(model, tokenizer, intervention, prompts, strengths, options.max_new_tokens, sources=sources)
@@ -114,7 +114,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     if not tokenizer.chat_template:
-        raise ValueError("chat: this model's tokenizer has no chat template")
+        raise ValueError("--chat: this model's tokenizer has no chat template")
     message = [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
@@ -130,7 +130,7 @@ def plot(options: argparse.Namespace) -> int:
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Save a model that has the intervention in its weights."""
+    """Save a model with the intervention in its weights."""
     check_folder(Path(options.out))
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)

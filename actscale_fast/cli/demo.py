@@ -1,4 +1,4 @@
-"""`actscale-fast demo`: the whole way, from conflicts to an intervention that is kept and used."""
+"""`actscale-fast demo`: from conflicts to an intervention that is measured, saved and used."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from .. import defaults, learning, plots, tasks
 from .._json import write_json, write_sealed
 from ..interventions import ActivScalar
 from .loading import load_model, output_folder
+from .options import N_TEST, N_TRAIN
 from .output import continuations, print_continuations, print_evaluation, say
 from .record import save_record
-from .settings import DEMO
 
 _STRENGTHS = (-1.0, 0.0, 1.0)
-#: Behind "A:" alone this small model often starts a new line; begun like this, its answer is the next word.
+#: After "A:" alone this small model often starts a new line; with this beginning, its answer is the next word.
 _ANSWER = " The capital of {country} is"
-_SHOWN = 3
+_SHOWN, _MAX_NEW_TOKENS = 3, 10
+#: The first wording of the task: on the longer ones a step takes up to twice as long.
+_N_TEMPLATES = 1
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -30,14 +32,14 @@ def demo(options: argparse.Namespace) -> int:
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
 
-    templates = tasks.CONFLICT_TEMPLATES[: DEMO.n_templates]
+    templates = tasks.CONFLICT_TEMPLATES[:_N_TEMPLATES]
     split = functools.partial(tasks.country_capital_conflicts, tokenizer, seed=options.seed)
-    train, test = split(n_train=DEMO.n_train, n_test=DEMO.n_test, templates=templates)
-    say(f"1. {len(train)} conflicts to learn from, {len(test)} with countries that are held out, such as")
+    train, test = split(n_train=N_TRAIN, n_test=N_TEST, templates=templates)
+    say(f"1. {len(train)} conflicts to learn from, {len(test)} about countries that are held out, such as")
     say(f"   {test[0].prompt!r}: correct is {test[0].correct!r}, wrong is {test[0].wrong!r}")
 
     scalars = ActivScalar.for_model(model)
-    say(f"2. learning {scalars.n_parameters} scalars, one an attention head, in {options.steps} steps")
+    say(f"2. learning {scalars.n_parameters} scalars, one for each attention head, in {options.steps} steps")
     objective = learning.Objective()
     result = learning.fit(model, tokenizer, train, scalars, objective, steps=options.steps, seed=options.seed)
 
@@ -48,7 +50,11 @@ def demo(options: argparse.Namespace) -> int:
     plots.heatmap(scalars, out / "heads.png")
     plots.history(result, out / "history.png")
     write_sealed(out / "history.json", result.history)
-    settings = asdict(DEMO) | {
+    settings = {
+        "n_train": N_TRAIN,
+        "n_test": N_TEST,
+        "n_templates": _N_TEMPLATES,
+        "max_new_tokens": _MAX_NEW_TOKENS,
         "steps": options.steps,
         "seed": options.seed,
         "lr": defaults.LR,
@@ -58,7 +64,7 @@ def demo(options: argparse.Namespace) -> int:
     save_record(out, options, task="country-capital", **settings)
     begun_answers = split(n_train=1, n_test=_SHOWN, templates=[templates[0] + _ANSWER]).test
     texts = {
-        example.prompt: continuations(model, tokenizer, scalars, [example.prompt], _STRENGTHS, DEMO.max_new_tokens)[0]
+        example.prompt: continuations(model, tokenizer, scalars, [example.prompt], _STRENGTHS, _MAX_NEW_TOKENS)[0]
         for example in begun_answers
     }
     report = {
@@ -76,9 +82,9 @@ def demo(options: argparse.Namespace) -> int:
     for prompt, answers in texts.items():
         say()
         print_continuations(prompt, _STRENGTHS, answers)
-    took = f"{report['seconds']} s in all, {report['seconds_fit']} s of them learning"
+    took = f"{report['seconds']} s in total, of which learning took {report['seconds_fit']} s"
     say(f"{took}; peak memory {report['peak_memory_gib']} GiB")
-    say(f"Go on with: actscale-fast generate --intervention {out} --prompt {shlex.quote(begun_answers[0].prompt)}")
+    say(f"Next: actscale-fast generate --intervention {out} --prompt {shlex.quote(begun_answers[0].prompt)}")
     return 0
 
 

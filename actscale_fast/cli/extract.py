@@ -1,4 +1,4 @@
-"""`actscale-fast extract` and `combine`: vectors from activations, and sums of interventions."""
+"""`actscale-fast extract` and `combine`: steering vectors from activations, and sums of interventions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def extract(options: argparse.Namespace) -> int:
-    """Run a recipe and save what it gives."""
+    """Make an intervention by a recipe and save it."""
     recipes = {
         "act-add": _act_add,
         "mean-centring": _mean_centring,
@@ -36,10 +36,10 @@ def extract(options: argparse.Namespace) -> int:
 
 
 def combine(options: argparse.Namespace) -> int:
-    """Save the sum of interventions, each times its factor."""
+    """Save a sum of interventions, each times its factor."""
     factors = options.factors or [1.0] * len(options.parts)
     if len(factors) != len(options.parts):
-        raise ValueError(f"factors: got {len(factors)} for {len(options.parts)} interventions, expected one each")
+        raise ValueError(f"factors: got {len(factors)} for {len(options.parts)} interventions, expected one for each")
     parts = [load_intervention(folder) for folder in options.parts]
     multiples = [part if factor == 1.0 else factor * part for factor, part in zip(factors, parts, strict=True)]
     total = functools.reduce(lambda first, second: first + second, multiples)
@@ -49,12 +49,12 @@ def combine(options: argparse.Namespace) -> int:
 
 
 def _files(options: argparse.Namespace) -> dict[str, Any]:
-    """What the files of a recipe hold, read before any model is loaded."""
+    """The contents of a recipe's files, read before the model is loaded."""
     if options.recipe == "mean-centring":
         return {name: _lines(getattr(options, name), name) for name in ("target", "training")}
     if options.recipe == "instruction":
         if (options.mode == "add") == (options.coefficient is None):
-            raise ValueError("coefficient: --mode add needs one, and --mode projection takes none")
+            raise ValueError("--coefficient is required with --mode add, and not available with --mode projection")
         return {"pairs": _pairs(options.data)}
     return {}
 
@@ -98,7 +98,7 @@ def _latent(
     result = extraction.latent_vectors(model, tokenizer, [options.sentence], layer=options.layer, **more)
     vector: SteerVec = result.vectors[0]
     said = extraction.decode_latent(model, tokenizer, vector)
-    say(f"it makes the model say {said!r}" + ("" if result.exact[0] else ", which is not the sentence"))
+    say(f"with the vector the model says {said!r}" + ("" if result.exact[0] else ", which is not the sentence"))
     return vector
 
 
@@ -108,7 +108,7 @@ def _lines(name: str, option: str) -> list[str]:
         raise FileNotFoundError(f"{option}: there is no file {name}")
     lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{option}: {name} has no text, expected one a line")
+        raise ValueError(f"{option}: {name} has no text, expected one per line")
     return lines
 
 
@@ -124,6 +124,8 @@ def _pairs(name: str) -> list[dict[str, str]]:
             or sorted(pair) != ["with", "without"]
             or not all(isinstance(text, str) for text in pair.values())
         ):
-            raise ValueError(f"{name}, line {number}: got {line[:60]!r}, expected the keys 'with' and 'without', texts")
+            raise ValueError(
+                f"{name}, line {number}: got {line[:60]!r}, expected strings under the keys 'with' and 'without'"
+            )
         pairs.append(pair)
     return pairs

@@ -1,4 +1,4 @@
-"""`actscale-fast interchange`: where a variable of a task is kept (Boundless DAS)."""
+"""`actscale-fast interchange`: which directions hold a variable of a task (Boundless DAS)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 
 from .. import learning
 from ..das.boundless_das import BoundlessDAS
+from ..das.fit_interchange import fit_interchange
 from .loading import check_file, load_files, load_model, load_task, output_folder
 from .options import given_paths
 from .output import say
@@ -13,7 +14,7 @@ from .record import keep_learned, measure_learned
 
 
 def interchange(options: argparse.Namespace) -> int:
-    """Learn a rotation and a boundary from pairs, save them, and measure them on held-out pairs."""
+    """Learn a rotation and a boundary from pairs, save them, and evaluate them on held-out pairs."""
     train, test = load_files(options)
     check_file(options.checkpoint, "checkpoint")
     out = output_folder(options.out)
@@ -23,7 +24,7 @@ def interchange(options: argparse.Namespace) -> int:
     das = BoundlessDAS.for_model(
         model, site=options.site, layers=options.layers, positions=options.positions, **given_paths(options)
     )
-    result = das.fit_interchange(
+    result = fit_interchange(
         model, tokenizer, train, das, epochs=options.epochs, batch_size=options.batch_size,
         rotation_lr=options.rotation_lr, boundary_lr=options.boundary_lr, boundary_weight=options.boundary_weight,
         seed=options.seed, checkpoint=options.checkpoint,

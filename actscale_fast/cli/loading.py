@@ -1,4 +1,4 @@
-"""What several commands load: the model, its tokenizer, and examples."""
+"""What several commands load: the model, its tokenizer and examples; checks of output paths."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-#: The prompts of the other tasks have one shape anyway.
+#: Tasks with --aligned; the prompts of the others are always aligned.
 _ALIGNABLE = ("country-capital", "greater-than", "indirect-object")
 
 
 def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of `--model`, `--dtype`, `--device` and `--threads`, frozen and in eval mode, and its tokenizer.
+    """The model and tokenizer that the options name, the model frozen and in evaluation mode.
 
     Raises:
-        ValueError: a device that torch does not know or that is not there, or a model without a tokenizer.
-        FileNotFoundError: neither a folder nor a model that can be fetched.
+        ValueError: a device that cannot be used, or a model that cannot be loaded.
+        FileNotFoundError: neither a folder nor a model that can be downloaded.
     """
     device = _device(options.device)
     if options.threads is not None:
@@ -43,11 +43,7 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
 
 
 def load_file(name: str | None, option: str) -> list[Example]:
-    """The examples of a file, before any model is loaded; none where the option was not given.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or a bad line; names the option.
-    """
+    """The examples in a file, or none if the option was not given."""
     if name is None:
         return []
     if not Path(name).is_file():
@@ -56,23 +52,19 @@ def load_file(name: str | None, option: str) -> list[Example]:
 
 
 def load_files(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """The examples of `--data` and of `--test-data`, before any model is loaded; refuses what only a task has.
-
-    Raises:
-        ValueError: held-out examples beside a task, which brings its own; or as `load_file` does.
-    """
+    """The examples in `--data` and `--test-data`; options that do not go with the source of examples are refused."""
     check_task_options(options)
     if options.test_data is not None and options.task is not None:
-        raise ValueError("test-data: a task brings held-out examples of its own; give --data instead of --task")
+        raise ValueError("--test-data cannot be used with --task, which has its own held-out examples")
     return load_file(options.data, "data"), load_file(options.test_data, "test-data")
 
 
 def check_task_options(options: argparse.Namespace) -> None:
-    """Refuse options that the examples at hand do not have."""
+    """Raise a ValueError for options that the task does not have."""
     if options.aligned and options.task not in _ALIGNABLE:
-        raise ValueError("aligned: it is of the tasks " + ", ".join(_ALIGNABLE))
+        raise ValueError("--aligned is only available for the tasks " + ", ".join(_ALIGNABLE))
     if options.split is not None and options.task != "country-capital":
-        raise ValueError("split: it is of the task country-capital; the others are split by template")
+        raise ValueError("--split is only available for the task country-capital; the others are split by template")
 
 
 def load_task(
@@ -98,11 +90,7 @@ def load_task(
 
 
 def output_folder(name: str) -> Path:
-    """The folder, made now so that a place that cannot be written to is known before the work is done.
-
-    Raises:
-        OSError: it cannot be made or written to.
-    """
+    """The output folder, created before any work is done; an OSError if it cannot be written to."""
     folder = Path(name)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +100,7 @@ def output_folder(name: str) -> Path:
 
 
 def check_folder(folder: Path, option: str = "out") -> None:
-    """Refuse a folder that cannot be one, without making it."""
+    """Raise an OSError if a folder cannot be created or written to, without creating it."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{option}: {there} is a file, expected a folder")
@@ -121,7 +109,7 @@ def check_folder(folder: Path, option: str = "out") -> None:
 
 
 def check_file(name: str | None, option: str) -> None:
-    """Refuse the path of a file to write that is a folder or cannot be in one; None is no path."""
+    """Raise an OSError if a file cannot be written at this path."""
     if name is None:
         return
     if Path(name).is_dir():
@@ -157,12 +145,13 @@ def _from_transformers(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrain
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
             model = whole_model(source, dtype=chosen, local_files_only=local)
         except OSError as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if local:
-                raise FileNotFoundError(f"model: {source} holds no whole model and tokenizer ({reason})") from error
-            raise FileNotFoundError(
-                f"model: {name!r} is no folder, and could not be fetched from the Hugging Face hub ({reason})"
-            ) from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            problem = (
+                f"{source} does not hold a complete model with a tokenizer"
+                if local
+                else f"{name!r} is not a folder, and could not be downloaded from the Hugging Face hub"
+            )
+            raise FileNotFoundError(f"model: {problem} ({reason})") from error
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"model: {name!r} cannot be loaded as a causal language model ({reason})") from error

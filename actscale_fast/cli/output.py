@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..architectures.layout import layout
-from ..das.sources import interchanges_of, source_activations
-from ..extraction.texts import greedy
-from ..frozen.batching import left_padded, open_ids, pad_id_of
+from ..extraction.continuations import greedy
+from ..frozen.encoder import TextEncoder
 from ..patching.patch import patch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..das.boundless_das import BoundlessDAS
     from ..interventions import Intervention
     from ..learning import Evaluation
 
@@ -63,46 +61,41 @@ def continuations(
     """The greedy continuations of each prompt, one a strength, all in one batch.
 
     Args:
-        sources: of an interchange, one for each prompt.
+        sources: one for each prompt, where the intervention takes activations from a second prompt.
 
     Raises:
-        ValueError: an empty prompt, one that with the new tokens is longer than the model's context, an interchange
-            without sources, or sources without one.
+        ValueError: an empty prompt, one that with the new tokens is longer than the model's context, or sources that
+            are missing or not used.
     """
-    rows = [open_ids(tokenizer, prompt) for prompt in prompts]
-    context = layout(model, intervention.paths).max_context
-    for prompt, ids in zip(prompts, rows, strict=True):
-        if not ids:
-            raise ValueError(f"prompt: got {prompt!r}, which has no tokens")
-        if context is not None and len(ids) + max_new_tokens > context:
-            raise ValueError(
-                f"prompt: {len(ids)} tokens and {max_new_tokens} new ones, but the model's context is {context}"
-            )
-    times, pad = len(strengths), pad_id_of(tokenizer)
-    batch = left_padded([ids for ids in rows for _ in strengths], pad, model.device)
+    encoder = TextEncoder(layout(model, intervention.paths), tokenizer)
+    rows = [encoder.prompt(prompt, "prompt") for prompt in prompts]
+    longest = max(map(len, rows))
+    if encoder.context is not None and longest + max_new_tokens > encoder.context:
+        raise ValueError(
+            f"prompt: {longest} tokens and {max_new_tokens} new ones, but the model's context is {encoder.context}"
+        )
+    times = len(strengths)
+    batch = encoder.batch([ids for ids in rows for _ in strengths])
     strength = torch.tensor(strengths, dtype=torch.float32, device="cpu").repeat(len(rows))
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        for das in exchanging(intervention, sources, len(prompts)):
-            given = source_activations(model, tokenizer, das, list(sources))
-            stack.enter_context(das.interchange(given.repeat_interleave(times, 0)))
+        check_sources(intervention, sources, len(prompts))
+        for part in intervention.singles:
+            if part.needs_source:
+                values = part.source_activations(model, tokenizer, list(sources))
+                stack.enter_context(part.interchange(values.repeat_interleave(times, 0)))
         stack.enter_context(patch(model, intervention, strength=strength))
         made = greedy(model, tokenizer, batch, max_new_tokens)
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
     return [texts[start : start + times] for start in range(0, len(texts), times)]
 
 
-def exchanging(intervention: Intervention, sources: Sequence[str], n_prompts: int) -> list[BoundlessDAS]:
-    """The interchanges in an intervention, where there are as many sources as prompts; none without sources.
-
-    Raises:
-        ValueError: one without the other, or another number of them.
-    """
-    found = interchanges_of(intervention)
-    if found and len(sources) != n_prompts:
+def check_sources(intervention: Intervention, sources: Sequence[str], n_prompts: int) -> None:
+    """Raise a ValueError unless there is a source for each prompt where the intervention needs one, else none."""
+    needed = any(part.needs_source for part in intervention.singles)
+    if needed and len(sources) != n_prompts:
         raise ValueError(f"source: got {len(sources)} for {n_prompts} prompts, but an interchange needs one for each")
-    if sources and not found:
+    if sources and not needed:
         raise ValueError("source: this intervention exchanges nothing, so that no prompt needs one")
-    return found
 
 
 def print_continuations(prompt: str, strengths: Sequence[float], texts: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The options of the commands that take vectors from activations, and put interventions together."""
+"""The options of the commands that take vectors from activations and combine interventions."""
 
 from __future__ import annotations
 
@@ -13,78 +13,74 @@ Make = Callable[..., argparse.ArgumentParser]
 
 def extract(command: argparse.ArgumentParser, make: Make) -> None:
     """The recipes, each a command of its own."""
-    command.description = "Takes steering vectors from the model's own activations, and saves them."
+    command.description = "Takes steering vectors from the model's own activations, without training, and saves them."
     recipes = command.add_subparsers(dest="recipe", required=True, metavar="RECIPE", title="recipes")
     out = "--out FOLDER [options]"
-    _act_add(make(recipes, "act-add", f"--positive TEXT --layer N {out}", "the difference of two prompts (ActAdd)"))
     files = f"--target FILE --training FILE --layers LIST {out}"
-    _mean_centring(make(recipes, "mean-centring", files, "the mean of some texts less that of others"))
-    pairs = f"--data FILE --layer N {out}"
-    _instruction(make(recipes, "instruction", pairs, "what an instruction adds to a prompt"))
-    _latent(make(recipes, "latent", f"--sentence TEXT --layer N {out}", "a vector that makes the model say a sentence"))
+    for name, usage, what, add in (
+        ("act-add", f"--positive TEXT --layer N {out}", "the difference between two prompts (ActAdd)", _act_add),
+        ("mean-centring", files, "the mean over some texts minus the mean over others", _mean_centring),
+        ("instruction", f"--data FILE --layer N {out}", "what an instruction adds to a prompt", _instruction),
+        ("latent", f"--sentence TEXT --layer N {out}", "a vector that makes the model say a sentence", _latent),
+    ):
+        recipe = make(recipes, name, usage, what)
+        options.model(recipe)
+        options.paths(recipe)
+        options.out(recipe, "the intervention")
+        add(recipe)
 
 
 def _act_add(command: argparse.ArgumentParser) -> None:
-    options.model(command)
-    options.paths(command)
-    _out(command)
-    command.add_argument("--positive", required=True, metavar="TEXT", help="the prompt to steer to, such as Love")
-    command.add_argument("--negative", default="", metavar="TEXT", help="the prompt to steer from, such as Hate")
-    command.add_argument("--layer", type=int, required=True, metavar="N", help="whose input is changed, from 1")
-    command.add_argument("--coefficient", type=float, default=1.0, metavar="X", help="default: %(default)s")
+    command.add_argument("--positive", required=True, metavar="TEXT", help="the prompt to steer towards, such as Love")
+    command.add_argument("--negative", default="", metavar="TEXT", help="the prompt to steer away from, such as Hate")
+    command.add_argument(
+        "--layer", type=int, required=True, metavar="N", help="the layer whose input is changed, from 1 on"
+    )
+    options.number(command, "--coefficient", float, 1.0, "factor on the difference", "X")
 
 
 def _mean_centring(command: argparse.ArgumentParser) -> None:
-    options.model(command)
-    options.paths(command)
-    _out(command)
-    command.add_argument("--target", required=True, metavar="FILE", help="texts to steer to, one a line")
-    command.add_argument("--training", required=True, metavar="FILE", help="ordinary texts, one a line")
-    command.add_argument("--layers", type=layer_list, required=True, metavar="LIST", help="such as 12")
-    command.add_argument("--site", choices=options.SITES, default="residual", metavar="SITE", help="default: residual")
-    command.add_argument("--coefficient", type=float, default=1.0, metavar="X", help="default: %(default)s")
+    command.add_argument("--target", required=True, metavar="FILE", help="texts to steer towards, one per line")
+    command.add_argument("--training", required=True, metavar="FILE", help="ordinary texts, one per line")
+    command.add_argument("--layers", type=layer_list, required=True, metavar="LIST", help="layer numbers, such as 12")
+    options.site(command, "residual")
+    options.number(command, "--coefficient", float, 1.0, "factor on the difference", "X")
     where = command.add_mutually_exclusive_group()
     where.add_argument(
         "--positions", type=position_list, default=[-1], metavar="LIST",
-        help="tokens of the prompt, and all generated ones (default: the last)",
+        help="positions of tokens in the prompt; generated tokens are always steered (default: the last one)",
     )  # fmt: skip
     where.add_argument("--every-token", action="store_true", help="steer every token instead")
-    command.add_argument(
-        "--skip", type=int, default=0, metavar="N",
-        help="leave out each text's first N tokens: 1 where the first's activation is huge (default: %(default)s)",
-    )  # fmt: skip
+    options.number(
+        command, "--skip", int, 0, "leave out the first N tokens of each text; use 1 if the first activation is huge"
+    )
 
 
 def _instruction(command: argparse.ArgumentParser) -> None:
-    options.model(command)
-    options.paths(command)
-    _out(command)
     command.add_argument(
-        "--data", required=True, metavar="FILE", help='JSONL file, a line: {"with": prompt, "without": prompt}'
+        "--data", required=True, metavar="FILE", help='JSONL file; each line is {"with": "prompt", "without": "prompt"}'
     )
-    command.add_argument("--layer", type=int, required=True, metavar="N", help="negative from the last")
-    command.add_argument(
-        "--mode", choices=("projection", "add"), default="projection", metavar="KIND",
-        help="projection: set to what it is under the instruction; add: --coefficient times the direction",
+    _layer(command)
+    options.choice(
+        command, "--mode", ("projection", "add"),
+        "projection: set the component along the direction to its mean under the instruction; "
+        "add: add --coefficient times the direction", "KIND",
     )  # fmt: skip
-    command.add_argument("--coefficient", type=positive_float, metavar="X", help="of --mode add")
+    command.add_argument("--coefficient", type=positive_float, metavar="X", help="factor, required with --mode add")
 
 
 def _latent(command: argparse.ArgumentParser) -> None:
-    options.model(command)
-    options.paths(command)
-    _out(command)
-    command.add_argument("--sentence", required=True, metavar="TEXT", help="what the model is to say")
-    command.add_argument("--layer", type=int, required=True, metavar="N", help="negative from the last")
-    command.add_argument("--steps", type=positive_int, metavar="N", help="updates at most")
+    command.add_argument("--sentence", required=True, metavar="TEXT", help="the sentence that the model is to say")
+    _layer(command)
+    command.add_argument("--steps", type=positive_int, metavar="N", help="maximum number of updates")
+
+
+def _layer(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--layer", type=int, required=True, metavar="N", help="layer number, negative from the last")
 
 
 def combine(command: argparse.ArgumentParser) -> None:
-    command.description = "Adds interventions, each times its factor: 0.5·A + B is 'combine A B --factors 0.5,1'."
-    command.add_argument("parts", nargs="+", metavar="FOLDER", help="interventions, as other commands saved them")
+    command.description = "Adds interventions, each times a factor: 'combine A B --factors 0.5,1' is 0.5·A + B."
+    command.add_argument("parts", nargs="+", metavar="FOLDER", help="folders of saved interventions")
     command.add_argument("--factors", type=strength_list, metavar="LIST", help="one number each (default: all 1)")
-    _out(command)
-
-
-def _out(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", required=True, metavar="FOLDER", help="where the intervention is saved")
+    options.out(command, "the sum")

@@ -6,16 +6,16 @@ import argparse
 import hashlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import defaults
-from .._json import check_seal, has_seal, parsed, read_limited, write_json, write_sealed
-from ..interventions.saving import DESCRIPTION
+from .._json import parsed_sealed, read_limited, write_json, write_sealed
+from ..interventions.description import DESCRIPTION
 from .output import print_evaluation
 
 if TYPE_CHECKING:
-    from ..das.fit_interchange import InterchangeResult
-    from ..learning import Evaluation, FitResult
+    from ..interventions import Intervention
+    from ..learning import Evaluation
 
 FILE, EVALUATION = "fit.json", "evaluation.json"
 _KEPT = (
@@ -25,13 +25,22 @@ _KEPT = (
 )  # fmt: skip
 
 
+class Learned(Protocol):
+    """A result of learning: the intervention and one record for each step."""
+
+    @property
+    def intervention(self) -> Intervention: ...
+    @property
+    def history(self) -> list[dict[str, float]]: ...
+
+
 def save_record(folder: Path, options: argparse.Namespace, **more: Any) -> None:
     """Write the options that decide what is learned; those in `more` are the command's own."""
     record = {name: getattr(options, name) for name in _KEPT if hasattr(options, name)} | more
     write_sealed(folder / FILE, {"format": 2, "intervention": _intervention_in(folder)} | record)
 
 
-def keep_learned(folder: Path, options: argparse.Namespace, result: FitResult | InterchangeResult) -> None:
+def keep_learned(folder: Path, options: argparse.Namespace, result: Learned) -> None:
     """Write a learned intervention, its history and its record, in place of a former one's."""
     (folder / EVALUATION).unlink(missing_ok=True)  # of a former intervention in this folder
     result.intervention.save_pretrained(folder)
@@ -81,10 +90,8 @@ def _of_task(path: Path, task: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     try:
-        if has_seal(raw):
-            check_seal(raw)
-        record = parsed(raw, finite=False)
-        if has_seal(raw) != ("format" in record):  # an earlier version's has neither
+        record, is_sealed = parsed_sealed(raw, finite=False)
+        if is_sealed != ("format" in record):  # an earlier version's has neither
             raise ValueError("it has no checksum")
         if "format" in record and record["intervention"] != _intervention_in(path.parent):
             raise ValueError("it is of another intervention")

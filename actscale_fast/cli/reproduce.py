@@ -1,4 +1,4 @@
-"""`actscale-fast reproduce`: every system on a model, in one report."""
+"""`actscale-fast reproduce`: all systems on a model, in one report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .output import say
 
 
 def reproduce(options: argparse.Namespace) -> int:
-    """Run what is not there yet, and write the report."""
+    """Run the stages that are missing and write the report."""
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
     path = run(model, tokenizer, out, quick=options.quick)

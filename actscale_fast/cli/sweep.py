@@ -1,4 +1,4 @@
-"""`actscale-fast sweep`: many fits at once, a table of them, and the front of effectiveness against minimality."""
+"""`actscale-fast sweep`: many fits at once, their table, and their Pareto front."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .output import print_table, say
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """Fit every combination of the lists, keep the fits in a folder, evaluate them, and draw the front."""
+    """Fit every combination of the lists, save and evaluate the fits, and draw their Pareto front."""
     if options.path is not None and options.minimality is not None:
-        raise ValueError("path: it chooses the weights of the ℓ1 norm itself; give it without --minimality")
+        raise ValueError("--path chooses the weights of the ℓ1 norm and cannot be used with --minimality")
     train, test = load_files(options)
     check_file(options.plot, "plot")
     out = output_folder(options.out)
@@ -43,7 +43,7 @@ def sweep(options: argparse.Namespace) -> int:
             )
             for seed in options.seeds
         ]
-        grid["minimality"] = max(paths, key=lambda weights: weights[0])  # which keeps every seed's scalars at 0
+        grid["minimality"] = max(paths, key=lambda weights: weights[0])  # the scalars of every seed stay at 0
     result = learning.sweep(
         model,
         tokenizer,
@@ -62,5 +62,5 @@ def sweep(options: argparse.Namespace) -> int:
     print_table(f"{len(rows)} fits", columns, rows)
     picture = options.plot or out / "front.png"
     plots.pareto(result, picture)
-    say(f"saved in {out}: a folder for each fit, sweep.json; the front is drawn in {picture}")
+    say(f"saved in {out}: one folder for each fit, and sweep.json; the Pareto front is drawn in {picture}")
     return 0

@@ -1,4 +1,4 @@
-"""Values of arguments: texts that argparse turns into numbers, each with an error that says what was expected."""
+"""Types of command-line values: each converts a text, or raises an error that says what was expected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def position_list(text: str) -> list[int]:
 
 
 def site_list(text: str) -> list[str]:
-    """ "attn_out,mlp_out" as names; which there are is known where the model is."""
+    """ "attn_out,mlp_out" as names, which are checked when the model is known."""
     return [part.strip() for part in text.split(",")]
 
 
@@ -71,7 +71,7 @@ def weight(text: str) -> float:
 
 
 def joined_signed_lists(arguments: Sequence[str]) -> list[str]:
-    """`--strength -1,0,1` as `--strength=-1,0,1`: argparse takes a text that begins with a minus for an option."""
+    """`--strength -1,0,1` as `--strength=-1,0,1`: argparse mistakes a text that begins with a minus for an option."""
     joined: list[str] = []
     for position, argument in enumerate(arguments):
         if argument == "--":

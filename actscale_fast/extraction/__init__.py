@@ -1,10 +1,10 @@
 """Steering vectors without a task to learn: from pairs of prompts, from texts, or for a sentence to be said."""
 
 from .act_add import act_add
+from .continuations import continuations
 from .instruction import InstructionVectors, LayerChoice, LayerScore, instruction_vectors
 from .latent import LatentResult, decode_latent, latent_vectors, mean_vector
 from .mean_centring import Means, mean_activations, mean_centring
-from .texts import continuations
 
 __all__ = [
     "InstructionVectors",

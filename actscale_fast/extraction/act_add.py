@@ -8,9 +8,9 @@ import torch
 
 from .._checks import check_finite
 from ..architectures.layout import layout
+from ..frozen.encoder import TextEncoder
 from ..frozen.reader import Reader
 from ..interventions import SteerVec
-from .texts import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,12 +59,12 @@ def act_add(
     found = layout(model, paths)
     number = _checked_layer(layer, found.n_layers)
     check_finite(coefficient=coefficient)
-    encoder = Encoder(found, tokenizer)
+    encoder = TextEncoder(found, tokenizer)
     pair = [encoder.opened(positive, "positive"), encoder.opened(negative, "negative")]
     longest = max(map(len, pair))
     if not longest:
         raise ValueError(f"positive, negative: got {positive!r} and {negative!r}, which have no tokens")
-    encoder.fits(longest, "positive, negative: the longer one")
+    encoder.check_length(longest, "positive, negative: the longer one")
     if len(pair[0]) != len(pair[1]):
         filling = encoder.plain(padding, "padding")
         if len(filling) != 1:

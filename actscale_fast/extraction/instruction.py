@@ -13,11 +13,12 @@ from torch import Tensor
 from .._checks import check_counts, check_finite
 from ..architectures.layout import layout
 from ..architectures.location import Location, check_layers
+from ..frozen.encoder import TextEncoder, check_texts
 from ..frozen.perplexity import perplexity
 from ..frozen.reader import Reader
 from ..interventions import Intervention, Projection, SteerVec
 from ..patching.patch import patch
-from .texts import Encoder, check_texts, continuations
+from .continuations import continuations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -206,7 +207,7 @@ def instruction_vectors(
 
     check_counts(batch_size=batch_size)
     found = layout(model, paths)
-    encoder = Encoder(found, tokenizer)
+    encoder = TextEncoder(found, tokenizer)
     rows = encoder.prompts(with_instruction, "with_instruction")
     others = encoder.prompts(without_instruction, "without_instruction")
     if len(rows) != len(others):

@@ -12,11 +12,12 @@ import torch
 from .._checks import check_counts, check_finite
 from ..architectures.layout import layout
 from ..architectures.location import check_layers
+from ..frozen.encoder import TextEncoder, check_texts
 from ..interventions import Intervention, SteerVec
 from ..modules.evaluation_mode import evaluation_mode
 from ..patching.patch import patch
+from .continuations import greedy, start_id
 from .latent_search import LatentSearch
-from .texts import Encoder, check_texts, greedy, start_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,15 +107,16 @@ def latent_vectors(
     check_counts(steps=steps, batch_size=batch_size)
     found = layout(model, paths)
     number = check_layers([layer], found.n_layers)[0]
-    encoder = Encoder(found, tokenizer)
+    encoder = TextEncoder(found, tokenizer)
     opening = _opening(encoder, start)
     end = [tokenizer.eos_token_id] if ends and tokenizer.eos_token_id is not None else []
     targets = []
     for row, sentence in enumerate(check_texts(sentences, "sentences")):
-        ids = encoder.plain(sentence, f"sentences: row {row}")
+        name = f"sentences: row {row}"
+        ids = encoder.plain(sentence, name)
         if not ids:
-            raise ValueError(f"sentences: row {row}: {sentence!r} has no tokens")
-        encoder.fits(len(opening) + len(ids) + len(end), f"sentences: row {row}")
+            raise ValueError(f"{name}: {sentence!r} has no tokens")
+        encoder.check_length(len(opening) + len(ids) + len(end), name)
         targets.append(ids + end)
     positions = None if every_step else [len(opening) - 1]
     location = SteerVec.for_model(model, "residual", [number], positions, **(paths or {})).location  # type: ignore[arg-type]
@@ -169,7 +171,7 @@ def decode_latent(
         strength: β.
     """
     check_counts(max_new_tokens=max_new_tokens)
-    encoder = Encoder(layout(model, vector.paths), tokenizer)
+    encoder = TextEncoder(layout(model, vector.paths), tokenizer)
     opening = _opening(encoder, start)
     if encoder.context is not None:
         max_new_tokens = min(max_new_tokens, encoder.context - len(opening))
@@ -195,8 +197,8 @@ def mean_vector(vectors: Sequence[SteerVec]) -> SteerVec:
     return mean
 
 
-def _opening(encoder: Encoder, start: str) -> list[int]:
-    return encoder.checked([start_id(encoder.tokenizer)], "tokenizer") + encoder.plain(start, "start")
+def _opening(encoder: TextEncoder, start: str) -> list[int]:
+    return [start_id(encoder.tokenizer), *encoder.plain(start, "start")]
 
 
 def _decoded(
@@ -204,7 +206,7 @@ def _decoded(
     targets: list[list[int]], end: list[int],
 ) -> list[bool]:  # fmt: skip
     """Whether greedy decoding from the opening gives each sentence."""
-    encoder = Encoder(layout(model, vectors[0].paths), tokenizer)
+    encoder = TextEncoder(layout(model, vectors[0].paths), tokenizer)
     n_rows, longest = len(vectors), max(map(len, targets))
     with patch(model, SteerVec.stack(vectors), group=torch.arange(n_rows, device="cpu")):
         made = greedy(model, tokenizer, encoder.batch([opening] * n_rows), longest + 1)

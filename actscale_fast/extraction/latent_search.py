@@ -17,11 +17,11 @@ from ..architectures.layout import ModelLayout
 from ..architectures.lm_head import OutputHead
 from ..architectures.location import Location
 from ..frozen.batching import Batch, forward_arguments
+from ..frozen.encoder import TextEncoder
 from ..frozen.partial_forward import PartialForward
 from ..frozen.shortcuts import open_frozen_model
 from ..interventions import SteerVec
 from ..patching.patch import patch
-from .texts import Encoder
 
 #: Logits by which a token must lead the second best: decoding with a cache rounds otherwise than teacher forcing.
 _LEAD = 0.05
@@ -31,7 +31,7 @@ class LatentSearch:
     """The descent of a batch of sentences; a context manager that holds the model open."""
 
     def __init__(
-        self, found: ModelLayout, location: Location, opening: list[int], targets: list[list[int]], encoder: Encoder
+        self, found: ModelLayout, location: Location, opening: list[int], targets: list[list[int]], encoder: TextEncoder
     ) -> None:
         width = len(opening) + max(map(len, targets)) - 1
         inputs = [(opening + ids)[:-1] for ids in targets]

@@ -15,9 +15,9 @@ from torch import Tensor
 from .._checks import check_counts, check_finite
 from ..architectures.layout import layout
 from ..architectures.location import Location, check_layers, check_site
+from ..frozen.encoder import TextEncoder
 from ..frozen.reader import Reader
 from ..interventions import SteerVec
-from .texts import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ def mean_activations(
     if max_tokens is not None:
         check_counts(max_tokens=max_tokens)
     found = layout(model, paths)
-    encoder = Encoder(found, tokenizer)
+    encoder = TextEncoder(found, tokenizer)
     limit = min((n for n in (max_tokens, encoder.context) if n is not None), default=None)
     location = found.location(check_site(site), layers, paths=paths)
     chosen = location.layers

@@ -1,4 +1,4 @@
-"""Perplexity: how likely a model finds texts, as a measure of fluency."""
+"""Perplexity: how likely texts are to a model, as a measure of fluency."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .shortcuts import open_frozen_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_CHUNK_BYTES = 1 << 26  # of fp32 logits at a time: 64 MiB are 341 tokens of a vocabulary of 49152
+_CHUNK_BYTES = 1 << 26  # of fp32 logits at a time: 341 tokens with a vocabulary of 49152
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One text's tokens behind its context; the last `n_scored` of them are scored."""
+    """The tokens of a prompt and its text; the last `n_scored` of them are scored."""
 
     ids: list[int]
     n_scored: int
@@ -44,25 +44,26 @@ def perplexity(
 ) -> Tensor:
     """exp(−mean log p(token | tokens before)) of each text's tokens, under the model as it is.
 
-    Prompt and text are tokenized separately and joined, so that what is scored are the text's tokens. Without a prompt
-    (or behind an empty one) the first token is scored only where the tokenizer opens a text with a special token, which
-    it then follows. Inside `patch` the intervened model judges, to which prompt and text together are the prompt: to
-    ask the frozen model about text that an intervention made, call this outside.
+    Prompt and text are tokenized separately and joined, so exactly the tokens of the text are scored. Without a prompt,
+    or after an empty one, the first token of a text is scored only where the tokenizer puts a special token before it.
+    Inside `patch` the patched model judges, and treats prompt and text together as its prompt. To judge text that was
+    generated under an intervention by the unpatched model, call this outside the `with` block.
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left as it was.
         texts: N texts.
-        prompts: what stands before each, N of them; None: nothing.
-        batch_size: texts in one forward pass; they are sorted by length. Logits exist of 64 MiB of tokens at a time.
-        paths: module paths of a model of an unlisted family.
+        prompts: N prompts, one before each text; None: no prompts.
+        batch_size: the number of texts in one forward pass; texts are sorted by length. At most 64 MiB of logits exist
+            at a time.
+        paths: module paths for a model of an unlisted family.
 
     Returns:
         fp32 [N] on the CPU, at least 1.
 
     Raises:
-        TypeError: a string in place of a list, or rows that are no strings.
-        ValueError: a text with nothing to score, or a row longer than the model's context or with tokens that the
-            model does not have, each named; another number of prompts than of texts.
+        TypeError: a string in place of a list, or rows that are not strings.
+        ValueError: a text with nothing to score, a row longer than the model's context or with tokens that the model
+            does not have (the message names the row), or not as many prompts as texts.
 
     Example::
 
@@ -107,13 +108,13 @@ def perplexity(
 
 
 def _mean_losses(hidden: Tensor, targets: Tensor, n_scored: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean negative log-likelihood of each row, fp64 [B] on the CPU.
+    """The mean negative log-likelihood of each row, fp64 [B] on the CPU.
 
     Args:
-        hidden: [B, T, d] (or logits [B, T, V]) of the last T tokens that predict one.
+        hidden: [B, T, d] (or logits [B, T, V]) at the last T tokens that predict another one.
         targets: int64 [B, T], the predicted tokens.
-        n_scored: int64 [B]; a row's last ones count.
-        logits: makes logits [R, V] of [R, d].
+        n_scored: int64 [B], how many of a row's last tokens count.
+        logits: turns hidden states [R, d] into logits [R, V].
     """
     n_columns = targets.shape[1]
     counted = torch.arange(n_columns, device=hidden.device) >= n_columns - n_scored[:, None]  # [B, T]
@@ -136,7 +137,7 @@ def _same(logits: Tensor) -> Tensor:
 
 
 def _row(encoder: TextEncoder, text: str, prompt: str, name: str) -> _Row:
-    """One text's tokens after its prompt's, or after the tokens that open a text, checked."""
+    """The checked tokens of a prompt and its text."""
     added = encoder.plain(text, name)
     if not added:
         raise ValueError(f"{name}: {text!r} has no tokens")

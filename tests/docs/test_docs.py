@@ -71,7 +71,9 @@ def test_the_example_runs(
     for fit in ("fit", "fit_interchange"):
         monkeypatch.setattr(af, fit, functools.partial(getattr(af, fit), steps=2, batch_size=4, progress=False))
     fewer = re.sub(r"n_train=\d+, n_test=\d+", "n_train=16, n_test=8", code)
-    fewer = fewer.replace("country_capital_conflicts(tokenizer)", "country_capital_conflicts(tokenizer, 16, 8)")
+    fewer = fewer.replace(
+        "country_capital_conflicts(tokenizer)", "country_capital_conflicts(tokenizer, n_train=16, n_test=8)"
+    )
     model, tokenizer = demo_model
     monkeypatch.setattr(af, "load_demo_model", lambda: demo_model)
     (tmp_path / "example.py").write_text(fewer, encoding="utf-8")  # a file: nnsight reads the source of its blocks

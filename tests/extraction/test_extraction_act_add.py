@@ -111,7 +111,7 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
         act_add(model, tokenizer, "Paris", layer=1, padding="of in")
     with pytest.raises(ValueError, match="positive, negative: got '' and '', which have no tokens"):
         act_add(model, spaced_tokenizer(opens=False), "", layer=1)
-    with pytest.raises(ValueError, match="positive: token id 11, expected less than the model's 5"):
+    with pytest.raises(ValueError, match="positive has token id 11, expected less than the model's 5"):
         act_add(tiny_model("llama", vocab_size=5), tokenizer, "Paris", layer=1)
     with pytest.raises(ValueError, match="has 65 tokens, expected at most the model's 64"):
         act_add(model, tokenizer, "Paris " * 64, layer=1)

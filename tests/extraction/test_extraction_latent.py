@@ -15,7 +15,7 @@ import actscale_fast as af
 from actscale_fast.architectures.layout import layout
 from actscale_fast.extraction import LatentResult, decode_latent, latent_vectors, mean_vector
 from actscale_fast.extraction.latent_search import LatentSearch
-from actscale_fast.extraction.texts import Encoder
+from actscale_fast.frozen.encoder import TextEncoder
 from actscale_fast.interventions import SteerVec
 from actscale_fast.modules.evaluation_mode import evaluation_mode
 
@@ -62,7 +62,7 @@ def sayable(model: Any, count: int, every_step: bool = True) -> list[str]:
 def searched(model: Any, every_step: bool, rows: list[list[int]]) -> LatentSearch:
     positions = None if every_step else [1]
     location = SteerVec.for_model(model, "residual", [0], positions).location
-    return LatentSearch(layout(model), location, [2, 8], rows, Encoder(layout(model), spaced_tokenizer()))
+    return LatentSearch(layout(model), location, [2, 8], rows, TextEncoder(layout(model), spaced_tokenizer()))
 
 
 def loss_by_hand(model: Any, z: Tensor, ids: list[int], every_step: bool) -> Tensor:

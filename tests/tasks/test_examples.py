@@ -147,7 +147,7 @@ def test_an_unknown_word_is_an_answer_only_where_it_is_meant() -> None:
 def test_a_tokenizer_of_another_model_is_refused_by_row() -> None:
     model = tiny.llama()
     model.resize_token_embeddings(20)
-    with pytest.raises(ValueError, match="row 1: the prompt has token id 25, expected less than the model's 20"):
+    with pytest.raises(ValueError, match="row 1 has token id 25, expected less than the model's 20"):
         EncodedExamples([GOOD, af.Example("six", " Paris", " Rome")], tiny.tokenizer(), model)
 
 

@@ -12,7 +12,7 @@ from model_zoo import tiny_model
 
 import actscale_fast as af
 from actscale_fast.extraction import continuations
-from actscale_fast.extraction.texts import start_id
+from actscale_fast.extraction.continuations import start_id
 from actscale_fast.interventions import SteerVec
 
 PROMPTS = ["what is Madrid", "The capital of Oslo is in one", "B", "Paris is A"]
@@ -67,5 +67,5 @@ def test_generation_starts_from_what_the_tokenizer_has() -> None:
     tokenizer.eos_token = None
     assert start_id(tokenizer) == 1
     tokenizer.pad_token = None
-    with pytest.raises(ValueError, match="tokenizer: it has no token that opens or ends a text"):
+    with pytest.raises(ValueError, match="tokenizer: it has no BOS, EOS or padding token"):
         start_id(tokenizer)
