@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import TypeGuard
 
 
-def is_real(value: object) -> bool:
+def is_real(value: object) -> TypeGuard[float]:
     """Whether `value` is a real number, including NumPy's scalars but not booleans."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's bool is not a Real
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether `value` is an integer, including NumPy's but not booleans."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
@@ -21,7 +22,7 @@ def finite_number(value: object) -> float | None:
     if not is_real(value):
         return None
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except OverflowError:  # an integer that no float can hold
         return None
     return number if math.isfinite(number) else None
@@ -42,12 +43,12 @@ def check_finite(**values: object) -> None:
 def check_counts(**values: object) -> None:
     """Raise a ValueError for the first value that is not a positive integer."""
     for name, value in values.items():
-        if not is_integer(value) or value < 1:  # type: ignore[operator]
+        if not is_integer(value) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a positive integer")
 
 
 def check_bytes(**budgets: object) -> None:
     """Raise a ValueError for the first budget that is not an integer >= 0."""
     for name, value in budgets.items():
-        if not is_integer(value) or value < 0:  # type: ignore[operator]
+        if not is_integer(value) or value < 0:
             raise ValueError(f"{name}: got {value!r}, expected an integer that is at least 0")

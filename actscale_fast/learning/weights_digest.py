@@ -2,8 +2,7 @@
 
 Each parameter and persistent buffer contributes its name, dtype, shape and the bytes of evenly spread elements.
 Quantised weights contribute their packed values and their scales. Offloaded weights are read from where accelerate
-keeps them. For sharded weights each rank supplies the elements it holds, so all ranks get the digest of the whole
-model.
+keeps them. Weights that are sharded over processes are refused, because learning needs whole weights in each process.
 """
 
 from __future__ import annotations
@@ -29,20 +28,19 @@ def weights_digest(model: nn.Module) -> str:
     """16 hexadecimal digits that identify a model by all its parameters and persistent buffers.
 
     Args:
-        model: plain, quantised, offloaded or sharded, with or without the wrappers of torch.compile and PEFT. All
-            ranks of a sharded model must call this together; they get the same digits.
+        model: plain, quantised or offloaded, with or without the wrappers of torch.compile and PEFT.
 
     Raises:
-        ValueError: a weight cannot be read, for example because it is on the meta device; the message names it.
+        ValueError: a weight cannot be read, for example because it is on the meta device or sharded; the message names
+            it.
     """
     found = hashlib.sha256()
-    samples: list[_Sample] = []
+    samples: list[Tensor] = []
     with torch.no_grad():
         for name, tensor in _tensors(unwrap(model)):
             for part, plain in _plain(name, tensor):
-                sample = _Sample(part, plain)
-                found.update(f"{part} {sample.dtype} {tuple(plain.shape)}\n".encode())
-                samples.append(sample)
+                found.update(f"{part} {plain.dtype} {tuple(plain.shape)}\n".encode())
+                samples.append(_sample(part, plain))
         for values in _on_host(samples):
             found.update(values)
     return found.hexdigest()[:16]
@@ -79,6 +77,11 @@ def _readable(name: str, tensor: Tensor, offloaded: Tensor | None) -> Tensor:
         raise ValueError(
             f"model: {name} is on the meta device, so this model cannot be told apart from others of the same shape; a "
             "checkpoint or sweep folder must record which model it belongs to: load the weights, or omit it"
+        )
+    if type(tensor).__name__ == "DTensor":
+        raise ValueError(
+            f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights "
+            "in each process; patch, generate and evaluate take such a model"
         )
     if hasattr(tensor, "ds_id") and not tensor.numel():
         raise ValueError(
@@ -137,8 +140,8 @@ def _of_state(name: str, state: Any, depth: int = 0) -> Iterator[tuple[str, Tens
 
 
 def _plain(name: str, tensor: Tensor, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The ordinary or distributed tensors that make up a tensor."""
-    if _is_distributed(tensor) or type(tensor) in (Tensor, nn.Parameter):
+    """The ordinary tensors that make up a tensor."""
+    if type(tensor) in (Tensor, nn.Parameter):
         yield name, tensor
     elif hasattr(tensor, "__tensor_flatten__") and depth < 4:  # torchao, quanto and others made of several tensors
         for key in sorted(tensor.__tensor_flatten__()[0]):
@@ -157,80 +160,33 @@ def _plain(name: str, tensor: Tensor, depth: int = 0) -> Iterator[tuple[str, Ten
         yield name, plain
 
 
-class _Sample:
-    """Bytes of some elements of one tensor, on its device; 0 for elements of a sharded tensor held by other ranks."""
-
-    def __init__(self, name: str, tensor: Tensor) -> None:
-        self.dtype, self.mesh = tensor.dtype, None
-        step = _step(tensor.numel())
-        try:
-            if _is_distributed(tensor):
-                part, index, self.mesh = _local(tensor, torch.arange(0, tensor.numel(), step, device="cpu"))
-                self.values = _bytes(part, index)
-            elif tensor.is_contiguous():
-                self.values = tensor.detach().view(-1)[::step].contiguous().view(torch.uint8)
-            else:
-                self.values = _bytes(tensor.detach(), torch.arange(0, tensor.numel(), step, device="cpu"))
-        except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"model: {name}, {tensor.dtype} on {tensor.device}, cannot be read ({error})") from None
+def _sample(name: str, tensor: Tensor) -> Tensor:
+    """The bytes of evenly spread elements, uint8 on the tensor's device, without copying the whole tensor."""
+    n = tensor.numel()
+    # An odd step reaches every column of a matrix of even width.
+    step = 1 if n <= _WHOLE else n // _SAMPLE | 1
+    try:
+        if tensor.is_contiguous() or not n:
+            values = tensor.detach().reshape(-1)[::step].contiguous()
+        else:
+            index = torch.arange(0, n, step, device=tensor.device)
+            values = tensor.detach()[torch.unravel_index(index, tensor.shape)].contiguous()
+        return values.view(-1, 1).view(torch.uint8).flatten()  # [elements, bytes of each]
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"model: {name}, {tensor.dtype} on {tensor.device}, cannot be read ({error})") from None
 
 
-def _step(n: int) -> int:
-    """The distance between sampled elements among n. An odd step reaches every column of a matrix of even width."""
-    return 1 if n <= _WHOLE else n // _SAMPLE | 1
-
-
-def _bytes(tensor: Tensor, index: Tensor) -> Tensor:
-    """The bytes of a tensor's elements at flat indices, without copying the whole tensor; zeros for index −1."""
-    index = index.to(tensor.device)
-    here = index >= 0
-    if not tensor.numel() or not index.numel():
-        return torch.zeros(index.numel() * tensor.element_size(), dtype=torch.uint8, device=tensor.device)
-    chosen = tensor[torch.unravel_index(index.clamp(min=0), tensor.shape)]
-    values = chosen.contiguous().view(-1, 1).view(torch.uint8)  # [elements, bytes of each]
-    return torch.where(here[:, None], values, 0).flatten()
-
-
-def _on_host(samples: list[_Sample]) -> list[bytes]:
-    """The bytes of all samples in order, with one transfer per device and one reduction per axis of a mesh."""
-    together: dict[Any, list[int]] = {}
+def _on_host(samples: list[Tensor]) -> list[bytes]:
+    """The bytes of all samples in order, with one transfer per device."""
+    by_device: dict[torch.device, list[int]] = {}
     for number, sample in enumerate(samples):
-        together.setdefault((sample.mesh, sample.values.device), []).append(number)
+        by_device.setdefault(sample.device, []).append(number)
     values = [b""] * len(samples)
-    for (mesh, _), numbers in together.items():
-        flat = torch.cat([samples[number].values for number in numbers])
-        if mesh is not None:
-            for axis in range(mesh.ndim):  # other ranks have 0 there, replicas the same value
-                wide = flat.to(torch.int32)
-                torch.distributed.all_reduce(wide, torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
-                flat = wide.to(torch.uint8)
-        host = flat.cpu().numpy().tobytes()
+    for numbers in by_device.values():
+        host = torch.cat([samples[number] for number in numbers]).cpu().numpy().tobytes()
         start = 0
         for number in numbers:
-            end = start + samples[number].values.numel()
+            end = start + samples[number].numel()
             values[number] = host[start:end]
             start = end
     return values
-
-
-def _is_distributed(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
-
-
-def _local(tensor: Any, index: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """(this rank's part of a DTensor, flat indices of the sampled elements in it or −1, its mesh)."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if not all(type(placement) in (Replicate, Shard) for placement in tensor.placements):
-        tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    places = torch.unravel_index(index, tensor.shape) if index.numel() else ()
-    here = torch.ones_like(index, dtype=torch.bool)
-    local = torch.zeros_like(index)
-    for place, size, start in zip(places, shape, offset, strict=False):
-        here &= (place >= start) & (place < start + size)
-        local = local * size + (place - start)
-    mesh = tensor.device_mesh
-    part = tensor.to_local()
-    return part, torch.where(here, local, -1), mesh
