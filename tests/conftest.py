@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import random
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from cuda_emulation.emulation import emulated_backend
@@ -53,6 +54,14 @@ def run_seed() -> int:
 
 def pytest_report_header() -> str:
     return f"inputs: ACTSCALE_TEST_SEED={run_seed()}; ACTSCALE_BACKEND={os.environ.get('ACTSCALE_BACKEND', 'auto')}"
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> tuple[Any, Any]:
+    """The real model of the demo and its tokenizer, loaded once for all tests, which leave it as it was."""
+    from actscale_fast import load_demo_model
+
+    return load_demo_model(progress=False)
 
 
 @pytest.fixture

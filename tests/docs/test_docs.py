@@ -40,11 +40,6 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 EXAMPLES = [(page.relative_to(ROOT), heading, code) for page in pages() for heading, code in blocks(page)]
 
 
-@pytest.fixture(scope="module")
-def demo_model() -> tuple[Any, Any]:
-    return af.load_demo_model()
-
-
 def test_a_quick_start_of_every_system_has_twelve_lines_at_most() -> None:
     systems = blocks(ROOT / "docs" / "systems.md")[1:]
     assert len({name for name, _ in systems}) == 9

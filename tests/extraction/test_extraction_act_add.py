@@ -122,11 +122,11 @@ def test_no_padding_is_needed_for_prompts_of_one_length() -> None:
 
 
 @pytest.mark.real_model
-def test_love_instead_of_hate_changes_what_the_real_model_says_to_something_kinder() -> None:
+def test_love_instead_of_hate_changes_what_the_real_model_says_to_something_kinder(demo_model: tuple[Any, Any]) -> None:
     from actscale_fast.extraction import continuations
     from actscale_fast.frozen.perplexity import perplexity
 
-    model, tokenizer = af.load_demo_model()
+    model, tokenizer = demo_model
     prompt = ["I hate you because"]
     plain = continuations(model, tokenizer, prompt, max_new_tokens=16)
     with af.patch(model, act_add(model, tokenizer, "Love", "Hate", layer=6, coefficient=5)):

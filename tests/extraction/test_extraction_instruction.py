@@ -191,8 +191,8 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
 
 
 @pytest.mark.real_model
-def test_the_real_model_answers_in_spanish_without_being_asked() -> None:
-    model, tokenizer = af.load_demo_model()
+def test_the_real_model_answers_in_spanish_without_being_asked(demo_model: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_model
 
     def chat(text: str) -> str:
         message = [{"role": "user", "content": text}]

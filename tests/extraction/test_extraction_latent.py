@@ -226,8 +226,8 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
 
 @pytest.mark.real_model
 @EVERY
-def test_the_real_model_says_unseen_sentences_of_ten_tokens(every_step: bool) -> None:
-    model, tokenizer = af.load_demo_model()
+def test_the_real_model_says_unseen_sentences_of_ten_tokens(every_step: bool, demo_model: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_model
     assert {len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in UNSEEN} == {10}
     result = latent_vectors(model, tokenizer, UNSEEN, layer=14, every_step=every_step, progress=False)
     print(f"{sum(result.exact)} of 10 in {result.seconds:.0f} s, steps {result.steps}")

@@ -193,10 +193,10 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
 
 
 @pytest.mark.real_model
-def test_texts_of_the_sea_bring_the_sea_into_what_the_real_model_says() -> None:
+def test_texts_of_the_sea_bring_the_sea_into_what_the_real_model_says(demo_model: tuple[Any, Any]) -> None:
     from actscale_fast.extraction import continuations
 
-    model, tokenizer = af.load_demo_model()
+    model, tokenizer = demo_model
     sea = [
         "The captain steered the ship through the storm while the waves broke over the deck.",
         "Sailors mended the nets and waited for the tide to turn in the harbour.",

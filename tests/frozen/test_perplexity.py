@@ -136,10 +136,8 @@ def test_tokens_of_another_models_tokenizer_are_refused(model: Any, tokenizer: A
 
 
 @pytest.mark.real_model
-def test_the_real_model_finds_a_sentence_likelier_than_its_words_in_disorder() -> None:
-    from actscale_fast import load_demo_model
-
-    model, tokenizer = load_demo_model(progress=False)
+def test_the_real_model_finds_a_sentence_likelier_than_its_words_in_disorder(demo_model: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_model
     sense, nonsense = perplexity(
         model, tokenizer, [" a small house by the sea.", " sea a by small the house."], ["I live in"] * 2
     )

@@ -155,8 +155,8 @@ def test_what_cannot_be_is_refused_by_name() -> None:
 
 
 @pytest.mark.real_model
-def test_the_real_model_answers_as_it_does_under_a_patch() -> None:
-    model, tokenizer = af.load_demo_model()
+def test_the_real_model_answers_as_it_does_under_a_patch(demo_model: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_model
     prompt = "The capital of Germany is Paris. Q: What is the capital of Germany? A:"
     intervention = randomised(af.ActivScalar.for_model(model, positions=[0, -1], generated=True), scale=0.3)
     net = TransformersModel(model, tokenizer=tokenizer, task="text-generation")

@@ -574,8 +574,8 @@ def test_the_handle_comes_off_once_twice_and_after_an_error() -> None:
 
 
 @pytest.mark.real_model
-def test_the_real_model_agrees_on_both_paths_and_under_a_patch() -> None:
-    model, tokenizer = af.load_demo_model()
+def test_the_real_model_agrees_on_both_paths_and_under_a_patch(demo_model: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_model
     ids = tokenizer("The capital of Germany is Paris. Q: What is the capital of Germany? A:", return_tensors="pt")
     intervention = randomised(af.ActivScalar.for_model(model), scale=0.2)
     with torch.no_grad(), af.patch(model, intervention):

@@ -267,8 +267,8 @@ def test_a_failing_metric_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.real_model
-def test_the_real_model_is_steered_and_swept_alike() -> None:
-    model, tokenizer = af.load_demo_model()
+def test_the_real_model_is_steered_and_swept_alike(demo_model: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_model
     ids = tokenizer("The capital of Germany is Paris. Q: What is the capital of Germany? A:", return_tensors="pt")
     lens = bridge(model)
     intervention = randomised(af.ActivScalar.for_model(model), scale=0.2)

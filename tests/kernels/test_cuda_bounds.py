@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cuda_emulation.emulation import HERE, kept_build, skip_where_it_cannot_be_built
 
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
 @pytest.fixture(scope="module")

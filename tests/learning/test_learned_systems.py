@@ -9,11 +9,6 @@ import pytest
 import actscale_fast as af
 
 
-@pytest.fixture(scope="module")
-def demo_model() -> tuple[Any, Any]:
-    return af.load_demo_model()
-
-
 @pytest.mark.real_model
 @pytest.mark.parametrize("system", ["SteerVec", "DynScalar", "ActivScalar by site and position"])
 def test_a_few_steps_flip_answers_towards_both_sides(system: str, demo_model: tuple[Any, Any]) -> None:

@@ -218,10 +218,20 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", HEADS)
-@over()
+@over(backends=["reference", "cpu"])
 def test_losses_from_hidden_states_compile_into_one_graph_for_every_batch_size(
     backend: Backend, options: str, inputs: Inputs
 ) -> None:
+    check_losses_from_hidden_states(backend, options, inputs)
+
+
+# The graph holds the same ops for all kernels.
+@over(backends=["triton", "cuda"])
+def test_losses_from_hidden_states_compile_over_the_other_kernels(backend: Backend, inputs: Inputs) -> None:
+    check_losses_from_hidden_states(backend, "statistics", inputs)
+
+
+def check_losses_from_hidden_states(backend: Backend, options: str, inputs: Inputs) -> None:
     """The frozen model's statistics and the steered model's losses in one graph, and the gradient of both inputs."""
     weight, bias = (inputs.normal(*shape).to(backend.device) for shape in ((41, 8), (41,)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from op_cases import Inputs
@@ -14,8 +16,10 @@ PROMPTS = ["The capital of France is", "The sky is", "Two and two make", "A dog 
 
 
 @pytest.mark.real_model
-def test_from_the_real_models_hidden_states_come_the_losses_of_its_logits(inputs: Inputs) -> None:
-    model, tokenizer = af.load_demo_model()
+def test_from_the_real_models_hidden_states_come_the_losses_of_its_logits(
+    inputs: Inputs, demo_model: tuple[Any, Any]
+) -> None:
+    model, tokenizer = demo_model
     scalars = af.ActivScalar.for_model(model)
     with torch.no_grad():
         scalars.alpha.copy_(inputs.normal(*scalars.alpha.shape, scale=0.2))

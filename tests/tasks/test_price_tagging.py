@@ -131,8 +131,8 @@ def test_what_makes_no_task_is_refused(
 
 
 @pytest.mark.real_model
-def test_the_real_model_plays_the_game_of_names() -> None:
-    model, tokenizer = af.load_demo_model()
+def test_the_real_model_plays_the_game_of_names(demo_model: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_model
     _, test = tasks.name_order(tokenizer, n_train=1, n_test=48)
     own = []
     for example in test:

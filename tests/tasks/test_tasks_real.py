@@ -14,10 +14,8 @@ pytestmark = pytest.mark.real_model
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from actscale_fast import load_demo_model
-
-    return load_demo_model(progress=False)[1]
+def tokenizer(demo_model: tuple[Any, Any]) -> Any:
+    return demo_model[1]
 
 
 def test_46_countries_have_a_capital_of_one_token_and_107_a_first_token_of_their_own(tokenizer: Any) -> None:
