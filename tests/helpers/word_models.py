@@ -15,6 +15,10 @@ TEXTS = [*CONFLICT_TEMPLATES, *INDIRECT_OBJECT_TEMPLATES, *CAPITALS, *CAPITALS.v
 TEXTS += [" ".join(part) for part in (words._NAMES, words._PLACES, words._THINGS)]
 
 
+#: Without these capitals a quarter of the countries is left, and a sixteenth of the prompts that are counted.
+LATE_CAPITALS = {capital for capital in CAPITALS.values() if capital > "D"}
+
+
 def tokenizer(texts: Iterable[str] = TEXTS, *, without: Iterable[str] = ()) -> Any:
     """One token a word or mark; a word of `without` or outside `texts` is unknown."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,11 +34,11 @@ def tokenizer(texts: Iterable[str] = TEXTS, *, without: Iterable[str] = ()) -> A
     )
 
 
-def save_model(folder: Path) -> Path:
-    """Save the tokenizer and a random Llama of 2 layers with 4 heads of 8 into `folder`."""
+def save_model(folder: Path, *, without: Iterable[str] = ()) -> Path:
+    """Save the tokenizer, which does not know the words of `without`, and a random Llama of 2 layers with 4 heads of 8 into `folder`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokens = tokenizer()
+    tokens = tokenizer(without=without)
     config = LlamaConfig(
         vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.3,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from word_models import save_model
+from word_models import LATE_CAPITALS, save_model
 
 import actscale_fast as af
 from actscale_fast.cli import main
@@ -27,7 +27,7 @@ TINY = Size(
 def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = save_model(tmp_path_factory.mktemp("model"))
+    folder = save_model(tmp_path_factory.mktemp("model"), without=LATE_CAPITALS)
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 

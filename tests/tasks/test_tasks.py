@@ -202,7 +202,7 @@ def test_a_split_by_template_needs_two_of_them_and_a_known_name(words: Any) -> N
 
 
 def test_aligned_takes_a_length_that_leaves_enough_on_both_sides() -> None:
-    words = word_models.tokenizer(without={capital for capital in CAPITALS.values() if capital > "D"})
+    words = word_models.tokenizer(without=word_models.LATE_CAPITALS)
     # Three templates of one length, of which one may be held out, and one shorter that may be held out as well.
     long = [f"{word} : the capital of {{country}} is {{claim}} . The capital of {{country}} is" for word in "ABC"]
     short = "Capital of {country} : {claim} . Capital of {country} :"
