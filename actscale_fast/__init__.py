@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from .interventions.scalar import ActivScalar as ActivScalar
     from .interventions.vector import SteerVec as SteerVec
     from .learning.attribution.attribution import Attribution as Attribution, attribution as attribution
-    from .learning.evaluate import Evaluation as Evaluation, evaluate as evaluate
     from .learning.checkpoint import Checkpoint as Checkpoint
+    from .learning.evaluate import Evaluation as Evaluation, evaluate as evaluate
     from .learning.execution import Execution as Execution
     from .learning.fit import FitResult as FitResult, fit as fit
     from .learning.objective import Objective as Objective

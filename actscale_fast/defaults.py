@@ -1,6 +1,6 @@
-"""Defaults that the library, the command line and the demo share. Imports nothing: `--help` answers without torch.
+"""Defaults that the library, the command line and the demo share; importing them does not import torch.
 
-Chosen for SmolLM2-135M-Instruct on country-capital conflicts; another model takes them as a starting point.
+They were chosen for SmolLM2-135M-Instruct on country-capital conflicts and are a starting point for other models.
 """
 
 from typing import Final
@@ -13,7 +13,7 @@ MINIMALITY: Final = 0.12
 # The fit.
 STEPS: Final = 45
 LR: Final = 0.05
-# Of vectors and probes, of which many numbers move one activation.
+# For vectors and probes, where many numbers move one activation.
 VECTOR_LR: Final = 0.01
 VECTOR_MINIMALITY: Final = 0.02
 BATCH_SIZE: Final = 16

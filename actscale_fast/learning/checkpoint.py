@@ -62,7 +62,7 @@ class SavedFit:
     history: list[dict[str, float]]
 
 
-def check_place(
+def check_writable_checkpoint(
     path: str | os.PathLike[str],
     tensors: dict[str, Tensor] | None = None,
     *,

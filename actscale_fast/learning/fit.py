@@ -15,7 +15,7 @@ from ..interventions import Intervention
 from ..patching.patch import patch
 from ..tasks.examples import Example
 from .arguments import checked_intervention, checked_objective, refuse_idle, refuse_inference_mode
-from .checkpoint import Checkpoint, check_place
+from .checkpoint import Checkpoint, check_writable_checkpoint
 from .distributed import process_group
 from .encoded_examples import EncodedExamples
 from .engine import Engine, FitRequest
@@ -122,7 +122,7 @@ def fit(
     data = EncodedExamples(examples, tokenizer, model, paths)
     with process_group(execution.distributed) as processes:
         if checkpoint.path is not None:
-            check_place(checkpoint.path, processes=processes, new=True)
+            check_writable_checkpoint(checkpoint.path, processes=processes, new=True)
         # Refuses another model's intervention before any work, and moves the parameters to this model's device.
         patch(model, intervention).remove()
         refuse_idle(model, intervention)

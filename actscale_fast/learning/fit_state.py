@@ -169,7 +169,7 @@ class FitState:
             try:
                 state = checkpoints.load(self.checkpoint, self.identity, self.tensors())
                 if state is None or not self._ends(state.step, state.history):
-                    checkpoints.check_place(self.checkpoint, self.tensors())
+                    checkpoints.check_writable_checkpoint(self.checkpoint, self.tensors())
             except (ValueError, OSError) as found:
                 error = found
         resumed = state is not None

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..interventions import Intervention
 from .drawing import FAINT, INK, colour_bar, plain, written
 
 if TYPE_CHECKING:
@@ -20,27 +19,14 @@ _LABELS = {
 _BLUE = "#3b6fb6"
 
 
-class Fit(Protocol):
-    """One fit of a sweep."""
-
-    settings: dict[str, Any]
-    intervention: Intervention
-    history: list[dict[str, float]]
-    error: str | None
-
-    @property
-    def n_active(self) -> int: ...
-    def score(self, by: Score) -> float: ...
-
-
 class Sweep(Protocol):
-    """The result of a sweep."""
+    """The result of a sweep; each fit has its settings, intervention, history, error, n_active and score(by)."""
 
     @property
-    def fits(self) -> Sequence[Fit]: ...
+    def fits(self) -> Sequence[Any]: ...
     @property
     def best_score(self) -> Score: ...
-    def pareto(self, by: Score | None = None) -> Sequence[Fit]: ...
+    def pareto(self, by: Score | None = None) -> Sequence[Any]: ...
 
 
 def pareto(

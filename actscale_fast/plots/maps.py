@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..architectures.location import Location
 from ..interventions import ActivScalar, Intervention
@@ -23,28 +22,6 @@ _PLACES = {
     "mlp_out": "MLP outputs",
     "residual": "residual stream",
 }
-
-
-@runtime_checkable
-class Attributed(Protocol):
-    """The result of an attribution; scores and knock-outs are [L, P, H]."""
-
-    @property
-    def scores(self) -> Tensor: ...
-    @property
-    def knock_out(self) -> Tensor | None: ...
-    @property
-    def location(self) -> Location: ...
-    @property
-    def n_examples(self) -> int: ...
-    @property
-    def logit_difference(self) -> float: ...
-    @property
-    def objective(self) -> object: ...
-    @property
-    def n_top(self) -> int: ...
-    @property
-    def agreement(self) -> Any: ...
 
 
 def heatmap(
@@ -131,7 +108,7 @@ def _parts(given: Any) -> list[tuple[float, ActivScalar]]:
 
 
 def attribution(
-    result: Attributed,
+    result: Any,
     path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
@@ -145,7 +122,7 @@ def attribution(
     and have their own scale. Outlines mark the largest of each map.
 
     Args:
-        result: the result of `attribution`; without knock-outs only the prediction is drawn.
+        result: the `Attribution` that `attribution` returns; without knock-outs only the prediction is drawn.
         path, dpi: as in `heatmap`.
         title: the first line of the title; default "Removing one head at a time".
         limit: the magnitude shown in full colour; None: the largest one.
@@ -157,7 +134,7 @@ def attribution(
         TypeError: not an Attribution.
         ValueError: a limit that is not positive, or a suffix that is not a picture format.
     """
-    if not isinstance(result, Attributed):
+    if not hasattr(result, "knock_out"):
         raise TypeError(f"result: got {type(result).__name__}, expected an Attribution")
     location = result.location
     change = "Δ logits"
@@ -223,7 +200,7 @@ def _readable(token: str) -> str:
     return text.replace("\n", "↵").replace("$", r"\$").strip() or "␣"
 
 
-def _agreement(result: Attributed) -> str:
+def _agreement(result: Any) -> str:
     found = result.agreement
     parts = [f"{result.n_examples} prompts", f"z[c] − z[w] = {_signed(result.logit_difference)}"]
     if found is not None:

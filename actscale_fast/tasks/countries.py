@@ -1,10 +1,9 @@
-"""Countries and their capitals, as they read in the middle of an English sentence.
+"""Countries and their capitals, as they are written in the middle of an English sentence.
 
-Left out: states whose seat of government and constitutional capital differ or are contested (Benin, Bolivia,
-Eswatini, Israel, Nauru, Palestine, South Africa, Sri Lanka), since a task needs one right answer, and states whose
-capital bears their name (Djibouti, Guinea-Bissau, Luxembourg, Monaco, San Marino, Sao Tome, Singapore, Vatican City),
-since there the answer stands in the question. Three countries of the United Kingdom are in: Scotland, Wales, Northern
-Ireland.
+Two kinds of states are left out: those whose seat of government and constitutional capital differ or are contested
+(Benin, Bolivia, Eswatini, Israel, Nauru, Palestine, South Africa, Sri Lanka), since a task needs one right answer, and
+those whose capital contains their name (Djibouti, Guinea-Bissau, Luxembourg, Monaco, San Marino, Sao Tome, Singapore,
+Vatican City), since the question would contain the answer. Scotland, Wales and Northern Ireland are included.
 """
 
 from __future__ import annotations
@@ -54,4 +53,4 @@ def _parsed(table: str) -> dict[str, str]:
 
 
 CAPITALS: dict[str, str] = _parsed(_TABLE)
-"""Capital of each country, in the alphabetical order of the countries; with an article where English has one."""
+"""The capital of each country, in alphabetical order of the countries, with an article where English has one."""

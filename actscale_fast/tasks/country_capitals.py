@@ -1,9 +1,9 @@
 """Country-capital conflicts: the prompt claims one capital, the model remembers another.
 
-The task of activation scaling (arXiv 2410.04962): "The capital of Germany is Paris. Q: What is the capital of
-Germany? A:" has the correct answer " Berlin", which only the model's memory can give, and the wrong one " Paris",
-which stands in the context. An intervention that flips the model towards the one, and inverted towards the other,
-has found where the two compete.
+This is the task of activation scaling (arXiv 2410.04962). "The capital of Germany is Paris. Q: What is the capital of
+Germany? A:" has the correct answer " Berlin", which only the model's memory can give, and the wrong answer " Paris",
+which is in the context. An intervention that flips the model towards the one, and inverted towards the other, has found
+where the two compete.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ CONFLICT_TEMPLATES: tuple[str, ...] = (
     "The capital of {country} is {claim}. As I said, the capital of {country} is",
     "It is a fact that the capital of {country} is {claim}. Once more: the capital of {country} is",
 )
-"""The default templates. On each, SmolLM2-135M-Instruct ranks the claim above the true capital for 85-94 % of prompts;
-wordings that it does not believe ("A guide book says that ...": 3 %) leave nothing to flip and are not here. After the
-last three and the second, the most likely next token is mostly one of the two answers: generation shows it."""
+"""The default templates. With each of them, SmolLM2-135M-Instruct ranks the claim above the true capital for 85-94 % of
+prompts; wordings that it does not believe ("A guide book says that ...": 3 %) leave nothing to flip and are left out.
+After the second and the last three, the most likely next token is mostly one of the answers, so generation shows it."""
 
 ALIGNED_CONFLICT_TEMPLATES: tuple[str, ...] = (
     "The capital of {country} is {claim}. As I said, the capital of {country} is",
@@ -44,14 +44,14 @@ ALIGNED_CONFLICT_TEMPLATES: tuple[str, ...] = (
     "The capital of {country} is {claim}. So remember this: the capital of {country} is",
     "The capital of {country} is {claim}. And to repeat: the capital of {country} is",
 )
-"""Eight that differ in three words only: with `aligned`, country and claim stand at the same tokens in all of them.
+"""Eight templates that differ in only three words: with `aligned`, country and claim are at the same tokens in all.
 
-On each, SmolLM2-135M-Instruct ranks the claim above the true capital for 75-100 % of prompts (32 a template)."""
+With each of them, SmolLM2-135M-Instruct ranks the claim above the true capital for 75-100 % of 32 prompts."""
 
 Split = Literal["country", "template", "both"]
 
-MIN_COUNTRIES = 8  # fewer leave less than two countries, and so no false claim, on one side of the split
-_SHORTEST_FRAGMENT = 3  # letters: a shorter first token names no city (" K", " Ma")
+MIN_COUNTRIES = 8  # fewer leave only one country, and so no false claim, on one side of the split
+_SHORTEST_FRAGMENT = 3  # letters; a shorter first token (" K", " Ma") identifies no city
 
 
 def country_capital_conflicts(
@@ -69,25 +69,25 @@ def country_capital_conflicts(
     """Prompts that claim a false capital, split so that no test country, nor its capital, occurs in training.
 
     Countries (or templates, or both: see `split`) are split first; a false claim is always the capital of another
-    country on the same side. Every country is asked for equally often, every false claim is made equally often (give or
-    take one round), and no prompt occurs twice.
+    country on the same side. Every country is asked for equally often, every false claim is made equally often (up to
+    one round), and no prompt occurs twice.
 
-    How many of the 184 countries take part depends on the tokenizer: those whose capital is one token, and in brackets
-    those with `whole_names=False`. SmolLM2 46 (107), GPT-2 52 (111), Llama 3 and Qwen 3 54 (116), Gemma 3 91 (142),
-    Mistral 7B 19 (82).
+    How many of the 184 countries are used depends on the tokenizer, which must make the capital one token (in brackets
+    the number with `whole_names=False`): SmolLM2 46 (107), GPT-2 52 (111), Llama 3 and Qwen 3 54 (116), Gemma 3
+    91 (142), Mistral 7B 19 (82).
 
     Args:
         tokenizer: decides which capitals are one token with their leading space.
-        n_train, n_test: examples on either side.
-        seed: the same seed gives the same examples, in the same order.
+        n_train, n_test: number of training and held-out examples.
+        seed: the same seed gives the same examples in the same order.
         templates: texts with the fields `{country}` and `{claim}`, ending where the answer begins (no trailing
-            space); default `CONFLICT_TEMPLATES`. A prompt's first letter is made a capital one.
-        test_fraction: share of the countries held out; of templates it is a quarter.
-        whole_names: False also takes capitals of several tokens, whose answer is then their first token
-            (" Buenos"), if no other capital begins with that token and the country's name does not hold it.
+            space); default `CONFLICT_TEMPLATES`. The first letter of a prompt is capitalised.
+        test_fraction: share of the countries held out; of templates a quarter is held out.
+        whole_names: False also uses capitals of several tokens, with their first token as the answer (" Buenos"), if no
+            other capital begins with that token and the country's name does not contain it.
         aligned: keep only prompts of the most common length in tokens that leaves enough of them. With one template and
-            whole names the country and the claim then stand at the same tokens in all of them; with several templates
-            not, unless they are of one shape as `ALIGNED_CONFLICT_TEMPLATES` are.
+            whole names, the country and the claim are then at the same tokens in all of them; with several templates
+            only if these have one shape, as `ALIGNED_CONFLICT_TEMPLATES` have.
         split: what training never sees. "country": the held-out countries and their capitals, in any template;
             "template": the held-out templates, with any country; "both": neither of them.
 
@@ -95,8 +95,8 @@ def country_capital_conflicts(
         TaskSplit, which unpacks as `train, test`.
 
     Raises:
-        TypeError, ValueError: an argument out of range, a template without its fields, a tokenizer that leaves
-            too few countries, or more examples wanted than there are.
+        TypeError, ValueError: an argument out of range, a template without its fields, a tokenizer with which too few
+            capitals are one token, or more examples than can be made.
 
     Example::
 
@@ -154,8 +154,8 @@ def _conflicts(
 ) -> list[Example]:
     """Every (country, false claim, template) once, in rounds that each ask for every country and claim every capital.
 
-    A round is a shift `s` of the circle of countries: country i hears the capital of country i + s. Shifts come in
-    random order, and template (turn + i) serves country i, so that even one round mixes the templates.
+    A round is a shift s on the circle of countries: country i is given the capital of country i + s. Shifts are in
+    random order, and country i uses template (turn + i), so that even one round mixes the templates.
     """
     n = len(countries)
     rounds = [(turn, shift) for turn in range(len(templates)) for shift in range(1, n)]

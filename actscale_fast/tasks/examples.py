@@ -1,4 +1,4 @@
-"""Examples: a prompt with two competing next tokens, read from and written to JSONL."""
+"""Examples, each a prompt with two competing next tokens, and their JSONL files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .._files import atomic_path
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt, its correct and its wrong answer.
+    """A prompt with a correct and a wrong answer.
 
     Args:
         prompt: the text before the answer; not empty.
-        correct: the correct answer as it follows the prompt, with its leading space where it has one (" Berlin").
-        wrong: the wrong answer (" Paris"). Both must be single tokens; `fit` and `evaluate` check that.
+        correct: the correct answer exactly as it follows the prompt, usually with a leading space (" Berlin").
+        wrong: the wrong answer (" Paris"). Both must be single tokens, which `fit` and `evaluate` check.
         source: for an interchange, the second prompt, from which activations are taken. `prompt` is then the base and
             `correct` the answer that the interchange should give.
 
     Raises:
-        TypeError, ValueError: an argument that is not a string, an empty prompt, answer or source, equal answers.
+        TypeError, ValueError: an argument that is not a string, an empty prompt, answer or source, or equal answers.
     """
 
     prompt: str
@@ -45,14 +45,14 @@ class Example:
 
 
 def load_examples(path: str | os.PathLike[str]) -> list[Example]:
-    """Read a JSONL file, one object a line with the keys "prompt", "correct", "wrong" and perhaps "source".
+    """Read a JSONL file with one object per line and the keys "prompt", "correct", "wrong" and optionally "source".
 
     Blank lines are skipped.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: text that is not UTF-8 (a byte order mark may open it), or a line that is not such an object, with
-            its number.
+        FileNotFoundError: there is no such file.
+        ValueError: text that is not UTF-8 (with or without a byte order mark), or a line that is not such an object;
+            the message names the line.
     """
     path = Path(path)
     examples = []
@@ -82,19 +82,19 @@ def load_examples(path: str | os.PathLike[str]) -> list[Example]:
 
 
 def save_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
-    """Write examples as JSONL; the file appears whole or not at all."""
+    """Write examples to a JSONL file, atomically."""
     with atomic_path(path) as temporary:
         text = "".join(json.dumps(example_fields(example), ensure_ascii=False) + "\n" for example in examples)
         temporary.write_text(text, encoding="utf-8")
 
 
 def example_fields(example: Example) -> dict[str, str]:
-    """The fields of an example as JSON has them, without a source that is None."""
+    """The fields of an example for JSON, without a source that is None."""
     return {name: value for name, value in asdict(example).items() if value is not None}
 
 
 def check_examples(examples: Sequence[Example]) -> list[Example]:
-    """`examples` as a list, refused when empty or of another type."""
+    """The examples as a list; raises if there are none, or something else among them."""
     checked = list(examples)
     if not checked:
         raise ValueError("examples: got none, expected at least one Example")

@@ -4,8 +4,8 @@ The causal model of "When Mary and John came to the store, John handed a book to
 
     S = the giver is the second of the two names        answer = the first name if S, else the second
 
-An interchange gives the base the S of a source with other names: the answer then is the base's first or second name as
-the source's order says. No name of the source helps, so that what is moved has to be the order itself.
+An interchange gives the base the S of a source with other names: the answer is then the base's first or second name,
+according to the source's order. The source's names do not help, so what is moved must be the order itself.
 """
 
 from __future__ import annotations
@@ -22,26 +22,25 @@ if TYPE_CHECKING:
 
 
 def name_order(tokenizer: PreTrainedTokenizerBase, *, n_train: int = 256, n_test: int = 64, seed: int = 0) -> TaskSplit:
-    """Bases and sources of indirect object identification; held-out pairs have templates of their own.
+    """Bases and sources of indirect object identification; held-out pairs use other templates.
 
-    Base and source have four different names and any two templates of one shape: all prompts have equally many tokens,
-    and the giver stands at position −5. The source's order is the base's in half of the pairs. The frozen model
-    therefore gives the counterfactual answer in half of them if it names indirect objects at all:
-    SmolLM2-135M-Instruct does, for 98 % of the bases. Of 96 held-out pairs it gives the counterfactual answer to 50 %
-    as it is, 79 % with all of layer 22's last token from the source, 56 % with half the axes of a random rotation, and
-    84 % with those that 48 updates learned (256 pairs, default rates, some 40 s on one core; 86 % at rotation_lr=3e-3,
-    two pairs more). One seed each.
+    Base and source have four different names and any two templates of one shape: all prompts have the same number of
+    tokens, and the giver is at position −5. In half of the pairs the source has the base's order, so a frozen model
+    that names indirect objects gives the counterfactual answer in half of them. SmolLM2-135M-Instruct names 98 % of
+    them; of 96 held-out pairs it gives the counterfactual answer in 50 % as it is, in 79 % with all of layer 22's last
+    token from the source, in 56 % with half the axes of a random rotation, and in 84 % with those learned in 48 updates
+    (256 pairs, default learning rates, about 40 s on one core; one seed).
 
     Args:
         tokenizer: decides which names, places and things are one token with their leading space.
-        n_train, n_test: pairs on either side.
-        seed: the same seed gives the same pairs, in the same order.
+        n_train, n_test: number of training and held-out pairs.
+        seed: the same seed gives the same pairs in the same order.
 
     Returns:
         TaskSplit of examples with a source: `correct` is the counterfactual answer, `wrong` the base's other name.
 
     Raises:
-        TypeError, ValueError: a count below 1, a tokenizer that leaves too few words or templates.
+        TypeError, ValueError: a count below 1, or a tokenizer with which too few words or templates fit.
 
     Example::
 

@@ -1,11 +1,11 @@
 """Pairs for interchange interventions on a price-tagging game: is a cost within a bracket?
 
-The causal model (after arXiv 2305.08809, section 4; wording and pairs are this package's):
+The causal model (after arXiv 2305.08809, section 4; the wording and the pairs are ours):
 
     P = cost ≥ lower bound        Q = cost ≤ upper bound        answer = yes if P and Q, else no
 
-An interchange sets one of the two variables of the base to its value in the source. A model that keeps it in some
-subspace of its activations gives the counterfactual answer once that subspace comes from the source.
+An interchange sets one of the two variables of the base to its value in the source. A model that keeps the variable in
+a subspace of its activations gives the counterfactual answer when that subspace is taken from the source.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PRICE_TEMPLATE = (
 _BOUNDS = range(100, 950, 50)  # in cents
 _WIDTHS = range(250, 751)  # of a bracket
 _HIGHEST = 999
-#: (where the base's cost is, where the source's is) for P, by turns yes and no. In each half of the answers the base's
-#: own answer, and the source's, are the counterfactual one every second time: neither to keep nor to copy is a way out.
+#: (where the base's cost is, where the source's is) for P; the answers alternate between yes and no. For each of the
+#: two, the base's own answer is right every second time, and so is the source's: keeping or copying it does not help.
 _CELLS = (
     ("within", "within"), ("within", "below"), ("within", "above"), ("above", "within"),
     ("below", "within"), ("within", "below"), ("below", "above"), ("above", "within"),
@@ -44,24 +44,24 @@ def price_tagging(
     seed: int = 0,
     variable: Variable = "lower",
 ) -> TaskSplit:
-    """Bases and sources of the price-tagging game; held-out pairs have brackets of their own.
+    """Bases and sources of the price-tagging game; held-out pairs use other brackets.
 
-    Half of the counterfactual answers are yes, half no; each is the base's own answer in half of the pairs, and the
-    source's in half. All prompts have equally many tokens. It takes a model that can play the game: that of the paper
-    has 7B parameters and is tuned on instructions. SmolLM2-135M-Instruct cannot: it says no to nearly all prompts (see
-    `name_order` for a game that it plays).
+    Half of the counterfactual answers are yes and half are no; in half of the pairs with each, the base's own answer is
+    the same, and likewise the source's. All prompts have the same number of tokens. The model must be able to play the
+    game: that of the paper is an instruction-tuned 7B model. SmolLM2-135M-Instruct says no to nearly all prompts; see
+    `name_order` for a game that it plays.
 
     Args:
         tokenizer: decides which amounts give prompts of one length; " yes" and " no" must be single tokens.
-        n_train, n_test: pairs on either side.
-        seed: the same seed gives the same pairs, in the same order.
-        variable: which one is interchanged: "lower" (cost ≥ lower bound) or "upper" (cost ≤ upper bound).
+        n_train, n_test: number of training and held-out pairs.
+        seed: the same seed gives the same pairs in the same order.
+        variable: the variable to interchange: "lower" (cost ≥ lower bound) or "upper" (cost ≤ upper bound).
 
     Returns:
         TaskSplit of examples with a source: `correct` is the counterfactual answer, `wrong` the other one.
 
     Raises:
-        TypeError, ValueError: a count below 1, an unknown variable, or a tokenizer with other answers.
+        TypeError, ValueError: a count below 1, an unknown variable, or a tokenizer that splits the answers.
 
     Example::
 
@@ -93,7 +93,7 @@ def price_tagging(
 
 
 def _pair(cell: tuple[str, str], variable: Variable, brackets: list[tuple[int, int]], rng: random.Random) -> Example:
-    """A base and a source whose costs are where the cell says, mirrored for the upper bound."""
+    """A base and a source with costs where the cell says, mirrored for the upper bound."""
     base, source = cell if variable == "lower" else (_MIRROR[cell[0]], _MIRROR[cell[1]])
     missed = "below" if variable == "lower" else "above"  # where the interchanged variable is false
     answer = source != missed and base in ("within", missed)  # the other variable is the base's

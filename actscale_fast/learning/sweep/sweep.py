@@ -15,7 +15,7 @@ from ...interventions import ActivScalar, Intervention
 from ...patching.patch import patch
 from ...tasks.examples import Example
 from ..arguments import checked_location, checked_objective, refuse_idle, refuse_inference_mode
-from ..checkpoint import check_place, digest
+from ..checkpoint import check_writable_checkpoint, digest
 from ..distributed import process_group
 from ..encoded_examples import EncodedExamples
 from ..evaluate import evaluate_all
@@ -121,7 +121,7 @@ def sweep(
     root = None if folder is None else Path(folder)
     with process_group(execution.distributed) as processes:
         if root is not None:
-            check_place(root / INDEX, processes=processes)
+            check_writable_checkpoint(root / INDEX, processes=processes)
         chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
         rows_of = row_ranges(sets)
         _identify(model, data, chains, rows_of, saved=root is not None)
