@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import random
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,12 +41,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="draw fresh random inputs; the seed is printed, and ACTSCALE_TEST_SEED=<seed> repeats the run",
     )
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="one case of each test, and none that is slow, needs the real model or much memory",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--random-seeds"):
         # An environment variable, so that the worker processes of pytest-xdist draw the same inputs.
         os.environ.setdefault("ACTSCALE_TEST_SEED", str(random.SystemRandom().randrange(2**31)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fast, a part of the tests. Files with slow tests come first, so that no process is left alone with one."""
+    if config.getoption("--fast"):
+        kept = fast_part(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+    n_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -n_slow[item.path])
+
+
+def fast_part(items: list[pytest.Item]) -> set[pytest.Item]:
+    """One case of each test, which its name chooses, so that all together cover every backend and family."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("slow", "real_model", "large")):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {found[zlib.crc32(name.encode()) % len(found)] for name, found in cases.items()}
 
 
 def run_seed() -> int:

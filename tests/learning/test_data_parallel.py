@@ -23,6 +23,7 @@ from actscale_fast.learning import distributed
 from actscale_fast.learning.fit_settings import FitSettings
 
 OBJECTIVE = af.Objective(margin=2.0, faithfulness=0.5, minimality=0.05)
+pytestmark = pytest.mark.slow
 N_RANKS = 2
 PATIENCE = 300  # seconds before processes that wait for each other are given up
 

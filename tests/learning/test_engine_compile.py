@@ -11,6 +11,8 @@ from fit_cases import conflicts
 
 import actscale_fast as af
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVE = af.Objective(margin=2.0, faithfulness=0.5, minimality=0.05)
 
 
@@ -64,7 +66,6 @@ def test_a_compiled_model_gives_the_fit_of_the_model(way: str, layers: int, wher
     torch.testing.assert_close(compiled(ids).logits, logits)
 
 
-@pytest.mark.slow
 def test_inductors_kernels_give_the_same_fit() -> None:
     model = tiny.llama(layers=1)
     expected = fitted(tiny.llama(layers=1), steps=1)

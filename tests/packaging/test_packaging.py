@@ -132,13 +132,17 @@ def test_the_sdist_holds_the_kernels_sources(distributions: tuple[Path, Path]) -
 def test_the_wheel_holds_the_extension_and_not_its_sources(distributions: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(distributions[1]) as archive:
         names = set(archive.namelist())
-        described = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+        described, declared = (
+            archive.read(next(name for name in names if name.endswith(end))).decode()
+            for end in ("METADATA", "entry_points.txt")
+        )
     python_files = {str(path.relative_to(ROOT)) for path in (ROOT / "actscale_fast").rglob("*.py")}
     assert python_files | {"actscale_fast/py.typed"} <= names
     assert [name for name in names if name.startswith("actscale_fast/ops/_C.") and name.endswith(".so")]
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks")) or name.endswith(".cpp")]
     assert f"\nVersion: {actscale_fast.__version__}\n" in described
     assert "License-Expression: Apache-2.0" in described
+    assert "[actscale_fast.interventions]\nBoundlessDAS = actscale_fast.das.boundless_das:BoundlessDAS\n" in declared
 
 
 @pytest.mark.slow
@@ -154,6 +158,7 @@ def test_the_wheel_installs_and_its_kernels_run(distributions: tuple[Path, Path]
     assert used.stdout.split(maxsplit=1) == [f"{target}/actscale_fast/__init__.py", "[[[[2.0, 2.0]]]]\n"], used.stderr
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_installs_and_says_once_what_is_slower(tree: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     done = python(

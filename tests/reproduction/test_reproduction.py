@@ -31,6 +31,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_a_finished_one_computes_nothing(
     opened: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
