@@ -73,12 +73,12 @@ class Ours:
         self.starts = work.starts.to(single.device)
         settings = FitSettings(steps=1 << 30, lr=LR, betas=BETAS, schedule="constant", batch_size=1 << 30)
         objectives = work.objectives
-        self.runs = []
+        self.states = []
         for objective, rows in zip(objectives, work.rows, strict=True):
             own = copy.deepcopy(single) if together else single
-            self.runs.append(FitState(own, objective, settings, rows))
+            self.states.append(FitState(own, objective, settings, rows))
         self.together = together
-        self.intervention = af.ActivScalar.stack([run.intervention for run in self.runs]) if together else single
+        self.intervention = af.ActivScalar.stack([state.intervention for state in self.states]) if together else single
         engine = Engine(model, work.data, self.intervention, objectives, Execution(capture=capture))
         self.engine = resources.enter_context(engine)
 
@@ -87,23 +87,23 @@ class Ours:
 
     def _in_turn(self) -> Results:
         made = []
-        for run, start in zip(self.runs, self.starts, strict=True):
-            run.values[0].data.copy_(start)
-            terms, gradients = self.engine.gradients([FitRequest(run.rows(), run.objective)])
-            run.update(terms[0], gradients)
+        for state, start in zip(self.states, self.starts, strict=True):
+            state.values[0].data.copy_(start)
+            terms, gradients = self.engine.gradients([FitRequest(state.rows(), state.objective)])
+            state.update(terms[0], gradients)
             made.append((terms[0], gradients[0]))
         terms = torch.stack([one for one, _ in made])
         return terms[:, 0], terms[:, 1], torch.stack([one for _, one in made])
 
     def _all_together(self) -> Results:
         requests = []
-        for group, (run, start) in enumerate(zip(self.runs, self.starts, strict=True)):
-            run.values[0].data.copy_(start)
-            self.intervention.get_parameter("alpha").data[group].copy_(run.values[0].data)
-            requests.append(FitRequest(run.rows(), run.objective, group))
+        for group, (state, start) in enumerate(zip(self.states, self.starts, strict=True)):
+            state.values[0].data.copy_(start)
+            self.intervention.get_parameter("alpha").data[group].copy_(state.values[0].data)
+            requests.append(FitRequest(state.rows(), state.objective, group))
         terms, (gradient,) = self.engine.gradients(requests)
-        for group, run in enumerate(self.runs):
-            run.update(terms[group], [gradient[group]])
+        for group, state in enumerate(self.states):
+            state.update(terms[group], [gradient[group]])
         return terms[:, 0], terms[:, 1], gradient
 
 

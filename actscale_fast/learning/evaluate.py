@@ -1,9 +1,9 @@
-"""What an intervention does to examples, beside the frozen model: effectiveness, faithfulness, minimality."""
+"""Comparing a steered model with the frozen one on examples: effectiveness, faithfulness, minimality."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._checks import check_counts
 from ..architectures.layout import layout
 from ..frozen.batching import Batch, forward_arguments
 from ..frozen.shortcuts import open_frozen_model
@@ -33,17 +34,17 @@ class Evaluation:
     flip_to_wrong: float  # share of examples with z[w] > z[c] under β = −1
     logit_difference: float  # mean z[c] − z[w] under β = +1
     logit_difference_inverted: float  # mean z[c] − z[w] under β = −1
-    kl: float  # mean of the two below, in nats
+    kl: float  # mean of the next two, in nats
     kl_correct: float  # mean KL(p₀ ‖ p₊) over V∖{c, w} under β = +1
     kl_wrong: float  # the same under β = −1
-    top1: float  # share of examples and both directions whose most likely other token is that of the frozen model
+    top1: float  # share of examples and directions where the most likely other token is that of the frozen model
     n_active: int  # scalars that are not exactly zero
     n_scalars: int
     l1: float
     baseline: Evaluation | None = None  # the frozen model (β = 0) on the same examples
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(label, before, after) for a table; "before" is empty where there is no baseline."""
+        """(label, before, after) for a table; "before" is empty without a baseline."""
         labels = {
             "flip_to_correct": ("correct under β = +1", "{:.2f}"),
             "flip_to_wrong": ("wrong under β = −1", "{:.2f}"),
@@ -63,12 +64,12 @@ class Evaluation:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, the baseline's nested, ready for JSON."""
+        """All fields, with those of the baseline nested, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
-        """The inverse of `to_dict`. Raises TypeError where fields are missing or unknown."""
+        """The inverse of `to_dict`; raises a TypeError if fields are missing or unknown."""
         baseline = data.get("baseline")
         return cls(**data | {"baseline": None if baseline is None else cls.from_dict(baseline)})
 
@@ -85,12 +86,12 @@ def evaluate(
     """Run examples without the intervention and with it at β = +1 and β = −1, and compare.
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
         examples: prompts with their two answers. An intervention that takes activations from a second prompt (such as
             `BoundlessDAS`) also needs their `source`; the others ignore it. With the counterfactual answer as
             `correct`, `flip_to_correct` is then the interchange accuracy between the two answers.
-        intervention: what is evaluated, for example a fitted `ActivScalar`.
-        batch_size: prompts in one forward pass (both directions together make twice as many rows).
+        intervention: the intervention to evaluate, for example a fitted `ActivScalar`.
+        batch_size: number of prompts in one forward pass (the two directions together make twice as many rows).
         progress: show a progress bar.
 
     Raises:
@@ -113,8 +114,7 @@ def evaluate_all(
     """`evaluate` for several interventions on the same examples; the frozen model runs once."""
     from tqdm.auto import tqdm
 
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size!r}, expected a positive integer")
+    check_counts(batch_size=batch_size)
     for intervention in interventions:
         if not isinstance(intervention, Intervention):
             raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
@@ -126,7 +126,7 @@ def evaluate_all(
         if part.needs_source:
             texts = sources_of(data.examples)
             sources[part] = part.source_activations(model, tokenizer, texts, batch_size=batch_size, progress=progress)
-    rows: list[Tensor] = []  # [B, I, 7] each: z[c] − z[w] at β = 0, +1, −1, KL at +1, −1, top token kept at +1, −1
+    rows: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         head, section = stack.enter_context(open_frozen_model(found, model, forward_arguments(model, data.batch([0]))))
@@ -136,29 +136,8 @@ def evaluate_all(
             return output if head is None else head.logits(output)
 
         for batch_rows in tqdm(data.by_length(batch_size), desc="evaluate", disable=not progress, leave=False):
-            batch = data.batch(batch_rows)
-            reference = logits(batch)
-            direction = torch.tensor([1.0, -1.0], dtype=torch.float32, device=data.device).repeat_interleave(
-                len(batch_rows)
-            )
-            correct, wrong, signs = (
-                t.to(reference.device) for t in (data.correct[batch_rows], data.wrong[batch_rows], direction)
-            )
-            before, both = _difference(reference, correct, wrong), reference.repeat(2, 1)
-            answers, top = (correct.repeat(2), wrong.repeat(2)), _top_other(reference, correct, wrong).repeat(2)
-            found_rows = []
-            for intervention in interventions:
-                with contextlib.ExitStack() as applied:
-                    for part in sources.keys() & intervention.singles:
-                        values = sources[part][batch_rows]
-                        applied.enter_context(part.interchange(torch.cat([values, values])))
-                    applied.enter_context(patch(model, intervention, strength=direction))
-                    steered = logits(batch.repeat(2))
-                kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
-                differences = _difference(steered, *answers).view(2, -1)
-                kept = _top_other(steered, *answers) == top
-                found_rows.append(torch.stack([before, *differences, *kl.view(2, -1), *kept.float().view(2, -1)], -1))
-            rows.append(torch.stack(found_rows, 1))
+            of_batch = {part: values[batch_rows] for part, values in sources.items()}
+            rows.append(_measure(model, logits, data, batch_rows, interventions, of_batch))
     evaluations = []
     for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
         start, plus, minus, kl_correct, kl_wrong, *tops = values.unbind(-1)
@@ -167,6 +146,31 @@ def evaluate_all(
         after = _summary(intervention, plus, minus, kl_correct, kl_wrong, torch.cat(tops))
         evaluations.append(replace(after, baseline=replace(baseline, n_active=0, l1=0.0)))
     return evaluations
+
+
+def _measure(
+    model: PreTrainedModel, logits: Callable[[Batch], Tensor], data: EncodedExamples, rows: list[int],
+    interventions: Sequence[Intervention], sources: dict[Intervention, Tensor],
+) -> Tensor:  # fmt: skip
+    """[B, interventions, 7]: z[c] − z[w] at β = 0, +1, −1; the KL, and whether the top other token is kept, at ±1."""
+    batch = data.batch(rows)
+    reference = logits(batch)
+    direction = torch.tensor([1.0, -1.0], dtype=torch.float32, device=data.device).repeat_interleave(len(rows))
+    correct, wrong, signs = (t.to(reference.device) for t in (data.correct[rows], data.wrong[rows], direction))
+    before, both = _difference(reference, correct, wrong), reference.repeat(2, 1)
+    answers, top = (correct.repeat(2), wrong.repeat(2)), _top_other(reference, correct, wrong).repeat(2)
+    found = []
+    for intervention in interventions:
+        with contextlib.ExitStack() as applied:
+            for part in sources.keys() & intervention.singles:
+                applied.enter_context(part.interchange(torch.cat([sources[part], sources[part]])))
+            applied.enter_context(patch(model, intervention, strength=direction))
+            steered = logits(batch.repeat(2))
+        kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
+        differences = _difference(steered, *answers).view(2, -1)
+        kept = _top_other(steered, *answers) == top
+        found.append(torch.stack([before, *differences, *kl.view(2, -1), *kept.float().view(2, -1)], -1))
+    return torch.stack(found, 1)
 
 
 def _summary(

@@ -1,9 +1,9 @@
 """One step of a fit, end to end: the prompts of a batch under both directions, the losses, their gradient, the update.
 
-Baselines: `eager` is what one writes with PyTorch and transformers alone (hooks on the output projections, a forward
-pass a direction with the logits of all tokens, F.kl_div, Adam), and the same with both directions in one batch. The
-engine of `fit` is open while the clock runs, as it is in a fit: what it keeps between steps was made before. Asked for
-by name; takes minutes.
+Baselines: `eager` is what one writes with only PyTorch and transformers (hooks on the output projections, one forward
+pass per direction with the logits of all tokens, F.kl_div, Adam), and the same with both directions in one batch. The
+engine of `fit` is open while the clock runs, as in a fit: what it keeps between steps was made before. This case runs
+only if it is named, and takes minutes.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ def demo(
 
 
 def random(shape: Shape, prompts: int, tokens: int, device: torch.device) -> Problem:
-    """A step on a random model with its yardsticks."""
+    """A step on a random model, with the other work that it is compared with."""
     model = random_model(shape, device)
     data = RandomPrompts(prompts, tokens, shape.vocab, device)
-    starts = generator()(1, shape.layers, 1, shape.heads)  # random heads say little: 0.05 of them would change nothing
+    starts = generator()(
+        1, shape.layers, 1, shape.heads
+    )  # random heads matter little: not 0.05
     work = Work(model, data, [list(range(prompts))], starts, [0.12], tuple(range(shape.layers)))
     return problem(work, beside=True)
 
 
 def problem(work: Work, *, beside: bool) -> Problem:
-    """The ways to take the step; `beside`: with the yardsticks, which are other work."""
+    """The variants of the step; `beside`: also other work that it is compared with."""
     device, resources = work.data.device, contextlib.ExitStack()
     exact = Exact(work)
     variants = [
@@ -68,12 +70,12 @@ def problem(work: Work, *, beside: bool) -> Problem:
 
 
 def least_bytes(work: Work) -> int:
-    """Every weight but the embeddings once forward and once back, for all fits together."""
+    """Each weight except the embeddings is read once forward and once backward, for all fits together."""
     return 2 * sum(p.numel() * p.element_size() for name, p in work.model.named_parameters() if "embed" not in name)
 
 
 def operations(work: Work) -> int:
-    """Of a plain step: two a weight and token forward, and as many back to the inputs."""
+    """Operations of a plain step: two per weight and token forward, and as many back to the inputs."""
     return 4 * work.tokens * sum(p.numel() for name, p in work.model.named_parameters() if "embed" not in name)
 
 

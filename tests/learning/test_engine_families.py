@@ -91,7 +91,7 @@ def test_a_step_leaves_what_is_kept_as_it_was(family: str) -> None:
     with Engine(model, data, scalars, [OBJECTIVE]) as opened:
         before = {name: value.clone() for name, value in opened.runner.store.near.items()}
         assert sorted(before) == ["hidden", "keys.1", "values.1"]
-        for value in (0.0, 0.3):  # the rows of the store themselves, and copies of them
+        for value in (0.0, 0.3):
             with torch.no_grad():
                 scalars.alpha.fill_(value)
             opened.gradients([FitRequest(range(3), OBJECTIVE)])

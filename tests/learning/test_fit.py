@@ -316,3 +316,37 @@ def test_bad_settings_are_refused_by_name(options: dict[str, Any], message: str)
 def test_an_objective_refuses_what_makes_no_sense(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         af.Objective(**fields)
+
+
+def test_execution_and_checkpoint_are_what_the_keywords_were(tmp_path: Path) -> None:
+    results = []
+    for name, options in {
+        "objects": {
+            "execution": af.Execution(accumulate=2, cache_bytes=0),
+            "checkpoint": af.Checkpoint(tmp_path / "objects", every=3),
+        },
+        "keywords": {
+            "accumulate": 2, "cache_bytes": 0, "checkpoint": tmp_path / "keywords", "checkpoint_every": 3,
+        },
+    }.items():  # fmt: skip
+        scalars = af.ActivScalar.for_model(tiny.llama())
+        run(tiny.llama(), conflicts(5), steps=4, intervention=scalars, **options)
+        results.append((scalars.alpha.detach(), (tmp_path / name).read_bytes()))
+    (first, file), (second, other_file) = results
+    assert torch.equal(first, second)
+    assert file == other_file
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"acumulate": 2}, TypeError, r"fit\(\) got an unexpected keyword argument 'acumulate'"),
+        ({"execution": {"accumulate": 2}}, TypeError, "execution: got dict, expected an Execution or None"),
+        ({"accumulate": 0}, ValueError, "accumulate: got 0, expected a positive integer"),
+        ({"memory_bytes": -1}, ValueError, "memory_bytes: got -1, expected an integer that is at least 0"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every: got 0, expected a positive integer"),
+    ],
+)
+def test_a_wrong_execution_is_refused_by_name(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        run(tiny.llama(), conflicts(3), steps=1, **options)

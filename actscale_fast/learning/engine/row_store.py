@@ -47,9 +47,6 @@ class RowStore:
             missing: computes the values of rows that are not stored.
         """
         if all(row < self.n_near for row in rows):
-            start, count = rows[0], len(rows)
-            if list(rows) == list(range(start, start + count)):  # every step has all examples: no copy
-                return {name: value[start : start + count] for name, value in self.near.items()}
             return {name: value[list(rows)] for name, value in self.near.items()}
         near = [place for place, row in enumerate(rows) if row < self.n_near]
         far = [place for place, row in enumerate(rows) if self.n_near <= row < self.n_near + self.n_far]

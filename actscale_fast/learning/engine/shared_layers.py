@@ -1,7 +1,7 @@
 """The lowest layers that all directions share: below the lowest scalar that is not zero, they run once per prompt.
 
 An edit whose parameters are 0 is the identity, and its derivative is linear in the strength β. The gradient of such a
-layer is therefore that of Σ_s s·(upstream gradient under β = s).
+layer is therefore that of Σ_s s·(upstream gradient under β = s). If an edit breaks this, `gradient_check` notices.
 """
 
 from __future__ import annotations
