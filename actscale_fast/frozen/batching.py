@@ -1,4 +1,4 @@
-"""Calling a model on prompts: token ids that a text opens with, left-padded batches, the last token's logits alone."""
+"""Left-padded batches of prompts, and the arguments that a model is called with on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _pads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Left-padded prompts: the last column is every prompt's last token."""
+    """Left-padded prompts: the last column holds the last token of every prompt."""
 
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] int64
@@ -32,18 +32,18 @@ class Batch:
         return self.input_ids.shape[0]
 
     def repeat(self, times: int) -> Batch:
-        """The rows `times` over: [B, T] becomes [times·B, T]."""
+        """All rows, repeated `times` times: [B, T] becomes [times·B, T]."""
         return Batch(self.input_ids.repeat(times, 1), self.attention_mask.repeat(times, 1), self.padded)
 
     def take(self, rows: Tensor) -> Batch:
-        """The rows of an index tensor, int64 [R]."""
+        """The rows with these numbers, int64 [R]."""
         return Batch(self.input_ids[rows], self.attention_mask[rows], self.padded)
 
 
 def left_padded(
     prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, length: int | None = None
 ) -> Batch:
-    """Prompts as one batch, `length` columns wide or as wide as the longest of them."""
+    """Prompts as one batch with `length` columns; None: as many as the longest prompt has tokens."""
     length = max(map(len, prompts)) if length is None else length
     ids = [[pad_id] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -52,31 +52,34 @@ def left_padded(
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that padding gets; it is masked out, so that any serves where the tokenizer has none."""
+    """The id of padding tokens. They are masked out, so any id serves where the tokenizer has none."""
     found = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return int(found)
 
 
 def open_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The text's token ids with the special tokens that open it, without those that close it: the text goes on."""
+    """The ids of a text that will be continued: with the special tokens that open it, without those that close it."""
     ids = list(tokenizer(text)["input_ids"])
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     opening = ids[: len(ids) - len(plain)] if ids[len(ids) - len(plain) :] == plain else []
-    if opening and plain[: len(opening)] == opening:  # the text has them already, as one from a chat template
+    if opening and plain[: len(opening)] == opening:  # the text has them already, for example from a chat template
         return plain
     for end in range(len(ids), len(plain) - 1, -1):
         if ids[end - len(plain) : end] == plain:
             return ids[:end]
-    return ids  # a tokenizer that splits a text without its special tokens in another way
+    return ids  # without special tokens, this tokenizer splits the text differently
 
 
 def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = None) -> dict[str, Any]:
-    """What the model is called with, for the last token's logits alone where it allows that.
+    """The arguments for a forward pass on a batch; only the last token's logits are requested where possible.
 
     Args:
         model: plain or wrapped.
-        batch: the prompts, whole.
-        width: the last columns that run; those before stand in a cache. None: all columns.
+        batch: the whole prompts.
+        width: the number of last columns that run; a cache holds those before. None: all columns.
+
+    Raises:
+        ValueError: the batch is padded, and padding was seen to change this model's results.
     """
     accepted = accepted_arguments(model)
     if batch.padded and padding_known(unwrap(model)) is False:
@@ -88,7 +91,7 @@ def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = 
     arguments: dict[str, Any] = {"input_ids": ids}
     if "use_cache" in accepted:
         arguments["use_cache"] = False
-    if batch.padded:  # without padding the model's own causal path is exact, and faster without a mask
+    if batch.padded:  # otherwise the model is exact, and faster, without a mask
         arguments["attention_mask"] = batch.attention_mask
         if "position_ids" in accepted:
             positions = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
@@ -99,15 +102,15 @@ def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = 
 
 
 def note_padding(model: nn.Module, honoured: bool) -> None:
-    """Remember whether padding on the left leaves a model's prompts as they are."""
+    """Remember whether a model gives the same results for prompts that are padded on the left."""
     _pads[model] = honoured
 
 
 def padding_known(model: nn.Module) -> bool | None:
-    """What was noted of a model, not wrapped; None: nothing."""
+    """What `note_padding` was told about an unwrapped model; None: nothing."""
     return _pads.get(model)
 
 
 def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The logits [B, V] that follow each prompt; no other position goes through the head where the model allows it."""
+    """The logits [B, V] after each prompt; where the model allows it, its head runs on the last token only."""
     return model(**forward_arguments(model, batch)).logits[:, -1]

@@ -1,8 +1,8 @@
-"""Running a part of a frozen model: some of its layers, the tokens after a cached prefix, and no output head.
+"""Running part of a frozen model: some of its layers, the tokens after a cached prefix, and not the output head.
 
-The model's own forward pass does the work, so that embeddings, masks and rotary tables are those of its family. Each
-layer's `forward` is a gate while the section is open: layers below the first that runs hand stored hidden states on,
-layers from the end of the section on hand on what they get, and the head notes its input instead of making logits.
+The model's own forward pass does the work, so embeddings, masks and rotary tables are those of its family. Meanwhile
+the `forward` of each layer is replaced: layers below the first one pass on stored hidden states, layers from `end` on
+pass on what they get, and the head stores its input instead of computing logits.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..architectures.arguments import cache_argument
 from ..architectures.layout import ModelLayout
 from ..modules.hooks import first_of, record_of, replaced_forward
 
-_HEAD = -1  # the key under which a section notes the head's input
+_HEAD = -1  # the key under which the head's input is stored
 KeysValues = tuple[Tensor, Tensor]  # [B, key-value heads, S, head_dim] each
 
 
 class PartialForward:
-    """Opens a model for partial runs; a context manager that leaves the model as it was.
+    """Runs a model in part; a context manager that leaves the model as it was.
 
     Args:
         found: the model's layout.
         head: its output head, as `OutputHead.module`; None: a run returns logits.
-        call: what is called; a compiled wrapper of `found.model`, or that model.
-        partial: whether layers may be left out. False: all of them run in every pass, which gives the same where what
-            is left out would have given `hidden`.
+        call: what is called: `found.model`, or a compiled wrapper of it.
+        partial: whether layers may be left out. False: all layers run in every pass, which gives the same result where
+            the layers that could be left out would have returned `hidden`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PartialForward:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
             for index, layer in enumerate(self.found.layers):
-                undo.enter_context(replaced_forward(layer, _Gate(self, index, layer.forward)))
+                undo.enter_context(replaced_forward(layer, _LayerForward(self, index, layer.forward)))
             if self.head is not None:
                 undo.enter_context(replaced_forward(self.head, self._note_head))
             self._undo = undo.pop_all()
@@ -74,20 +74,21 @@ class PartialForward:
         wanted: Sequence[int] = (),
         every_token: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One forward pass of the layers first … end − 1. The first one of a section must be of all layers.
+        """Run the layers first … end − 1. The first run must include all layers.
 
         Args:
-            arguments: of the model's forward pass: the ids of the tokens after the prefix, the whole mask, a cache.
-            first: the layers below it do not run; `hidden` [B, T, d] is what the last of them would have returned,
-                before an edit of its output.
-            end: the layers from it on do not run; None: all do, and the head's input is returned.
+            arguments: for the model's forward pass: the ids of the tokens after the prefix, and the whole mask.
+            first: layers below it do not run; `hidden` [B, T, d] is what layer first − 1 would have returned, before
+                any edit of its output.
+            end: layers from it on do not run; None: all of them run.
             prefix: keys and values of the tokens before.
-            wanted: numbers of layers; what the layer below returned, before an edit of its output, is noted.
-            every_token: without an end the head's input at every token, [B, T, d]; needs a head.
+            wanted: numbers of layers whose input is returned too, before any edit of the output of the layer below.
+            every_token: without `end`, return the head's input at every token, [B, T, d]; requires a head.
 
         Returns:
-            (what layer end − 1 returned, before an edit of its output, [B, T, d]; without an end the head's input at
-            the last token [B, d], or without a head the logits [B, V]), and the noted tensors [B, T, d].
+            A result, and the wanted tensors [B, T, d] by layer. The result is what layer end − 1 returned, [B, T, d],
+            before any edit of it; without `end`, the head's input at the last token [B, d], or without a head the
+            logits [B, V].
         """
         n_layers = self.found.n_layers
         self.first, self.end, self.hidden = first, n_layers if end is None else end, hidden
@@ -113,36 +114,38 @@ class PartialForward:
 
     def _note_head(self, hidden: Tensor) -> Tensor:
         noted = hidden if self.every_token else hidden[:, -1]
-        weight = getattr(self.head, "weight", noted)  # of a sharded model it may lie elsewhere
+        weight = getattr(self.head, "weight", noted)  # it may be on another device
         self.noted[_HEAD] = noted if weight.is_meta else noted.to(weight.device)
         return hidden.new_zeros(hidden.shape[0], 1, 1)
 
 
-class _Gate:
-    """A layer's forward pass while a section is open."""
+class _LayerForward:
+    """The forward of a layer that runs, is left out, or starts from stored hidden states."""
 
-    calls_the_class = True  # to the layer's own; see `links`
+    calls_the_class = True  # see `module_paths.own_forward`
 
-    def __init__(self, section: PartialForward, index: int, original: Callable[..., Any]) -> None:
-        self.section, self.index, self.original = section, index, original
+    def __init__(self, run: PartialForward, index: int, original: Callable[..., Any]) -> None:
+        self.run, self.index, self.original = run, index, original
         self.width: int | None = None  # items that the layer returns; 0: a tensor; None: not known yet
         self.kind: type = tuple
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        section, index = self.section, self.index
-        if section.first <= index < section.end:
+        run, index = self.run, self.index
+        if run.first <= index < run.end:
             output = self.original(*args, **kwargs)
             self.width = len(output) if isinstance(output, tuple | list) else 0
             self.kind = type(output)
-            if index + 1 in section.wanted:
-                section.noted[index + 1] = first_of(output)
+            if index + 1 in run.wanted:
+                run.noted[index + 1] = first_of(output)
             return output
         if self.width is None:
-            raise RuntimeError("section: its first run must be of all layers, which shows what each of them returns")
+            raise RuntimeError(
+                "partial forward: the first run must include all layers, which shows what each of them returns"
+            )
         inputs = args[0] if args else kwargs["hidden_states"]
-        if index == section.first - 1:
-            assert section.hidden is not None
-            inputs = section.hidden
+        if index == run.first - 1:
+            assert run.hidden is not None
+            inputs = run.hidden
         return self.kind((inputs, *[None] * (self.width - 1))) if self.width else inputs
 
 
@@ -151,23 +154,23 @@ class Prefix:
 
     Args:
         first: the lowest layer that runs.
-        layers: what each layer from it on keeps, [I, key-value heads, S, head_dim] twice, of I prompts.
-        n_rows, n_columns: B and S. Row r is of prompt r mod I: B is I, or a multiple of it.
-        device: of the embeddings.
+        layers: the keys and values of each layer from it on, [I, key-value heads, S, head_dim] each, for I prompts.
+        n_rows, n_columns: B and S. Row r belongs to prompt r mod I; B is a multiple of I.
+        device: the device of the embeddings.
     """
 
     def __init__(
         self, first: int, layers: Sequence[KeysValues], n_rows: int, n_columns: int, device: torch.device
     ) -> None:
         self.first, self.layers, self.n_rows = first, layers, n_rows
-        # Layers that do not run have a length, which the masks ask for, and no memory.
+        # Layers that do not run need a length, because the masks ask for it, but no memory.
         self.of_skipped = torch.zeros((), device=device).expand(n_rows, 1, n_columns, 1)
 
     def cache(self, n_layers: int) -> Any:
-        """A cache of transformers that holds them; a run adds its own tokens to this cache and not to the prefix."""
+        """A transformers cache that holds them. A run adds its tokens to this cache and not to the prefix."""
         from transformers import DynamicCache
 
-        # Without a config every layer keeps all columns, sliding windows included; the masks know the window.
+        # Without a config, layers with sliding windows keep all columns too; the masks know the window.
         cache = DynamicCache()
         for index in range(n_layers):
             held = (self.of_skipped, self.of_skipped) if index < self.first else self.layers[index - self.first]
@@ -177,11 +180,11 @@ class Prefix:
 
 @functools.cache
 def prefix_layer() -> Any:
-    """The class of a cache's layer that begins with a prefix; made when it is needed, as transformers is imported."""
+    """The class of a cache layer that begins with a prefix; made on demand, because it imports transformers."""
     from transformers.cache_utils import DynamicLayer
 
     class PrefixLayer(DynamicLayer):
-        """Keys and values [I, ·, S, ·] of a prefix, and those of a run [B, ·, T, ·], B a multiple of I."""
+        """Keys and values [I, ·, S, ·] of a prefix, then those of a run [B, ·, T, ·]; B is a multiple of I."""
 
         keys: Tensor
         values: Tensor
@@ -192,7 +195,7 @@ def prefix_layer() -> Any:
             self.keys, self.values, self.times = keys, values, n_rows // keys.shape[0]
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> KeysValues:
-            # One copy of the prefix, whatever the number of directions that share it.
+            # The prefix is kept once, however many directions share it.
             self.keys = self._behind(self.keys, key_states)
             self.values = self._behind(self.values, value_states)
             self.times = 1
@@ -218,6 +221,6 @@ def cache_arguments(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def keys_and_values(cache: Any, index: int) -> KeysValues:
-    """What a cache of transformers holds of one layer."""
+    """The keys and values of one layer in a transformers cache."""
     layer = cache.layers[index]
     return layer.keys, layer.values

@@ -1,4 +1,4 @@
-"""Reading a frozen model's activations: what stands at a site, at some layers, and nothing computed above them."""
+"""Reading the activations of a frozen model at a site; layers above the highest requested one do not run."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Reader:
-    """Opens a model for reading; a context manager that leaves the model as it was.
+    """Reads activations; a context manager that leaves the model as it was.
 
-    While it is open the model is frozen and in evaluation mode. A patch that was applied before is part of the model.
+    While it is open, the model is frozen and in evaluation mode. Patches that were applied before stay in effect.
 
     Args:
-        model: a causal language model of Hugging Face.
+        model: a Hugging Face causal language model.
         site: "head", "attn_out", "mlp_out" or "residual", as `Intervention.for_model` takes it.
-        layers: numbers of the layers, negative from the end; None: all.
-        paths: `Location.paths` for a model of an unlisted family.
+        layers: numbers of layers, negative ones from the end; None: all layers.
+        paths: module paths for a model of an unlisted family.
 
     Raises:
         TypeError, ValueError: an unknown site or layer, or a family whose parts cannot be told apart.
@@ -54,7 +54,7 @@ class Reader:
         self._modules = [self.found.site_module(site, layer) for layer in self.layers]
         self._n_heads = self.found.n_heads if site == "head" else 1
         self._section: PartialForward | None = None
-        self._noted: dict[int, Tensor] | None = None  # by index among the layers; None: nothing is noted
+        self._noted: dict[int, Tensor] | None = None  # by index among the chosen layers; None: not reading
         self._n_rows = 0
         self._reduce: Reduce | None = None
         self._undo: contextlib.ExitStack | None = None
@@ -80,29 +80,29 @@ class Reader:
     def __call__(
         self, input_ids: Tensor | Batch, attention_mask: Tensor | None = None, *, reduce: Reduce | None = None
     ) -> Tensor:
-        """What stands at the site.
+        """Run the model and return the activations.
 
         Args:
             input_ids: int64 [B, T], padded on either side, or a `Batch`.
-            attention_mask: [B, T], not 0 at real tokens; None: all are real.
-            reduce: maps one layer's values [B, T, H, D] to what is kept of them, as soon as they are there: reading all
-                layers then needs the memory of one.
+            attention_mask: [B, T], not 0 at real tokens; None: all tokens are real.
+            reduce: maps the values of a layer [B, T, H, D] to what is kept of them, as soon as the layer has run;
+                reading all layers then takes the memory of one.
 
         Returns:
-            [L, B, T, H, D] in the model's dtype, H = 1 at a whole site; or what `reduce` gave of each layer, stacked.
-            On the device of the first chosen layer. Values at padding mean nothing.
+            [L, B, T, H, D] in the model's dtype, with H = 1 at sites other than "head"; or the results of `reduce`,
+            stacked. On the device of the first chosen layer. Values at padding are meaningless.
 
         Raises:
             RuntimeError: the reader is not open.
-            TypeError, ValueError: ids or a mask of another shape or type, ids that the model does not have, more
-                tokens than its context, a row of padding alone.
+            TypeError, ValueError: ids or a mask of a wrong shape or type, ids that the model does not have, more tokens
+                than its context holds, or a row that is all padding.
         """
         if self._undo is None:
             raise RuntimeError("reader: it is not open; use `with Reader(...) as read:`")
         batch = self._checked(input_ids, attention_mask)
         model: PreTrainedModel = self.found.model  # type: ignore[assignment]
         if self._section is None:
-            # One token a row shows the head, and what each layer returns.
+            # One token per row is enough to read the head and to see what each layer returns.
             one = Batch(batch.input_ids[:, :1], torch.ones_like(batch.input_ids[:, :1]), padded=False)
             arguments = forward_arguments(model, one)
             self._section = self._undo.enter_context(open_frozen_model(self.found, model, arguments))[1]
@@ -121,7 +121,7 @@ class Reader:
             if value.dim() == 2:  # OPT flattens rows and tokens
                 value = value.unflatten(0, (self._n_rows, -1))
             value = value.unflatten(2, (self._n_heads, -1))  # [B, T, H, D]
-            # A copy: Falcon adds the attention's output to the MLP's in place.
+            # A copy, because Falcon adds the MLP's output to the attention's in place.
             self._noted[index] = (value if self._reduce is None else self._reduce(value)).clone()
         return x
 

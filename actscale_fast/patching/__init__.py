@@ -1,1 +1,1 @@
-"""How an intervention is applied to a model: to follow one edit, read patch, hooks, forward_context, edits."""
+"""How an intervention is applied to a model; docs/architecture/patching.md follows a patch file by file."""

@@ -1,4 +1,4 @@
-"""Writing an intervention into the weights, and taking it out again from a stored copy."""
+"""Writing an intervention into a model's weights, and restoring the original weights."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ..architectures.layout import ModelLayout, layout
 from ..interventions import ActivScalar, Intervention, SteerVec
 from .edits import one_strength
 
-_MERGED = "_actscale_fast_merged"  # on the model: parameter name -> its original value, on the CPU
-#: Last projections of the MLPs of the table.
+_MERGED = "_actscale_fast_merged"  # on the model: parameter name -> original value, on the CPU
+#: The last projection of the MLPs in the table of families.
 _LAST = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h")
 
 
 def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor = 1.0) -> None:
-    """Write an intervention into the model's weights, so that it costs nothing when it runs.
+    """Write an intervention into the model's weights, so that it costs nothing at run time.
 
     Exact up to one rounding of each changed weight to its dtype (about 3 significant digits in bfloat16, where `patch`
-    rounds the activation instead). ActivScalar scales the projection's input columns (site head) or its output rows and
-    bias (attn_out, mlp_out); SteerVec adds to the bias; a Composite of such is merged part by part, with a rounding
-    each. The originals are kept on the CPU for `unmerge`.
+    rounds the activation instead). An ActivScalar scales the projection's input columns (site head) or its output rows
+    and bias (attn_out, mlp_out). A SteerVec adds to the bias. A Composite of these is merged part by part, with one
+    rounding for each. The original weights are kept on the CPU for `unmerge`.
 
     Args:
         model: the model that the intervention was made for.
-        intervention: an unstacked ActivScalar or SteerVec with positions=None, or a Composite of such.
+        intervention: an unstacked ActivScalar or SteerVec with positions=None, or a Composite of these.
         strength: β, one number.
 
     Raises:
         TypeError, ValueError: what weights cannot express (positions, the residual site, stacks, a missing bias,
-            experts), quantised, offloaded or shared weights, non-finite values, another model, or a model merged
-            already. The model is then as it was.
+            experts), quantised, offloaded or shared weights, non-finite values, another model, or a model that has been
+            merged already. The model is then unchanged.
     """
     if not isinstance(intervention, Intervention):
         raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
@@ -74,7 +74,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
 
 
 def _check_mergeable(intervention: Intervention) -> None:
-    """Refuse what weights cannot express."""
+    """Raise a ValueError for what weights cannot express."""
     location = intervention.location
     if location.positions is not None:
         raise ValueError("intervention: it has positions, but weights act on every token; use patch")
@@ -89,7 +89,7 @@ def _check_mergeable(intervention: Intervention) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put back, bit for bit, the weights that `merge` changed.
+    """Restore, bit for bit, the weights that `merge` changed.
 
     Raises:
         ValueError: nothing is merged.
@@ -108,7 +108,7 @@ def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
 
 
 def site_linear(found: ModelLayout, site: str, layer: int) -> nn.Module:
-    """The module in the place of the linear layer that stands for the site, whatever it is."""
+    """The module where the linear layer of a site is expected, whatever its class."""
     module = found.site_module(site, layer)
     if site == "mlp_out" and not hasattr(module, "weight"):
         parts = [getattr(module, name) for name in _LAST if isinstance(getattr(module, name, None), nn.Module)]
@@ -122,7 +122,7 @@ def site_linear(found: ModelLayout, site: str, layer: int) -> nn.Module:
 
 
 def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
-    """The linear layer whose weights stand for the site."""
+    """The linear layer whose weights can express an intervention at a site."""
     module = site_linear(found, site, layer)
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
@@ -130,7 +130,7 @@ def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
             f"model: layer {layer}'s projection is a {type(module).__name__}, expected nn.Linear or Conv1D"
         )
     usable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
-    if not usable or type(weight) not in (Tensor, nn.Parameter):  # quantisers and shards have types of their own
+    if not usable or type(weight) not in (Tensor, nn.Parameter):  # quantised and sharded weights have other types
         kind = "" if type(weight) in (Tensor, nn.Parameter) else f"a {type(weight).__name__} of "
         state = "missing" if not isinstance(weight, Tensor) else f"{kind}{weight.dtype} on {weight.device}"
         raise ValueError(
@@ -152,8 +152,8 @@ def _updated(
 
     Args:
         module, name: the projection.
-        before: its weight and bias as earlier parts have changed them already.
-        intervention, index: an ActivScalar or SteerVec, and the layer's number in it.
+        before: its weight and bias where earlier parts have changed them.
+        intervention, index: an ActivScalar or SteerVec, and the layer's index in it.
         strength: β.
     """
     weight: Tensor = before.get("weight", module.weight.detach())
@@ -181,7 +181,7 @@ def _updated(
 
 
 def _refuse_shared(model: nn.Module, updates: dict[str, Any]) -> None:
-    """A tensor that serves elsewhere too must not change; views of one storage count as shared."""
+    """Refuse to change a tensor that is also used elsewhere; views of one storage count as shared."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.device.type != "meta":

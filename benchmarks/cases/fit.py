@@ -23,7 +23,7 @@ PROMPTS = 16
 GATING = "causal head gating is another objective: one direction and full-vocabulary logits, its update as published"
 PRODUCTS = (
     "matrix products alone: PyTorch's own of the padded batch under both directions, forward and one back; ours packs "
-    "prompts into rows, with no padding and their common beginning once, and multiplies by oneDNN"
+    "prompts into rows, with no padding and their common beginning once"
 )
 
 

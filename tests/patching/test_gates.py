@@ -123,7 +123,7 @@ def test_a_fit_of_gates_leaves_the_model_as_it_was() -> None:
 def test_a_batch_without_labels_is_refused() -> None:
     batch = labelled()
     batch["labels"][:, 1:] = -100
-    with pytest.raises(ValueError, match="labels: got -100 alone after the first column"):
+    with pytest.raises(ValueError, match="labels: got only -100 after the first column"):
         fit_gates(tiny_model(), [batch], steps=1)
 
 
