@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import typing
 from typing import Any
 
@@ -192,8 +193,8 @@ def parameters_of(function: Any) -> list[str]:
     names = []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            hint = typing.get_type_hints(function)[name] if "Unpack" in str(parameter.annotation) else None
-            names += list(typing.get_type_hints(typing.get_args(hint)[0])) if hint else []
+            keywords = re.fullmatch(r"Unpack\[(\w+)\]", str(parameter.annotation))
+            names += list(typing.get_type_hints(function.__globals__[keywords[1]])) if keywords else []
         elif name != "self":
             names.append(name)
     return names
