@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._checks import check_counts
 from ..architectures.layout import layout
 from ..architectures.location import Location
 from ..frozen.encoder import TextEncoder, check_texts
@@ -63,8 +64,7 @@ def activations_at(
     """The activations at a location with positions, [N, L, P, H, D]; see `source_activations`."""
     from tqdm.auto import tqdm
 
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size!r}, expected a positive integer")
+    check_counts(batch_size=batch_size)
     found = layout(model, location.paths)
     location.model.require(found.fingerprint)
     encoder = TextEncoder(found, tokenizer)

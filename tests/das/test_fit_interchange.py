@@ -171,7 +171,7 @@ def test_an_interrupted_fit_resumes_to_the_same_bits(tmp_path: Path, monkeypatch
     model, examples, path = tiny.llama(), pairs(9), tmp_path / "fit.safetensors"
     make = lambda: BoundlessDAS.for_model(model, layers=[1], positions=[-1])  # noqa: E731
     whole = run(model, examples, make(), steps=6)
-    original, taken = LEARNING._Fit.step, []
+    original, taken = LEARNING.InterchangeState.step, []
 
     def interrupted(self: Any, pairs: Any) -> None:
         if len(taken) == 4:
@@ -179,7 +179,7 @@ def test_an_interrupted_fit_resumes_to_the_same_bits(tmp_path: Path, monkeypatch
         taken.append(original(self, pairs))
 
     with monkeypatch.context() as context:
-        context.setattr(LEARNING._Fit, "step", interrupted)
+        context.setattr(LEARNING.InterchangeState, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, examples, make(), steps=6, checkpoint=path, checkpoint_every=3)
     resumed = run(model, examples, BoundlessDAS.for_model(model, layers=[1], positions=[-1], seed=9), steps=6,

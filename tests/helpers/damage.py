@@ -1,11 +1,11 @@
-"""Damage done to files and to the processes that write them, and what comes of it.
+"""Damages saved files and kills the processes that write them, and counts what comes of it.
 
-    python tests/damage.py --corruptions 5000 --kills 200
+    PYTHONPATH=tests/helpers python tests/helpers/damage.py --corruptions 5000 --kills 200
 
-A corruption flips bits, cuts off, removes, inserts or repeats bytes, loses a file or takes one of another save. What is
-read after it must be what was written (the damage did not touch anything that is used), or the error must be a
-ValueError or FileNotFoundError that names a file of the damaged folder. A kill is SIGKILL to a process that saves over
-an older save in a loop.
+A corruption flips bits, truncates, removes, inserts or repeats bytes, deletes a file or replaces it by one of another
+save. Reading must then give what was written (the damage touched nothing that is used), or raise a ValueError or
+FileNotFoundError that names a file of the damaged folder. A kill is SIGKILL for a process that keeps saving over an
+older save.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,19 @@ def test_this_package_declares_the_classes_that_are_not_imported_with_it(name: s
     cls = {"BoundlessDAS": af.BoundlessDAS, "JoLA": JoLA}[name]
     cls.for_model(tiny_model("llama"), layers=[0], positions=[-1]).save_pretrained(tmp_path / "saved")
     assert loaded_elsewhere(tmp_path / "saved", tmp_path) == name
+
+
+def test_every_class_outside_the_interventions_folder_is_declared() -> None:
+    described = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if not described.exists():
+        pytest.skip("needs the source tree")
+    declared = tomllib.loads(described.read_text())["project"]["entry-points"]["actscale_fast.interventions"]
+    found = {}
+    package = Path(af.__file__).parent
+    for path in package.rglob("*.py"):
+        module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            bases = [base.id for base in getattr(node, "bases", ()) if isinstance(base, ast.Name)]
+            if isinstance(node, ast.ClassDef) and "Intervention" in bases and path.parent.name != "interventions":
+                found[node.name] = f"{module}:{node.name}"
+    assert declared == found

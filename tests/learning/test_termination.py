@@ -86,13 +86,13 @@ def test_a_terminated_sweep_keeps_the_last_step_of_every_fit(tmp_path: Path, mon
 
 @pytest.mark.usefixtures("own_handler")
 def test_a_terminated_interchange_fit_keeps_its_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = LEARNING._Fit.step
+    step = LEARNING.InterchangeState.step
 
     def stepped(self: Any, pairs: Any) -> None:
         step(self, pairs)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(LEARNING._Fit, "step", stepped)
+    monkeypatch.setattr(LEARNING.InterchangeState, "step", stepped)
     model, examples = (
         tiny.llama(),
         [
