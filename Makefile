@@ -2,6 +2,7 @@
 # make test           the whole test suite
 # make test-versions  the tests that other libraries' releases can break, with the oldest and the newest of them
 # make check          ruff and mypy
+# make sanitize       the C++ and the emulated CUDA kernels under the address and undefined-behaviour sanitizers
 # make bench          the benchmark harness, into benchmarks/results
 PYTHON ?= python3
 VENV   ?= .venv
@@ -21,7 +22,7 @@ PINS    = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # pip builds the package in an environment of its own, to which the first option does not apply.
 ALL_PINS = $(PINS) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS))
 
-.PHONY: demo test test-versions test-oldest test-newest check bench clean
+.PHONY: demo test test-versions test-oldest test-newest check sanitize bench clean
 
 demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
@@ -43,6 +44,9 @@ check: $(VENV)/tested
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+sanitize: $(VENV)/tested
+	$(RUN)/pytest -n 0 tests/kernels/test_cpu_bounds.py tests/kernels/test_cuda_bounds.py
 
 bench: $(VENV)/tested
 	$(RUN)/python -m benchmarks

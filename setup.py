@@ -1,6 +1,7 @@
 """Builds `actscale_fast.ops._C` from csrc with ninja; everything else about the package stands in pyproject.toml.
 
-Environment: CXX (the compiler), ACTSCALE_BUILD_CUDA=auto|0|1, ACTSCALE_CUDA_ARCHS (default "80;90;100"), MAX_JOBS."""
+Environment: CXX (the compiler), ACTSCALE_BUILD_CUDA=auto|0|1, ACTSCALE_CUDA_ARCHS (default "80;90;100"), MAX_JOBS,
+ACTSCALE_WERROR=1 (the C++ compiler's warnings are errors; for CI)."""
 
 import contextlib
 import os
@@ -23,6 +24,7 @@ PYTHON_HEADERS = sysconfig.get_paths()["include"]
 SIMD = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall"
 FLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 gives them for its own AVX-512 header
+FLAGS += " -Werror" if os.environ.get("ACTSCALE_WERROR") == "1" else ""
 NO_COMPILER = """warning: actscale-fast has no C++ kernels: no C++17 compiler that finds Python.h in {} (tried: {}).
 Plain PyTorch is several times slower on a CPU. Install a C++17 compiler (or set CXX) and Python's headers."""
 ARCHS = os.environ.get("ACTSCALE_CUDA_ARCHS", "80;90;100")

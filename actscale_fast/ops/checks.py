@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: of shapes, dtypes, devices, and values of CPU tensors only, so never a sync."""
+"""Argument checks that the ops share. Values are read of CPU tensors only, so that nothing waits for a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import is_real
-from .registry import is_eager
+from .torch_internals import is_eager
 
 
 def floating_tensor(name: str, value: object, shape: str) -> Tensor:
@@ -19,11 +19,11 @@ def floating_tensor(name: str, value: object, shape: str) -> Tensor:
 
 
 def number(name: str, value: object) -> float:
-    """`value` as a float; a bool is none, and neither is a tensor, since reading one waits for the GPU."""
+    """`value` as a float. Booleans are refused, and so are tensors: reading one waits for the GPU."""
     if not (is_real(value) or isinstance(value, (torch.SymFloat, torch.SymInt))):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     try:
-        result = float(value)
+        result = float(value)  # type: ignore[arg-type]
     except OverflowError:
         raise ValueError(f"{name}: got an integer that no float holds, expected a number") from None
     if result != result:
@@ -35,7 +35,7 @@ _LEAST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).m
 
 
 def positive(name: str, value: object) -> float:
-    """`value` as a float that float32, in which the kernels take it, holds as a positive number too."""
+    """`value` as a float that is also positive in float32, which the kernels take it in."""
     result = number(name, value)
     if not _LEAST <= result <= _LARGEST:
         raise ValueError(f"{name}: got {value}, expected a positive number" + " that float32 holds" * (result > 0))
@@ -55,7 +55,7 @@ def index_vector(name: str, value: object, length: int, device: torch.device) ->
 
 
 def row_values(name: str, value: object, length: int, device: torch.device) -> Tensor:
-    """`value`, one number a row, as a float32 vector of `length` on `device` (float64 stays)."""
+    """`value`, one number per row, as a float32 vector of `length` on `device` (float64 is kept)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor [{length}]")
     if value.dtype.is_complex:
@@ -76,7 +76,8 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
 def strengths(value: float | Tensor, length: int, device: torch.device, *, learn: str) -> tuple[float, Tensor | None]:
     """`value` as (a float, one value per row [length] or None), whose product is the strength β of each row.
 
-    A tensor stays one, of no axes too: reading its value would wait for the GPU. `learn`: what has gradients instead.
+    A tensor without axes stays a tensor too: reading its value would wait for the GPU. `learn` names what has gradients
+    instead.
     """
     if not isinstance(value, Tensor):
         return number("strength", value), None
@@ -87,8 +88,28 @@ def strengths(value: float | Tensor, length: int, device: torch.device, *, learn
     return 1.0, row_values("strength", value, length, device)
 
 
+def head(hidden: object, weight: object, bias: Tensor | None, *, rows: str, prefix: str = "") -> None:
+    """A model's last hidden states [`rows`, d], where `rows` is "N" or "...", its head [V, d] and its bias [V].
+
+    `prefix` precedes the arguments' names.
+    """
+    hidden = floating_tensor(f"{prefix}hidden", hidden, f"[{rows}, d]")
+    weight = floating_tensor(f"{prefix}weight", weight, "[V, d]")
+    if hidden.dim() < 1 or hidden.shape[-1] == 0 or (rows == "N" and hidden.dim() != 2):
+        raise ValueError(f"{prefix}hidden: got shape {tuple(hidden.shape)}, expected [{rows}, d]")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"{prefix}weight: got shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}]")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"{prefix}weight: got dtype {weight.dtype}, expected {hidden.dtype} as {prefix}hidden has")
+    same_device(f"{prefix}weight", weight, hidden.device)
+    if bias is not None:
+        same_device(f"{prefix}bias", floating_tensor(f"{prefix}bias", bias, "[V]"), hidden.device)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{prefix}bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+
+
 def row_groups(group: object, n_groups: int, n_rows: int, device: torch.device) -> Tensor | None:
-    """The group of each row, int64 [n_rows]; None where all rows are of the only group."""
+    """The group of each row, int64 [n_rows]; None if all rows are in the only group."""
     if group is not None:
         return index_vector("group", group, n_rows, device)
     if n_groups == 1:
@@ -99,7 +120,7 @@ def row_groups(group: object, n_groups: int, n_rows: int, device: torch.device) 
 
 
 def ids_in_range(name: str, ids: Tensor, bound: int, what: str) -> None:
-    """The value check that the C++ kernels make themselves, for plain PyTorch on CPU tensors outside a trace."""
+    """The check that the C++ kernels make themselves, for plain PyTorch. Reads CPU tensors outside of traces only."""
     if ids.device.type != "cpu" or not is_eager(ids):
         return
     outside = ((ids < 0) | (ids >= bound)).nonzero()

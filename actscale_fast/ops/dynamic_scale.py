@@ -1,6 +1,6 @@
 """Scaling each head's vector by a probe of that vector: α = ⟨w, h⟩ + c, y = h·(1 + β·α).
 
-One op a direction. With a = β·⟨h, dy⟩ + dα (the upstream of α, where it has one) the backward pass is
+One op per direction. With a = β·⟨h, dy⟩ + dα (the upstream of α, where it has one) the backward pass is
 dh = dy·(1 + β·α) + a·w,  dw = Σ a·h,  dc = Σ a, the sums carried along while dh is written.
 """
 
@@ -11,22 +11,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference, strides
-from .registry import LIBRARY, backend_of, define, is_eager, once_differentiable
+from . import backends, checks, outputs, reference
+from .once_differentiable import once_differentiable
+from .registry import LIBRARY, define
+from .torch_internals import below_autograd
 
 
 def _fake_dynamic_scale(x, weight, bias, strength, row_strength, group):  # type: ignore[no-untyped-def]
-    return strides.empty_like(x), x.new_empty(x.shape[:3], dtype=torch.float32)
+    return outputs.dynamic_scale(x)
 
 
 def _fake_dynamic_scale_backward(  # type: ignore[no-untyped-def]
     dy, d_scalars, x, weight, scalars, strength, row_strength, group, need_dx, need_dweight, need_dbias
 ):
-    return (
-        strides.empty_like(x) if need_dx else x.new_empty(0),
-        torch.empty_like(weight) if need_dweight else weight.new_empty(0),
-        weight.new_empty(weight.shape[:2] if need_dbias else (0,)),
-    )
+    return outputs.dynamic_scale_gradients(x, weight, need_dx, need_dweight, need_dbias)
 
 
 _forward_op = define(
@@ -143,25 +141,16 @@ def _run(
         row_strength = row_strength.to(torch.float32)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
-    arguments = (x, weight, bias, strength, row_strength, group)
-    if not is_eager(x, weight, bias, row_strength, group):
-        return _forward_op(*arguments)  # type: ignore[no-any-return]
-    learned = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if learned and torch.is_grad_enabled():
-        return _DynamicScale.apply(*arguments, True)  # type: ignore[no-any-return]
-    return backend_of(x).dynamic_scale(*arguments)
+    return _forward_op(x, weight, bias, strength, row_strength, group)  # type: ignore[no-any-return]
 
 
 class _DynamicScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, strength, row_strength, group, eager):  # type: ignore[no-untyped-def]
-        if eager:
-            y, scalars = backend_of(x).dynamic_scale(x, weight, bias, strength, row_strength, group)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                y, scalars = _forward_op(x, weight, bias, strength, row_strength, group)
+    def forward(ctx: Any, x, weight, bias, strength, row_strength, group):  # type: ignore[no-untyped-def]
+        with below_autograd():
+            y, scalars = _forward_op(x, weight, bias, strength, row_strength, group)
         ctx.save_for_backward(x, weight, scalars, row_strength, group)
-        ctx.strength, ctx.eager = strength, eager
+        ctx.strength = strength
         ctx.set_materialize_grads(False)
         return y, scalars
 
@@ -169,20 +158,14 @@ class _DynamicScale(torch.autograd.Function):
     @once_differentiable("dynamic_scale")
     def backward(ctx: Any, dy, d_scalars):  # type: ignore[no-untyped-def]
         if dy is None and d_scalars is None:
-            return (None,) * 7
+            return (None,) * 6
         x, weight, scalars, row_strength, group = ctx.saved_tensors
         if dy is None:  # only α was used: a zero upstream of one head's memory
             dy = x.new_zeros(x.shape[-1]).expand(x.shape)
         needs = ctx.needs_input_grad[:3]
-        eager = ctx.eager and is_eager(dy, d_scalars, x)
-        run = backend_of(dy).dynamic_scale_backward if eager else _backward_op
-        gradients = run(dy, d_scalars, x, weight, scalars, ctx.strength, row_strength, group, *needs)
+        gradients = _backward_op(dy, d_scalars, x, weight, scalars, ctx.strength, row_strength, group, *needs)
         dx, dweight, dbias = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, None, None
 
 
-def _dispatched(x, weight, bias, strength, row_strength, group):  # type: ignore[no-untyped-def]
-    return _DynamicScale.apply(x, weight, bias, strength, row_strength, group, False)
-
-
-LIBRARY.impl("dynamic_scale", _dispatched, "Autograd")
+LIBRARY.impl("dynamic_scale", _DynamicScale.apply, "Autograd")

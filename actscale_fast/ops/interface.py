@@ -1,4 +1,4 @@
-"""What every backend provides: `ops/cpu` (C++), `ops/cuda`, `ops/triton`, and whoever brings kernels of their own.
+"""The functions that every backend provides: `ops/cpu` (C++), `ops/cuda`, `ops/triton`, or one of your own.
 
 The functions take plain tensors, allocate their outputs and know nothing of autograd. Outputs that are not asked for
 are empty tensors: the number of outputs never changes.
@@ -23,7 +23,7 @@ class BackendModule(Protocol):
         row_strength: Tensor | None,  # [B] float32 contiguous; β of row b = strength · row_strength[b]
         group: Tensor | None,  # [B] int64 contiguous; None: G == 1
     ) -> Tensor:
-        """y, laid out as `layout.empty_like(x)`; one rounding from float32. ValueError where D is strided."""
+        """y, laid out as `outputs.like(x)`; one rounding from float32. ValueError where D is strided."""
 
     def scale_heads_backward(
         self,
@@ -38,7 +38,7 @@ class BackendModule(Protocol):
         need_dalpha: bool,
         need_dshift: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx laid out as `layout.empty_like(x)`, dalpha [G, P, H] float32, dshift [G, P, H, D] float32).
+        """(dx laid out as `outputs.like(x)`, dalpha [G, P, H] float32, dshift [G, P, H, D] float32).
 
         Sums in a fixed order.
         """
@@ -52,7 +52,7 @@ class BackendModule(Protocol):
         row_strength: Tensor | None,  # [B] float32 contiguous; β of row b = strength · row_strength[b]
         group: Tensor | None,  # [B] int64 contiguous; None: G == 1
     ) -> tuple[Tensor, Tensor]:
-        """(y laid out as `layout.empty_like(x)`, α = ⟨weight, x⟩ + bias [B, T, H] float32 contiguous)."""
+        """(y laid out as `outputs.like(x)`, α = ⟨weight, x⟩ + bias [B, T, H] float32 contiguous)."""
 
     def dynamic_scale_backward(
         self,
@@ -68,7 +68,7 @@ class BackendModule(Protocol):
         need_dweight: bool,
         need_dbias: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx laid out as `layout.empty_like(x)`, dweight [G, H, D] float32, dbias [G, H] float32).
+        """(dx laid out as `outputs.like(x)`, dweight [G, H, D] float32, dbias [G, H] float32).
 
         Sums in a fixed order.
         """

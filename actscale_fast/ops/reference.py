@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .torch_internals import in_forward_mode
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,7 +94,7 @@ def kl_divergence(
     """
     if logits.shape[-1] == 0:
         return logits.sum(-1)
-    if reference_logits.requires_grad or forward_ad._current_level >= 0:  # which `_KLDivergence` has no formula for
+    if reference_logits.requires_grad or in_forward_mode():  # which `_KLDivergence` has no formula for
         return _divergence(logits, reference_logits, reverse, inverse_temperature)
     return _KLDivergence.apply(logits, reference_logits, reverse, inverse_temperature)  # type: ignore[no-any-return]
 

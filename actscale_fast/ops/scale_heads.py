@@ -1,6 +1,6 @@
 """Scaling and shifting the vectors of an activation, head by head: y = h·(1 + β·α) + β·v.
 
-One op a direction. The backward pass computes the sums of dα and dv while it writes dx:
+One op per direction. The backward pass computes the sums of dα and dv while it writes dx:
 dx = dy·(1 + β·α),  dα = Σ β·⟨h, dy⟩,  dv = Σ β·dy.
 """
 
@@ -11,23 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference, strides
-from .registry import LIBRARY, backend_of, define, is_eager, once_differentiable
+from . import backends, checks, outputs, reference
+from .once_differentiable import once_differentiable
+from .registry import LIBRARY, define
+from .torch_internals import below_autograd
 
 
 def _fake_scale_heads(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
-    return strides.empty_like(x)
+    return outputs.like(x)
 
 
 def _fake_scale_heads_backward(  # type: ignore[no-untyped-def]
     dy, x, alpha, shift, strength, row_strength, group, need_dx, need_dalpha, need_dshift
 ):
-    empty = x.new_empty(0)
-    return (
-        strides.empty_like(x) if need_dx else empty,
-        torch.empty_like(alpha) if need_dalpha else x.new_empty(0, dtype=torch.float32),
-        torch.empty_like(shift) if need_dshift else x.new_empty(0, dtype=torch.float32),
-    )
+    return outputs.scale_heads_gradients(x, alpha, shift, need_dx, need_dalpha, need_dshift)
 
 
 _forward_op = define(
@@ -110,44 +107,27 @@ def scale_heads(
         row_strength = row_strength.to(torch.float32)
     if x.stride(-1) != 1 and head_dim > 1:
         x = x.contiguous()
-    if not is_eager(x, alpha, shift, row_strength, group):
-        return _forward_op(x, alpha, shift, strength, row_strength, group)
-    learned = x.requires_grad or _requires_grad(alpha) or _requires_grad(shift)
-    if learned and torch.is_grad_enabled():
-        return _ScaleHeads.apply(x, alpha, shift, strength, row_strength, group, True)
-    return backend_of(x).scale_heads(x, alpha, shift, strength, row_strength, group)
-
-
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+    return _forward_op(x, alpha, shift, strength, row_strength, group)  # type: ignore[no-any-return]
 
 
 class _ScaleHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, alpha, shift, strength, row_strength, group, eager):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, alpha, shift, row_strength, group)
-        ctx.strength, ctx.eager = strength, eager
-        if eager:
-            return backend_of(x).scale_heads(x, alpha, shift, strength, row_strength, group)
-        with torch._C._AutoDispatchBelowAutograd():
+        ctx.strength = strength
+        with below_autograd():
             return _forward_op(x, alpha, shift, strength, row_strength, group)
 
     @staticmethod
     @once_differentiable("scale_heads")
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         x, alpha, shift, row_strength, group = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        eager = ctx.eager and is_eager(dy, x)
         if x is None:  # dα is not wanted: dy, of x's shape and dtype, says what dx looks like
             x = dy
-        run = backend_of(dy).scale_heads_backward if eager else _backward_op
-        gradients = run(dy, x, alpha, shift, ctx.strength, row_strength, group, *needs)
+        needs = ctx.needs_input_grad[:3]
+        gradients = _backward_op(dy, x, alpha, shift, ctx.strength, row_strength, group, *needs)
         dx, dalpha, dshift = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return dx, dalpha, dshift, None, None, None, None
+        return dx, dalpha, dshift, None, None, None
 
 
-def _dispatched(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
-    return _ScaleHeads.apply(x, alpha, shift, strength, row_strength, group, False)
-
-
-LIBRARY.impl("scale_heads", _dispatched, "Autograd")
+LIBRARY.impl("scale_heads", _ScaleHeads.apply, "Autograd")

@@ -1,13 +1,11 @@
-// The losses from logits as Python calls them.
-#include "bindings.h"
+// The losses from logits, and the scaling of their gradient, as Python calls them.
 #include "../cpu/kept_memory.h"
+#include "bindings.h"
 
 namespace actscale {
 namespace {
 
-void check_answers(const InterventionLoss& c) {
-    check_ids("correct", c.correct, c.rows, c.vocab, "token id");
-    check_ids("wrong", c.wrong, c.rows, c.vocab, "token id");
+void check_directions(const InterventionLoss& c) {
     for (int64_t row = 0; row < c.rows; row++) {
         if (c.correct[row] == c.wrong[row])
             throw py::value_error("wrong: row " + std::to_string(row) + " has token id " +
@@ -18,36 +16,24 @@ void check_answers(const InterventionLoss& c) {
     }
 }
 
+void run(const Arguments& given) {
+    const InterventionLoss c = read_InterventionLoss(given);
+    check_answers(c);
+    if (c.correct) check_directions(c);
+    unlocked(kernels().intervention_loss, c);
+}
+
+void scale(const Arguments& given) {
+    const InterventionLossScale c = read_InterventionLossScale(given);
+    check_answers(c);
+    unlocked(kernels().intervention_loss_scale, c);
+}
+
 }  // namespace
 
-void bind_loss(py::module_& module) {
-    module.def("intervention_loss", [](int type, int64_t rows, int64_t vocab, Address logits, int64_t logits_stride,
-                                       Address reference, int64_t reference_stride, Address correct, Address wrong,
-                                       Address direction, Address row_weight, float margin, float inverse_temperature,
-                                       float softcap, bool exclude_answers, bool reverse, Address effectiveness,
-                                       Address faithfulness, Address grad, Address answer_grad, int threads) {
-        InterventionLoss c = loss_call(type, rows, vocab, logits, logits_stride, reference,
-                                       reference_stride, correct, wrong, direction, row_weight, margin,
-                                       inverse_temperature, softcap, exclude_answers, reverse, effectiveness,
-                                       faithfulness, grad, answer_grad);
-        c.threads = threads;
-        if (c.correct) check_answers(c);
-        unlocked(kernels().intervention_loss, c);
-    });
-
-    module.def("scale_gradient", [](int type, int64_t rows, int64_t vocab, Address grad, Address d_effectiveness,
-                                    int64_t d_effectiveness_stride, Address d_faithfulness,
-                                    int64_t d_faithfulness_stride, Address correct, Address wrong, Address answer_grad,
-                                    int threads) {
-        ScaleGradient c = scale_gradient_call(type, rows, vocab, grad, d_effectiveness,
-                                              d_effectiveness_stride, d_faithfulness,
-                                              d_faithfulness_stride, correct, wrong, answer_grad);
-        c.threads = threads;
-        if (c.correct) check_ids("correct", c.correct, rows, vocab, "token id");
-        if (c.wrong) check_ids("wrong", c.wrong, rows, vocab, "token id");
-        unlocked(kernels().scale_gradient, c);
-    });
-
+void bind_intervention_loss(py::module_& module) {
+    define<run>(module, "intervention_loss");
+    define<scale>(module, "intervention_loss_scale_");
     py::class_<KeptMemory>(module, "KeptMemory", py::buffer_protocol())
         .def(py::init<int64_t>())
         .def_buffer([](KeptMemory& block) {

@@ -102,12 +102,12 @@ PYBIND11_MODULE(_C, module) {
     module.def("level", [] { return kernels().level; });
     module.def("set_level", &set_level);
 
-    bind_scaling(module);
-    bind_dynamic(module);
-    bind_channels(module);
-    bind_loss(module);
-    bind_linear(module);
-    bind_scalars(module);
+    bind_scale_heads(module);
+    bind_dynamic_scale(module);
+    bind_scale_channels(module);
+    bind_intervention_loss(module);
+    bind_linear_softmax(module);
+    bind_proximal_adam(module);
 #ifdef ACTSCALE_CUDA
     bind_cuda(module);
 #endif

@@ -1,10 +1,10 @@
 // α = ⟨w, x⟩ + c and y = x·(1 + β·α) for each head. Backward, with a = β·⟨x, dy⟩ + dα (the upstream of α, or 0):
 // dx = dy·(1 + β·α) + a·w, dw = Σ a·x, dc = Σ a in one pass over x and dy. Saved: x, w, and α in float.
 //
-// Moved: forward 2 elements of x's type per element and 4 bytes a head's vector for α; backward 3 (dy, x, dx), 2 where
-// dx is not wanted. A vector is read twice, for its product and for its sums, the second time from the cache.
-// The sums are cut and joined as those of scale_heads are: see there for why two runs and any number of threads agree
-// bit for bit. Where there are several groups a chunk is of one row, since every row may have a probe of its own.
+// Moved: forward 2 elements of x's type per element and 4 bytes per head's vector for α; backward 3 (dy, x, dx), 2
+// where dx is not wanted. A vector is read twice, for its product and for its sums, the second time from the cache. The
+// sums are cut and joined as those of scale_heads are: see there for why two runs and any number of threads agree bit
+// for bit. Where there are several groups a chunk is of one row, since every row may have a probe of its own.
 #pragma once
 #include "scale_heads.h"
 
@@ -28,7 +28,7 @@ template <class P, class Q> INLINE float dot_product(const P* p, const Q* q, int
 }
 
 template <class T>
-static void dynamic_forward(const DynamicScale& c) {
+static void dynamic_scale_of(const DynamicScale& c) {
     const int64_t tokens = c.rows * c.positions;
     const int threads = tokens * c.heads * c.width < SERIAL_ELEMENTS ? 1 : int(smaller(c.threads, tokens));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -49,8 +49,8 @@ static void dynamic_forward(const DynamicScale& c) {
 
 // One (row, position, head): dx = dy·factor + a·w, and a·x onto `sums`; either may be null.
 template <class T>
-INLINE void dynamic_backward_row(const T* dy, const T* x, const float* w, T* dx, float* sums, float factor, float a,
-                                 int64_t width) {
+INLINE void dynamic_scale_backward_row(const T* dy, const T* x, const float* w, T* dx, float* sums, float factor,
+                                       float a, int64_t width) {
     const F f = set1(factor), av = set1(a);
     auto step = [&](int64_t d, int n) __attribute__((always_inline)) {
         const bool whole = n == W;
@@ -72,8 +72,8 @@ INLINE void dynamic_backward_row(const T* dy, const T* x, const float* w, T* dx,
 
 // One chunk's tokens for some of the heads. `bias_sums`: a's sum in the first of W lanes a head.
 template <class T>
-static void dynamic_chunk(const DynamicScale& c, const Plan& p, int64_t chunk, int64_t head_begin, int64_t head_end,
-                          float* bias_sums, float* weight_sums, T* gathered) {
+static void dynamic_scale_backward_chunk(const DynamicScale& c, const Plan& p, int64_t chunk, int64_t head_begin,
+                                         int64_t head_end, float* bias_sums, float* weight_sums, T* gathered) {
     const int64_t b_begin = chunk / p.position_chunks * p.rows, b_end = smaller(c.rows, b_begin + p.rows);
     const int64_t t_begin = chunk % p.position_chunks * p.positions;
     const int64_t t_end = smaller(c.positions, t_begin + p.positions);
@@ -97,36 +97,32 @@ static void dynamic_chunk(const DynamicScale& c, const Plan& p, int64_t chunk, i
                 if (c.d_scalars)
                     a += c.d_scalars[b * c.d_scalars_stride[0] + t * c.d_scalars_stride[1] + h * c.d_scalars_stride[2]];
                 if (p.alpha_floats) bias_sums[h * W] += a;
-                dynamic_backward_row(dy, x, c.weight + (g * c.heads + h) * c.width, dx,
-                                     p.shift_floats ? weight_sums + h * c.width : nullptr,
-                                     1 + beta * c.scalars[(b * c.positions + t) * c.heads + h], a, c.width);
+                dynamic_scale_backward_row(dy, x, c.weight + (g * c.heads + h) * c.width, dx,
+                                           p.shift_floats ? weight_sums + h * c.width : nullptr,
+                                           1 + beta * c.scalars[(b * c.positions + t) * c.heads + h], a, c.width);
             }
         }
     }
 }
 
 template <class T>
-static void dynamic_backward(const DynamicScale& c) {
+static void dynamic_scale_backward_of(const DynamicScale& c) {
     ScaleHeads sums = {};  // dc is summed as dα is there, dw as dv: one of each a group, for all positions
     sums.rows = c.rows, sums.positions = c.positions, sums.heads = c.heads, sums.width = c.width;
     sums.groups = c.groups, sums.group = c.group, sums.threads = c.threads;
     sums.alpha_positions = sums.shift_positions = 1, sums.dalpha = c.dbias, sums.dshift = c.dweight;
     const Plan p = plan_of(sums);
     over_chunks(sums, p, [&](int64_t chunk, int64_t begin, int64_t end, float* bias, float* weight, float* own) {
-        dynamic_chunk<T>(c, p, chunk, begin, end, bias, weight, (T*)own);
+        dynamic_scale_backward_chunk<T>(c, p, chunk, begin, end, bias, weight, (T*)own);
     });
 }
 
 static void dynamic_scale(const DynamicScale& c) {
-    if (c.type == Type::float32) dynamic_forward<float>(c);
-    else if (c.type == Type::bfloat16) dynamic_forward<bf16>(c);
-    else dynamic_forward<half>(c);
+    with_type(c.type, [&](auto zero) { dynamic_scale_of<decltype(zero)>(c); });
 }
 
 static void dynamic_scale_backward(const DynamicScale& c) {
-    if (c.type == Type::float32) dynamic_backward<float>(c);
-    else if (c.type == Type::bfloat16) dynamic_backward<bf16>(c);
-    else dynamic_backward<half>(c);
+    with_type(c.type, [&](auto zero) { dynamic_scale_backward_of<decltype(zero)>(c); });
 }
 
 }  // namespace ACTSCALE_LEVEL

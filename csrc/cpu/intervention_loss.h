@@ -10,26 +10,30 @@
 // A row is cut into blocks with anchors R, Z of their own. Any anchor gives the same result as long as no power
 // overflows, so a block takes the largest of its first SAMPLE logits; only where its sums then turn out large or not
 // finite is it done again, with its maximum and with the masks that -inf needs.
-// Pass 1, block by block: both powers, the sums, and a float a logit into scratch: 2^y (reverse: and d). The blocks'
+// Pass 1, block by block: both powers, the sums, and a float per logit into scratch: 2^y (reverse: and d). The blocks'
 // sums are joined in double, in order. Pass 2 reads the scratch and r, still in cache, makes 2^x again (cheaper than to
 // keep it: 1.28 vs 1.37 ms), asks for the next row meanwhile (1.16 ms) and writes the gradient. From memory a logit
 // costs three elements: z, r and the gradient. No block knows of another, so rows can be split over threads, and every
 // number of threads gives the same bits. A row of weight 0 is not read: a thread that comes upon it writes its zeros.
 // With a soft-cap pass 1 works on a capped copy of the block, in the cache of the first level, and keeps both sides'
-// powers times the slope (reverse: one, and the difference), two floats a logit; pass 2 then reads no logit.
+// powers times the slope (reverse: one, and the difference), two floats per logit; pass 2 then reads no logit.
 //
 // With z equal to r bit for bit, x = y, Sz = Sr and both scales agree: F and every difference are exactly 0. This needs
 // multiplications that are not contracted into the subtraction (-ffp-contract=off).
 #pragma once
+#include "l1_norm.h"
 #include "loss_blocks.h"
 
 namespace actscale {
 namespace ACTSCALE_LEVEL {
 
-constexpr int64_t STREAM_BYTES = 4 << 20;        // larger gradients bypass the cache (64 x 49152: 1.2 vs 1.4 ms)
-constexpr int64_t SERIAL_LOGITS = 16 << 10;      // less than this is done before a second thread has woken up
+constexpr int64_t STREAM_BYTES = 4 << 20;    // larger gradients bypass the cache (64 x 49152: 1.2 vs 1.4 ms)
+constexpr int64_t SERIAL_LOGITS = 16 << 10;  // less than this is done before a second thread has woken up
 
-struct Row { double z_anchor, r_anchor, log_ratio, z_sum, r_sum, divergence; float difference; };
+struct Row {
+    double z_anchor, r_anchor, log_ratio, z_sum, r_sum, divergence;
+    float difference;
+};
 
 INLINE float weight_of(const InterventionLoss& c, int64_t row) { return c.row_weight ? c.row_weight[row] : 1.0f; }
 INLINE bool skipped(const InterventionLoss& c, int64_t row) { return weight_of(c, row) == 0; }
@@ -68,11 +72,14 @@ static Row join(const InterventionLoss& c, int64_t n, const Block* blocks, int64
 }
 
 // What turns powers into the gradient: forward a·2^y - b·2^x; reverse a·2^y·(d + b), where a is not 0.
-struct Scales { float a, b; };
+struct Scales {
+    float a, b;
+};
 static Scales scales_of(const InterventionLoss& c, int64_t n, const Row& row, const Block& block) {
     if (nothing_left(c)) return {0, 0};
     const double t = double(c.inverse_temperature) * weight_of(c, n), scale = scale_of(c);
-    const double dz = scale * (double(block.z_anchor) - row.z_anchor), dr = scale * (double(block.r_anchor) - row.r_anchor);
+    const double dz = scale * (double(block.z_anchor) - row.z_anchor),
+                 dr = scale * (double(block.r_anchor) - row.r_anchor);
     const double a = exp2(dz) * t / row.z_sum;
     if (c.reverse) return {float(a), float(LN2 * (dz - dr - row.log_ratio) - row.divergence)};
     return {float(a), float(exp2(dr) * t / row.r_sum)};
@@ -173,7 +180,8 @@ static void run(const InterventionLoss& c) {
     Row* joined = (Row*)(memory + slots * slot);
     auto pass1 = [&](int64_t row, int64_t j, int64_t s) {
         float* first = first_of(s) + j * BLOCK;
-        if constexpr (CAPPED) first_pass_capped<T, REVERSE, STORE>(c, row, j * BLOCK, first, first + width, blocks_of(s) + j);
+        if constexpr (CAPPED)
+            first_pass_capped<T, REVERSE, STORE>(c, row, j * BLOCK, first, first + width, blocks_of(s) + j);
         else first_pass_of<T, REVERSE, STORE>(c, row, j * BLOCK, first, first + width, blocks_of(s) + j);
     };
     auto pass2 = [&](int64_t row, int64_t j, int64_t s, const Row& sums, int64_t next) {
@@ -239,21 +247,14 @@ static void run(const InterventionLoss& c) {
     }
 }
 
-template <class T, bool REVERSE>
-static void run_for(const InterventionLoss& c) {
+template <bool REVERSE, class T> static void run_for(const InterventionLoss& c, T) {
     if (c.softcap > 0) c.grad ? run<T, REVERSE, true, true>(c) : run<T, REVERSE, false, true>(c);
     else c.grad ? run<T, REVERSE, true, false>(c) : run<T, REVERSE, false, false>(c);
 }
 
-template <class T>
-static void run_for(const InterventionLoss& c) {
-    c.reverse ? run_for<T, true>(c) : run_for<T, false>(c);
-}
-
 static void intervention_loss(const InterventionLoss& c) {
-    if (c.type == Type::float32) run_for<float>(c);
-    else if (c.type == Type::bfloat16) run_for<bf16>(c);
-    else run_for<half>(c);
+    with_type(c.type, [&](auto zero) { c.reverse ? run_for<true>(c, zero) : run_for<false>(c, zero); });
+    if (c.l1) l1_norm(c.scalars, c.sign, c.l1, c.n_scalars);
 }
 
 }  // namespace ACTSCALE_LEVEL

@@ -1,10 +1,10 @@
 // All kernels for one level; the including file names the level and gives the table its name.
 #include "dynamic_scale.h"
 #include "intervention_loss.h"
+#include "intervention_loss_scale.h"
 #include "linear_softmax.h"
 #include "proximal_adam.h"
 #include "scale_channels.h"
-#include "scale_gradient.h"
 #include "scale_heads.h"
 
 namespace actscale {
@@ -18,8 +18,17 @@ static void powers_of_two(const float* in, float* out, int64_t count) {
 }
 
 static Kernels table(const char* name) {
-    return {name, scale_heads, scale_heads_backward, dynamic_scale, dynamic_scale_backward, scale_channels,
-            scale_channels_backward, intervention_loss, scale_gradient, linear_softmax, l1_norm, proximal_adam,
+    return {name,
+            scale_heads,
+            scale_heads_backward,
+            dynamic_scale,
+            dynamic_scale_backward,
+            scale_channels,
+            scale_channels_backward,
+            intervention_loss,
+            intervention_loss_scale,
+            linear_softmax,
+            proximal_adam,
             powers_of_two};
 }
 

@@ -1,15 +1,15 @@
 // The softmax over a vocabulary and its mean of the rows of W, straight from hidden states: attention with K = V = W.
 //
 //   z = s·(W·h + b),  q = softmax(z) over the columns that are kept
-//   log_sum = log Σ exp(z),  mean = Σ q·W (d floats a row),  mean_bias = Σ q·b,  answers = z at the two answers
+//   log_sum = log Σ exp(z),  mean = Σ q·W (d floats per row),  mean_bias = Σ q·b,  answers = z at the two answers
 //
 // A KL divergence is a small difference of log_sums, and the products' roundings δ move a plain one by Σ q·δ. Therefore
 // log_sum is put together as H(q) + s·(h·mean + mean_bias), which is stationary in q: errors of q enter squared.
 //
-// W is read from memory once for every GROUP rows. A block of W (BLOCK_FLOATS, in L2 from then on) is multiplied with the
-// hidden states, the products become powers of two relative to a running maximum, and these weight the same block's
-// rows: 4·N·V·d operations, compute-bound from about 8 rows on. No [N, V] exists; beside the results there are
-// a block of products a thread and d + 16 floats a row and split, for GROUP rows or as many as `bytes` allows.
+// W is read from memory once for every GROUP rows. A block of W (BLOCK_FLOATS, in L2 from then on) is multiplied with
+// the hidden states, the products become powers of two relative to a running maximum, and these weight the same block's
+// rows: 4·N·V·d operations, compute-bound from about 8 rows on. No [N, V] exists; beside the results there are a block
+// of products a thread and d + 16 floats per row and split, for GROUP rows or as many as `bytes` allows.
 //
 // V is cut into splits by its size alone, their sums are joined in order, and a row's products and sums run over the
 // same lanes in the same order whatever rows stand beside it: every number of threads and every batch give the same
@@ -36,18 +36,21 @@ constexpr int TILE = 4;
 #endif
 
 struct LinearPlan {
-    int64_t block, splits, depth, rows;  // columns a block; d padded to whole vectors; rows at a time
-    int64_t state;                       // floats a row and split: the sum of W's rows, then `Running`
+    int64_t block, splits, depth, rows;  // columns per block; d padded to whole vectors; rows at a time
+    int64_t state;                       // floats per row and split: the sum of W's rows, then `Running`
 };
 
-struct Running { double sum, power_sum, bias_sum, anchor; float largest; };  // of one row in one split
+struct Running {
+    double sum, power_sum, bias_sum, anchor;
+    float largest;
+};  // of one row in one split
 
 static LinearPlan plan_of(const LinearSoftmax& c) {
     LinearPlan p;
     p.depth = (c.width + W - 1) / W * W;
     p.block = greater(16, smaller(256, BLOCK_FLOATS / greater(p.depth, 1)));
     p.splits = greater(1, smaller(MOST_SPLITS, c.vocab / SPLIT_COLUMNS));
-    p.state = p.depth + 16;  // whole cache lines
+    p.state = p.depth + 16;                                       // whole cache lines
     const int64_t own = c.threads * p.block * (GROUP + p.depth);  // see linear_softmax_of
     const int64_t affordable = (c.bytes / int64_t(sizeof(float)) - own) / (p.splits * p.state + c.width);
     p.rows = smaller(greater(affordable / GROUP, 1) * GROUP, (c.rows + GROUP - 1) / GROUP * GROUP);
@@ -58,19 +61,19 @@ static LinearPlan plan_of(const LinearSoftmax& c) {
 template <int M, int C>
 INLINE void products(const float* w, int64_t stride, const float* h, int64_t depth, float* z) {
     F sums[M][C];
-UNROLL_LOOPS
+    UNROLL_LOOPS
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) sums[i][j] = set1(0);
     for (int64_t k = 0; k < depth; k++) {
         F lanes[C];
         for (int j = 0; j < C; j++) lanes[j] = load(h + k * GROUP + j * W);
-UNROLL_LOOPS
+        UNROLL_LOOPS
         for (int i = 0; i < M; i++) {
             const F weight = set1(w[i * stride + k]);
             for (int j = 0; j < C; j++) sums[i][j] = fmadd(weight, lanes[j], sums[i][j]);
         }
     }
-UNROLL_LOOPS
+    UNROLL_LOOPS
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) store(z + i * GROUP + j * W, sums[i][j]);
 }
@@ -79,19 +82,19 @@ UNROLL_LOOPS
 template <int M, int C>
 INLINE void weighted_rows(const float* e, const float* w, int64_t stride, int64_t count, float* sums, int64_t state) {
     F total[M][C];
-UNROLL_LOOPS
+    UNROLL_LOOPS
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) total[i][j] = set1(0);
     for (int64_t v = 0; v < count; v++) {
         F row[C];
         for (int j = 0; j < C; j++) row[j] = load(w + v * stride + j * W);
-UNROLL_LOOPS
+        UNROLL_LOOPS
         for (int i = 0; i < M; i++) {
             const F weight = set1(e[v * GROUP + i]);
             for (int j = 0; j < C; j++) total[i][j] = fmadd(weight, row[j], total[i][j]);
         }
     }
-UNROLL_LOOPS
+    UNROLL_LOOPS
     for (int i = 0; i < M; i++)
         for (int j = 0; j < C; j++) {
             float* at_sum = sums + i * state + j * W;
@@ -288,9 +291,7 @@ static void linear_softmax_of(const LinearSoftmax& c) {
 }
 
 static void linear_softmax(const LinearSoftmax& c) {
-    if (c.type == Type::float32) linear_softmax_of<float>(c);
-    else if (c.type == Type::bfloat16) linear_softmax_of<bf16>(c);
-    else linear_softmax_of<half>(c);
+    with_type(c.type, [&](auto zero) { linear_softmax_of<decltype(zero)>(c); });
 }
 
 }  // namespace ACTSCALE_LEVEL

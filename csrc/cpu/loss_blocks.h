@@ -10,16 +10,19 @@
 namespace actscale {
 namespace ACTSCALE_LEVEL {
 
-constexpr int64_t BLOCK = 2048;                  // two rows of it and their scratch: 32 KiB
+constexpr int64_t BLOCK = 2048;  // two rows of it and their scratch: 32 KiB
 
-constexpr int64_t SAMPLE = 64;                   // a sample's anchor is exceeded by far less than 2^40 in real logits
-constexpr float LARGE = 0x1p40f;                 // a sum beyond it: the powers lie too far above the anchor
-// What an exact pass shrinks differences by, so that no sum of them leaves the range of float while their mean is in it:
-// a teacher's token that the student masks with the least float is 3e38 apart.
+constexpr int64_t SAMPLE = 64;    // a sample's anchor is exceeded by far less than 2^40 in real logits
+constexpr float LARGE = 0x1p40f;  // a sum beyond it: the powers lie too far above the anchor
+// What an exact pass shrinks differences by, so that no sum of them leaves the range of float while their mean is in
+// it: a teacher's token that the student masks with the least float is 3e38 apart.
 constexpr float SHRINK = 0x1p-24f, GROWTH = 0x1p24f;
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
-struct Block { float z_anchor, r_anchor, z_sum, r_sum; double weighted; };  // weighted: forward to base 2, reverse in nats
+struct Block {
+    float z_anchor, r_anchor, z_sum, r_sum;
+    double weighted;
+};  // weighted: forward to base 2, reverse in nats
 
 INLINE const float* at(const void* p, int64_t i, float) { return (const float*)p + i; }
 INLINE const bf16* at(const void* p, int64_t i, bf16) { return (const bf16*)p + i; }

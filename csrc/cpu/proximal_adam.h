@@ -1,5 +1,3 @@
-// What is done to the learned scalars: their l1 norm with its subgradient, and the update.
-//
 // One Adam step (arXiv 1412.6980, alg. 1) and the soft threshold of λ‖·‖₁ in Adam's metric, all in registers:
 //   rate = lr/(√(v/(1 - β2^k)) + ε),  moved = a - rate·m/(1 - β1^k),  a = sign(moved)·max(|moved| - rate·λ, 0)
 #pragma once
@@ -8,24 +6,6 @@
 
 namespace actscale {
 namespace ACTSCALE_LEVEL {
-
-constexpr int64_t SUM_BLOCK = 2048;  // summed in float; blocks are joined in double
-
-static void l1_norm(const float* values, float* sign, float* norm, int64_t count) {
-    double total = 0;
-    for (int64_t begin = 0; begin < count; begin += SUM_BLOCK) {
-        const int64_t end = smaller(count, begin + SUM_BLOCK);
-        F sum = set1(0);
-        int64_t i = begin;
-        for (; i + W <= end; i += W) sum = sum + absolute(load(values + i));
-        float rest = 0;
-        for (; i < end; i++) rest += fabsf(values[i]);
-        total += double(sum_of(sum)) + rest;
-    }
-    if (sign)
-        for (int64_t i = 0; i < count; i++) sign[i] = float((values[i] > 0) - (values[i] < 0));
-    *norm = float(total);
-}
 
 static void proximal_adam(const ProximalAdam& c) {
     const double step = double(*c.step) + 1;

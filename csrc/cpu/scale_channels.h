@@ -1,9 +1,9 @@
-// y = x·w, one factor a channel, and dx = dy·w, dw = Σ_rows x·dy in one pass over x and dy.
+// y = x·w, one factor per channel, and dx = dy·w, dw = Σ_rows x·dy in one pass over x and dy.
 //
-// Moved: forward 2 elements of x's type per element; backward 3 with dx (dy, x, dx), 2 without it, 2 (dy, dx) without dw.
-// w stays in the first-level cache. The sums: rows are cut into chunks that depend on the shapes alone. A chunk adds up
-// its rows in order, in float; chunks are joined in double, in order. Columns never meet in a sum, so they may be dealt
-// out to as many threads as there are without changing a bit.
+// Moved: forward 2 elements of x's type per element; backward 3 with dx (dy, x, dx), 2 without it, 2 (dy, dx) without
+// dw. w stays in the first-level cache. The sums: rows are cut into chunks that depend on the shapes alone. A chunk
+// adds up its rows in order, in float; chunks are joined in double, in order. Columns never meet in a sum, so they may
+// be dealt out to as many threads as there are without changing a bit.
 #pragma once
 #include "kernels.h"
 #include "scale_heads.h"
@@ -11,12 +11,12 @@
 namespace actscale {
 namespace ACTSCALE_LEVEL {
 
-constexpr int64_t MOST_CHANNEL_CHUNKS = 256;  // their sums are 1 KiB a channel at most
+constexpr int64_t MOST_CHANNEL_CHUNKS = 256;  // their sums are 1 KiB per channel at most
 constexpr int64_t CHANNEL_BLOCK = 64;         // columns that are split and joined together: whole cache lines
 constexpr int ROWS_AT_ONCE = 4;               // of one load and store of the sums
 
 template <class T>
-static void scale_channel_rows(const ScaleChannels& c) {
+static void scale_channels_of(const ScaleChannels& c) {
     const int threads = c.rows * c.width < SERIAL_ELEMENTS ? 1 : int(smaller(c.threads, c.rows));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t n = 0; n < c.rows; n++) {
@@ -30,7 +30,7 @@ static void scale_channel_rows(const ScaleChannels& c) {
 
 // `R` rows of the columns [begin, end) from row n on: dx, and x·dy into `sums` (null: not wanted), row after row.
 template <int R, class T>
-INLINE void channel_gradients(const ScaleChannels& c, int64_t n, int64_t begin, int64_t end, float* sums) {
+INLINE void scale_channels_backward_rows(const ScaleChannels& c, int64_t n, int64_t begin, int64_t end, float* sums) {
     const T* dy = (const T*)c.dy + n * c.dy_stride;
     const T* x = (const T*)c.x + n * c.x_stride;
     T* dx = c.out ? (T*)c.out + n * c.width : nullptr;
@@ -59,7 +59,7 @@ INLINE void channel_gradients(const ScaleChannels& c, int64_t n, int64_t begin, 
 }
 
 template <class T>
-static void channel_gradients_all(const ScaleChannels& c) {
+static void scale_channels_backward_of(const ScaleChannels& c) {
     const int64_t rows = greater(CHUNK_ROWS, (c.rows + MOST_CHANNEL_CHUNKS - 1) / MOST_CHANNEL_CHUNKS);
     const int64_t chunks = (c.rows + rows - 1) / rows, blocks = (c.width + CHANNEL_BLOCK - 1) / CHANNEL_BLOCK;
     const int threads = c.rows * c.width < SERIAL_ELEMENTS ? 1 : int(smaller(c.threads, chunks * blocks));
@@ -77,8 +77,8 @@ static void channel_gradients_all(const ScaleChannels& c) {
             const int64_t last = smaller(c.rows, (chunk + 1) * rows);
             int64_t n = chunk * rows;
             for (; n + ROWS_AT_ONCE <= last; n += ROWS_AT_ONCE)
-                channel_gradients<ROWS_AT_ONCE, T>(c, n, begin, end, sums);
-            for (; n < last; n++) channel_gradients<1, T>(c, n, begin, end, sums);
+                scale_channels_backward_rows<ROWS_AT_ONCE, T>(c, n, begin, end, sums);
+            for (; n < last; n++) scale_channels_backward_rows<1, T>(c, n, begin, end, sums);
         }
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
@@ -95,15 +95,11 @@ static void channel_gradients_all(const ScaleChannels& c) {
 }
 
 static void scale_channels(const ScaleChannels& c) {
-    if (c.type == Type::float32) scale_channel_rows<float>(c);
-    else if (c.type == Type::bfloat16) scale_channel_rows<bf16>(c);
-    else scale_channel_rows<half>(c);
+    with_type(c.type, [&](auto zero) { scale_channels_of<decltype(zero)>(c); });
 }
 
 static void scale_channels_backward(const ScaleChannels& c) {
-    if (c.type == Type::float32) channel_gradients_all<float>(c);
-    else if (c.type == Type::bfloat16) channel_gradients_all<bf16>(c);
-    else channel_gradients_all<half>(c);
+    with_type(c.type, [&](auto zero) { scale_channels_backward_of<decltype(zero)>(c); });
 }
 
 }  // namespace ACTSCALE_LEVEL

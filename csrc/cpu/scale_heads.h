@@ -39,7 +39,7 @@ INLINE void scale_row(const T* x, T* y, const float* shift, float factor, float 
 }
 
 template <class T>
-static void scale_all(const ScaleHeads& c) {
+static void scale_heads_of(const ScaleHeads& c) {
     const int64_t tokens = c.rows * c.positions;
     const int threads = tokens * c.heads * c.width < SERIAL_ELEMENTS ? 1 : int(smaller(c.threads, tokens));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -57,7 +57,9 @@ static void scale_all(const ScaleHeads& c) {
 }
 
 // How the rows are cut. `slots`: sums kept apart in a chunk, one for each group where a chunk meets several.
-struct Plan { int64_t rows, positions, row_chunks, position_chunks, slots, alpha_floats, shift_floats; };
+struct Plan {
+    int64_t rows, positions, row_chunks, position_chunks, slots, alpha_floats, shift_floats;
+};
 
 static Plan plan_of(const ScaleHeads& c) {
     const bool owned = (c.dalpha && c.alpha_positions > 1) || (c.dshift && c.shift_positions > 1);
@@ -76,8 +78,8 @@ static Plan plan_of(const ScaleHeads& c) {
 
 // One (row, position, head): dx, the products' lanes into `lanes` (or their sum into `dot`), β·dy into `dshift`.
 template <class T>
-INLINE void backward_row(const T* dy, const T* x, T* dx, float factor, float beta, float* lanes, float* dot,
-                         float* dshift, int64_t width) {
+INLINE void scale_heads_backward_row(const T* dy, const T* x, T* dx, float factor, float beta, float* lanes, float* dot,
+                                     float* dshift, int64_t width) {
     const F f = set1(factor), b = set1(beta);
     F sum = set1(0), sum2 = sum;
     auto step = [&](F dyv, const T* xp, T* dxp, float* shift, F* into, int count) __attribute__((always_inline)) {
@@ -101,8 +103,8 @@ INLINE void backward_row(const T* dy, const T* x, T* dx, float factor, float bet
 }
 
 template <class T>
-static void backward_chunk(const ScaleHeads& c, const Plan& p, int64_t chunk, int64_t head_begin, int64_t head_end,
-                           float* alpha_sums, float* shift_sums, T* gathered) {
+static void scale_heads_backward_chunk(const ScaleHeads& c, const Plan& p, int64_t chunk, int64_t head_begin,
+                                       int64_t head_end, float* alpha_sums, float* shift_sums, T* gathered) {
     const int64_t b_begin = chunk / p.position_chunks * p.rows, b_end = smaller(c.rows, b_begin + p.rows);
     const int64_t t_begin = chunk % p.position_chunks * p.positions;
     const int64_t t_end = smaller(c.positions, t_begin + p.positions);
@@ -128,7 +130,8 @@ static void backward_chunk(const ScaleHeads& c, const Plan& p, int64_t chunk, in
                 float* dshift = nullptr;
                 if (p.shift_floats) dshift = shift_sums + (slot * c.heads + h) * c.width;
                 else if (c.dshift) dshift = c.dshift + (entry(g, c.shift_positions, t) * c.heads + h) * c.width;
-                backward_row(dy, x, dx, alpha ? 1 + beta * alpha[h] : 1.0f, beta, lanes, dot, dshift, c.width);
+                scale_heads_backward_row(dy, x, dx, alpha ? 1 + beta * alpha[h] : 1.0f, beta, lanes, dot, dshift,
+                                         c.width);
             }
         }
     }
@@ -192,26 +195,22 @@ INLINE void over_chunks(const ScaleHeads& c, const Plan& p, Run sum_chunk) {
 }
 
 template <class T>
-static void backward_all(const ScaleHeads& c) {
+static void scale_heads_backward_of(const ScaleHeads& c) {
     const Plan p = plan_of(c);
     const int64_t group_bytes = sizeof(float) * c.groups * c.heads;
     if (c.dalpha && !p.alpha_floats) memset(c.dalpha, 0, group_bytes * c.alpha_positions);
     if (c.dshift && !p.shift_floats) memset(c.dshift, 0, group_bytes * c.shift_positions * c.width);
     over_chunks(c, p, [&](int64_t chunk, int64_t begin, int64_t end, float* alpha_sums, float* shift_sums, float* own) {
-        backward_chunk<T>(c, p, chunk, begin, end, alpha_sums, shift_sums, (T*)own);
+        scale_heads_backward_chunk<T>(c, p, chunk, begin, end, alpha_sums, shift_sums, (T*)own);
     });
 }
 
 static void scale_heads(const ScaleHeads& c) {
-    if (c.type == Type::float32) scale_all<float>(c);
-    else if (c.type == Type::bfloat16) scale_all<bf16>(c);
-    else scale_all<half>(c);
+    with_type(c.type, [&](auto zero) { scale_heads_of<decltype(zero)>(c); });
 }
 
 static void scale_heads_backward(const ScaleHeads& c) {
-    if (c.type == Type::float32) backward_all<float>(c);
-    else if (c.type == Type::bfloat16) backward_all<bf16>(c);
-    else backward_all<half>(c);
+    with_type(c.type, [&](auto zero) { scale_heads_backward_of<decltype(zero)>(c); });
 }
 
 }  // namespace ACTSCALE_LEVEL

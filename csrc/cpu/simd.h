@@ -14,6 +14,8 @@
 #include <omp.h>
 #endif
 
+#include "../calls.h"
+
 namespace actscale {
 namespace ACTSCALE_LEVEL {
 
@@ -25,11 +27,23 @@ namespace ACTSCALE_LEVEL {
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static INLINE_MEMBER
 
-struct bf16 { uint16_t bits; };
-struct half { uint16_t bits; };
+struct bf16 {
+    uint16_t bits;
+};
+struct half {
+    uint16_t bits;
+};
 
-INLINE float bits_to_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
-INLINE uint32_t float_to_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
+INLINE float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+INLINE uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
 
 // One value at a time; both roundings are to nearest even.
 INLINE float widen(float value) { return value; }
@@ -50,9 +64,9 @@ INLINE void narrow(float value, bf16* out) {
 INLINE void narrow(float value, half* out) {
     const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000, absolute = bits & 0x7fffffff;
     uint32_t result;
-    if (absolute > 0x7f800000) result = 0x7e00;            // NaN
-    else if (absolute >= 0x477ff000) result = 0x7c00;      // rounds to inf
-    else if (absolute < 0x38800000)                        // subnormal: the adder rounds
+    if (absolute > 0x7f800000) result = 0x7e00;        // NaN
+    else if (absolute >= 0x477ff000) result = 0x7c00;  // rounds to inf
+    else if (absolute < 0x38800000)                    // subnormal: the adder rounds
         result = float_to_bits(bits_to_float(absolute) + 0.5f) - float_to_bits(0.5f);
     else result = (absolute + 0xfff + ((absolute >> 13) & 1) - (112u << 23)) >> 13;
     out->bits = uint16_t(sign | result);
@@ -131,10 +145,16 @@ typedef float F __attribute__((vector_size(16)));
 typedef int32_t Mask __attribute__((vector_size(16)));
 constexpr int W = 4;
 INLINE F set1(float v) { return F{v, v, v, v}; }
-INLINE F load(const float* p) { F v; memcpy(&v, p, sizeof v); return v; }
+INLINE F load(const float* p) {
+    F v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 template <class T> INLINE F load(const T* p) { return F{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
 INLINE void store(float* p, F v) { memcpy(p, &v, sizeof v); }
-template <class T> INLINE void store(T* p, F v) { for (int i = 0; i < W; i++) narrow(v[i], p + i); }
+template <class T> INLINE void store(T* p, F v) {
+    for (int i = 0; i < W; i++) narrow(v[i], p + i);
+}
 template <class T> INLINE void stream(T* p, F v) { store(p, v); }
 INLINE void fence() {}
 INLINE F fmadd(F a, F b, F c) { return a * b + c; }
@@ -181,7 +201,9 @@ INLINE float largest_of(F v) {
 }
 
 // x = n + f, n = x rounded, |f| <= 1/2; `power`: what times_power_of_two takes for n.
-struct Split { F f, power; };
+struct Split {
+    F f, power;
+};
 INLINE Split split(F x) {
 #if defined(ACTSCALE_AVX512)
     const F f = _mm512_reduce_ps(x, 0);  // f of -inf is 0
@@ -215,6 +237,13 @@ INLINE F exponential2(F x) {
 #else
     return keep(not_below(x, set1(-126.0f)), result);
 #endif
+}
+
+// Calls `run` with a zero of the C++ type that `type` names.
+template <class Run> INLINE void with_type(Type type, Run run) {
+    if (type == Type::float32) run(float());
+    else if (type == Type::bfloat16) run(bf16());
+    else run(half());
 }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

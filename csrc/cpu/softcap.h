@@ -1,7 +1,7 @@
 // The soft-cap of logits: u = s·tanh(z/s), and du/dz = 1 - tanh²(z/s).
 //
-// With e = 2^x, x = 2·log2(e)·z/s:  tanh = (e - 1)/(e + 1),  1 - tanh² = 4·e/(e + 1)².  e - 1 comes from the polynomial of
-// 2^x without its 1, so that small logits keep their digits (3 ulp), and the slope has no difference of two ones: it
+// With e = 2^x, x = 2·log2(e)·z/s:  tanh = (e - 1)/(e + 1),  1 - tanh² = 4·e/(e + 1)².  e - 1 comes from the polynomial
+// of 2^x without its 1, so that small logits keep their digits (3 ulp), and the slope has no difference of two ones: it
 // stays exact where the cap flattens out. Beyond |x| = 64 nothing changes any more: tanh is 1, the slope below 3e-19.
 #pragma once
 #include "simd.h"

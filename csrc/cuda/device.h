@@ -10,11 +10,19 @@
 namespace actscale {
 namespace cuda {
 
-struct float32 { uint32_t bits; };
-struct bf16 { uint16_t bits; };
-struct half16 { uint16_t bits; };
+struct float32 {
+    uint32_t bits;
+};
+struct bf16 {
+    uint16_t bits;
+};
+struct half16 {
+    uint16_t bits;
+};
 
-struct alignas(16) Vector { uint32_t word[4]; };
+struct alignas(16) Vector {
+    uint32_t word[4];
+};
 
 }  // namespace cuda
 }  // namespace actscale
@@ -93,7 +101,8 @@ DEVICE char* dynamic_shared() {
 // 16 bytes from global to shared memory, both on 16-byte boundaries; visible to this thread after the wait.
 DEVICE void copy_async(Vector* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
-                 "l"(global) : "memory");
+                 "l"(global)
+                 : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void copy_async_wait() {

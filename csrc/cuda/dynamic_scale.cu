@@ -3,20 +3,20 @@
 // With g the row's group, β = strength · row_strength[b], dα the upstream of α (0 where it has none):
 //   a[b,t,h]  = β·⟨x, dy⟩ + dα                    dx = dy·(1 + β·α) + a·w[g,h,:]
 //   dw[g,h,:] = Σ_{b in g} Σ_t a·x                dc[g,h] = Σ_{b in g} Σ_t a
-// Saved for backward: x, the probes, and α in float32, 4 bytes a vector. Bytes per element of x, b its size: forward
-// 2·b (x, y); backward 3·b (x, dy, dx), 2·b without dx. The sums ride along: a block adds up its own tokens in
-// registers and stores one partial of its heads, which cuda_group_sums.cu adds up in order: 8 bytes an element for each
-// `steps` tokens. No atomics: two runs agree bit for bit.
+// Saved for backward: x, the probes, and α in float32, 4 bytes per vector. Bytes per element of x, b its size: forward
+// 2·b (x, y); backward 3·b (x, dy, dx), 2·b without dx. The reductions are fused into this kernel: a block adds up its
+// own tokens in registers and stores one partial of its heads, which group_sums.cu adds up in order: 8 bytes per
+// element for each `steps` tokens. No atomics: two runs agree bit for bit.
 //
 // A block takes whole heads, since a product goes over a head before anything is written, and walks over `steps`
 // tokens: of one row where rows have probes of their own, else of all rows in order. Heads of more than 256 vectors are
 // walked over twice, for the product and for the rest; the second time they come from the cache, and so does the
 // partial of dw.
 //
-// Run under the emulation of tests/cuda_emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet, and
-// no launch constant is measured.
-#include "scale_channels.h"
+// Tested under emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet; no launch constant is
+// measured.
 #include "group_sums.h"
+#include "head_channels.h"
 #include "launch.h"
 
 namespace actscale {
@@ -30,10 +30,10 @@ constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 4;
 
 // How the grid covers [B, T, H, D]; a closed form of the shape.
 struct Geometry {
-    int span, tiles;   // threads a head; vectors a thread
+    int span, tiles;  // threads per head; vectors per thread
     int heads, head_tiles;
-    int64_t tokens;    // that share their probes: of one row, or of all
-    int steps, chunks; // tokens a block; blocks that share their probes
+    int64_t tokens;     // that share their probes: of one row, or of all
+    int steps, chunks;  // tokens per block; blocks that share their probes
     int64_t blocks;
     int threads;
 };
@@ -42,12 +42,12 @@ struct Call {
     DynamicScale scale;
     Geometry at;
     bool aligned;
-    float *dweight_partial, *dbias_partial;  // backward; null: not wanted
 };
 
-Geometry geometry(const DynamicScale& c, int64_t multiprocessors, int64_t blocks_a_processor) {
+// `by_group`: rows have probes of their own.
+Geometry geometry(const DynamicScale& c, bool by_group, int64_t multiprocessors, int64_t blocks_a_processor) {
     const int64_t vectors = ceil_div(c.width, c.type == Type::float32 ? 4 : 8);
-    const int64_t spans = c.group ? c.rows : 1;
+    const int64_t spans = by_group ? c.rows : 1;
     Geometry g;
     g.span = int(most(least(vectors, CHANNEL_THREADS), 1));
     g.tiles = int(ceil_div(vectors, g.span));
@@ -64,11 +64,11 @@ Geometry geometry(const DynamicScale& c, int64_t multiprocessors, int64_t blocks
 
 // What of [B, T, H, D] is this thread's: some channels of one head, over some tokens.
 template <class T> struct Place {
-    int64_t chunk;       // over all spans
+    int64_t chunk;  // over all spans
     int64_t row, position;
     int count, head, lane;
-    bool here, known;    // whether there is such a head; such a group
-    int64_t probe;       // of its head, in [G, H]
+    bool here, known;  // whether there is such a head; such a group
+    int64_t probe;     // of its head, in [G, H]
 
     DEVICE explicit Place(const Call& call) {
         const DynamicScale& c = call.scale;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 2) dynamic_scale_backward_ker
     Place<T> place(call);
     const int width = place.here ? int(c.width) : 0;
     const float* weight = c.weight + place.probe * c.width;
-    float* dweight = call.dweight_partial;
+    float* dweight = c.dweight_partial;
     if (dweight) dweight += (place.chunk * c.heads + (place.here ? place.head : 0)) * c.width;
     float* scratch = reinterpret_cast<float*>(dynamic_shared());
     float w[W], v[W], g[W], dw[W] = {}, dbias = 0;
@@ -211,61 +211,57 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 2) dynamic_scale_backward_ker
         for (int e = 0; e < W; e++)
             if (e < width - channel) dweight[channel + e] = dw[e];
     }
-    if (call.dbias_partial && place.lane == 0) call.dbias_partial[place.chunk * c.heads + place.head] = dbias;
+    if (c.dbias_partial && place.lane == 0) c.dbias_partial[place.chunk * c.heads + place.head] = dbias;
 }
 
-bool on_grid(const DynamicScale& c, const void* p, const int64_t* stride) {
-    return strides_on_grid(c.type, c.rows, c.positions, c.heads, c.width, p, stride);
-}
-
-Error prepare(Call& call, int64_t blocks_a_processor) {
+Error prepare(Call& call, bool by_group, int64_t blocks_a_processor) {
     const DynamicScale& c = call.scale;
     if (c.width > (int64_t(1) << 30) || c.heads > (int64_t(1) << 30)) return "more than 2^30 channels or heads";
     Limits limits;
     if (Error error = device_limits(&limits)) return error;
-    call.at = geometry(c, limits.multiprocessors, blocks_a_processor);
+    call.at = geometry(c, by_group, limits.multiprocessors, blocks_a_processor);
     return nullptr;
 }
 
-template <class Kernel> Error launch_as(const Call& call, void* stream, Kernel* f, Kernel* b, Kernel* h) {
-    const Type type = call.scale.type;
-    const Shape shape = {call.at.blocks, call.at.threads, 1, 2 * CHANNEL_THREADS * 4};
-    return launch(type == Type::float32 ? f : type == Type::bfloat16 ? b : h, shape, stream, call);
-}
+Shape shape_of(const Call& call) { return {call.at.blocks, call.at.threads, 1, 2 * CHANNEL_THREADS * 4}; }
 
 bool empty(const DynamicScale& c) { return !c.rows || !c.positions || !c.heads; }
 
 }  // namespace
 
-Error dynamic_scale(const DynamicScale& scale, void* stream) {
+Error dynamic_scale(const DynamicScale& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false, nullptr, nullptr};
-    if (Error error = prepare(call, FORWARD_BLOCKS)) return error;
+    Call call = {scale, {}, false};
+    if (Error error = prepare(call, scale.group, FORWARD_BLOCKS)) return error;
     call.aligned = on_grid(scale, scale.x, scale.x_stride) && on_grid(scale, scale.out, scale.out_stride);
-    return launch_as(call, stream, dynamic_scale_kernel<float32>, dynamic_scale_kernel<bf16>,
-                     dynamic_scale_kernel<half16>);
+    return with_type(scale.type, [&](auto zero) {
+        return launch(dynamic_scale_kernel<decltype(zero)>, shape_of(call), scale.stream, call);
+    });
 }
 
-Error dynamic_scale_chunks(const DynamicScale& scale, int64_t* chunks) {
-    Call call = {scale, {}, false, nullptr, nullptr};
-    if (Error error = prepare(call, BACKWARD_BLOCKS)) return error;
+Error dynamic_scale_chunks(const DynamicScale& scale, bool by_group, int64_t* chunks) {
+    Call call = {scale, {}, false};
+    if (Error error = prepare(call, by_group, BACKWARD_BLOCKS)) return error;
     *chunks = call.at.blocks / call.at.head_tiles;
     return nullptr;
 }
 
-Error dynamic_scale_backward(const DynamicScale& scale, float* dweight_partial, float* dbias_partial, void* stream) {
+Error dynamic_scale_backward(const DynamicScale& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false, dweight_partial, dbias_partial};
-    if (Error error = prepare(call, BACKWARD_BLOCKS)) return error;
+    Call call = {scale, {}, false};
+    if (Error error = prepare(call, scale.group, BACKWARD_BLOCKS)) return error;
     call.aligned = on_grid(scale, scale.dy, scale.dy_stride) && on_grid(scale, scale.x, scale.x_stride) &&
                    (!scale.out || on_grid(scale, scale.out, scale.out_stride));
-    Error error = launch_as(call, stream, dynamic_scale_backward_kernel<float32>, dynamic_scale_backward_kernel<bf16>,
-                            dynamic_scale_backward_kernel<half16>);
+    Error error = with_type(scale.type, [&](auto zero) {
+        return launch(dynamic_scale_backward_kernel<decltype(zero)>, shape_of(call), scale.stream, call);
+    });
     if (error) return error;
-    const GroupSums sums = {{{scale.dweight, dweight_partial, 1, call.at.chunks, scale.heads * scale.width},
-                             {scale.dbias, dbias_partial, 1, call.at.chunks, scale.heads}},
-                            scale.group, scale.group ? scale.rows : 1, scale.groups};
-    return sum_groups(sums, stream);
+    const GroupSums sums = {{{scale.dweight, scale.dweight_partial, 1, call.at.chunks, scale.heads * scale.width},
+                             {scale.dbias, scale.dbias_partial, 1, call.at.chunks, scale.heads}},
+                            scale.group,
+                            scale.group ? scale.rows : 1,
+                            scale.groups};
+    return sum_groups(sums, scale.stream);
 }
 
 }  // namespace cuda

@@ -2,8 +2,8 @@
 // partial; a block's warps take every SUMMANDS-th partial in order, and their sums are added in the order of the warps.
 // Bytes: 4 per partial sum, read once; the partials are a few per cent of the activation, so this is mostly its launch.
 //
-// Run under the emulation of tests/cuda_emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet, and
-// no launch constant is measured.
+// Tested under emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet; no launch constant is
+// measured.
 #include "group_sums.h"
 
 #include "launch.h"
@@ -12,9 +12,9 @@ namespace actscale {
 namespace cuda {
 namespace {
 
-constexpr int COLUMNS = 32, SUMMANDS = 16;  // threads a block: one warp a partial, at most 16 of them under way
+constexpr int COLUMNS = 32, SUMMANDS = 16;  // threads per block: one warp a partial, at most 16 of them under way
 
-__global__ void __launch_bounds__(COLUMNS * SUMMANDS) sum_groups_kernel(const GroupSums call) {
+__global__ void __launch_bounds__(COLUMNS* SUMMANDS) sum_groups_kernel(const GroupSums call) {
     int64_t block = blockIdx.x;
     const int64_t first = call.sum[0].tiles * call.groups * call.sum[0].positions;
     const bool is_first = block < first;

@@ -13,8 +13,8 @@ struct GroupSum {  // out[g, p, n] = Σ_{b in g} Σ_c partial[b, p, c, n]
 };
 
 struct GroupSums {
-    GroupSum sum[2];        // of one launch
-    const int64_t* group;   // [B]; null: row g is group g, or all rows where there is one group
+    GroupSum sum[2];       // of one launch
+    const int64_t* group;  // [B]; null: row g is group g, or all rows where there is one group
     int64_t rows, groups;
 };
 

@@ -7,10 +7,10 @@
 //                 F = Σ q (log q − log p)  (reverse)  dF/dz = i·q·(log q − log p − F)
 // Without answers on request: weights of rows, w·F and w·dF/dz, and a soft-cap of both sides' logits, whose slope is a
 // factor of the gradient. A row of weight 0 is not read, its gradient is written as zeros.
-// The sums behind F and dF/dz are those of cuda_softmaxes.h. Saved for backward: the gradient and three numbers a row.
+// The sums behind F and dF/dz are those of softmaxes.h. Saved for backward: the gradient and three numbers per row.
 //
-// The two rows stay on chip: each logit is read once and each gradient written once, 3·b bytes a logit of b bytes (2·b
-// without the gradient). A row belongs to one block or to a thread-block cluster whose blocks hold a share each in
+// The two rows stay on chip: each logit is read once and each gradient written once, 3·b bytes per logit of b bytes
+// (2·b without the gradient). A row belongs to one block or to a thread-block cluster whose blocks hold a share each in
 // shared memory and add up their sums over distributed shared memory, in the order of their ranks. A thread scans and
 // differentiates the vectors it copied itself, so the copies need no barrier, and AHEAD steps of them are under way
 // while it works. Rows that no cluster can hold are read a second time, backwards, through the same slots used as a
@@ -18,8 +18,8 @@
 // sign(α) are the first cluster of the launch. The gradient may overwrite the logits: a thread writes the vectors that
 // it alone has read, and the answers' logits, which all read, are in registers before the first barrier.
 //
-// Run under the emulation of tests/cuda_emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet, and
-// no launch constant is measured.
+// Tested under emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet; no launch constant is
+// measured.
 #include "launch.h"
 #include "loss_share.h"
 
@@ -34,24 +34,23 @@ static_assert(ALL_AT + SUMS * 16 <= SCRATCH_FLOATS, "scratch");
 
 struct Call {
     InterventionLoss loss;
-    Scalars scalars;
     LossPlan plan;
     bool nothing_left;  // V = 0, or V ≤ 2 without the answers: F = 0
 };
 
-DEVICE void norm_of_scalars(const Scalars& scalars, float* scratch) {
+DEVICE void norm_of_scalars(const InterventionLoss& c, float* scratch) {
     float total = 0;
-    for (int64_t i = threadIdx.x; i < scalars.count; i += THREADS) {
-        const float value = scalars.values[i];
+    for (int64_t i = threadIdx.x; i < c.n_scalars; i += THREADS) {
+        const float value = c.scalars[i];
         total += fabsf(value);
-        if (scalars.sign) scalars.sign[i] = float(value > 0) - float(value < 0);
+        if (c.sign) c.sign[i] = float(value > 0) - float(value < 0);
     }
     total = warp_sum(total);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = total;
     __syncthreads();
     if (threadIdx.x == 0) {
         for (int i = 1; i < WARPS; i++) total += scratch[i];
-        *scalars.l1 = total;
+        *c.l1 = total;
     }
 }
 
@@ -89,9 +88,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
     const int blocks = call.plan.cluster, rank = int(blockIdx.x % blocks);
     float* scratch = reinterpret_cast<float*>(dynamic_shared());
     int64_t row = blockIdx.x / blocks;
-    if (call.scalars.given) {
+    if (c.l1) {
         if (row == 0) {
-            if (rank == 0) norm_of_scalars(call.scalars, scratch);
+            if (rank == 0) norm_of_scalars(c, scratch);
             return;
         }
         row--;
@@ -133,8 +132,14 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
     const float ratio = LN2 * log2f(sums.sum_o / sums.sum_w);
     float divergence = c.inverse_temperature * (sums.a / sums.sum_w * GROWTH) + ratio;
     if (divergence < 0) divergence = 0;  // rounding
-    Softmaxes s = {finite(sums.top_w), log2f(sums.sum_w), finite(sums.top_o), log2f(sums.sum_o), divergence,
-                   scale, c.inverse_temperature * weight, c.reverse};
+    Softmaxes s = {finite(sums.top_w),
+                   log2f(sums.sum_w),
+                   finite(sums.top_o),
+                   log2f(sums.sum_o),
+                   divergence,
+                   scale,
+                   c.inverse_temperature * weight,
+                   c.reverse};
     if (call.nothing_left) s.divergence = 0, s.log_w = s.log_o = infinity();
     s.divergence += poison, s.log_w += poison, s.log_o += poison;
 
@@ -168,11 +173,11 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
     if (blocks > 1) cluster_wait();
 }
 
-template <class T> Error launch_loss(Call call, const Limits& limits, void* stream) {
+template <class T> Error launch_loss(Call call, const Limits& limits, T) {
     const InterventionLoss& c = call.loss;
     const auto kernel = c.softcap > 0 ? intervention_loss_kernel<T, true> : intervention_loss_kernel<T, false>;
     auto shape = [&] {
-        const int64_t clusters = c.rows + call.scalars.given;
+        const int64_t clusters = c.rows + (c.l1 != nullptr);
         return Shape{clusters * call.plan.cluster, THREADS, call.plan.cluster, call.plan.shared};
     };
     call.plan = plan_loss(c.rows, c.vocab, sizeof(T), limits);
@@ -181,7 +186,7 @@ template <class T> Error launch_loss(Call call, const Limits& limits, void* stre
         portable.max_cluster = PORTABLE_CLUSTER;
         call.plan = plan_loss(c.rows, c.vocab, sizeof(T), portable);
     }
-    return launch(kernel, shape(), stream, call);
+    return launch(kernel, shape(), c.stream, call);
 }
 
 }  // namespace
@@ -210,16 +215,14 @@ LossPlan plan_loss(int64_t rows, int64_t vocab, int64_t element_bytes, const Lim
     return plan;
 }
 
-Error intervention_loss(const InterventionLoss& loss, const Scalars& scalars, void* stream) {
-    if (!loss.rows && !scalars.given) return nullptr;
+Error intervention_loss(const InterventionLoss& loss) {
+    if (!loss.rows && !loss.l1) return nullptr;
     if (loss.vocab > MOST_COLUMNS) return TOO_MANY_COLUMNS;
     Limits limits;
     if (Error error = device_limits(&limits)) return error;
     const bool nothing_left = loss.vocab == 0 || (loss.exclude_answers && loss.correct && loss.vocab <= 2);
-    const Call call = {loss, scalars, {}, nothing_left};
-    if (loss.type == Type::float32) return launch_loss<float32>(call, limits, stream);
-    if (loss.type == Type::bfloat16) return launch_loss<bf16>(call, limits, stream);
-    return launch_loss<half16>(call, limits, stream);
+    const Call call = {loss, {}, nothing_left};
+    return with_type(loss.type, [&](auto zero) { return launch_loss(call, limits, zero); });
 }
 
 }  // namespace cuda

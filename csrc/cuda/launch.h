@@ -18,6 +18,11 @@ struct Shape {
     int64_t blocks_y = 1;
 };
 
+// What `run` returns for a zero of the device type that `type` names.
+template <class Run> Error with_type(Type type, Run run) {
+    return type == Type::float32 ? run(float32{}) : type == Type::bfloat16 ? run(bf16{}) : run(half16{});
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -26,7 +31,7 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int DEVICES = 64;
 constexpr int64_t SHARED_WITHOUT_ASKING = 48 << 10;
 
-// The current device's limits, asked once a process.
+// The current device's limits, asked once per process.
 inline Error limits_of_device(Limits* out) {
     static Limits known[DEVICES];  // two threads may both ask, and write the same
     int device = 0;

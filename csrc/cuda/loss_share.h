@@ -8,7 +8,7 @@ namespace cuda {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 // Columns a thread takes in a step: two to four 16-byte vectors of each tensor, so that the running maxima, which cost
-// two exponentials a step, are a twelfth of the work.
+// two exponentials per step, are a twelfth of the work.
 constexpr int PER_THREAD = 16;
 // Steps copied ahead of the one in work: 32 to 64 KB under way a block, two blocks or more a multiprocessor.
 constexpr int AHEAD = 2;
@@ -20,16 +20,16 @@ template <class T> constexpr int STEP = THREADS * UNROLL<T>;  // vectors
 
 // One block's share of a row.
 template <class T> struct Share {
-    const T *w, *o;     // the row's first columns
-    T* grad;            // or null
+    const T *w, *o;  // the row's first columns
+    T* grad;         // or null
     int vocab, first_column;
-    int count;          // vectors; one more or less from row to row, as rows lie on the grid
+    int count;  // vectors; one more or less from row to row, as rows lie on the grid
     Vector *slots_w, *slots_o;
-    int ring;           // steps that the slots hold
+    int ring;  // steps that the slots hold
     int steps;
     bool w_on_grid, o_on_grid;
-    int answers[2];     // the vectors of c and w, or -1
-    int columns[2];     // within those
+    int answers[2];  // the vectors of c and w, or -1
+    int columns[2];  // within those
 
     DEVICE int vector(int step, int u) const { return step * STEP<T> + u * THREADS + int(threadIdx.x); }
     DEVICE int slot(int turn, int u) const { return turn % ring * STEP<T> + u * THREADS + int(threadIdx.x); }

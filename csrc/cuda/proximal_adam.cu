@@ -6,8 +6,8 @@
 // and nothing else: one block walks over all of them, and it alone counts the step. Beyond ONE_BLOCK scalars a block
 // would be slower than the chip; then many blocks read `step`, and a second launch counts it.
 //
-// Run under the emulation of tests/cuda_emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet, and
-// no launch constant is measured.
+// Tested under emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet; no launch constant is
+// measured.
 #include "launch.h"
 
 namespace actscale {
@@ -15,8 +15,8 @@ namespace cuda {
 namespace {
 
 constexpr int THREADS = 512;
-constexpr int64_t A_BLOCK = 4 * THREADS;     // scalars a block takes where there are many blocks
-constexpr int64_t ONE_BLOCK = 16 << 10;      // 32 rounds of one block cost about what another launch does
+constexpr int64_t A_BLOCK = 4 * THREADS;  // scalars a block takes where there are many blocks
+constexpr int64_t ONE_BLOCK = 16 << 10;   // 32 rounds of one block cost about what another launch does
 
 struct Call {
     int64_t count;
@@ -45,21 +45,36 @@ __global__ void __launch_bounds__(THREADS) proximal_adam_kernel(const Call c) {
     if (threadIdx.x == 0) *c.step = step;
 }
 
-struct Count { float* step; };
+struct Count {
+    float* step;
+};
 __global__ void __launch_bounds__(32) count_step_kernel(const Count c) {
     if (threadIdx.x == 0) *c.step += 1;
 }
 
 }  // namespace
 
-Error proximal_adam(const ProximalAdam& c, void* stream) {
+Error proximal_adam(const ProximalAdam& c) {
     const bool one = c.count <= ONE_BLOCK;
-    const Call call = {c.count, c.parameter, c.exp_avg, c.exp_avg_sq, c.step, c.gradient, float(c.lr), float(c.beta1),
-                       float(c.beta2), float(1 - c.beta1), float(1 - c.beta2), float(log(c.beta1)),
-                       float(log(c.beta2)), float(c.eps), float(c.l1), one};
+    const Call call = {c.count,
+                       c.parameter,
+                       c.exp_avg,
+                       c.exp_avg_sq,
+                       c.step,
+                       c.gradient,
+                       float(c.lr),
+                       float(c.beta1),
+                       float(c.beta2),
+                       float(1 - c.beta1),
+                       float(1 - c.beta2),
+                       float(log(c.beta1)),
+                       float(log(c.beta2)),
+                       float(c.eps),
+                       float(c.l1),
+                       one};
     const int64_t blocks = one ? 1 : least(ceil_div(c.count, A_BLOCK), 1 << 16);
-    Error error = launch(proximal_adam_kernel, Shape{blocks, THREADS}, stream, call);
-    if (!error && !one) error = launch(count_step_kernel, Shape{1, 32}, stream, Count{c.step});
+    Error error = launch(proximal_adam_kernel, Shape{blocks, THREADS}, c.stream, call);
+    if (!error && !one) error = launch(count_step_kernel, Shape{1, 32}, c.stream, Count{c.step});
     return error;
 }
 

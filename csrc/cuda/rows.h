@@ -27,8 +27,7 @@ DEVICE Vector shifted(const Vector& low, const Vector& high, int bytes) {
     for (int i = 0; i < 5; i++) w[i] = bytes & 4 ? w[i + 1] : w[i];
     Vector out;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        out.word[i] = bytes & 2 ? (w[i] >> 16) | (w[i + 1] << 16) : w[i];
+    for (int i = 0; i < 4; i++) out.word[i] = bytes & 2 ? (w[i] >> 16) | (w[i + 1] << 16) : w[i];
     return out;
 }
 

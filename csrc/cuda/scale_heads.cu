@@ -5,17 +5,17 @@
 //   dα[g,p,h]     = Σ_{b in g} β Σ_t ⟨x, dy⟩                   (no sum over t where p is t)
 //   dv[g,p,h,:]   = Σ_{b in g} β Σ_t dy                        (likewise)
 // Saved for backward: x where dα is wanted, and the scalars. Bytes per element of x, b its size: forward 2·b; backward
-// 3·b (x, dy, dx), less b without dx and less b without dα. The sums ride along: a block adds up its own positions in
-// registers and stores one partial a head (a channel, for dv); one more launch adds the partials of dα and dv up, in
-// the order of rows and positions. No atomics.
+// 3·b (x, dy, dx), less b without dx and less b without dα. The reductions are fused into this kernel: a block adds up
+// its own positions in registers and stores one partial per head (a channel, for dv); one more launch adds the partials
+// of dα and dv up, in the order of rows and positions. No atomics.
 //
-// A block takes whole heads, 16 bytes of channels a thread, and walks over `steps` positions of one row. Where rows or
-// heads lie off the 16-byte grid, the same threads read and write their channels one at a time.
+// A block takes whole heads, 16 bytes of channels per thread, and walks over `steps` positions of one row. Where rows
+// or heads lie off the 16-byte grid, the same threads read and write their channels one at a time.
 //
-// Run under the emulation of tests/cuda_emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet, and
-// no launch constant is measured.
-#include "scale_channels.h"
+// Tested under emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet; no launch constant is
+// measured.
 #include "group_sums.h"
+#include "head_channels.h"
 #include "launch.h"
 
 namespace actscale {
@@ -29,18 +29,17 @@ constexpr int BLOCKS_PER_PROCESSOR = 16;  // over the whole grid: the last wave 
 
 // How the grid covers [B, T, H, D]; a closed form of the shape.
 struct Geometry {
-    int span;           // threads a head (of one channel tile)
-    int heads;          // a block
+    int span;   // threads per head (of one channel tile)
+    int heads;  // a block
     int head_tiles, channel_tiles;
-    int steps, chunks;  // positions a block; blocks a row
+    int steps, chunks;  // positions per block; blocks per row
     int threads;
 };
 
 struct Call {
     ScaleHeads scale;
     Geometry at;
-    bool aligned;       // 16-byte accesses
-    float *dalpha_partial, *dshift_partial;  // backward; null: not wanted
+    bool aligned;  // 16-byte accesses
 };
 
 Geometry geometry(const ScaleHeads& c, int64_t multiprocessors) {
@@ -53,8 +52,10 @@ Geometry geometry(const ScaleHeads& c, int64_t multiprocessors) {
     const int64_t tiles = c.rows * c.positions * g.head_tiles * g.channel_tiles;
     // Then each position has a partial of its own.
     const bool by_position = c.alpha_positions > 1 || c.shift_positions > 1;
-    g.steps = by_position ? 1 : int(least(least(most(tiles / (BLOCKS_PER_PROCESSOR * multiprocessors), 1), MAX_STEPS),
-                                          c.positions));
+    g.steps =
+        by_position
+            ? 1
+            : int(least(least(most(tiles / (BLOCKS_PER_PROCESSOR * multiprocessors), 1), MAX_STEPS), c.positions));
     g.chunks = int(ceil_div(c.positions, g.steps));
     g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
     return g;
@@ -135,7 +136,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, 2) scale_heads_bac
     const Place<T> place(call);
     const int left = int(c.width) - place.channel, count = place.here ? place.count : 0;
     const T* dy = static_cast<const T*>(c.dy) + place.offset(c.dy_stride);
-    const T* x = static_cast<const T*>(c.x) + (call.dalpha_partial ? place.offset(c.x_stride) : 0);
+    const T* x = static_cast<const T*>(c.x) + (c.dalpha_partial ? place.offset(c.x_stride) : 0);
     T* dx = static_cast<T*>(c.out) + (c.out ? place.offset(c.out_stride) : 0);
     float dalpha = 0, dshift[W] = {};
     for (int begin = 0; begin < count; begin += UNROLL) {
@@ -145,7 +146,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, 2) scale_heads_bac
             if (begin + u >= count) continue;
             const int64_t t = place.first + begin + u;
             grads[u] = load_channels(dy + t * c.dy_stride[1], left, call.aligned);
-            if (call.dalpha_partial) values[u] = load_channels(x + t * c.x_stride[1], left, call.aligned);
+            if (c.dalpha_partial) values[u] = load_channels(x + t * c.x_stride[1], left, call.aligned);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
@@ -153,7 +154,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, 2) scale_heads_bac
             const int64_t t = place.first + begin + u;
             float g[W];
             unpack(grads[u], g, T());
-            if (call.dalpha_partial) {
+            if (c.dalpha_partial) {
                 float v[W], product = 0;
                 unpack(values[u], v, T());
 #pragma unroll
@@ -170,22 +171,18 @@ template <class T> __global__ void __launch_bounds__(THREADS, 2) scale_heads_bac
             }
         }
     }
-    if (call.dshift_partial && place.here) {
-        float* out = call.dshift_partial + (place.chunk * c.heads + place.head) * c.width + place.channel;
+    if (c.dshift_partial && place.here) {
+        float* out = c.dshift_partial + (place.chunk * c.heads + place.head) * c.width + place.channel;
 #pragma unroll
         for (int e = 0; e < W; e++)
             if (e < left) out[e] = place.beta * dshift[e];
     }
-    if (call.dalpha_partial) {
+    if (c.dalpha_partial) {
         dalpha = over_head(dalpha, call.at.span, reinterpret_cast<float*>(dynamic_shared()));
         if (place.here && int(threadIdx.x) % call.at.span == 0)
-            call.dalpha_partial[(place.chunk * call.at.channel_tiles + blockIdx.y) * c.heads + place.head] =
+            c.dalpha_partial[(place.chunk * call.at.channel_tiles + blockIdx.y) * c.heads + place.head] =
                 place.beta * dalpha;
     }
-}
-
-bool on_grid(const ScaleHeads& c, const void* p, const int64_t* stride) {
-    return strides_on_grid(c.type, c.rows, c.positions, c.heads, c.width, p, stride);
 }
 
 Error prepare(Call& call) {
@@ -203,47 +200,48 @@ Shape shape_of(const Call& call) {
     return {call.scale.rows * at.chunks * at.head_tiles, at.threads, 1, THREADS * 4, at.channel_tiles};
 }
 
-template <class Kernel> Error launch_as(Type type, const Call& call, void* stream, Kernel* f, Kernel* b, Kernel* h) {
-    return launch(type == Type::float32 ? f : type == Type::bfloat16 ? b : h, shape_of(call), stream, call);
-}
-
 bool empty(const ScaleHeads& c) { return !c.rows || !c.positions || !c.heads || !c.width; }
 
 }  // namespace
 
-Error scale_heads(const ScaleHeads& scale, void* stream) {
+Error scale_heads(const ScaleHeads& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false, nullptr, nullptr};
+    Call call = {scale, {}, false};
     if (Error error = prepare(call)) return error;
     call.aligned = on_grid(scale, scale.x, scale.x_stride) && on_grid(scale, scale.out, scale.out_stride);
-    return launch_as(scale.type, call, stream, scale_heads_kernel<float32>, scale_heads_kernel<bf16>,
-                     scale_heads_kernel<half16>);
+    return with_type(scale.type, [&](auto zero) {
+        return launch(scale_heads_kernel<decltype(zero)>, shape_of(call), scale.stream, call);
+    });
 }
 
 Error scale_heads_partials(const ScaleHeads& scale, PartialSums* floats) {
-    Call call = {scale, {}, false, nullptr, nullptr};
+    Call call = {scale, {}, false};
     if (Error error = prepare(call)) return error;
     const int64_t blocks = scale.rows * call.at.chunks;
     *floats = {blocks * call.at.channel_tiles * scale.heads, blocks * scale.heads * scale.width};
     return nullptr;
 }
 
-Error scale_heads_backward(const ScaleHeads& scale, float* dalpha_partial, float* dshift_partial, void* stream) {
+Error scale_heads_backward(const ScaleHeads& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false, dalpha_partial, dshift_partial};
+    Call call = {scale, {}, false};
     if (Error error = prepare(call)) return error;
     call.aligned = on_grid(scale, scale.dy, scale.dy_stride) &&
-                   (!dalpha_partial || on_grid(scale, scale.x, scale.x_stride)) &&
+                   (!scale.dalpha_partial || on_grid(scale, scale.x, scale.x_stride)) &&
                    (!scale.out || on_grid(scale, scale.out, scale.out_stride));
-    Error error = launch_as(scale.type, call, stream, scale_heads_backward_kernel<float32>,
-                            scale_heads_backward_kernel<bf16>, scale_heads_backward_kernel<half16>);
-    if (error || !(dalpha_partial || dshift_partial)) return error;
+    Error error = with_type(scale.type, [&](auto zero) {
+        return launch(scale_heads_backward_kernel<decltype(zero)>, shape_of(call), scale.stream, call);
+    });
+    if (error || !(scale.dalpha_partial || scale.dshift_partial)) return error;
     const bool by_position = scale.alpha_positions > 1 || scale.shift_positions > 1;
     const int64_t positions = by_position ? scale.positions : 1, chunks = by_position ? 1 : call.at.chunks;
-    const GroupSums sums = {{{scale.dalpha, dalpha_partial, positions, chunks * call.at.channel_tiles, scale.heads},
-                             {scale.dshift, dshift_partial, positions, chunks, scale.heads * scale.width}},
-                            scale.group, scale.rows, scale.groups};
-    return sum_groups(sums, stream);
+    const GroupSums sums = {
+        {{scale.dalpha, scale.dalpha_partial, positions, chunks * call.at.channel_tiles, scale.heads},
+         {scale.dshift, scale.dshift_partial, positions, chunks, scale.heads * scale.width}},
+        scale.group,
+        scale.rows,
+        scale.groups};
+    return sum_groups(sums, scale.stream);
 }
 
 }  // namespace cuda

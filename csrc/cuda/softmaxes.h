@@ -1,5 +1,5 @@
-// Two softmaxes over the same columns in one pass: the sums of a KL divergence, and its gradient. What is said in
-// actscale_fast/ops/triton/softmaxes.py of the formulas, their order and their zeros holds here word for word:
+// Two softmaxes over the same columns in one pass: the sums of a KL divergence, and its gradient. The formulas, their
+// order and their zeros are explained in actscale_fast/ops/triton/softmaxes.py:
 //
 //   KL = i·A/L_w + log(L_o/L_w),   A = Σ e^{i(w−M_w)}·((w−M_w) − (o−M_o)),   L = Σ e^{i(·−M)},   M: the maxima
 //   dF/dz = i·(q − p) forward, i·q·(log q − log p − F) reverse, p and q from e^{i(·−M) − log L}
@@ -15,9 +15,11 @@
 namespace actscale {
 namespace cuda {
 
-// With e = 2^x, x = 2·log2(e)·v/s:  tanh = (e - 1)/(e + 1),  1 - tanh² = 4·e/(e + 1)². e - 1 comes from the polynomial of
-// 2^f, |f| <= 1/2, without its 1, so that small logits keep their digits; the slope is no difference of two ones.
-struct Capped { float value, slope; };
+// With e = 2^x, x = 2·log2(e)·v/s:  tanh = (e - 1)/(e + 1),  1 - tanh² = 4·e/(e + 1)². e - 1 comes from the polynomial
+// of 2^f, |f| <= 1/2, without its 1, so that small logits keep their digits; the slope is no difference of two ones.
+struct Capped {
+    float value, slope;
+};
 struct Cap {
     float to_power, softcap;
 
@@ -38,7 +40,9 @@ struct Cap {
     }
 };
 
-struct Sums { float top_w, sum_w, top_o, sum_o, a; };  // a: A/2^24
+struct Sums {
+    float top_w, sum_w, top_o, sum_o, a;
+};  // a: A/2^24
 constexpr int SUMS = 5;
 constexpr float SHRINK = 0x1p-24f, GROWTH = 0x1p24f;  // of A: no sum of finite differences overflows
 
@@ -58,9 +62,7 @@ DEVICE void move(Sums& s, float top_w, float top_o, float scale) {
     s.top_w = top_w, s.top_o = top_o;
 }
 
-DEVICE void add(Sums& s, const Sums& other) {
-    s.sum_w += other.sum_w, s.sum_o += other.sum_o, s.a += other.a;
-}
+DEVICE void add(Sums& s, const Sums& other) { s.sum_w += other.sum_w, s.sum_o += other.sum_o, s.a += other.a; }
 
 template <int N> DEVICE void scan(Sums& s, const float (&w)[N], const float (&o)[N], float scale) {
     float top_w = s.top_w, top_o = s.top_o;
@@ -79,7 +81,7 @@ template <int N> DEVICE void scan(Sums& s, const float (&w)[N], const float (&o)
     add(s, here);
 }
 
-// The sums of all threads of a block, the same bits in each. `scratch`: 5 floats a warp.
+// The sums of all threads of a block, the same bits in each. `scratch`: 5 floats per warp.
 template <int WARPS> DEVICE Sums over_block(Sums s, float scale, float* scratch) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float warp_w = warp_max(s.top_w), warp_o = warp_max(s.top_o);
@@ -121,7 +123,10 @@ DEVICE Sums over_cluster(const Sums& s, int blocks, float scale, float* mine, fl
 
 // What the gradient of a row needs; the logarithms are to base 2. `factor`: the inverse temperature times the row's
 // weight.
-struct Softmaxes { float base_w, log_w, base_o, log_o, divergence, scale, factor; bool reverse; };
+struct Softmaxes {
+    float base_w, log_w, base_o, log_o, divergence, scale, factor;
+    bool reverse;
+};
 
 DEVICE float kl_gradient(float w, float o, const Softmaxes& s) {
     const float x = w - s.base_w, y = o - s.base_o, q = exp2_approximate(fmaf(x, s.scale, -s.log_w));

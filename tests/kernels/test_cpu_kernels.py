@@ -19,7 +19,7 @@ from actscale_fast.ops import reference
 
 _C = pytest.importorskip("actscale_fast.ops._C", reason="the C++ extension was not built", exc_type=ModuleNotFoundError)
 cpu = pytest.importorskip("actscale_fast.ops.cpu")
-TYPES = pytest.importorskip("actscale_fast.ops.addresses").TYPES
+TYPES = pytest.importorskip("actscale_fast.ops.calls").TYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -161,10 +161,11 @@ def test_a_row_of_weight_zero_is_not_read(n: int, softcap: float, level: str) ->
     weight[0] = 2.0
     answers = torch.empty(n, 3)
     for stored in (True, False):
-        outputs = (grad.data_ptr(), answers.data_ptr()) if stored else (0, 0)
         _C.intervention_loss(
-            TYPES[torch.float32], n, 20011, z.data_ptr(), 1 << 44, r.data_ptr(), 1 << 44, 0, 0, 0, weight.data_ptr(),
-            0.0, 1.0, softcap, False, False, losses[0].data_ptr(), losses[1].data_ptr(), *outputs, 2,
+            type=TYPES[torch.float32], rows=n, vocab=20011, logits=z, logits_stride=1 << 44, reference=r,
+            reference_stride=1 << 44, correct=None, wrong=None, direction=None, row_weight=weight, margin=0.0,
+            inverse_temperature=1.0, softcap=softcap, exclude_answers=False, reverse=False, effectiveness=losses[0],
+            faithfulness=losses[1], grad=grad if stored else None, answer_grad=answers if stored else None, threads=2,
         )  # fmt: skip
         assert losses[1, 0] > 0
         assert not losses[1, 1:].any()
@@ -267,9 +268,9 @@ def test_nothing_outside_the_outputs_is_written(dtype: torch.dtype) -> None:
     guarded = torch.full((3 * vocab + 2 * 64,), 7.0, dtype=dtype)
     grad, losses, answer_grad = guarded[63 : 63 + 3 * vocab], torch.empty(2, 3), torch.empty(3, 3)
     _C.intervention_loss(
-        TYPES[dtype], 3, vocab, z.data_ptr(), vocab, r.data_ptr(), vocab, correct.data_ptr(), wrong.data_ptr(),
-        direction.data_ptr(), 0, 1.0, 1.0, 0.0, True, False, losses[0].data_ptr(), losses[1].data_ptr(),
-        grad.data_ptr(), answer_grad.data_ptr(), 2,
+        type=TYPES[dtype], rows=3, vocab=vocab, logits=z, logits_stride=vocab, reference=r, reference_stride=vocab,
+        correct=correct, wrong=wrong, direction=direction, margin=1.0, inverse_temperature=1.0, exclude_answers=True,
+        reverse=False, effectiveness=losses[0], faithfulness=losses[1], grad=grad, answer_grad=answer_grad, threads=2,
     )  # fmt: skip
     assert (guarded[:63] == 7).all()
     assert (guarded[63 + 3 * vocab :] == 7).all()
@@ -288,6 +289,13 @@ def test_a_bad_token_id_is_refused_before_anything_is_written() -> None:
         loss(z, r, correct, wrong, torch.tensor([1, -1, 1, 0.5]))
     with pytest.raises(ValueError, match=r"group: row 1 has group 2, expected 0 to 1"):
         cpu.scale_heads(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1), None, 1.0, None, torch.tensor([0, 2]))
+
+
+def test_a_call_with_a_missing_or_an_unknown_argument_is_refused() -> None:
+    with pytest.raises(TypeError, match="missing argument type"):
+        _C.scale_channels(rows=0)
+    with pytest.raises(TypeError, match="unexpected argument colour"):
+        _C.scale_channels(type=0, rows=0, width=0, x=0, x_stride=0, out=0, weight=0, threads=1, colour=0)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
@@ -310,9 +318,16 @@ def test_the_interpreters_lock_is_released_while_a_kernel_runs() -> None:
             count[0] += 1
             time.sleep(0)  # gives the lock back at once
 
-    values = [torch.zeros(1 << 20) for _ in range(4)]
-    step = torch.zeros(())
-    arguments = (1 << 20, *(v.data_ptr() for v in values), step.data_ptr(), 1e-3, 0.9, 0.999, 1e-8, 0.0)
+    arguments = {name: torch.zeros(1 << 20) for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")}
+    arguments |= {
+        "step": torch.zeros(()),
+        "count": 1 << 20,
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "l1": 0.0,
+    }
     thread = threading.Thread(target=counting)
     interval, progress = sys.getswitchinterval(), 0
     thread.start()
@@ -320,7 +335,7 @@ def test_the_interpreters_lock_is_released_while_a_kernel_runs() -> None:
         sys.setswitchinterval(60.0)  # nobody is asked to hand the lock over: only a release lets the other thread run
         for _ in range(50):
             before = count[0]
-            _C.proximal_adam(*arguments)
+            _C.proximal_adam_(**arguments)
             progress += count[0] - before
     finally:
         stop.set()
@@ -330,7 +345,7 @@ def test_the_interpreters_lock_is_released_while_a_kernel_runs() -> None:
 
 
 def test_a_level_is_forced_by_the_environment_and_an_unknown_one_refused() -> None:
-    program = "from actscale_fast.ops import cpu; from actscale_fast import _C; print(_C.level())"
+    program = "from actscale_fast.ops import cpu; from actscale_fast.ops import _C; print(_C.level())"
     assert _run(program, ACTSCALE_CPU_LEVEL="portable").stdout.strip() == "portable"
     failed = _run(program, ACTSCALE_CPU_LEVEL="sse9")
     assert failed.returncode != 0

@@ -17,7 +17,7 @@ TYPES = ("float32", "bf16", "half16")
 #: once, the types it is compiled for).
 KERNELS = {
     "intervention_loss_kernel": (65536 // (2 * 256), TYPES),
-    "scale_gradient_kernel": (65536 // (4 * 256), TYPES),
+    "intervention_loss_scale_kernel": (65536 // (4 * 256), TYPES),
     "scale_heads_kernel": (65536 // (4 * 256), TYPES),
     "scale_heads_backward_kernel": (65536 // (2 * 256), TYPES),
     "dynamic_scale_kernel": (65536 // (4 * 256), TYPES),
@@ -54,8 +54,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Compiled]:
 
     for arch in ARCHITECTURES:
         folder = tmp_path_factory.mktemp(f"sm_{arch}")
-        command = [nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "--keep"]
-        command += ["--keep-dir", str(folder), "--output-directory", str(folder), "-c", *sources]
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "--keep"]
+        command += ["--keep-dir", str(folder), "--output-directory", str(folder), "-cubin", *sources]
         running[arch] = (folder, subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         if len(running) == 2:
             collect(next(iter(running)))
@@ -97,12 +97,12 @@ def test_every_kernel_compiles_without_a_spill_and_within_its_registers(
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rows_are_copied_read_and_written_16_bytes_at_a_time(compiled: dict[int, Compiled], arch: int) -> None:
     ptx = compiled[arch].ptx
-    assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 16;", ptx["cuda_loss"])
-    for file in ("cuda_loss", "cuda_scale_gradient", "cuda_scale_heads", "cuda_dynamic_scale"):
+    assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 16;", ptx["intervention_loss"])
+    for file in ("intervention_loss", "intervention_loss_scale", "scale_heads", "dynamic_scale"):
         assert "ld.global.v4" in ptx[file], file
         assert "st.global.v4" in ptx[file], file
 
 
 def test_clusters_are_used_from_sm_90_on(compiled: dict[int, Compiled]) -> None:
-    used = {arch: "barrier.cluster" in compiled[arch].ptx["cuda_loss"] for arch in ARCHITECTURES}
+    used = {arch: "barrier.cluster" in compiled[arch].ptx["intervention_loss"] for arch in ARCHITECTURES}
     assert used == {80: False, 90: True, 100: True}

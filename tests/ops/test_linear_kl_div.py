@@ -474,7 +474,7 @@ def test_errors_name_the_argument_what_came_and_what_was_expected(backend: Backe
             {"logit_scale": 1e-30, "softcap": 1e30}, ValueError,
             "softcap / logit_scale: got 1e+60, expected a positive number that float32 holds",
         ),
-        ({"chunk_bytes": 0}, ValueError, "chunk_bytes: got 0, expected a positive int"),
+        ({"chunk_bytes": 0}, ValueError, "chunk_bytes: got 0, expected a positive integer"),
         (
             {"reduction": "max"}, ValueError,
             "reduction: got 'max', expected 'none', 'sum', 'mean' or 'batchmean'",

@@ -13,7 +13,7 @@ from actscale_fast.ops.losses.linear_softmax import in_chunks
 
 _C = pytest.importorskip("actscale_fast.ops._C", reason="the C++ extension was not built", exc_type=ModuleNotFoundError)
 cpu = pytest.importorskip("actscale_fast.ops.cpu")
-TYPES = pytest.importorskip("actscale_fast.ops.addresses").TYPES
+TYPES = pytest.importorskip("actscale_fast.ops.calls").TYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -82,11 +82,12 @@ def test_nothing_outside_the_outputs_is_written(dtype: torch.dtype, level: str, 
     expected = cpu.linear_softmax(*given)
     guarded = [torch.full((t.numel() + 128,), 7.0, dtype=t.dtype) for t in expected]
     outputs = [g[64 : 64 + t.numel()] for g, t in zip(guarded, expected, strict=True)]
-    log_sum, mean, mean_bias, answers = (t.data_ptr() for t in outputs)
+    log_sum, mean, mean_bias, answers = outputs
     hidden, weight, bias, correct, wrong = (t for t in given[:5] if isinstance(t, Tensor))
     _C.linear_softmax(
-        TYPES[dtype], 5, 500, 33, hidden.data_ptr(), 33, weight.data_ptr(), 33, bias.data_ptr(), correct.data_ptr(),
-        wrong.data_ptr(), True, 0.8, 1 << 24, log_sum, mean, mean_bias, answers, 2,
+        type=TYPES[dtype], rows=5, vocab=500, width=33, hidden=hidden, hidden_stride=33, weight=weight,
+        weight_stride=33, bias=bias, correct=correct, wrong=wrong, exclude_answers=True, scale=0.8, bytes=1 << 24,
+        log_sum=log_sum, mean=mean, mean_bias=mean_bias, answers=answers, threads=2,
     )  # fmt: skip
     for whole, values, wanted in zip(guarded, outputs, expected, strict=True):
         assert torch.equal(values.view(wanted.shape), wanted)

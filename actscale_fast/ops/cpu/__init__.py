@@ -1,8 +1,8 @@
-"""The C++ kernels as a backend: tensors become addresses, sizes and strides; outputs are allocated here.
+"""The C++ kernels as an `interface.BackendModule`; outputs are allocated here.
 
-Each call runs on `torch.get_num_threads()` of torch's own OpenMP threads (torch is loaded first, so the extension's
-calls resolve to its runtime); the sums do not depend on how many. The instructions (AVX-512, AVX2 or portable) are
-chosen by what the processor has; environment variable ACTSCALE_CPU_LEVEL forces a lower level.
+Each call runs on `torch.get_num_threads()` of PyTorch's own OpenMP threads (torch is loaded first, so the extension's
+calls resolve to its runtime); results do not depend on how many. The processor decides on the instructions: AVX-512,
+AVX2 or portable. The environment variable ACTSCALE_CPU_LEVEL forces a lower level.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 
 import torch as torch  # its OpenMP runtime, before the extension's
 
-from .. import _C
+from .. import _C  # type: ignore[attr-defined]
 from .dynamic_scale import dynamic_scale, dynamic_scale_backward
 from .intervention_loss import intervention_loss, intervention_loss_scale_
 from .linear_softmax import linear_softmax

@@ -1,12 +1,12 @@
-"""dynamic_scale and its backward in C++ (csrc/dynamic_scale.h)."""
+"""dynamic_scale and its backward in C++ (csrc/cpu/dynamic_scale.h)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import _C, strides
-from ..addresses import TYPES, address
+from .. import _C, outputs, strides  # type: ignore[attr-defined]
+from ..calls import TYPES
 
 
 def dynamic_scale(
@@ -18,11 +18,12 @@ def dynamic_scale(
     group: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     strides.require_unit_stride(x)
-    y, scalars = strides.empty_like(x), x.new_empty(x.shape[:3], dtype=torch.float32)
+    y, scalars = outputs.dynamic_scale(x)
+    B, T, H, D = x.shape
     _C.dynamic_scale(
-        TYPES[x.dtype], tuple(x.shape), x.data_ptr(), x.stride()[:3], y.data_ptr(), y.stride()[:3],
-        weight.data_ptr(), address(bias), scalars.data_ptr(), weight.shape[0], strength, address(row_strength),
-        address(group), torch.get_num_threads(),
+        type=TYPES[x.dtype], rows=B, positions=T, heads=H, width=D, x=x, x_stride=x.stride(), out=y,
+        out_stride=y.stride(), weight=weight, bias=bias, scalars=scalars, groups=weight.shape[0], strength=strength,
+        row_strength=row_strength, group=group, threads=torch.get_num_threads(),
     )  # fmt: skip
     return y, scalars
 
@@ -42,14 +43,12 @@ def dynamic_scale_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     strides.require_unit_stride(x)
     dy = dy.to(x.dtype)
-    dx = strides.empty_like(x) if need_dx else x.new_empty(0)
-    dweight = torch.empty_like(weight) if need_dweight else weight.new_empty(0)
-    dbias = weight.new_empty(weight.shape[:2] if need_dbias else (0,))
+    dx, dweight, dbias = outputs.dynamic_scale_gradients(x, weight, need_dx, need_dweight, need_dbias)
+    B, T, H, D = x.shape
     _C.dynamic_scale_backward(
-        TYPES[x.dtype], tuple(x.shape), dy.data_ptr(), dy.stride(), address(d_scalars),
-        (0, 0, 0) if d_scalars is None else d_scalars.stride(), x.data_ptr(), x.stride()[:3],
-        dx.data_ptr() if need_dx else 0, dx.stride()[:3], weight.data_ptr(), scalars.data_ptr(), weight.shape[0],
-        strength, address(row_strength), address(group), dweight.data_ptr() if need_dweight else 0,
-        dbias.data_ptr() if need_dbias else 0, torch.get_num_threads(),
+        type=TYPES[x.dtype], rows=B, positions=T, heads=H, width=D, dy=dy, dy_stride=dy.stride(), d_scalars=d_scalars,
+        d_scalars_stride=None if d_scalars is None else d_scalars.stride(), x=x, x_stride=x.stride(), out=dx,
+        out_stride=dx.stride(), weight=weight, scalars=scalars, groups=weight.shape[0], strength=strength,
+        row_strength=row_strength, group=group, dweight=dweight, dbias=dbias, threads=torch.get_num_threads(),
     )  # fmt: skip
     return dx, dweight, dbias

@@ -1,19 +1,19 @@
-"""The losses from logits in C++ (csrc/intervention_loss.h, scale_gradient.h, scalars.h)."""
+"""The losses from logits in C++ (csrc/cpu/intervention_loss.h, intervention_loss_scale.h)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..addresses import TYPES, address
+from .. import _C, outputs  # type: ignore[attr-defined]
+from ..calls import TYPES
 
 #: Bytes of a gradient that is worth keeping for the next one, and of one too large to hold on to.
 KEPT_FROM, KEPT_UP_TO = 1 << 20, 64 << 20
 
 
 def _gradient_like(logits: Tensor) -> Tensor:
-    """An uninitialised tensor of the logits' shape; a large one lies in a kept block (csrc/kept_memory.h)."""
+    """An uninitialised tensor of the logits' shape; a large one lies in a kept block (csrc/cpu/kept_memory.h)."""
     n_bytes = logits.numel() * logits.element_size()
     if not KEPT_FROM <= n_bytes <= KEPT_UP_TO:
         return logits.new_empty(logits.shape)
@@ -37,23 +37,19 @@ def intervention_loss(
     softcap: float | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_rows, vocab = logits.shape
-    effectiveness = logits.new_empty(n_rows, dtype=torch.float32)
-    faithfulness = torch.empty_like(effectiveness)
-    grad = logits.detach() if in_place else _gradient_like(logits) if need_grad else logits.new_empty(0)
-    answer_grad = effectiveness.new_empty((n_rows, 3) if need_grad else (0,))
+    gradient = logits.detach() if in_place else _gradient_like(logits) if need_grad else None
+    results = outputs.intervention_loss(logits, scalars, need_grad, gradient)
+    effectiveness, faithfulness, grad, answer_grad, l1, sign = results
+    rows, vocab = logits.shape
     _C.intervention_loss(
-        TYPES[logits.dtype], n_rows, vocab, logits.data_ptr(), logits.stride(0), reference_logits.data_ptr(),
-        reference_logits.stride(0), address(correct), address(wrong), address(direction), address(row_weight), margin,
-        inverse_temperature, softcap or 0.0, exclude_answers, reverse, effectiveness.data_ptr(),
-        faithfulness.data_ptr(), grad.data_ptr() if need_grad else 0, answer_grad.data_ptr() if need_grad else 0,
-        torch.get_num_threads(),
+        type=TYPES[logits.dtype], rows=rows, vocab=vocab, logits=logits, logits_stride=logits.stride(0),
+        reference=reference_logits, reference_stride=reference_logits.stride(0), correct=correct, wrong=wrong,
+        direction=direction, row_weight=row_weight, margin=margin, inverse_temperature=inverse_temperature,
+        softcap=softcap, exclude_answers=exclude_answers, reverse=reverse, effectiveness=effectiveness,
+        faithfulness=faithfulness, grad=grad, answer_grad=answer_grad, scalars=scalars,
+        n_scalars=None if scalars is None else scalars.numel(), l1=l1, sign=sign, threads=torch.get_num_threads(),
     )  # fmt: skip
-    l1 = effectiveness.new_empty(() if scalars is not None else (0,))
-    sign = torch.empty_like(scalars) if scalars is not None and need_grad else effectiveness.new_empty(0)
-    if scalars is not None:
-        _C.l1_norm(scalars.data_ptr(), sign.data_ptr() if need_grad else 0, l1.data_ptr(), scalars.numel())
-    return effectiveness, faithfulness, grad, answer_grad, l1, sign
+    return results
 
 
 def intervention_loss_scale_(
@@ -64,8 +60,10 @@ def intervention_loss_scale_(
     wrong: Tensor | None,
     answer_grad: Tensor,
 ) -> None:
-    _C.scale_gradient(
-        TYPES[grad.dtype], *grad.shape, grad.data_ptr(), d_effectiveness.data_ptr(), d_effectiveness.stride(0),
-        d_faithfulness.data_ptr(), d_faithfulness.stride(0), address(correct), address(wrong), answer_grad.data_ptr(),
-        torch.get_num_threads(),
+    rows, vocab = grad.shape
+    _C.intervention_loss_scale_(
+        type=TYPES[grad.dtype], rows=rows, vocab=vocab, grad=grad, d_effectiveness=d_effectiveness,
+        d_effectiveness_stride=d_effectiveness.stride(0), d_faithfulness=d_faithfulness,
+        d_faithfulness_stride=d_faithfulness.stride(0), correct=correct, wrong=wrong, answer_grad=answer_grad,
+        threads=torch.get_num_threads(),
     )  # fmt: skip

@@ -1,10 +1,10 @@
-"""The update of the scalars in C++ (csrc/scalars.h)."""
+"""The update of the scalars in C++ (csrc/cpu/proximal_adam.h)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _C
+from .. import _C  # type: ignore[attr-defined]
 
 
 def proximal_adam_(
@@ -19,7 +19,7 @@ def proximal_adam_(
     eps: float,
     l1: float,
 ) -> None:
-    _C.proximal_adam(
-        parameter.numel(), parameter.data_ptr(), gradient.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-        step.data_ptr(), lr, beta1, beta2, eps, l1,
+    _C.proximal_adam_(
+        count=parameter.numel(), parameter=parameter, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq,
+        step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, l1=l1,
     )  # fmt: skip

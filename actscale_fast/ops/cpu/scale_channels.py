@@ -1,20 +1,21 @@
-"""scale_channels and its backward in C++ (csrc/scale_channels.h)."""
+"""scale_channels and its backward in C++ (csrc/cpu/scale_channels.h)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import _C, strides
-from ..addresses import TYPES
+from .. import _C, outputs, strides  # type: ignore[attr-defined]
+from ..calls import TYPES
 
 
 def scale_channels(x: Tensor, weight: Tensor) -> Tensor:
     rows, width, stride = strides.rows_of(x)
     y = x.new_empty(x.shape)
     _C.scale_channels(
-        TYPES[x.dtype], rows, width, x.data_ptr(), stride, y.data_ptr(), weight.data_ptr(), torch.get_num_threads()
-    )
+        type=TYPES[x.dtype], rows=rows, width=width, x=x, x_stride=stride, out=y, weight=weight,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
     return y
 
 
@@ -23,10 +24,9 @@ def scale_channels_backward(
 ) -> tuple[Tensor, Tensor]:
     rows, width, stride = strides.rows_of(x)
     dy, dy_stride = strides.gradient_rows(dy.to(x.dtype))
-    dx = x.new_empty(x.shape if need_dx else 0)
-    dweight = torch.empty_like(weight) if need_dweight else weight.new_empty(0)
+    dx, dweight = outputs.scale_channels_gradients(x, weight, need_dx, need_dweight)
     _C.scale_channels_backward(
-        TYPES[x.dtype], rows, width, dy.data_ptr(), dy_stride, x.data_ptr(), stride, dx.data_ptr() if need_dx else 0,
-        weight.data_ptr(), dweight.data_ptr() if need_dweight else 0, torch.get_num_threads(),
+        type=TYPES[x.dtype], rows=rows, width=width, dy=dy, dy_stride=dy_stride, x=x, x_stride=stride, out=dx,
+        weight=weight, dweight=dweight, threads=torch.get_num_threads(),
     )  # fmt: skip
     return dx, dweight

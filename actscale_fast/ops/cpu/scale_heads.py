@@ -1,12 +1,12 @@
-"""scale_heads and its backward in C++ (csrc/scale_heads.h)."""
+"""scale_heads and its backward in C++ (csrc/cpu/scale_heads.h)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import _C, strides
-from ..addresses import TYPES, address, extents
+from .. import _C, outputs, strides  # type: ignore[attr-defined]
+from ..calls import TYPES, extents
 
 
 def scale_heads(
@@ -18,11 +18,14 @@ def scale_heads(
     group: Tensor | None,
 ) -> Tensor:
     strides.require_unit_stride(x)
-    y = strides.empty_like(x)
+    y = outputs.like(x)
+    B, T, H, D = x.shape
+    G, alpha_positions, shift_positions = extents(alpha, shift)
     _C.scale_heads(
-        TYPES[x.dtype], tuple(x.shape), x.data_ptr(), x.stride()[:3], y.data_ptr(), y.stride()[:3],
-        address(alpha), address(shift), extents(alpha, shift), strength, address(row_strength), address(group),
-        torch.get_num_threads(),
+        type=TYPES[x.dtype], rows=B, positions=T, heads=H, width=D, x=x, x_stride=x.stride(), out=y,
+        out_stride=y.stride(), alpha=alpha, shift=shift, groups=G, alpha_positions=alpha_positions,
+        shift_positions=shift_positions, strength=strength, row_strength=row_strength, group=group,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -42,13 +45,13 @@ def scale_heads_backward(
     if need_dalpha:
         strides.require_unit_stride(x)
     dy = dy.to(x.dtype)
-    dx = strides.empty_like(x) if need_dx else x.new_empty(0)
-    dalpha = torch.empty_like(alpha) if need_dalpha and alpha is not None else x.new_empty(0, dtype=torch.float32)
-    dshift = torch.empty_like(shift) if need_dshift and shift is not None else x.new_empty(0, dtype=torch.float32)
+    dx, dalpha, dshift = outputs.scale_heads_gradients(x, alpha, shift, need_dx, need_dalpha, need_dshift)
+    B, T, H, D = x.shape
+    G, alpha_positions, shift_positions = extents(alpha, shift)
     _C.scale_heads_backward(
-        TYPES[x.dtype], tuple(x.shape), dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride()[:3],
-        dx.data_ptr() if need_dx else 0, dx.stride()[:3], address(alpha), address(shift), extents(alpha, shift),
-        strength, address(row_strength), address(group), dalpha.data_ptr() if need_dalpha else 0,
-        dshift.data_ptr() if need_dshift else 0, torch.get_num_threads(),
+        type=TYPES[x.dtype], rows=B, positions=T, heads=H, width=D, dy=dy, dy_stride=dy.stride(), x=x,
+        x_stride=x.stride(), out=dx, out_stride=dx.stride(), alpha=alpha, shift=shift, groups=G,
+        alpha_positions=alpha_positions, shift_positions=shift_positions, strength=strength,
+        row_strength=row_strength, group=group, dalpha=dalpha, dshift=dshift, threads=torch.get_num_threads(),
     )  # fmt: skip
     return dx, dalpha, dshift

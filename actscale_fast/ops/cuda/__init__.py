@@ -1,4 +1,4 @@
-"""The ops as CUDA kernels of the extension (csrc/cuda_*): a `interface.BackendModule`.
+"""The ops as CUDA kernels of the extension (csrc/cuda): an `interface.BackendModule`.
 
 Run on an emulated device and compiled for sm_80, sm_90 and sm_100; not run on a GPU yet. Two ops have no kernel
 of their own here: `linear_softmax` is PyTorch's matrix products, and plain PyTorch between them; `scale_channels`

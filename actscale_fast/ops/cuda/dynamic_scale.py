@@ -1,4 +1,4 @@
-"""dynamic_scale and its backward in CUDA (csrc/cuda_dynamic_scale.cu): one launch forward, two backward at most."""
+"""dynamic_scale and its backward in CUDA (csrc/cuda/dynamic_scale.cu): one launch forward, two backward at most."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import strides
-from ..addresses import TYPES, address
+from .. import outputs, strides
+from ..calls import TYPES
 from . import launch
 
 
@@ -28,12 +28,13 @@ def dynamic_scale(
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, D], α [B, T, H]); see `interface.BackendModule`."""
     strides.require_unit_stride(x)
-    y, scalars = strides.empty_like(x), x.new_empty(x.shape[:3], dtype=torch.float32)
+    y, scalars = outputs.dynamic_scale(x)
+    B, T, H, D = x.shape
     with launch.on_device_of(x):
         launch.kernels.dynamic_scale(
-            TYPES[x.dtype], tuple(x.shape), x.data_ptr(), x.stride()[:3], y.data_ptr(), y.stride()[:3],
-            weight.data_ptr(), address(bias), scalars.data_ptr(), weight.shape[0], strength, address(row_strength),
-            address(group), launch.stream_of(x),
+            type=TYPES[x.dtype], rows=B, positions=T, heads=H, width=D, x=x, x_stride=x.stride(), out=y,
+            out_stride=y.stride(), weight=weight, bias=bias, scalars=scalars, groups=weight.shape[0],
+            strength=strength, row_strength=row_strength, group=group, stream=launch.stream_of(x),
         )  # fmt: skip
     return y, scalars
 
@@ -55,24 +56,19 @@ def dynamic_scale_backward(
     strides.require_unit_stride(x)
     dy = dy.to(x.dtype)
     dy = dy if dy.stride(3) == 1 else dy.contiguous()  # the kernel walks along D by ones
-    nothing = weight.new_empty(0)
-    fresh = torch.zeros if scalars.numel() == 0 else torch.empty
-    options = {"dtype": torch.float32, "device": x.device}
-    dx = strides.empty_like(x) if need_dx else x.new_empty(0)
-    dweight = fresh(weight.shape, **options) if need_dweight else nothing  # type: ignore[call-overload]
-    dbias = fresh(weight.shape[:2], **options) if need_dbias else nothing  # type: ignore[call-overload]
+    dx, dweight, dbias = outputs.dynamic_scale_gradients(x, weight, need_dx, need_dweight, need_dbias)
     if scalars.numel() == 0 or not (need_dx or need_dweight or need_dbias):
-        return dx, dweight, dbias
-    sizes = tuple(x.shape)
+        return dx, dweight.zero_(), dbias.zero_()
+    B, T, H, D = x.shape
     with launch.on_device_of(x):
-        chunks = _chunks(x.dtype, sizes, group is not None, x.device) if need_dweight or need_dbias else 0
-        dweight_partial = weight.new_empty(chunks * sizes[2] * sizes[3]) if need_dweight else nothing
-        dbias_partial = weight.new_empty(chunks * sizes[2]) if need_dbias else nothing
+        sums = need_dweight or need_dbias
+        chunks = _chunks(x.dtype, tuple(x.shape), group is not None, x.device) if sums else 0
         launch.kernels.dynamic_scale_backward(
-            TYPES[x.dtype], sizes, dy.data_ptr(), dy.stride(), address(d_scalars),
-            (0, 0, 0) if d_scalars is None else d_scalars.stride(), x.data_ptr(), x.stride()[:3],
-            dx.data_ptr() if need_dx else 0, dx.stride()[:3], weight.data_ptr(), scalars.data_ptr(), weight.shape[0],
-            strength, address(row_strength), address(group), dweight.data_ptr(), dweight_partial.data_ptr(),
-            dbias.data_ptr(), dbias_partial.data_ptr(), launch.stream_of(x),
+            type=TYPES[x.dtype], rows=B, positions=T, heads=H, width=D, dy=dy, dy_stride=dy.stride(),
+            d_scalars=d_scalars, d_scalars_stride=None if d_scalars is None else d_scalars.stride(), x=x,
+            x_stride=x.stride(), out=dx, out_stride=dx.stride(), weight=weight, scalars=scalars,
+            groups=weight.shape[0], strength=strength, row_strength=row_strength, group=group, dweight=dweight,
+            dweight_partial=weight.new_empty(chunks * H * D) if need_dweight else None, dbias=dbias,
+            dbias_partial=weight.new_empty(chunks * H) if need_dbias else None, stream=launch.stream_of(x),
         )  # fmt: skip
     return dx, dweight, dbias

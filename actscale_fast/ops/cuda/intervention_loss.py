@@ -1,11 +1,11 @@
-"""The losses from logits in CUDA (csrc/cuda_loss.cu, cuda_scale_gradient.cu): one launch a direction."""
+"""The losses from logits in CUDA (csrc/cuda/intervention_loss*.cu): one launch per direction."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..addresses import TYPES, address
+from .. import outputs
+from ..calls import TYPES
 from . import launch
 
 
@@ -26,23 +26,19 @@ def intervention_loss(
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(effectiveness, faithfulness, grad, answer_grad, l1, sign); see `interface.BackendModule`."""
-    n_rows, vocab = logits.shape
-    effectiveness = logits.new_empty(n_rows, dtype=torch.float32)
-    faithfulness = torch.empty_like(effectiveness)
-    grad = logits.detach() if in_place else logits.new_empty(logits.shape if need_grad else (0,))
-    answer_grad = effectiveness.new_empty((n_rows, 3) if need_grad else (0,))
-    l1 = effectiveness.new_empty(() if scalars is not None else (0,))
-    sign = torch.empty_like(scalars) if scalars is not None and need_grad else effectiveness.new_empty(0)
+    results = outputs.intervention_loss(logits, scalars, need_grad, logits.detach() if in_place else None)
+    effectiveness, faithfulness, grad, answer_grad, l1, sign = results
+    rows, vocab = logits.shape
     with launch.on_device_of(logits):
         launch.kernels.intervention_loss(
-            TYPES[logits.dtype], n_rows, vocab, logits.data_ptr(), logits.stride(0), reference_logits.data_ptr(),
-            reference_logits.stride(0), address(correct), address(wrong), address(direction), address(row_weight),
-            margin, inverse_temperature, softcap or 0.0, exclude_answers, reverse, effectiveness.data_ptr(),
-            faithfulness.data_ptr(), grad.data_ptr() if need_grad else 0, answer_grad.data_ptr() if need_grad else 0,
-            address(scalars), scalars is not None, 0 if scalars is None else scalars.numel(), l1.data_ptr(),
-            sign.data_ptr() if need_grad else 0, launch.stream_of(logits),
+            type=TYPES[logits.dtype], rows=rows, vocab=vocab, logits=logits, logits_stride=logits.stride(0),
+            reference=reference_logits, reference_stride=reference_logits.stride(0), correct=correct, wrong=wrong,
+            direction=direction, row_weight=row_weight, margin=margin, inverse_temperature=inverse_temperature,
+            softcap=softcap, exclude_answers=exclude_answers, reverse=reverse, effectiveness=effectiveness,
+            faithfulness=faithfulness, grad=grad, answer_grad=answer_grad, scalars=scalars,
+            n_scalars=None if scalars is None else scalars.numel(), l1=l1, sign=sign, stream=launch.stream_of(logits),
         )  # fmt: skip
-    return effectiveness, faithfulness, grad, answer_grad, l1, sign
+    return results
 
 
 def intervention_loss_scale_(
@@ -54,9 +50,11 @@ def intervention_loss_scale_(
     answer_grad: Tensor,
 ) -> None:
     """Scales each row of `grad` in place; see `interface.BackendModule`."""
+    rows, vocab = grad.shape
     with launch.on_device_of(grad):
-        launch.kernels.scale_gradient(
-            TYPES[grad.dtype], *grad.shape, grad.data_ptr(), d_effectiveness.data_ptr(), d_effectiveness.stride(0),
-            d_faithfulness.data_ptr(), d_faithfulness.stride(0), address(correct), address(wrong),
-            answer_grad.data_ptr(), launch.stream_of(grad),
+        launch.kernels.intervention_loss_scale_(
+            type=TYPES[grad.dtype], rows=rows, vocab=vocab, grad=grad, d_effectiveness=d_effectiveness,
+            d_effectiveness_stride=d_effectiveness.stride(0), d_faithfulness=d_faithfulness,
+            d_faithfulness_stride=d_faithfulness.stride(0), correct=correct, wrong=wrong, answer_grad=answer_grad,
+            stream=launch.stream_of(grad),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What every launch needs: the extension's CUDA kernels, the tensor's device made current, its stream, addresses."""
+"""What every launch needs: the extension's CUDA kernels, the tensor's device made current, and its stream."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
+from .. import _C  # type: ignore[attr-defined]
 
 #: The submodule of launchers; absent where the extension was built without CUDA (`backends.unavailable` says so first).
 kernels: Any = getattr(_C, "cuda", None)

@@ -1,4 +1,4 @@
-"""The update of the scalars in CUDA (csrc/cuda_proximal.cu)."""
+"""The update of the scalars in CUDA (csrc/cuda/proximal_adam.cu)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def proximal_adam_(
 ) -> None:
     """One step in place; see `reference.proximal_adam_`."""
     with launch.on_device_of(parameter):
-        launch.kernels.proximal_adam(
-            parameter.numel(), parameter.data_ptr(), gradient.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-            step.data_ptr(), lr, beta1, beta2, eps, l1, launch.stream_of(parameter),
+        launch.kernels.proximal_adam_(
+            count=parameter.numel(), parameter=parameter, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq,
+            step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, l1=l1, stream=launch.stream_of(parameter),
         )  # fmt: skip

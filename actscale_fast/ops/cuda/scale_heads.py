@@ -1,4 +1,4 @@
-"""scale_heads and its backward in CUDA (csrc/cuda_scale_heads.cu): one launch forward, two backward at most."""
+"""scale_heads and its backward in CUDA (csrc/cuda/scale_heads.cu): one launch forward, two backward at most."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import strides
-from ..addresses import TYPES, address, extents
+from .. import outputs, strides
+from ..calls import TYPES, extents
 from . import launch
 
 
 @functools.lru_cache(maxsize=1024)
-def _partials(
-    dtype: torch.dtype, sizes: tuple[int, ...], groups: tuple[int, int, int], device: torch.device
-) -> tuple[int, int]:
+def _partials(dtype: torch.dtype, sizes: tuple[int, ...], by_position: bool, device: torch.device) -> tuple[int, int]:
     """Floats of the partial sums of dα and dv; a closed form of the shape and the (current) device."""
-    return launch.kernels.scale_heads_partials(TYPES[dtype], sizes, groups)
+    return launch.kernels.scale_heads_partials(TYPES[dtype], sizes, by_position)
 
 
 def scale_heads(
@@ -30,12 +28,15 @@ def scale_heads(
 ) -> Tensor:
     """y [B, T, H, D]; see `interface.BackendModule`."""
     strides.require_unit_stride(x)
-    y = strides.empty_like(x)
+    y = outputs.like(x)
+    B, T, H, D = x.shape
+    G, alpha_positions, shift_positions = extents(alpha, shift)
     with launch.on_device_of(x):
         launch.kernels.scale_heads(
-            TYPES[x.dtype], tuple(x.shape), x.data_ptr(), x.stride()[:3], y.data_ptr(), y.stride()[:3],
-            address(alpha), address(shift), extents(alpha, shift), strength, address(row_strength), address(group),
-            launch.stream_of(x),
+            type=TYPES[x.dtype], rows=B, positions=T, heads=H, width=D, x=x, x_stride=x.stride(), out=y,
+            out_stride=y.stride(), alpha=alpha, shift=shift, groups=G, alpha_positions=alpha_positions,
+            shift_positions=shift_positions, strength=strength, row_strength=row_strength, group=group,
+            stream=launch.stream_of(x),
         )  # fmt: skip
     return y
 
@@ -57,22 +58,20 @@ def scale_heads_backward(
         strides.require_unit_stride(x)
     dy = dy.to(x.dtype)
     dy = dy if dy.stride(3) == 1 else dy.contiguous()  # the kernel walks along D by ones
-    fresh = torch.zeros_like if x.numel() == 0 else torch.empty_like
-    nothing = x.new_empty(0, dtype=torch.float32)
-    dx = strides.empty_like(x) if need_dx else x.new_empty(0)
-    dalpha = fresh(alpha) if need_dalpha and alpha is not None else nothing
-    dshift = fresh(shift) if need_dshift and shift is not None else nothing
+    dx, dalpha, dshift = outputs.scale_heads_gradients(x, alpha, shift, need_dx, need_dalpha, need_dshift)
     if x.numel() == 0 or not (need_dx or need_dalpha or need_dshift):
-        return dx, dalpha, dshift
-    sizes, groups = tuple(x.shape), extents(alpha, shift)
+        return dx, dalpha.zero_(), dshift.zero_()
+    B, T, H, D = x.shape
+    G, alpha_positions, shift_positions = extents(alpha, shift)
+    by_position = alpha_positions > 1 or shift_positions > 1
     with launch.on_device_of(x):
-        floats = _partials(x.dtype, sizes, groups, x.device) if need_dalpha or need_dshift else (0, 0)
-        dalpha_partial = nothing.new_empty(floats[0]) if dalpha is not nothing else nothing
-        dshift_partial = nothing.new_empty(floats[1]) if dshift is not nothing else nothing
+        floats = _partials(x.dtype, tuple(x.shape), by_position, x.device) if need_dalpha or need_dshift else (0, 0)
         launch.kernels.scale_heads_backward(
-            TYPES[x.dtype], sizes, dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride()[:3],
-            dx.data_ptr() if need_dx else 0, dx.stride()[:3], address(alpha), groups, strength,
-            address(row_strength), address(group), dalpha.data_ptr(), dalpha_partial.data_ptr(), dshift.data_ptr(),
-            dshift_partial.data_ptr(), launch.stream_of(x),
+            type=TYPES[x.dtype], rows=B, positions=T, heads=H, width=D, dy=dy, dy_stride=dy.stride(), x=x,
+            x_stride=x.stride(), out=dx, out_stride=dx.stride(), alpha=alpha, shift=None, groups=G,
+            alpha_positions=alpha_positions, shift_positions=shift_positions, strength=strength,
+            row_strength=row_strength, group=group, dalpha=dalpha, dshift=dshift,
+            dalpha_partial=dalpha.new_empty(floats[0]) if dalpha.numel() else None,
+            dshift_partial=dshift.new_empty(floats[1]) if dshift.numel() else None, stream=launch.stream_of(x),
         )  # fmt: skip
     return dx, dalpha, dshift

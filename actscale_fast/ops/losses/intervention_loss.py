@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import backends, checks, reference
-from ..registry import LIBRARY, backend_of, define, is_eager, once_differentiable
+from .. import backends, checks, outputs, reference
+from ..once_differentiable import once_differentiable
+from ..registry import LIBRARY, backend_of, define
+from ..torch_internals import below_autograd, graph_is_kept, is_eager
 
 KLDirection = Literal["forward", "reverse"]
 
@@ -22,15 +24,7 @@ def _fake_intervention_loss(  # type: ignore[no-untyped-def]
     logits, reference_logits, correct, wrong, direction, scalars, margin, inverse_temperature, exclude_answers, reverse,
     need_grad, row_weight, softcap,
 ):  # fmt: skip
-    rows = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return (
-        rows,
-        torch.empty_like(rows),
-        logits.new_empty(logits.shape if need_grad else (0,)),
-        rows.new_empty((logits.shape[0], 3) if need_grad else (0,)),
-        rows.new_empty(() if scalars is not None else (0,)),
-        torch.empty_like(scalars) if scalars is not None and need_grad else rows.new_empty(0),
-    )
+    return outputs.intervention_loss(logits, scalars, need_grad)
 
 
 _loss_op = define(
@@ -161,7 +155,7 @@ def is_reverse(kl: str) -> bool:
 
 
 def check_answers(correct: Tensor, wrong: Tensor, direction: Tensor, width: int) -> None:
-    """The value checks that the C++ kernels make themselves, where others compute: on CPU tensors, outside a trace."""
+    """The checks that the C++ kernels make themselves, for the others. Only CPU tensors outside of traces are read."""
     if correct.device.type != "cpu" or not is_eager(correct, wrong, direction):
         return
     checks.ids_in_range("correct", correct, width, "token id")
@@ -183,48 +177,53 @@ def fused_losses(
         reference_logits = reference_logits if reference_logits.stride(1) == 1 else reference_logits.contiguous()
     learned = logits.requires_grad or (scalars is not None and scalars.requires_grad)
     need_grad = learned and torch.is_grad_enabled()
-    tensors = (logits, reference_logits, correct, wrong, direction, scalars)
-    rest = (*options, need_grad, row_weight, softcap)
-    if need_grad and is_eager(*tensors, row_weight):
-        in_place = in_place and logits.requires_grad
-        results = _InterventionLoss.apply(*tensors, *rest, "in place" if in_place else "eager")
-        if in_place:
-            torch.autograd.graph.increment_version(logits)
+    arguments = (
+        logits, reference_logits, correct, wrong, direction, scalars, *options, need_grad, row_weight, softcap,
+    )  # fmt: skip
+    if in_place and logits.requires_grad and need_grad and _all_eager(*arguments):
+        results = _InterventionLoss.apply(*arguments, True)
+        torch.autograd.graph.increment_version(logits)
     else:
-        results = computed(*tensors, *rest)
+        results = _loss_op(*arguments)
     return results[0], results[1], results[4]
 
 
-def computed(*arguments: Any, in_place: bool = False) -> tuple[Tensor, ...]:
-    """The op's six results without autograd, by the kernels themselves where nothing traces.
+def computed_in_place(*arguments: Any) -> tuple[Tensor, ...]:
+    """The op's six results without autograd; a gradient may overwrite the logits, except in a trace."""
+    need_grad = arguments[10]
+    if need_grad and _all_eager(*arguments):
+        compute: Any = backend_of(arguments[0]).intervention_loss
+        return compute(*arguments, in_place=True)  # type: ignore[no-any-return]
+    return _loss_op(*arguments)  # type: ignore[no-any-return]
 
-    `in_place` says what may be done: a trace has its own memory.
-    """
-    if not is_eager(*arguments[:6], arguments[11]):
-        return _loss_op(*arguments)  # type: ignore[no-any-return]
-    compute: Any = backend_of(arguments[0]).intervention_loss
-    return compute(*arguments, in_place=True) if in_place else compute(*arguments)  # type: ignore[no-any-return]
+
+def _all_eager(*arguments: Any) -> bool:
+    return is_eager(*(argument for argument in arguments if isinstance(argument, Tensor)))
 
 
 class _InterventionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, reference_logits, correct, wrong, *rest):  # type: ignore[no-untyped-def]
-        ctx.eager = rest[-1] != "dispatched"
-        if ctx.eager:
-            compute: Any = backend_of(logits).intervention_loss
-            in_place = {"in_place": True} if rest[-1] == "in place" else {}
-            results = compute(logits, reference_logits, correct, wrong, *rest[:-1], **in_place)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, logits, reference_logits, correct, wrong, direction, scalars, margin, inverse_temperature,
+        exclude_answers, reverse, need_grad, row_weight, softcap, in_place=False,
+    ):  # fmt: skip
+        arguments = (
+            logits, reference_logits, correct, wrong, direction, scalars, margin, inverse_temperature, exclude_answers,
+            reverse, need_grad, row_weight, softcap,
+        )  # fmt: skip
+        if in_place:
+            results = backend_of(logits).intervention_loss(*arguments, in_place=True)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                results = _loss_op(logits, reference_logits, correct, wrong, *rest[:-1])
+            with below_autograd():
+                results = _loss_op(*arguments)
         effectiveness, faithfulness, grad, answer_grad, l1, sign = results
-        if rest[-1] == "in place":  # the gradient is the logits: nothing that autograd should see as a result
+        if in_place:  # the gradient is the logits: nothing that autograd should see as a result
             results = (effectiveness, faithfulness, grad.new_empty(0), answer_grad, l1, sign)
         ctx.mark_non_differentiable(results[2], answer_grad, sign)
         ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
         # Neither the logits nor the reference outlive the forward pass: the gradient is all that the backward needs.
         ctx.grad, ctx.answer_grad, ctx.sign = grad, answer_grad, sign
-        ctx.ignored = None if rest[-3] is None else rest[-3] == 0  # not the weights: those the caller may fill anew
+        ctx.ignored = None if row_weight is None else row_weight == 0  # not the weights: those the caller may fill anew
         ctx.save_for_backward(correct, wrong)  # the caller's own: a change in place before the backward raises
         return results
 
@@ -246,21 +245,10 @@ class _InterventionLoss(torch.autograd.Function):
             d_faithfulness = zero if d_faithfulness is None else d_faithfulness
             if ctx.ignored is not None:  # their zeros, which an upstream of inf or NaN would make NaN
                 d_faithfulness = d_faithfulness.masked_fill(ctx.ignored, 1.0)
-            eager = ctx.eager and is_eager(d_effectiveness, d_faithfulness)
-            scale_: Any = backend_of(d_logits).intervention_loss_scale_ if eager else _scale_op_
-            scale_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
+            _scale_op_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
         if ctx.needs_input_grad[5] and d_l1 is not None:
             d_scalars = d_l1 * ctx.sign
         return d_logits, *[None] * 4, d_scalars, *[None] * 8
 
 
-def graph_is_kept(upstream: Tensor) -> bool:
-    """Whether the saved gradient must survive this backward: retain_graph=True, or a trace that is not run yet."""
-    return type(upstream) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def _dispatched(*arguments):  # type: ignore[no-untyped-def]
-    return _InterventionLoss.apply(*arguments, "dispatched")
-
-
-LIBRARY.impl("intervention_loss", _dispatched, "Autograd")
+LIBRARY.impl("intervention_loss", _InterventionLoss.apply, "Autograd")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..once_differentiable import once_differentiable
 from ..reference import accumulation_dtype
-from ..registry import once_differentiable
 from .intervention_loss import intervention_loss
 from .linear_logits import chunks, logits_of, of_products
 from .linear_softmax import wide_product
@@ -24,7 +24,7 @@ COLUMNS = 4096
 
 
 class Setting(NamedTuple):
-    """What is no tensor."""
+    """The options that are not tensors."""
 
     softcap: float | None
     logit_scale: float

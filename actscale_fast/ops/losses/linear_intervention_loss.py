@@ -1,7 +1,7 @@
 """The losses of an intervention from hidden states: no [N, V] tensor is ever whole.
 
 With z = s·(W·h + b), q = softmax(z) over the kept columns, and of the frozen model's hidden states, once and for all,
-μ₀ = Wᵀp₀ (d floats a row) and the entropy of p₀:
+μ₀ = Wᵀp₀ (d floats per row) and the entropy of p₀:
     KL(p₀ ‖ q) = log Σ exp(z) − s·(h·μ₀ + b·p₀) − H(p₀)          dKL/dh = s·(Wᵀq − μ₀)
 One primitive (`linear_softmax`) gives both sides' numbers, so the KL of a row to itself is exactly 0: with the C++
 backend in every batch, elsewhere where both sides came from the same rows in one call with the same chunk_bytes, since
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..once_differentiable import once_differentiable
 from ..reference import l1_norm
-from ..registry import is_eager, once_differentiable
+from ..torch_internals import is_eager
 from .intervention_loss import KLDirection, check_answers, intervention_loss, is_reverse
 from .learned_head import Setting, learned_head_loss
 from .linear_logits import chunks, logits_of

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._checks import check_counts
 from .. import checks
 from .intervention_loss import KLDirection
 from .kl_div import Reduction, check_options, reduced_weights, row_weights
@@ -78,14 +79,14 @@ def linear_kl_div(
     inverse_temperature = checks.positive("logit_scale / temperature", inverse_temperature * scale)
     if softcap is not None:
         softcap = checks.positive("softcap / logit_scale", softcap / scale)
-    if not isinstance(chunk_bytes, int) or chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes: got {chunk_bytes!r}, expected a positive int")
-    student = _side("", hidden, weight, bias)
+    check_counts(chunk_bytes=chunk_bytes)
+    checks.head(hidden, weight, bias, rows="...")
     if reference_weight is None:
         if reference_bias is not None:
             raise ValueError("reference_bias: got one without reference_weight, whose head's it is; expected None")
         reference_weight, reference_bias = weight, bias
-    teacher = _side("reference_", reference_hidden, reference_weight, reference_bias)
+    checks.head(reference_hidden, reference_weight, reference_bias, rows="...", prefix="reference_")
+    student, teacher = Side(hidden, weight, bias), Side(reference_hidden, reference_weight, reference_bias)
     _check_sides(student, teacher)
     teacher = Side(*(None if t is None else t.detach() for t in teacher))  # type: ignore[arg-type]
     leading = hidden.shape[:-1]
@@ -105,23 +106,6 @@ def linear_kl_div(
         losses = losses if reduced or of_rows is None else losses * of_rows
     losses = losses if reduced else losses.reshape(leading)
     return losses if factor is None else losses * factor
-
-
-def _side(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Side:
-    checks.floating_tensor(f"{prefix}hidden", hidden, "[..., d]")
-    checks.floating_tensor(f"{prefix}weight", weight, "[V, d]")
-    if hidden.dim() < 1 or hidden.shape[-1] == 0:
-        raise ValueError(f"{prefix}hidden: got shape {tuple(hidden.shape)}, expected [..., d]")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"{prefix}weight: got shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}]")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"{prefix}weight: got dtype {weight.dtype}, expected {hidden.dtype} as {prefix}hidden has")
-    checks.same_device(f"{prefix}weight", weight, hidden.device)
-    if bias is not None:
-        checks.same_device(f"{prefix}bias", checks.floating_tensor(f"{prefix}bias", bias, "[V]"), hidden.device)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{prefix}bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    return Side(hidden, weight, bias)
 
 
 def _check_sides(student: Side, teacher: Side) -> None:

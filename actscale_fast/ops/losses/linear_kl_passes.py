@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import backends, reference
-from ..registry import is_eager, once_differentiable
-from .intervention_loss import computed, graph_is_kept
+from ..once_differentiable import once_differentiable
+from ..torch_internals import graph_is_kept, is_eager
+from .intervention_loss import computed_in_place
 from .kl_div import weighted_divergence
 from .linear_logits import slices
 from .linear_softmax import wide_product
@@ -37,7 +38,7 @@ class Side(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is no tensor."""
+    """The options that are not tensors."""
 
     inverse_temperature: float
     reverse: bool
@@ -101,7 +102,7 @@ def _divergence_and_gradient(
         return divergence.detach(), gradient
     i, reverse, softcap, _ = setting
     arguments = (products, others, None, None, None, None, 0.0, i, False, reverse, need_grad, weights, softcap)
-    return computed(*arguments, in_place=need_grad)[1:3]  # type: ignore[return-value]
+    return computed_in_place(*arguments)[1:3]  # type: ignore[return-value]
 
 
 def _columns(student: Side, setting: Setting) -> int:

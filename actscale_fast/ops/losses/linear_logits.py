@@ -1,4 +1,4 @@
-"""Logits from hidden states a chunk of rows at a time, for what the statistics of `linear_softmax` cannot express."""
+"""Logits from hidden states, one chunk of rows at a time, for losses that `linear_softmax` cannot express."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     z = s·(W·h + b),  q = softmax(z) over the kept columns:  log Σ exp(z),  Wᵀq,  q·b  and z at the two answers
 
-The C++ backend does it in one read of W for every 64 rows (csrc/linear_softmax.h), with the same bits for a row in
+The C++ backend does it in one read of W for every 64 rows (csrc/cpu/linear_softmax.h), with the same bits for a row in
 every batch. Everywhere else it goes over chunks of rows: a matrix product into float32 logits, one kernel that turns
 them into weights e^{z − max}, and a second matrix product. Weights are at most 1 and divided by their sum at the end,
 so that float16 holds them. There a row's bits are the same for the same rows in one call and the same chunk_bytes, and
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, outputs
 from ..reference import accumulation_dtype
-from ..registry import backend_of, define, is_eager
+from ..registry import define
 from .linear_logits import slices
 
 #: Extra memory of one call, at most (at least one row of logits).
@@ -180,13 +180,7 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 def _fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, correct, wrong, exclude_answers, logit_scale, chunk_bytes
 ):
-    rows = hidden.new_empty(hidden.shape[0], dtype=torch.float64)
-    return (
-        rows,
-        hidden.new_empty(hidden.shape, dtype=torch.float32),
-        torch.empty_like(rows),
-        hidden.new_empty((hidden.shape[0] if correct is not None else 0, 2), dtype=torch.float32),
-    )
+    return outputs.linear_softmax(hidden, correct)
 
 
 _op = define(
@@ -199,9 +193,5 @@ _op = define(
 def linear_softmax(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The primitive on the backend that serves `hidden`; arguments as in `interface.BackendModule.linear_softmax`."""
     if backends.resolve(hidden.device, hidden.dtype) == "reference":
-        results = in_chunks(hidden, weight, *arguments)
-    elif is_eager(hidden, weight):
-        results = backend_of(hidden).linear_softmax(hidden, weight, *arguments)
-    else:
-        results = _op(hidden, weight, *arguments)
-    return results
+        return in_chunks(hidden, weight, *arguments)
+    return _op(hidden, weight, *arguments)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What the losses from hidden states need to know of the frozen model, computed once: d floats a row instead of V."""
+"""What the losses from hidden states need to know of the frozen model, computed once: d floats per row instead of V."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..._checks import check_counts
 from .. import backends, checks
 from .intervention_loss import KLDirection, is_reverse
 from .linear_logits import logits_in_chunks
 from .linear_softmax import CHUNK_BYTES, inner_products, linear_softmax
 
 
-@dataclass(frozen=True, eq=False)  # == of tensors is none of their holders
+@dataclass(frozen=True, eq=False)  # == of tensors has no single truth value
 class ReferenceStatistics:
     """The frozen model's next-token distributions p₀ of N rows, as `reference_statistics` makes them.
 
@@ -44,7 +45,7 @@ class ReferenceStatistics:
 
     @property
     def n_bytes(self) -> int:
-        """Of memory that the statistics take."""
+        """The memory that the statistics take."""
         tensors = (self.mean, self.mean_bias, self.entropy, self.logits, self.correct, self.wrong)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -74,7 +75,7 @@ def reference_statistics(
     keep_logits: bool | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> ReferenceStatistics:
-    """What `linear_intervention_loss` needs of the frozen model: μ₀ = Wᵀp₀ and the entropy of p₀, d floats a row.
+    """What `linear_intervention_loss` needs of the frozen model: μ₀ = Wᵀp₀ and the entropy of p₀, d floats per row.
 
     p₀ = softmax(z), z = logit_scale·(W·h + b) over V∖{c, w}. With a soft-cap (z = softcap·tanh(z/softcap)), for the
     reverse KL and for a weight that is learned these do not determine the loss, and the logits are kept instead.
@@ -102,7 +103,7 @@ def reference_statistics(
     correct, wrong = check_head(hidden, weight, bias, correct, wrong, softcap, logit_scale, chunk_bytes)
     softcap = None if softcap is None else float(softcap)
     learned = weight.requires_grad or (bias is not None and bias.requires_grad)
-    # Copies, since the caller may fill his ids with the next batch's.
+    # Copies: the caller may overwrite its ids with the next batch's.
     common = (correct.clone(), wrong.clone(), exclude_answers, float(logit_scale), softcap)
     if softcap is not None or is_reverse(kl) or (learned if keep_logits is None else keep_logits):
         for name, ids in (("correct", correct), ("wrong", wrong)):  # nothing below reads them
@@ -146,25 +147,12 @@ def check_head(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """The arguments that both functions share; returns the ids as int64."""
-    checks.floating_tensor("hidden", hidden, "[N, d]")
-    checks.floating_tensor("weight", weight, "[V, d]")
-    if hidden.dim() != 2 or hidden.shape[1] == 0:
-        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected [N, d]")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [V, {hidden.shape[1]}]")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight: got dtype {weight.dtype}, expected {hidden.dtype} as hidden has")
-    checks.same_device("weight", weight, hidden.device)
+    checks.head(hidden, weight, bias, rows="N")
     width = weight.shape[0]
-    if bias is not None:
-        checks.same_device("bias", checks.floating_tensor("bias", bias, "[V]"), hidden.device)
-        if bias.shape != (width,):
-            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({width},)")
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
         if value is not None:
             checks.positive(name, value)
-    if not isinstance(chunk_bytes, int) or chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes: got {chunk_bytes!r}, expected a positive int")
+    check_counts(chunk_bytes=chunk_bytes)
     correct = checks.index_vector("correct", correct, hidden.shape[0], hidden.device)
     wrong = checks.index_vector("wrong", wrong, hidden.shape[0], hidden.device)
     if backends.resolve(hidden.device, hidden.dtype) == "reference":

@@ -20,8 +20,7 @@ import triton.language as tl
 
 from .device import OPTIONS, ceil_div
 
-#: Columns a thread holds of each tensor. Not measured on a GPU yet: 16 are two to four 16-byte loads of each tensor
-#: under way a thread, 32 KB a multiprocessor; compiled for sm_90 they take 47 to 110 registers, 32 take up to 254.
+#: Columns that a thread holds of each tensor: two to four 16-byte loads. Chosen by reasoning, see benchmarks/README.md.
 PER_THREAD = 16
 #: Programs a multiprocessor should have; four blocks of 128 threads and at most 128 registers fit at once.
 PROGRAMS_PER_PROCESSOR = 4
@@ -37,13 +36,13 @@ class Tiling:
     lanes: int
     vector: int
     shifted: bool  # tiles lie on the 16-byte grid of rows that do not
-    splits: int  # programs a row
-    tiles: int  # tiles a program
+    splits: int  # programs per row
+    tiles: int  # tiles per program
     warps: int
 
     @staticmethod
     def of(rows: int, columns: int, dtype: torch.dtype, strides: tuple[int, ...], multiprocessors: int) -> Tiling:
-        """As many programs a row as fill the chip; rows that fill it alone get one program of twice the threads."""
+        """As many programs per row as fill the chip; rows that fill it alone get one program of twice the threads."""
         vector = 16 // dtype.itemsize
         alone = rows >= PROGRAMS_PER_PROCESSOR * multiprocessors
         warps = 8 if alone else 4

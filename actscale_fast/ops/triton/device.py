@@ -1,4 +1,4 @@
-"""What a launch has to know of its device, asked once a process."""
+"""What a launch has to know of its device, asked once per process."""
 
 from __future__ import annotations
 

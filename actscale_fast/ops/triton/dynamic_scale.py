@@ -4,19 +4,17 @@ With g the row's group, β = strength · row_strength[b], dα the upstream of α
     a[b,t,h] = β·⟨x, dy⟩ + dα
     dx       = dy·(1 + β·α) + a·w[g,h,:]
     dw[g,h,:] = Σ_{b in g} Σ_t a·x,   dc[g,h] = Σ_{b in g} Σ_t a
-Saved for backward: x, the probes, and α in float32, 4 bytes a vector.
-Bytes per element of x, b its size: forward 2·b (x, y); backward 3·b (x, dy, dx), 2·b without dx. The sums ride along:
-each program adds up its own tokens in registers and stores one partial of H·D floats, which `group_sums` adds up in
-order: 8 bytes an element for each `steps` tokens. No atomics: two runs agree bit for bit.
+Saved for backward: x, the probes, and α in float32, 4 bytes per vector.
+Bytes per element of x, b its size: forward 2·b (x, y); backward 3·b (x, dy, dx), 2·b without dx. The reductions
+are fused into this kernel: each program adds up its own tokens in registers and stores one partial of H·D floats, which
+`group_sums` adds up in order: 8 bytes per element for each `steps` tokens. No atomics: two runs agree bit for bit.
 
 A program takes one tile of heads × channels, with all channels of a head in it, keeps its probes in registers and
 walks over `steps` tokens: of one row where rows have probes of their own, else of all rows in order. Heads wider than
 MAX_CHANNELS (there is no widest) are walked over twice in tiles, for the product and for the rest; the second time the
 vector comes from the cache, and so does the program's partial of dw, which no longer fits registers.
 
-The launch constants are not measured on a GPU yet. Reasoning: 16 elements a thread, as in scale_heads; the backward
-keeps x, dy, w and the sums, at most 128 registers when compiled for sm_80 to sm_100, so four blocks of 128 threads a
-multiprocessor: its grid is one wave of them, since fewer programs leave fewer partials. The forward has none.
+The launch constants have not been measured on a GPU yet; benchmarks/README.md says how they were chosen.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,12 +23,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import strides
+from .. import outputs, strides
 from .device import OPTIONS, ceil_div, on_device_of, processors
 from .group_sums import sum_groups
 
@@ -57,7 +54,7 @@ class Geometry:
 
     @staticmethod
     def of(B: int, T: int, H: int, D: int, by_row: bool, multiprocessors: int, programs_each: int) -> Geometry:
-        """A closed form of the shape: as many steps as leave `programs_each` of 4 warps a multiprocessor."""
+        """A closed form of the shape: as many steps as leave `programs_each` of 4 warps per multiprocessor."""
         channels = triton.next_power_of_2(max(D, 1)) if D <= MAX_CHANNELS else TILE
         heads = min(triton.next_power_of_2(H), max(TILE // channels, 1))
         head_tiles = ceil_div(H, heads)
@@ -269,7 +266,7 @@ def dynamic_scale(
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, D], α [B, T, H]); see `interface.BackendModule`."""
     strides.require_unit_stride(x)
-    y, scalars = strides.empty_like(x), x.new_empty(x.shape[:3], dtype=torch.float32)
+    y, scalars = outputs.dynamic_scale(x)
     if scalars.numel() == 0:
         return y, scalars
     B, T, H, D = x.shape
@@ -299,14 +296,9 @@ def dynamic_scale_backward(
     """(dx, dweight, dbias), empty where not needed; see `interface.BackendModule`."""
     strides.require_unit_stride(x)
     dy = dy if dy.stride(3) == 1 else dy.contiguous()  # the kernel walks along D by ones
-    dx = strides.empty_like(x) if need_dx else x.new_empty(0)
-    dweight, dbias = weight.new_empty(0), weight.new_empty(0)
+    dx, dweight, dbias = outputs.dynamic_scale_gradients(x, weight, need_dx, need_dweight, need_dbias)
     if scalars.numel() == 0 or not (need_dx or need_dweight or need_dbias):
-        return (
-            dx,
-            torch.zeros_like(weight) if need_dweight else dweight,
-            weight.new_zeros(weight.shape[:2]) if need_dbias else dbias,
-        )
+        return dx, dweight.zero_(), dbias.zero_()
     B, T, H, D = x.shape
     geometry = Geometry.of(B, T, H, D, group is not None, processors(x.device), BACKWARD_PROGRAMS)
     spans = (B if group is not None else 1, 1, geometry.chunks)
@@ -320,8 +312,8 @@ def dynamic_scale_backward(
             *(dx.stride()[:3] if need_dx else (0, 0, 0)),
             WIDE=geometry.wide, BLOCK_H=geometry.heads, BLOCK_D=geometry.channels, num_warps=geometry.warps, **OPTIONS,
         )  # fmt: skip
-        if dweight_partial is not None:
-            dweight = sum_groups(dweight_partial, weight, group) if D else torch.empty_like(weight)
+        if dweight_partial is not None and D:
+            sum_groups(dweight, dweight_partial, group)
         if dbias_partial is not None:
-            dbias = sum_groups(dbias_partial, weight.new_empty(weight.shape[:2]), group)
+            sum_groups(dbias, dbias_partial, group)
     return dx, dweight, dbias

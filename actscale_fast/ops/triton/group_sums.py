@@ -3,14 +3,13 @@
     out[g, p, n] = Σ_{b in g} Σ_c partial[b, p, c, n]
 Rows (b, c) are added block by block in order, by a fixed tree within a block. Bytes: 4 per partial sum, read
 once; the partials are a few per cent of the activation, so this kernel is mostly its launch.
-Launch constants not measured on a GPU yet: a tile of 2048 float32 is 16 registers a thread.
+Launch constants not measured on a GPU yet: a tile of 2048 float32 is 16 registers per thread.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,14 +54,12 @@ def sum_groups_kernel(
     tl.store(p_out + tl.program_id(0).to(tl.int64) * N + n, total, mask=n < N)
 
 
-def sum_groups(partial: Tensor, like: Tensor, group: Tensor | None) -> Tensor:
-    """[B, P, C, N] summed over each group's rows and over C, shaped like `like` [G, P, ...]."""
-    out = torch.empty_like(like)
+def sum_groups(out: Tensor, partial: Tensor, group: Tensor | None) -> None:
+    """[B, P, C, N] summed over each group's rows and over C, into `out` [G, P, ...]."""
     B, P, C, N = partial.shape
-    G = like.shape[0]
+    G = out.shape[0]
     columns = min(triton.next_power_of_2(N), 128)
     sum_groups_kernel[G * P, ceil_div(N, columns)](
         out, partial, group, B, C, N, G, P,
         BLOCK_R=min(triton.next_power_of_2(B * C), REDUCE_TILE // columns), BLOCK_N=columns, num_warps=WARPS, **OPTIONS,
     )  # fmt: skip
-    return out

@@ -8,7 +8,7 @@ are kept (all, or all but the answers c and w), s = ±1 the direction:
 The sums behind F and dF/dz are those of softmaxes.py. Without answers on request: weights of rows, w·F and w·dF/dz, and
 a soft-cap of both sides' logits. A row of weight 0 is not read, its gradient is written as zeros.
 
-Nothing is saved for backward but the gradient itself and three numbers a row. Bytes per logit of b bytes: 2·b for the
+Nothing is saved for backward but the gradient itself and three numbers per row. Bytes per logit of b bytes: 2·b for the
 losses; with the gradient 5·b, of which up to 2·b come from L2: the second pass walks over rows and columns backwards.
 
 Rows are split over programs (`Tiling`); each stores the five sums of its columns, and every program of the second
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import outputs
 from .columns import MAX_SPLITS, Tiling, in_tile, row_shift, row_start, tile_positions
 from .device import on_device_of, processors
 from .softmaxes import GROWTH, LN2, LOG2E, kl_gradient, merge, scan
@@ -330,16 +331,8 @@ def intervention_loss(
     """(effectiveness, faithfulness, grad, answer_grad, l1, sign); see `interface.BackendModule`."""
     N, V = logits.shape
     device = logits.device
-    effectiveness = torch.empty(N, dtype=torch.float32, device=device)
-    faithfulness = torch.empty(N, dtype=torch.float32, device=device)
-    grad = (
-        logits.detach() if in_place else torch.empty((N, V) if need_grad else (0,), dtype=logits.dtype, device=device)
-    )
-    answer_grad = torch.empty((N, 3) if need_grad else (0,), dtype=torch.float32, device=device)
-    l1 = torch.empty((0,) if scalars is None else (), dtype=torch.float32, device=device)
-    need_sign = scalars is not None and need_grad
-    sign = torch.empty(scalars.shape if scalars is not None and need_grad else (0,), dtype=torch.float32, device=device)
-
+    results = outputs.intervention_loss(logits, scalars, need_grad, logits.detach() if in_place else None)
+    effectiveness, faithfulness, grad, answer_grad, l1, sign = results
     exclude = exclude_answers and correct is not None
     p_w, p_o = (logits, reference_logits) if reverse else (reference_logits, logits)
     strides = (p_w.stride(0), p_o.stride(0), *((V,) if need_grad else ()))
@@ -359,9 +352,9 @@ def intervention_loss(
             intervention_loss_finish_kernel[(grid,)](
                 partials, answers, p_w, p_o, correct, wrong, direction, row_weight, effectiveness, faithfulness,
                 grad if need_grad else None, answer_grad if need_grad else None,
-                scalars, l1 if scalars is not None else None, sign if need_sign else None,
+                scalars, l1 if scalars is not None else None, sign if scalars is not None and need_grad else None,
                 0 if scalars is None else scalars.numel(), V, *strides[:2], tiling.splits, programs, tiling.tiles,
                 margin, inverse_temperature, softcap or 0.0, EXCLUDE=exclude, CAPPED=softcap is not None,
                 NOTHING_LEFT=V == 0 or (exclude and V <= 2), REVERSE=reverse, **tiling.constants,
             )  # fmt: skip
-    return effectiveness, faithfulness, grad, answer_grad, l1, sign
+    return results

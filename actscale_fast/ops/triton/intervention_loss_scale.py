@@ -1,4 +1,4 @@
-"""The saved gradient of the losses, turned in place from upstream 1 into the one that came: the loss's backward pass.
+"""The backward pass of the losses: turns their saved gradient, of an upstream of 1, into that of the given upstream.
 
 With dE, dF a row's upstream factors and a its three answer gradients (`interface.BackendModule.intervention_loss`):
     grad[v] ← dF·grad[v]                       for v not an answer

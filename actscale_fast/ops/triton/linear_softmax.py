@@ -8,7 +8,7 @@ Bytes per product: read 4 for the sums; read 4 and write the size of W's dtype f
 products take 6 % of the bytes of a W with d = 4096. The float64 log_sum is made in the kernel: a KL is the small
 difference of two of them.
 
-Rows are split over programs as in loss.py; its launch constants, not measured on a GPU yet, hold here too.
+Rows are split over programs as in intervention_loss.py, with the same launch constants (not measured on a GPU yet).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -1,15 +1,15 @@
-"""y = x·w, one factor a channel, and its gradients: arXiv 2205.05638, section 3.3 (`reference.scale_channels`).
+"""y = x·w, one factor per channel, and its gradients: arXiv 2205.05638, section 3.3 (`reference.scale_channels`).
 
     y[n,d] = x[n,d]·w[d],   dx[n,d] = dy[n,d]·w[d],   dw[d] = Σ_n x[n,d]·dy[n,d]
 Saved for backward: x where dw is wanted, and w.
 Bytes per element of x, b its size: forward 2·b (x, y); backward 3·b (dy, x, dx), less b without dx and less b without
-dw. The sums ride along: a program adds up its rows in registers and stores one partial a channel, which a second kernel
-adds up in the order of the rows. No atomics: two runs agree bit for bit.
+dw. The reductions are fused into this kernel: a program adds up its rows in registers and stores one partial per
+channel, which a second kernel adds up in the order of the rows. No atomics: two runs agree bit for bit.
 
 A program takes one tile of rows × channels, reads w once, and walks over `steps` tiles of rows. Row offsets are int64
-throughout: they are scalars or one a row of the tile.
+throughout: they are scalars, or one per row of the tile.
 
-The launch constants are not measured on a GPU; they are those of scale_heads, whose traffic is the same.
+The launch constants are those of scale_heads, whose traffic is the same.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,12 +18,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import strides
+from .. import outputs, strides
 from .device import OPTIONS, ceil_div, on_device_of, processors
 from .group_sums import sum_groups
 from .scale_heads import MAX_STEPS, TILE, WARPS
@@ -31,7 +30,7 @@ from .scale_heads import MAX_STEPS, TILE, WARPS
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the grid covers [N, d]: tiles of rows × channels, `steps` tiles of rows a program."""
+    """How the grid covers [N, d]: tiles of rows × channels, `steps` tiles of rows per program."""
 
     rows: int  # tile
     channels: int  # tile
@@ -41,7 +40,7 @@ class Geometry:
 
     @staticmethod
     def of(N: int, width: int, multiprocessors: int) -> Geometry:
-        """A closed form of the shape: the widest tile, then as many steps as leave 16 programs a multiprocessor."""
+        """A closed form of the shape: the widest tile, then as many steps as leave 16 programs per multiprocessor."""
         channels = min(triton.next_power_of_2(width), TILE)
         rows = min(triton.next_power_of_2(N), TILE // channels)
         channel_tiles, row_tiles = ceil_div(width, channels), ceil_div(N, rows)
@@ -127,9 +126,9 @@ def scale_channels_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), empty where not needed; see `interface.BackendModule`."""
     N, width, stride = strides.rows_of(x)
-    dx = x.new_empty(x.shape if need_dx else 0)
+    dx, dweight = outputs.scale_channels_gradients(x, weight, need_dx, need_dweight)
     if x.numel() == 0 or not (need_dx or need_dweight):
-        return dx, torch.zeros_like(weight) if need_dweight else weight.new_empty(0)
+        return dx, dweight.zero_()
     dy, dy_stride = strides.gradient_rows(dy.to(x.dtype))
     geometry = Geometry.of(N, width, processors(x.device))
     partial = weight.new_empty(1, 1, geometry.chunks, width) if need_dweight else None
@@ -138,5 +137,6 @@ def scale_channels_backward(
             dx if need_dx else None, partial, dy, x, weight, N, width, geometry.steps, width, dy_stride, stride,
             BLOCK_N=geometry.rows, BLOCK_D=geometry.channels, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
-        dweight = weight.new_empty(0) if partial is None else sum_groups(partial, weight.view(1, 1, width), None)
-    return dx, dweight.view(-1)
+        if partial is not None:
+            sum_groups(dweight.view(1, 1, width), partial, None)
+    return dx, dweight

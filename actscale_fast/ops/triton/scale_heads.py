@@ -7,17 +7,15 @@ With g the row's group, p its position (or 0), β = strength · row_strength[b]:
     dv[g,p,h,:]       = Σ_{b in g} β Σ_t dy              (likewise)
 Saved for backward: x where dα is wanted, and the scalars.
 Bytes per element of x, b its size: forward 2·b (x, y); backward 3·b (x, dy, dx), less b without dx and less b without
-dα. The sums ride along: each program adds up its own positions in registers and stores one partial a head (a channel,
-for dv), which a second kernel adds up in the order of rows and positions. No atomics: two runs agree bit for bit. Where
-every position has its own v, each partial is one position and dv costs 8 more bytes an element.
+dα. The reductions are fused into this kernel: each program adds up its own positions in registers and stores one
+partial per head (for dv per channel), which a second kernel adds up in the order of rows and positions. No atomics: two
+runs agree bit for bit. Where every position has its own v, each partial is one position and dv costs 8 more bytes per
+element.
 
 A program takes one tile of heads × channels and walks over `steps` positions of one row, so that a contiguous x is read
 in contiguous runs. Row offsets are int64 throughout: they are scalars.
 
-The launch constants are not measured on a GPU yet. Reasoning: 2048 elements over 128 threads are 16 a thread, two
-16-byte loads of bf16 each from x and dy and two float32 sums; 32 to 80 registers when compiled for sm_90, so at least
-six blocks a multiprocessor with 8 to 16 KB under way each; 16 blocks a multiprocessor over the whole grid even out the
-last wave.
+The launch constants have not been measured on a GPU yet; benchmarks/README.md says how they were chosen.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -26,12 +24,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import strides
+from .. import outputs, strides
+from ..calls import extents
 from .device import OPTIONS, ceil_div, on_device_of, processors
 from .group_sums import sum_groups
 
@@ -53,7 +51,7 @@ class Geometry:
 
     @staticmethod
     def of(B: int, T: int, H: int, D: int, multiprocessors: int) -> Geometry:
-        """A closed form of the shape: the widest tile, then as many steps as leave 16 programs a multiprocessor."""
+        """A closed form of the shape: the widest tile, then as many steps as leave 16 programs per multiprocessor."""
         channels = min(triton.next_power_of_2(D), TILE)
         heads = min(triton.next_power_of_2(H), TILE // channels)
         head_tiles, channel_tiles = ceil_div(H, heads), ceil_div(D, channels)
@@ -215,12 +213,13 @@ def scale_heads(
 ) -> Tensor:
     """y [B, T, H, D]; see `interface.BackendModule`."""
     strides.require_unit_stride(x)
-    y = strides.empty_like(x)
+    y = outputs.like(x)
     if x.numel() == 0:
         return y
     B, T, H, D = x.shape
     geometry = Geometry.of(B, T, H, D, processors(x.device))
-    G, P = _groups_and_positions(alpha, shift)
+    G, *positions = extents(alpha, shift)
+    P = max(positions)
     with on_device_of(x):
         scale_heads_fwd_kernel[B * geometry.chunks * geometry.head_tiles, geometry.channel_tiles](
             y, x, alpha, shift, row_strength, group, strength, T, H, D, G, P, int(P > 1),
@@ -244,30 +243,22 @@ def scale_heads_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dalpha, dshift), empty where not needed; see `interface.BackendModule`."""
     dy = dy if dy.stride(3) == 1 else dy.contiguous()  # the kernel walks along D by ones
-    nothing = torch.empty(0, dtype=torch.float32, device=x.device)
     if need_dalpha:
         strides.require_unit_stride(x)
-    dx = strides.empty_like(x) if need_dx else torch.empty(0, dtype=x.dtype, device=x.device)
-    need_dalpha, need_dshift = need_dalpha and alpha is not None, need_dshift and shift is not None
-    if x.numel() == 0:
-        return (
-            dx,
-            torch.zeros_like(alpha) if need_dalpha and alpha is not None else nothing,
-            torch.zeros_like(shift) if need_dshift and shift is not None else nothing,
-        )
-    if not (need_dx or need_dalpha or need_dshift):
-        return dx, nothing, nothing
+    dx, dalpha, dshift = outputs.scale_heads_gradients(x, alpha, shift, need_dx, need_dalpha, need_dshift)
+    if x.numel() == 0 or not (need_dx or need_dalpha or need_dshift):
+        return dx, dalpha.zero_(), dshift.zero_()
     B, T, H, D = x.shape
     geometry = Geometry.of(B, T, H, D, processors(x.device))
-    G, P = _groups_and_positions(alpha, shift)
+    G, *positions = extents(alpha, shift)
+    P = max(positions)
     by_position = P > 1
     rows = (B, P, 1) if by_position else (B, 1, geometry.chunks)
     dalpha_partial = dshift_partial = None
-    if need_dalpha:
-        shape = (*rows[:2], rows[2] * geometry.channel_tiles, H)
-        dalpha_partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-    if need_dshift:
-        dshift_partial = torch.empty((*rows, H * D), dtype=torch.float32, device=x.device)
+    if dalpha.numel():
+        dalpha_partial = dalpha.new_empty((*rows[:2], rows[2] * geometry.channel_tiles, H))
+    if dshift.numel():
+        dshift_partial = dshift.new_empty((*rows, H * D))
     with on_device_of(x):
         scale_heads_bwd_kernel[B * geometry.chunks * geometry.head_tiles, geometry.channel_tiles](
             dx if need_dx else None, dalpha_partial, dshift_partial, dy, x, alpha, row_strength, group, strength,
@@ -275,13 +266,8 @@ def scale_heads_backward(
             *dy.stride()[:3], *x.stride()[:3], *(dx.stride()[:3] if need_dx else (0, 0, 0)),
             BY_POSITION=by_position, BLOCK_H=geometry.heads, BLOCK_D=geometry.channels, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
-        return (
-            dx,
-            nothing if dalpha_partial is None or alpha is None else sum_groups(dalpha_partial, alpha, group),
-            nothing if dshift_partial is None or shift is None else sum_groups(dshift_partial, shift, group),
-        )
-
-
-def _groups_and_positions(alpha: Tensor | None, shift: Tensor | None) -> tuple[int, int]:
-    parameter = alpha if alpha is not None else shift
-    return (1, 1) if parameter is None else (parameter.shape[0], parameter.shape[1])
+        if dalpha_partial is not None:
+            sum_groups(dalpha, dalpha_partial, group)
+        if dshift_partial is not None:
+            sum_groups(dshift, dshift_partial, group)
+    return dx, dalpha, dshift

@@ -36,15 +36,16 @@ template <class T> void losses(Type type, int64_t rows, int64_t vocab, int64_t o
     c.correct = correct.at(), c.wrong = wrong.at(), c.direction = direction.at();
     c.margin = 1, c.inverse_temperature = 0.5f, c.exclude_answers = true, c.reverse = reverse;
     c.effectiveness = e.at(), c.faithfulness = f.at(), c.grad = grad.at(), c.answer_grad = answers.at();
-    check(cuda::intervention_loss(c, {true, alpha.at(), 37, l1.at(), sign.at()}, nullptr));
-    ScaleGradient s = {};
+    c.scalars = alpha.at(), c.n_scalars = 37, c.l1 = l1.at(), c.sign = sign.at();
+    check(cuda::intervention_loss(c));
+    InterventionLossScale s = {};
     s.type = type, s.rows = rows, s.vocab = vocab, s.grad = grad.at(), s.answer_grad = answers.at();
     s.d_effectiveness = s.d_faithfulness = upstream.at(), s.correct = correct.at(), s.wrong = wrong.at();
-    check(cuda::scale_gradient(s, nullptr));
+    check(cuda::intervention_loss_scale(s));
     Buffer<float> weight(rows, 0.5f);
     weight.at()[rows - 1] = 0;
-    c.correct = c.wrong = nullptr, c.row_weight = weight.at(), c.softcap = 5;
-    check(cuda::intervention_loss(c, {}, nullptr));
+    c.correct = c.wrong = nullptr, c.row_weight = weight.at(), c.softcap = 5, c.l1 = nullptr;
+    check(cuda::intervention_loss(c));
 }
 
 template <class T> void heads(Type type, int64_t B, int64_t P, int64_t H, int64_t D, int64_t positions, int64_t off) {
@@ -61,14 +62,15 @@ template <class T> void heads(Type type, int64_t B, int64_t P, int64_t H, int64_
     for (int64_t* stride : {c.x_stride, c.dy_stride, c.out_stride})
         stride[0] = P * H * D, stride[1] = H * D, stride[2] = D;
     c.alpha_positions = c.shift_positions = positions, c.row_strength = beta.at(), c.group = group.at();
-    check(cuda::scale_heads(c, nullptr));
+    check(cuda::scale_heads(c));
     cuda::PartialSums floats;
     check(cuda::scale_heads_partials(c, &floats));
     Buffer<float> dalpha_partial(floats.dalpha), dshift_partial(floats.dshift);
     c.dalpha = dalpha.at(), c.dshift = dshift.at();
-    check(cuda::scale_heads_backward(c, dalpha_partial.at(), dshift_partial.at(), nullptr));
-    c.out = nullptr;
-    check(cuda::scale_heads_backward(c, nullptr, dshift_partial.at(), nullptr));
+    c.dalpha_partial = dalpha_partial.at(), c.dshift_partial = dshift_partial.at();
+    check(cuda::scale_heads_backward(c));
+    c.out = nullptr, c.dalpha_partial = nullptr;
+    check(cuda::scale_heads_backward(c));
 
     DynamicScale d = {};
     d.type = type, d.rows = B, d.positions = P, d.heads = H, d.width = D, d.groups = 2, d.strength = -1;
@@ -76,13 +78,14 @@ template <class T> void heads(Type type, int64_t B, int64_t P, int64_t H, int64_
     for (int64_t* stride : {d.x_stride, d.dy_stride, d.out_stride})
         stride[0] = P * H * D, stride[1] = H * D, stride[2] = D;
     d.scalars = scalars.at(), d.row_strength = beta.at(), d.group = group.at();
-    check(cuda::dynamic_scale(d, nullptr));
+    check(cuda::dynamic_scale(d));
     int64_t chunks = 0;
-    check(cuda::dynamic_scale_chunks(d, &chunks));
+    check(cuda::dynamic_scale_chunks(d, true, &chunks));
     Buffer<float> dweight(2 * H * D), dweight_partial(chunks * H * D), dbias_partial(chunks * H);
     d.dweight = dweight.at(), d.dbias = dbias.at(), d.d_scalars = scalars.at();
     d.d_scalars_stride[0] = P * H, d.d_scalars_stride[1] = H, d.d_scalars_stride[2] = 1;
-    check(cuda::dynamic_scale_backward(d, dweight_partial.at(), dbias_partial.at(), nullptr));
+    d.dweight_partial = dweight_partial.at(), d.dbias_partial = dbias_partial.at();
+    check(cuda::dynamic_scale_backward(d));
 }
 
 template <class T> void all(Type type) {
@@ -110,7 +113,7 @@ int main() {
     for (int64_t count : {7, 17000}) {
         Buffer<float> parameter(count, 1), mean(count), square(count), gradient(count, 1), step(1);
         c = {count, parameter.at(), mean.at(), square.at(), step.at(), gradient.at(), 0.1, 0.9, 0.999, 1e-8, 0};
-        check(cuda::proximal_adam(c, nullptr));
+        check(cuda::proximal_adam(c));
         if (*step.at() != 1) return 3;
     }
     puts("within bounds");

@@ -1,5 +1,5 @@
-// How a block reads and adds up heads: 16 bytes of channels a thread, `span` threads a head, whole heads a block. Where
-// rows or heads lie off the 16-byte grid, the same threads read and write their channels one at a time.
+// How a block reads and adds up heads: 16 bytes of channels per thread, `span` threads per head, whole heads per block.
+// Where rows or heads lie off the 16-byte grid, the same threads read and write their channels one at a time.
 #pragma once
 #include "device.h"
 
@@ -28,7 +28,7 @@ template <class T> DEVICE void store_channels(T* to, int left, bool aligned, con
 }
 
 // The sum over a head's threads, in a fixed order: parts of a warp or whole warps by a butterfly, their sums one after
-// the other. For every thread of the head. `scratch`: a float a thread, not written again before all have read it.
+// the other. For every thread of the head. `scratch`: a float per thread, not written again before all have read it.
 DEVICE float over_head(float value, int span, float* scratch) {
     const int thread = int(threadIdx.x), lanes = span % 32 == 0 ? 32 : 32 % span == 0 ? span : 1;
     for (int mask = lanes / 2; mask; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
@@ -42,10 +42,9 @@ DEVICE float over_head(float value, int span, float* scratch) {
 }
 
 // Host: whether every head's vector of [B, T, H, D] begins on the grid and ends on it.
-inline bool strides_on_grid(Type type, int64_t rows, int64_t positions, int64_t heads, int64_t width, const void* p,
-                            const int64_t* stride) {
-    const int64_t vector = type == Type::float32 ? 4 : 8, size[3] = {rows, positions, heads};
-    bool on_grid = reinterpret_cast<uintptr_t>(p) % 16 == 0 && width % vector == 0;
+template <class Call> bool on_grid(const Call& c, const void* p, const int64_t* stride) {
+    const int64_t vector = c.type == Type::float32 ? 4 : 8, size[3] = {c.rows, c.positions, c.heads};
+    bool on_grid = reinterpret_cast<uintptr_t>(p) % 16 == 0 && c.width % vector == 0;
     for (int i = 0; i < 3; i++) on_grid = on_grid && (size[i] == 1 || stride[i] % vector == 0);
     return on_grid;
 }

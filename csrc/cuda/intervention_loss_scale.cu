@@ -1,4 +1,5 @@
-// The saved gradient of the losses, turned in place from upstream 1 into the one that came: the loss's backward pass.
+// The backward pass of the losses: turns their saved gradient, of an upstream of 1, into that of the given upstream, in
+// place.
 //
 // With dE, dF a row's upstream factors and a its three answer gradients (ops/interface.py, intervention_loss):
 //   grad[v] ← dF·grad[v]               for v not an answer
@@ -6,8 +7,8 @@
 // The factors are read on the device. Rows whose two factors are 1 return at once (the usual case of a summed loss),
 // rows with dF = 1 rewrite their two answers alone. Bytes per logit of b bytes: 2·b, or nothing.
 //
-// Run under the emulation of tests/cuda_emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet, and
-// no launch constant is measured.
+// Tested under emulation and compiled for sm_80, sm_90 and sm_100. Not run on a GPU yet; no launch constant is
+// measured.
 #include "launch.h"
 #include "rows.h"
 
@@ -22,14 +23,14 @@ constexpr int STEP = THREADS * UNROLL;
 constexpr int BLOCKS_PER_PROCESSOR = 16;
 
 struct Call {
-    ScaleGradient scale;
-    int splits;  // blocks a row
+    InterventionLossScale scale;
+    int splits;  // blocks per row
     int steps;   // a block
 };
 
-template <class T> __global__ void __launch_bounds__(THREADS, 4) scale_gradient_kernel(const Call call) {
+template <class T> __global__ void __launch_bounds__(THREADS, 4) intervention_loss_scale_kernel(const Call call) {
     constexpr int W = WIDTH<T>;
-    const ScaleGradient& c = call.scale;
+    const InterventionLossScale& c = call.scale;
     const int64_t row = blockIdx.x / call.splits;
     const int split = int(blockIdx.x % call.splits), vocab = int(c.vocab), thread = int(threadIdx.x);
     const float d_e = c.d_effectiveness[row * c.d_effectiveness_stride];
@@ -72,26 +73,24 @@ template <class T> __global__ void __launch_bounds__(THREADS, 4) scale_gradient_
     }
 }
 
-template <class T> Error launch_scale(Call call, const Limits& limits, void* stream) {
-    const ScaleGradient& c = call.scale;
+template <class T> Error launch_scale(Call call, const Limits& limits, T) {
+    const InterventionLossScale& c = call.scale;
     const int64_t steps = most(ceil_div(c.vocab + WIDTH<T> - 1, STEP * WIDTH<T>), 1);
     const int64_t wanted = ceil_div(BLOCKS_PER_PROCESSOR * int64_t(limits.multiprocessors), c.rows);
     call.steps = int(ceil_div(steps, least(wanted, steps)));
     call.splits = int(ceil_div(steps, call.steps));
-    return launch(scale_gradient_kernel<T>, Shape{c.rows * call.splits, THREADS}, stream, call);
+    return launch(intervention_loss_scale_kernel<T>, Shape{c.rows * call.splits, THREADS}, c.stream, call);
 }
 
 }  // namespace
 
-Error scale_gradient(const ScaleGradient& scale, void* stream) {
+Error intervention_loss_scale(const InterventionLossScale& scale) {
     if (!scale.rows) return nullptr;
     if (scale.vocab > MOST_COLUMNS) return TOO_MANY_COLUMNS;
     Limits limits;
     if (Error error = device_limits(&limits)) return error;
     const Call call = {scale, 1, 1};
-    if (scale.type == Type::float32) return launch_scale<float32>(call, limits, stream);
-    if (scale.type == Type::bfloat16) return launch_scale<bf16>(call, limits, stream);
-    return launch_scale<half16>(call, limits, stream);
+    return with_type(scale.type, [&](auto zero) { return launch_scale(call, limits, zero); });
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// The gradient of upstream 1, as intervention_loss wrote it, becomes that of the upstream that came, in place.
+// Turns the gradient that intervention_loss wrote for an upstream of 1 into that of the given upstream, in place.
 // Moved: nothing for a row whose two factors are 1, else a read and a write an element (two elements where only the
 // effectiveness has another factor). The answer columns are rounded once, from float32.
 #pragma once
@@ -8,7 +8,7 @@ namespace actscale {
 namespace ACTSCALE_LEVEL {
 
 template <class T>
-static void scale_rows(const ScaleGradient& c) {
+static void intervention_loss_scale_of(const InterventionLossScale& c) {
     int64_t scaled = 0;  // rows; for two answers a row no thread need wake up
     for (int64_t n = 0; n < c.rows; n++) scaled += c.d_faithfulness[n * c.d_faithfulness_stride] != 1;
     const int threads = scaled * c.vocab < SERIAL_LOGITS ? 1 : int(smaller(c.threads, c.rows));
@@ -31,10 +31,8 @@ static void scale_rows(const ScaleGradient& c) {
     }
 }
 
-static void scale_gradient(const ScaleGradient& c) {
-    if (c.type == Type::float32) scale_rows<float>(c);
-    else if (c.type == Type::bfloat16) scale_rows<bf16>(c);
-    else scale_rows<half>(c);
+static void intervention_loss_scale(const InterventionLossScale& c) {
+    with_type(c.type, [&](auto zero) { intervention_loss_scale_of<decltype(zero)>(c); });
 }
 
 }  // namespace ACTSCALE_LEVEL

@@ -1,4 +1,4 @@
-"""How tensors reach the extension, C++ and CUDA: as addresses and a number for the type."""
+"""What the calls into the extension, C++ and CUDA, share. Their keyword arguments are the fields of csrc/calls.h."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def address(tensor: Tensor | None) -> int:
-    """0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def extents(alpha: Tensor | None, shift: Tensor | None) -> tuple[int, int, int]:
