@@ -1,4 +1,4 @@
-"""What commands print and write: tables on stdout, JSON files that appear whole."""
+"""What commands print: tables, evaluations and continuations."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def say(text: str = "") -> None:
-    """One line of plain text, at once."""
+    """Print one line and flush it."""
     print(text, flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: bool = True) -> None:
-    """A table; all columns after the first are numbers, aligned to the right, unless `right` is False."""
+    """Print a table; columns after the first are aligned to the right unless `right` is False."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -44,7 +44,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def print_evaluation(title: str, evaluation: Evaluation) -> None:
-    """Before and after, side by side."""
+    """Print the figures before and after, side by side."""
     print_table(f"{title} ({evaluation.n_examples} prompts)", ("", "before", "after"), evaluation.rows())
 
 
@@ -58,21 +58,21 @@ def continuations(
     *,
     sources: Sequence[str] = (),
 ) -> list[list[str]]:
-    """The greedy continuations of each prompt, one a strength, all in one batch.
+    """The greedy continuations of each prompt, one per strength, in one batch.
 
     Args:
-        sources: one for each prompt, where the intervention takes activations from a second prompt.
+        sources: one for each prompt, if the intervention takes activations from a second prompt.
 
     Raises:
-        ValueError: an empty prompt, one that with the new tokens is longer than the model's context, or sources that
-            are missing or not used.
+        ValueError: an empty prompt, one that exceeds the model's context with the new tokens, or sources that are
+            missing or not used.
     """
     encoder = TextEncoder(layout(model, intervention.paths), tokenizer)
     rows = [encoder.prompt(prompt, "prompt") for prompt in prompts]
     longest = max(map(len, rows))
     if encoder.context is not None and longest + max_new_tokens > encoder.context:
         raise ValueError(
-            f"prompt: {longest} tokens and {max_new_tokens} new ones, but the model's context is {encoder.context}"
+            f"prompt: {longest} tokens and {max_new_tokens} new ones exceed the model's context of {encoder.context}"
         )
     times = len(strengths)
     batch = encoder.batch([ids for ids in rows for _ in strengths])
@@ -90,16 +90,16 @@ def continuations(
 
 
 def check_sources(intervention: Intervention, sources: Sequence[str], n_prompts: int) -> None:
-    """Raise a ValueError unless there is a source for each prompt where the intervention needs one, else none."""
+    """Raise a ValueError unless each prompt has a source exactly if the intervention needs one."""
     needed = any(part.needs_source for part in intervention.singles)
     if needed and len(sources) != n_prompts:
         raise ValueError(f"source: got {len(sources)} for {n_prompts} prompts, but an interchange needs one for each")
     if sources and not needed:
-        raise ValueError("source: this intervention exchanges nothing, so that no prompt needs one")
+        raise ValueError("source: this intervention exchanges nothing, so no prompt needs one")
 
 
 def print_continuations(prompt: str, strengths: Sequence[float], texts: Sequence[str]) -> None:
-    """A prompt and its continuations, one a strength."""
+    """Print a prompt and its continuations, one per strength."""
     say(prompt)
     labels = [f"{strength:+g}" if strength else "0" for strength in strengths]
     rows = [(label, text.strip().replace("\n", "⏎")) for label, text in zip(labels, texts, strict=True)]

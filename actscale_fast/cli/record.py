@@ -1,4 +1,4 @@
-"""What an intervention was taught with, kept beside it: `evaluate` finds the examples that were held out from it."""
+"""The options that an intervention was learned with, saved beside it so that `evaluate` finds its held-out examples."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Learned(Protocol):
 
 
 def save_record(folder: Path, options: argparse.Namespace, **more: Any) -> None:
-    """Write the options that decide what is learned; those in `more` are the command's own."""
+    """Write the options that determine what is learned, and those in `more`."""
     record = {name: getattr(options, name) for name in _KEPT if hasattr(options, name)} | more
     write_sealed(folder / FILE, {"format": 2, "intervention": _intervention_in(folder)} | record)
 
 
 def keep_learned(folder: Path, options: argparse.Namespace, result: Learned) -> None:
-    """Write a learned intervention, its history and its record, in place of a former one's."""
-    (folder / EVALUATION).unlink(missing_ok=True)  # of a former intervention in this folder
+    """Write a learned intervention, its history and its record, replacing those of an earlier one."""
+    (folder / EVALUATION).unlink(missing_ok=True)  # of an earlier intervention in this folder
     result.intervention.save_pretrained(folder)
     write_sealed(folder / "history.json", result.history)
     save_record(folder, options)
@@ -55,9 +55,9 @@ def measure_learned(folder: Path, evaluation: Evaluation, title: str) -> None:
 
 
 def task_seed(folder: Path, task: str | None, given: int | None) -> int:
-    """The seed of a task's held-out examples: the one given, else that of the fit on this task, else the default.
+    """The seed of a task's held-out examples: the given one, otherwise that of the fit, otherwise the default.
 
-    Another seed than the fit's holds out other examples, some of which the fit has learned from: said on stderr.
+    A seed other than the fit's prints a warning, because the fit may have learned from some of its held-out examples.
 
     Raises:
         ValueError: the record is damaged.
@@ -68,14 +68,14 @@ def task_seed(folder: Path, task: str | None, given: int | None) -> int:
     if taught is not None and given != taught:
         print(
             f"actscale-fast: warning: {folder} was fitted with --seed {taught}; with --seed {given} some of these "
-            "examples are of what it was trained on",
+            "examples were used in training",
             file=sys.stderr,
         )
     return given
 
 
 def was_aligned(folder: Path, task: str | None) -> bool:
-    """Whether the recorded fit was on the task's aligned prompts; its parameters belong to their positions.
+    """Whether the recorded fit used the task's aligned prompts.
 
     Raises:
         ValueError: the record is damaged.
@@ -84,24 +84,24 @@ def was_aligned(folder: Path, task: str | None) -> bool:
 
 
 def _of_task(path: Path, task: str) -> dict[str, Any]:
-    """The record of a fit on this task; empty where there was none."""
+    """The record of a fit on this task; empty if there is none."""
     try:
         raw = read_limited(path)
     except FileNotFoundError:
         return {}
     try:
         record, is_sealed = parsed_sealed(raw, finite=False)
-        if is_sealed != ("format" in record):  # an earlier version's has neither
+        if is_sealed != ("format" in record):  # records of earlier versions have neither
             raise ValueError("it has no checksum")
         if "format" in record and record["intervention"] != _intervention_in(path.parent):
-            raise ValueError("it is of another intervention")
+            raise ValueError("it belongs to another intervention")
         return record if record["task"] == task else {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged, or not the record of a fit ({error})") from None
 
 
 def _intervention_in(folder: Path) -> str | None:
-    """The checksum of what describes the folder's intervention, in which that of its tensors is."""
+    """The checksum of the folder's description, which contains that of the tensors."""
     try:
         return hashlib.sha256(read_limited(folder / DESCRIPTION)).hexdigest()
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def _intervention_in(folder: Path) -> str | None:
 
 
 def _seed_of(path: Path, task: str) -> int | None:
-    """The seed that the recorded fit had for this task; None where there was none."""
+    """The seed of the recorded fit on this task; None if there is none."""
     record = _of_task(path, task)
     if record and type(record.get("seed")) is not int:
         raise ValueError(f"{path}: damaged, or not the record of a fit (seed {record.get('seed')!r})")

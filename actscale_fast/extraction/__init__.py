@@ -1,4 +1,4 @@
-"""Steering vectors without a task to learn: from pairs of prompts, from texts, or for a sentence to be said."""
+"""Steering vectors without training examples: from pairs of prompts, from texts, or for a given sentence."""
 
 from .act_add import act_add
 from .continuations import continuations

@@ -1,4 +1,4 @@
-"""Activation addition: the difference between two prompts, added from the first token of another (arXiv 2308.10248)."""
+"""Activation addition: the difference between two prompts, added to the first tokens of a third (arXiv 2308.10248)."""
 
 from __future__ import annotations
 
@@ -27,29 +27,28 @@ def act_add(
     padding: str = " ",
     paths: dict[str, str] | None = None,
 ) -> SteerVec:
-    """The steering vectors of a pair of prompts: c·(h⁺ − h⁻) token by token (arXiv 2308.10248, algorithm 1).
+    """The steering vectors c·(h⁺ − h⁻) of a pair of prompts, token by token (arXiv 2308.10248, algorithm 1).
 
-    h⁺ and h⁻ are the inputs of layer `layer`. The vector of token i is added there to token i of a prompt: once, and
-    not while decoding. A prompt that is shorter takes as many as it has tokens. The paper finds middle layers most
-    effective, with |c| below 15; sums of several pairs are `act_add(...) + act_add(...)`.
+    h⁺ and h⁻ are the inputs of layer `layer`. The vector of token i is added to token i of a prompt, but not while
+    decoding; a shorter prompt uses as many vectors as it has tokens. The paper finds middle layers most effective, with
+    |c| below 15. Add several pairs with `act_add(...) + act_add(...)`.
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
-        positive, negative: the two prompts, "Love" and "Hate". With the special tokens that open a text: a token that
-            opens both stands at position 0, where their difference is 0.
-        layer: counted from 0, negative from the end. Its input is the site "residual" of the layer below, so that layer
-            0, whose input is the embedding's output, is refused.
-        coefficient: c; 0 is the identity, and a negative one swaps the prompts.
-        padding: the text, one token, that the shorter prompt is filled up with on the right. The paper's: a space, and
-            not the token that ends a text.
-        paths: module paths of a model of an unlisted family, as `SteerVec.for_model` takes them.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
+        positive, negative: the two prompts, such as "Love" and "Hate", including the special tokens that open a text; a
+            token that opens both is at position 0, where their difference is 0.
+        layer: counted from 0, negative from the end. Its input is the site "residual" of the layer below; layer 0,
+            whose input is the embedding's output, is refused.
+        coefficient: c; 0 is the identity, and a negative value swaps the prompts.
+        padding: a text of one token that the shorter prompt is padded with on the right; a space, as in the paper.
+        paths: module paths for a model whose structure is not recognized, as in `SteerVec.for_model`.
 
     Returns:
         A `SteerVec` at site "residual", layer `layer` − 1, positions 0 … n − 1 of the longer prompt's n tokens.
 
     Raises:
-        TypeError, ValueError: a bad layer, coefficient or prompt, two prompts without a token, a padding that is not
-            one token where one is needed.
+        TypeError, ValueError: an invalid layer, coefficient or prompt, two prompts without tokens, or a padding that is
+            needed but not a single token.
 
     Example:
         >>> vector = act_add(model, tokenizer, "Love", "Hate", layer=6, coefficient=5)
@@ -68,7 +67,7 @@ def act_add(
     if len(pair[0]) != len(pair[1]):
         filling = encoder.plain(padding, "padding")
         if len(filling) != 1:
-            raise ValueError(f"padding: {padding!r} is {len(filling)} tokens of the tokenizer, expected one")
+            raise ValueError(f"padding: {padding!r} is {len(filling)} tokens, expected one")
         pair = [ids + filling * (longest - len(ids)) for ids in pair]
     with Reader(model, "residual", [number - 1], paths) as read:
         states = read(torch.tensor(pair, device=encoder.device))[0].double()  # [2, n, 1, d]
@@ -85,7 +84,7 @@ def _checked_layer(layer: object, n_layers: int) -> int:
         raise ValueError(f"layer: got {layer}, expected 1 to {n_layers - 1} or {1 - n_layers} to -1")
     if layer % n_layers == 0:
         raise ValueError(
-            f"layer: got {layer}, the first one: its input is the embedding's output, which is no site; expected 1 to "
+            f"layer: got {layer}, whose input is the embedding's output, which is not a site; expected 1 to "
             f"{n_layers - 1} or {1 - n_layers} to -1"
         )
     return layer % n_layers

@@ -11,7 +11,7 @@ from .._checks import check_counts
 from ..architectures.hugging_face import unwrap
 from ..architectures.layout import layout
 from ..frozen.batching import Batch, pad_id_of
-from ..frozen.encoder import TextEncoder
+from ..frozen.encoder import TextEncoder, by_length
 from ..modules.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
@@ -87,10 +87,8 @@ def continuations(
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     encoder = TextEncoder(layout(model, paths), tokenizer)
     rows = encoder.prompts(prompts, "prompts")
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     texts = [""] * len(rows)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in by_length(rows, batch_size):
         made = greedy(model, tokenizer, encoder.batch([rows[row] for row in chosen]), max_new_tokens)
         for row, ids in zip(chosen, made, strict=True):
             texts[row] = str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""Instruction vectors: the difference that an instruction makes at the last token of a prompt (arXiv 2410.12877)."""
+"""Instruction vectors: the effect of an instruction on the last token of a prompt (arXiv 2410.12877)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import check_counts, check_finite
 from ..architectures.layout import layout
 from ..architectures.location import Location, check_layers
-from ..frozen.encoder import TextEncoder, check_texts
+from ..frozen.encoder import TextEncoder, by_length, check_texts
 from ..frozen.perplexity import perplexity
 from ..frozen.reader import Reader
 from ..interventions import Intervention, Projection, SteerVec
@@ -28,18 +28,18 @@ Mode = Literal["projection", "add"]
 
 @dataclass(frozen=True, slots=True)
 class LayerScore:
-    """One candidate layer on the validation prompts."""
+    """The result of one candidate layer on the validation prompts."""
 
     layer: int
-    score: float  # mean over prompts
-    perplexity: float  # median over prompts of the continuation's, under the model without the vector
-    kept: bool  # whether that is at most `max_perplexity`
+    score: float  # mean over the prompts
+    perplexity: float  # median over the continuations, under the model without the vector
+    kept: bool  # whether the perplexity is at most `max_perplexity`
     continuations: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """The layer with the highest mean score among those kept; the lower one of equals."""
+    """The layer with the highest mean score among those kept; the lowest such layer."""
 
     layer: int
     intervention: Intervention
@@ -56,16 +56,16 @@ class InstructionVectors:
 
     @property
     def directions(self) -> Tensor:
-        """u, fp32 [L, d]; 0 where the instruction made no difference."""
+        """u, float32 [L, d]; 0 where the instruction has no effect."""
         return torch.nn.functional.normalize(self.vectors, dim=-1)
 
     @property
     def norms(self) -> Tensor:
-        """‖v‖, fp32 [L]: as coefficients of `add` they add v itself."""
+        """‖v‖, float32 [L]; used as coefficients of `add`, they add v itself."""
         return self.vectors.norm(dim=-1)
 
     def add(self, layer: int, coefficient: float) -> SteerVec:
-        """h + c·u at every token of the prompt and generated: c is in units of the stream's norm at that layer.
+        """h + c·u at every token of the prompt and every generated one.
 
         Raises:
             ValueError: a layer without a vector, or a coefficient that is not finite.
@@ -78,7 +78,7 @@ class InstructionVectors:
         return vector
 
     def projection(self, layer: int) -> Projection:
-        """h + (t − ⟨h, u⟩)·u at every token: the projection becomes what it is on average under the instruction.
+        """h + (t − ⟨h, u⟩)·u at every token, which sets the component along u to its mean under the instruction.
 
         Raises:
             ValueError: a layer without a vector.
@@ -105,24 +105,24 @@ class InstructionVectors:
         batch_size: int = 32,
         progress: bool = True,
     ) -> LayerChoice:
-        """The layer whose intervention makes greedy continuations score best, as the paper chooses it on validation.
+        """The layer whose intervention gives the best-scoring greedy continuations, as chosen in the paper.
 
         Args:
-            model, tokenizer: as they were when the vectors were made.
+            model, tokenizer: those that the vectors were made with.
             prompts: validation prompts, without the instruction.
-            score: how far a continuation follows the instruction, such as 1.0 or 0.0; higher is better.
-            mode: "projection", whose strength β is `coefficient`, or "add", whose c it is.
-            coefficient: see `mode`.
+            score: how well a continuation follows the instruction, such as 1.0 or 0.0; higher is better.
+            mode: "projection" or "add".
+            coefficient: the strength β of the projection, or c of `add`.
             layers: candidates; None: every layer with a vector.
             max_new_tokens: tokens generated for each prompt.
-            max_perplexity: layers are dropped whose continuations' median perplexity, behind their prompts and under
-                the model without the vector, is higher; None: none is. The paper judges with GPT-2, and leaves the
-                limit to its data. An empty continuation has an infinite one.
-            batch_size: prompts in one forward pass, padded on the left, with the KV cache.
+            max_perplexity: drop layers whose continuations have a higher median perplexity, after their prompts and
+                under the model without the vector; None: keep all. The paper uses GPT-2 for this and gives no limit.
+                An empty continuation has infinite perplexity.
+            batch_size: prompts per forward pass.
             progress: show a progress bar.
 
         Raises:
-            TypeError, ValueError: bad arguments, a score that is not finite, no layer within `max_perplexity`.
+            TypeError, ValueError: invalid arguments, a score that is not finite, or no layer within `max_perplexity`.
         """
         from tqdm.auto import tqdm
 
@@ -153,7 +153,7 @@ class InstructionVectors:
         kept_rows = [row for row in table if row.kept]
         if not kept_rows:
             lowest = min(row.perplexity for row in table)
-            raise ValueError(f"max_perplexity: got {max_perplexity}, and no layer is below; the lowest is {lowest:.1f}")
+            raise ValueError(f"max_perplexity: got {max_perplexity}, but the lowest of any layer is {lowest:.1f}")
         best = min(kept_rows, key=lambda row: (-row.score, row.layer))
         return LayerChoice(best.layer, self._edit(best.layer, mode, coefficient), table)
 
@@ -167,7 +167,7 @@ class InstructionVectors:
         where = self.location
         number = check_layers([layer], where.model.n_layers)[0]
         if number not in where.layers:
-            raise ValueError(f"layer: got {layer}, expected one of those with a vector, {list(where.layers)}")
+            raise ValueError(f"layer: got {layer}, expected one of {list(where.layers)}, which have a vector")
         location = Location(where.site, (number,), None, False, where.model, where.paths)
         return where.layers.index(number), location
 
@@ -183,20 +183,20 @@ def instruction_vectors(
     progress: bool = True,
     paths: dict[str, str] | None = None,
 ) -> InstructionVectors:
-    """The vectors of an instruction from pairs of prompts with and without it (arXiv 2410.12877).
+    """The vectors of an instruction, from pairs of prompts with and without it (arXiv 2410.12877).
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
-        with_instruction, without_instruction: N prompts each, pair by pair, as the model is to get them: for a chat
-            model after its chat template, up to where the answer begins.
-        layers: numbers of the layers whose output is read, negative from the end; None: all.
-        batch_size: prompts in one forward pass.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
+        with_instruction, without_instruction: N prompts each, in pairs; for a chat model after its chat template, up to
+            the beginning of the answer.
+        layers: layers whose output is read, negative from the end; None: all.
+        batch_size: prompts per forward pass.
         progress: show a progress bar.
-        paths: module paths of a model of an unlisted family.
+        paths: module paths for a model whose structure is not recognized.
 
     Raises:
-        TypeError, ValueError: bad arguments, lists of different lengths, a prompt without tokens or longer than the
-            context.
+        TypeError, ValueError: invalid arguments, lists of different lengths, or a prompt without tokens or longer than
+            the context.
 
     Example:
         >>> vectors = instruction_vectors(model, tokenizer, [q + " Answer in capitals." for q in questions], questions)
@@ -217,12 +217,10 @@ def instruction_vectors(
     chosen = check_layers(layers, found.n_layers)
     everything = rows + others
     states = torch.zeros(len(everything), len(chosen), found.hidden_size, dtype=torch.float64, device="cpu")
-    order = sorted(range(len(everything)), key=lambda row: len(everything[row]))
     with Reader(model, "residual", chosen, paths) as read, tqdm(
         total=len(everything), desc="instruction", disable=not progress, unit="prompt", dynamic_ncols=True
     ) as bar:  # fmt: skip
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
+        for numbers in by_length(everything, batch_size):
             last = read(encoder.batch([everything[row] for row in numbers]), reduce=lambda x: x[:, -1, 0])  # [L, B, d]
             states[numbers] = last.transpose(0, 1).double().cpu()
             bar.update(len(numbers))

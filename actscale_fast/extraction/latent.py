@@ -22,22 +22,22 @@ from .latent_search import LatentSearch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Standard deviation of a restart's first vector, in units of the stream's size.
+#: Standard deviation of the initial vector of a restart, in units of the stream's size.
 _RESTART = 0.5
 
 
 @dataclass(slots=True)
 class LatentResult:
-    """The vectors of some sentences, in their order."""
+    """The vectors of several sentences, in their order."""
 
     sentences: list[str]
-    #: One a sentence: where it is not exact, the one with the lowest loss that was met.
+    #: One per sentence; if it is not exact, the one with the lowest loss.
     vectors: list[SteerVec] = field(repr=False)
     #: Whether greedy decoding with the KV cache returned the sentence.
     exact: list[bool]
-    #: Mean of −log p over the sentence's tokens and the one that ends it, in nats, at the vector returned.
+    #: Mean −log p of the sentence's tokens and its end token, in nats.
     losses: list[float]
-    #: Updates that each sentence took, those of all its starts together.
+    #: Number of updates for each sentence, over all its starts.
     steps: list[int]
     seconds: float
 
@@ -59,35 +59,32 @@ def latent_vectors(
     progress: bool = True,
     paths: dict[str, str] | None = None,
 ) -> LatentResult:
-    """A vector for each sentence under which the frozen model says it, from nothing (arXiv 2205.05124).
+    """A vector for each sentence that makes the frozen model generate it (arXiv 2205.05124).
 
-    Generation starts from the token that opens a text (or ends one, or pads, where the tokenizer has none) and the
-    tokens of `start`. The paper starts from the former alone (`start=""`). The first token of a context serves many
-    models as a resting place for attention, with a norm of tens of thousands that a vector hardly moves, so that the
-    first word takes hundreds of steps: in SmolLM2-135M, behind layer 14, a sentence of ten tokens takes about 8 steps
-    with the line break, and after 150 steps without it all words but the first are there.
-
-    The starts, the step in units of the stream, and the line break are this package's; the paper leaves Adam's settings
-    open.
+    Generation starts from the tokenizer's BOS token (or EOS, or padding, if it has none) and the tokens of `start`. The
+    paper starts from the former alone (`start=""`), but in many models the first token of a context has a norm of tens
+    of thousands that a vector hardly changes: in SmolLM2-135M, after layer 14, a sentence of ten tokens takes about 8
+    steps with the line break, while after 150 steps without it the first word is still wrong. The restarts, the step in
+    units of the stream, and the line break are this package's choices; the paper does not give Adam's settings.
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
         sentences: N texts.
-        layer: z is added to its output (site "residual"); negative from the end. Middle layers do best.
-        every_step: add z at every time step; False: at the first one only, the token that the first word follows.
-        start: the text behind the opening token that generation starts from; `decode_latent` must be given the same.
-        ends: ask for the token that ends a text behind each sentence, so that decoding stops there.
-        steps: updates at most, of each start.
-        lr: Adam's, in units of the stream's size behind `layer` (median over tokens of the root mean square).
-        restarts: further starts for a sentence that the one from z = 0 did not give, from random vectors.
-        seed: of those.
-        batch_size: sentences in one forward pass.
+        layer: z is added to its output (site "residual"); negative from the end. Middle layers work best.
+        every_step: add z at every time step; False: only at the token before the first word.
+        start: the text after the BOS token that generation starts from; pass the same to `decode_latent`.
+        ends: require the token that ends a text after each sentence, so that decoding stops there.
+        steps: maximum number of updates for each start.
+        lr: Adam's learning rate, in units of the stream's size after `layer` (median over tokens of the RMS).
+        restarts: further starts, from random vectors, for a sentence that the start from z = 0 does not solve.
+        seed: random seed of the restarts.
+        batch_size: sentences per forward pass.
         progress: show a progress bar.
-        paths: module paths of a model of an unlisted family.
+        paths: module paths for a model whose structure is not recognized.
 
     Raises:
-        TypeError, ValueError: bad arguments, a sentence without tokens or longer than the context.
-        RuntimeError: under torch.inference_mode(), which gradients cannot be enabled in.
+        TypeError, ValueError: invalid arguments, or a sentence without tokens or longer than the context.
+        RuntimeError: called under torch.inference_mode().
 
     Example:
         >>> result = latent_vectors(model, tokenizer, ["The cat sat on the mat."], layer=14)
@@ -98,7 +95,7 @@ def latent_vectors(
 
     begun = time.perf_counter()
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("latent_vectors needs gradients, which torch.inference_mode() rules out")
+        raise RuntimeError("latent_vectors needs gradients and cannot run under torch.inference_mode()")
     check_finite(lr=lr)
     if lr <= 0:
         raise ValueError(f"lr: got {lr!r}, expected a positive number")
@@ -161,13 +158,13 @@ def decode_latent(
     start: str = "\n",
     strength: float = 1.0,
 ) -> str:
-    """What the model says from nothing under `vector`, greedily and with the KV cache.
+    """What the model generates greedily under `vector`, from the start that `latent_vectors` uses.
 
     Args:
-        model, tokenizer: as `latent_vectors` had them.
+        model, tokenizer: as in `latent_vectors`.
         vector: one of its vectors, or arithmetic on them: `z + 0.5 * (mean_vector(glad) - mean_vector(sad))`.
-        max_new_tokens: at most so many, and no more than the context holds; a text that ends does so before.
-        start: as `latent_vectors` had it.
+        max_new_tokens: maximum number of tokens, limited by the context.
+        start: as in `latent_vectors`.
         strength: β.
     """
     check_counts(max_new_tokens=max_new_tokens)
@@ -184,7 +181,7 @@ def mean_vector(vectors: Sequence[SteerVec]) -> SteerVec:
     """The mean of steering vectors at one location.
 
     Raises:
-        TypeError, ValueError: none given, others than plain `SteerVec`s, or different locations.
+        TypeError, ValueError: no vectors, anything but unstacked `SteerVec`s, or different locations.
     """
     parts = list(vectors)
     if not parts or any(type(part) is not SteerVec or part.n_groups is not None for part in parts):
@@ -205,7 +202,7 @@ def _decoded(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vectors: list[SteerVec], opening: list[int],
     targets: list[list[int]], end: list[int],
 ) -> list[bool]:  # fmt: skip
-    """Whether greedy decoding from the opening gives each sentence."""
+    """Whether greedy decoding gives each sentence."""
     encoder = TextEncoder(layout(model, vectors[0].paths), tokenizer)
     n_rows, longest = len(vectors), max(map(len, targets))
     with patch(model, SteerVec.stack(vectors), group=torch.arange(n_rows, device="cpu")):

@@ -1,8 +1,8 @@
-"""The search for latent steering vectors: Adam on many sentences at once, each with a vector of its own.
+"""The search for latent steering vectors: Adam on many sentences at once, each with its own vector.
 
-z* = argmin_z −Σ_t log p(x_t | x_<t, z) under teacher forcing, where z is added to the residual stream behind one layer.
-All sentences are rows of one batch; a sentence leaves it once the model's first choice is right at every token, for
-then greedy decoding says it. Layers up to that one see no z: they run once.
+z* = argmin_z −Σ_t log p(x_t | x_<t, z) under teacher forcing, where z is added to the residual stream after one layer.
+The sentences are rows of one batch. A sentence leaves the batch when every token is the model's first choice, because
+greedy decoding then gives it. Layers up to the steered one do not depend on z and run once.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ..frozen.shortcuts import open_frozen_model
 from ..interventions import SteerVec
 from ..patching.patch import patch
 
-#: Logits by which a token must lead the second best: decoding with a cache rounds otherwise than teacher forcing.
+#: Required lead of a token over the second best, in logits: decoding with a cache rounds differently.
 _LEAD = 0.05
 
 
 class LatentSearch:
-    """The descent of a batch of sentences; a context manager that holds the model open."""
+    """The optimization of a batch of sentences; a context manager that keeps the model opened."""
 
     def __init__(
         self, found: ModelLayout, location: Location, opening: list[int], targets: list[list[int]], encoder: TextEncoder
     ) -> None:
         width = len(opening) + max(map(len, targets)) - 1
         inputs = [(opening + ids)[:-1] for ids in targets]
-        # Padded on the right: what stands behind a sentence reaches none of its tokens.
+        # Padded on the right, where padding affects none of the sentence's tokens.
         ids = [row + [encoder.pad_id] * (width - len(row)) for row in inputs]
         wanted = [[-1] * (len(opening) - 1) + row + [-1] * (width - len(opening) + 1 - len(row)) for row in targets]
         self.found, self.first = found, location.layers[0] + 1
@@ -80,13 +80,13 @@ class LatentSearch:
         self._open.__exit__(*error)
 
     def start(self, scale: float, generator: torch.Generator) -> None:
-        """Begin again: every z at normal noise of `scale` times the stream's size."""
+        """Set every z to normal noise of `scale` times the stream's size."""
         noise = torch.randn(self.z.vectors.shape, generator=generator, dtype=torch.float32, device="cpu")
         with torch.no_grad():
             self.z.vectors.copy_(noise * scale * self.size)
 
     def descend(self, steps: int, lr: float, bar: Any) -> None:
-        """Adam on the sentences that are not solved."""
+        """Run Adam on the sentences that are not solved."""
         optimizer = torch.optim.Adam([self.z.vectors], lr=lr * self.size, betas=(0.9, 0.99))
         left = [row for row, solved in enumerate(self.solved) if not solved]
         for step in range(steps + 1):
@@ -115,13 +115,13 @@ class LatentSearch:
         return {key: value for key, value in arguments.items() if key != "logits_to_keep"}
 
     def _losses(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean −log p of each row's tokens [R], whether each of them is the first choice by a lead [R])."""
+        """The mean −log p of each row's tokens [R], and whether all of them are the first choice with a lead [R]."""
         wanted = self.wanted[rows]
         real = wanted >= 0
         model: Any = self.found.model
         with patch(model, self.z, group=rows):
             arguments = self._arguments(self.ids[rows])
-            if self.head is None:  # no plain product, so that all layers run
+            if self.head is None:  # the head is not a plain product, so all layers run
                 logits: Tensor = self.section.call(**arguments).logits[real]
             else:
                 states = self.section.run(

@@ -1,4 +1,4 @@
-"""Mean-centring: the mean activation of target texts, less that of a training sample (arXiv 2312.03813)."""
+"""Mean-centring: the mean activation over target texts minus that over a training sample (arXiv 2312.03813)."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ..interventions import SteerVec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Tokens in one forward pass at most, padding included (one text at least): 38 MB of a stream of 576 in float32.
+#: Maximum number of tokens per forward pass, including padding (but at least one text).
 _TOKENS = 16384
-#: Texts that are sorted by length together, in batches: little is padded, and an iterator is not held whole.
+#: Number of batches whose texts are sorted by length together, so that little is padded.
 _SORTED = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Means:
-    """Sums of activations over tokens, [L, H, D] in float64 on the CPU; `a + b` is of both sets of texts."""
+    """Sums of activations over tokens, [L, H, D] in float64 on the CPU; `a + b` covers the texts of both."""
 
     location: Location  # site, layers and model
     sums: Tensor
     n_tokens: int
     n_texts: int  # with at least one token that counts
-    n_cut: int  # longer than `max_tokens` or the context
-    n_empty: int  # without tokens to count
+    n_cut: int  # texts longer than `max_tokens` or the context
+    n_empty: int  # texts without a token that counts
     skip: int = 0  # tokens at the start of each text that were left out
 
     @property
@@ -46,11 +46,11 @@ class Means:
         return self.sums / self.n_tokens
 
     def of_layers(self, layers: Iterable[int]) -> Tensor:
-        """The mean at some of the layers, float64 [L, H, D]. Raises ValueError where one was not read."""
+        """The mean at some of the layers, float64 [L, H, D]; a ValueError for a layer that was not read."""
         chosen = check_layers(layers, self.location.model.n_layers)
         missing = [layer for layer in chosen if layer not in self.location.layers]
         if missing:
-            raise ValueError(f"layers: got {missing}, expected some of those read, {list(self.location.layers)}")
+            raise ValueError(f"layers: got {missing}, expected some of {list(self.location.layers)}, which were read")
         return self.mean[[self.location.layers.index(layer) for layer in chosen]]
 
     def __add__(self, other: Means) -> Means:
@@ -82,23 +82,23 @@ def mean_activations(
     progress: bool = True,
     paths: dict[str, str] | None = None,
 ) -> Means:
-    """The mean activation over all tokens of all texts, those that open a text included; padding does not count.
+    """The mean activation over all tokens of all texts, including opening tokens but not padding.
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
-        texts: any number, also an iterator, of which only some batches are held at a time.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
+        texts: any number of texts; an iterator is read a few batches at a time.
         site: "residual" (the decoder layer's output), "head", "attn_out" or "mlp_out".
-        layers: numbers of the layers, negative from the end; None: all.
-        skip: tokens at the start of each text that are left out of the mean; 0 is the paper's. In many models the first
-            token has a norm a hundred times that of the others, and the mean follows its share, that is the length of
-            the texts: in SmolLM2-135M from layer 11 on, where skip=1 is needed.
-        batch_size: texts in one forward pass; fewer where they are long.
-        max_tokens: what a text is cut to; None: the model's context, with one warning where that cuts any.
+        layers: layer numbers, negative from the end; None: all.
+        skip: number of tokens at the start of each text that are left out of the mean; 0 in the paper. In many models
+            the first token has a norm a hundred times that of the others, so the mean depends on the length of the
+            texts; SmolLM2-135M needs skip=1 from layer 11 on.
+        batch_size: texts per forward pass; fewer if they are long.
+        max_tokens: cut texts to this length; None: to the model's context, with one warning if any is cut.
         progress: show a progress bar.
-        paths: module paths of a model of an unlisted family.
+        paths: module paths for a model whose structure is not recognized.
 
     Raises:
-        TypeError, ValueError: a string in place of texts, one that is none, or no token at all.
+        TypeError, ValueError: a string in place of texts, a text that is not a string, or no token at all.
     """
     from tqdm.auto import tqdm
 
@@ -131,7 +131,7 @@ def mean_activations(
             for batch_rows in _batches(kept, batch_size):
                 batch = encoder.batch(batch_rows)
                 real = (batch.attention_mask.cumsum(-1) > skip)[:, :, None, None]
-                # In float64 layer by layer; what stands at padding may be anything, NaN too.
+                # In float64, layer by layer; activations at padding may be anything, including NaN.
                 sums += read(batch, reduce=functools.partial(_sum, real)).cpu()
                 n_texts, n_tokens = n_texts + len(batch_rows), n_tokens + sum(len(ids) - skip for ids in batch_rows)
                 bar.update(len(batch_rows))
@@ -159,23 +159,23 @@ def mean_centring(
     progress: bool = True,
     paths: dict[str, str] | None = None,
 ) -> SteerVec:
-    """Steering vectors towards what target texts have in common: c·(mean target − mean training) (arXiv 2312.03813).
+    """Steering vectors c·(mean target − mean training), towards what target texts share (arXiv 2312.03813).
 
-    The training texts stand for all that the model may say; without their mean the vector would carry the bias that all
-    activations share. The paper adds the vector of one layer at the last token, which while generating is each new one:
-    hence the positions. Its coefficients range from 3 (Llama 2) to 60 (GPT-2).
+    Subtracting the mean of ordinary training texts removes the bias that all activations share. The paper adds the
+    vector of one layer at the last token and at each generated one, which is the default here. Its coefficients range
+    from 3 (Llama 2) to 60 (GPT-2).
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
-        target, training: texts, or their `mean_activations` to use again: a training sample serves many targets.
-        layers: numbers of the layers, negative from the end; the paper steers one.
-        site: as `mean_activations` takes it.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
+        target, training: texts, or their `mean_activations`, which can be used again.
+        layers: layer numbers, negative from the end; the paper steers one layer.
+        site: as in `mean_activations`.
         coefficient: c.
-        positions, generated: where the vector is added; positions=None: to every token, whatever `generated` says.
-        skip, batch_size, max_tokens, progress, paths: as `mean_activations` takes them, for texts.
+        positions, generated: where the vector is added; with positions=None to every token.
+        skip, batch_size, max_tokens, progress, paths: as in `mean_activations`.
 
     Raises:
-        TypeError, ValueError: see `mean_activations`; means of another site, model or without those layers.
+        TypeError, ValueError: as in `mean_activations`; means of another site or model, or without these layers.
 
     Example:
         >>> everything = mean_activations(model, tokenizer, training_texts)
@@ -196,7 +196,7 @@ def mean_centring(
             raise ValueError(f"{name}: got means of site {texts.location.site!r}, expected {site!r}")
         means.append(texts)
     if means[0].skip != means[1].skip:
-        raise ValueError(f"training: got means with skip={means[1].skip}, expected {means[0].skip} as the target's")
+        raise ValueError(f"training: got means with skip={means[1].skip}, expected {means[0].skip} as for the target")
     with torch.no_grad():
         difference = coefficient * (means[0].of_layers(chosen) - means[1].of_layers(chosen))
         vector.vectors.copy_(difference[:, None].expand(vector.vectors.shape))
@@ -204,12 +204,12 @@ def mean_centring(
 
 
 def _sum(real: Tensor, x: Tensor) -> Tensor:
-    """x [B, T, H, D] over the real tokens, float64 [H, D]."""
+    """The sum of x [B, T, H, D] over the real tokens, float64 [H, D]."""
     return torch.where(real.to(x.device), x, 0).sum((0, 1), dtype=torch.float64)
 
 
 def _batches(rows: list[list[int]], batch_size: int) -> Iterator[list[list[int]]]:
-    """Rows of similar length, at most `batch_size` of them and `_TOKENS` tokens."""
+    """Batches of rows of similar length, with at most `batch_size` rows and `_TOKENS` tokens."""
     batch: list[list[int]] = []
     for row in sorted(rows, key=len):
         if batch and (len(batch) == batch_size or (len(batch) + 1) * len(row) > _TOKENS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -79,6 +79,13 @@ class TextEncoder:
         if not isinstance(text, str):
             raise TypeError(f"{name}: got {type(text).__name__}, expected a string")
         return text
+
+
+def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of all rows, in batches of similar length so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def check_texts(texts: Any, name: str) -> Sequence[str]:

@@ -15,7 +15,7 @@ from ..architectures.arguments import accepted_arguments
 from ..architectures.layout import layout
 from ..modules.evaluation_mode import evaluation_mode
 from .batching import forward_arguments
-from .encoder import TextEncoder
+from .encoder import TextEncoder, by_length
 from .shortcuts import open_frozen_model
 
 if TYPE_CHECKING:
@@ -84,13 +84,11 @@ def perplexity(
     scores = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     if not rows:
         return scores.float()
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(found.model))
         probe = forward_arguments(found.model, encoder.batch([rows[0].ids]))  # type: ignore[arg-type]
         head, section = stack.enter_context(open_frozen_model(found, found.model, probe))
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
+        for numbers in by_length([row.ids for row in rows], batch_size):
             chosen = [rows[number] for number in numbers]
             batch = encoder.batch([row.ids for row in chosen])
             arguments = forward_arguments(found.model, batch)  # type: ignore[arg-type]

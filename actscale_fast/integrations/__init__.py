@@ -1,4 +1,4 @@
-"""The libraries people already use, on these ops: one module a library, imported by nobody but its user.
+"""Interventions and ops in other libraries: one module per library, imported only by its users.
 
 >>> from actscale_fast.integrations import peft
 >>> with peft.accelerate(model):

@@ -1,10 +1,9 @@
-"""Sweeps over the heads of a TransformerBridge: cells as rows of a few batches, the layers below them run once.
+"""Sweeps over the heads of a TransformerBridge in a few batches, where the layers below each head run once.
 
-A cell is one head that is patched or scaled (or one head at one position). One forward pass keeps the residual stream
-at every layer; each batch of cells then runs from the layer of its cells on, the blocks below handing that residual
-over. Of L layers this is about (L + 1)/2L of the arithmetic of one whole forward pass a cell, in cells·B/rows passes.
-The layer of the cells itself is computed once a cell: its attention runs inside TransformerLens. `start_at_layer` would
-run the blocks below too, and throw their results away.
+A cell is one head that is patched or scaled (or one head at one position). One forward pass stores the residual stream
+at every layer. Each batch of cells then starts at the layer of its cells: the blocks below return the stored residual.
+With L layers this takes about (L + 1)/2L of the arithmetic of one forward pass per cell, in cells·B/rows passes.
+TransformerLens' own `start_at_layer` would still run the blocks below and discard their results.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ def head_patching(
     rows: int = 64,
     positions: bool = False,
 ) -> Tensor:
-    """What the metric becomes when one head at a time gets its activation of the clean run.
+    """The metric when one head at a time receives its activation from the clean run.
 
-    The numbers of `patching.get_act_patch_attn_head_out_all_pos` (with `positions`, `..._out_by_pos`), without a
-    gradient.
+    The values are those of `patching.get_act_patch_attn_head_out_all_pos` (with `positions`, `..._out_by_pos`), without
+    a gradient.
 
     Args:
         model: a TransformerBridge in evaluation mode.
         corrupted_tokens: int64 [B, T].
-        clean_cache: of `run_with_cache`; holds `blocks.L.attn.hook_<activation>` [B, T, H, D] of every layer.
-        metric: logits [B, T, V] of one patched run -> a scalar.
+        clean_cache: from `run_with_cache`, with `blocks.L.attn.hook_<activation>` [B, T, H, D] of every layer.
+        metric: maps the logits [B, T, V] of one patched run to a scalar.
         activation: "z" (the heads' outputs), "q", "k" or "v".
-        rows: sequences in a batch, at most; one cell is B of them.
-        positions: one cell for each position too.
+        rows: maximum number of sequences per batch; each cell takes B of them.
+        positions: use one cell for each head and position.
 
     Returns:
         fp32 [L, H], or [L, T, H] with `positions`.
@@ -70,7 +69,7 @@ def head_patching(
 
 
 def head_scaling(model: Any, tokens: Tensor, metric: Metric, *, factor: float = 0.0, rows: int = 64) -> Tensor:
-    """What the metric becomes when one head at a time is multiplied by `factor`; 0 knocks it out.
+    """The metric when one head at a time is multiplied by `factor`; 0 removes it.
 
     Args:
         model, metric, rows: as in `head_patching`.
@@ -94,9 +93,9 @@ def head_scaling(model: Any, tokens: Tensor, metric: Metric, *, factor: float = 
 def _sweep(
     model: Any, tokens: Tensor, metric: Metric, name: str, setter: Setter, n_heads: int, rows: int, positions: bool
 ) -> Tensor:
-    """The metric of every cell, [L, H] or [L, T, H]; `setter` edits [cells·B, T, H, D], the rows of a cell together."""
+    """The metric of every cell, [L, H] or [L, T, H]; `setter` edits [cells·B, T, H, D], cell by cell."""
     if model.training:
-        raise ValueError("model: is in training mode, expected model.eval(): dropout would hide what a head does")
+        raise ValueError("model: is in training mode, expected evaluation mode (model.eval())")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
         raise ValueError(f"tokens: got {type(tokens).__name__}, expected a tensor of token ids [B, T]")
     if rows < 1:
@@ -127,7 +126,7 @@ def _sweep(
 
 
 def check_model(model: Any) -> None:
-    """TypeError where it is no TransformerBridge."""
+    """Raise a TypeError unless the model is a TransformerBridge."""
     from transformer_lens import TransformerBridge
 
     if not isinstance(model, TransformerBridge):
@@ -135,7 +134,7 @@ def check_model(model: Any) -> None:
 
 
 def _residuals(model: Any, tokens: Tensor) -> tuple[list[Tensor], int | None]:
-    """The residual stream that enters each block, from one pass up to the last; how many outputs a block returns."""
+    """The residual stream that enters each block, and the number of outputs that a block returns (None: a tensor)."""
     kept: list[Tensor] = []
     outputs: list[int | None] = [None]
     last = model.cfg.n_layers - 1
@@ -154,7 +153,7 @@ def _residuals(model: Any, tokens: Tensor) -> tuple[list[Tensor], int | None]:
 
 @contextlib.contextmanager
 def _from_layer(model: Any, layer: int, residual: Tensor, n_outputs: int | None) -> Iterator[None]:
-    """Let every block below hand over this residual, on these instances and until the block ends."""
+    """Let every block below a layer return this residual while the context is open."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return residual if n_outputs is None else (residual, *[None] * (n_outputs - 1))

@@ -1,4 +1,4 @@
-"""Which versions of other libraries the integrations are tested with, and what is said of any other one."""
+"""The versions of other libraries that the integrations are tested with; any other version is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 
 from packaging.specifiers import SpecifierSet
 
-#: Of each distribution, the versions whose internals were read and tested.
+#: The versions of each distribution that are tested.
 SUPPORTED = {
     "lm-eval": ">=0.4.13,<0.5",
     "nnsight": ">=0.8.1,<0.9",
@@ -16,16 +16,16 @@ SUPPORTED = {
     "steering-vectors": ">=0.12.2,<0.13",
     "transformer-lens": ">=4.3,<5",
 }
-#: Those whose own pins exclude transformers 5 or NumPy 2, though they run with them.
+#: Libraries whose requirements exclude transformers 5 or NumPy 2, although they work with them.
 _UNPINNED = ("repeng", "steering-vectors")
 
 
 def require(name: str) -> None:
-    """Nothing where the distribution `name` is installed in a supported version.
+    """Check that a distribution is installed in a supported version.
 
     Raises:
-        ImportError: it is not installed, or in another version: its internals may differ, and an edit that lands
-            elsewhere gives numbers that are wrong without a word.
+        ImportError: it is not installed, or in another version, whose internals may differ so that an edit that lands
+            elsewhere gives silently wrong results.
     """
     wanted = name + SUPPORTED[name]
     try:

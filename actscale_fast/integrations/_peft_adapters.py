@@ -1,14 +1,14 @@
-"""(IA)³ adapters of PEFT and activation scalars: one is written as the other where both say the same.
+"""PEFT's (IA)³ adapters and activation scalars: each is converted to the other where both mean the same.
 
     site head       h·(1 + β·α_h) before the output projection     a feed-forward vector of that projection, [1, H·D],
                                                                    with head h's factor D times
     attn_out,       the projection's output · (1 + β·α)            the output vector of the attention's (the MLP's last)
     mlp_out                                                        projection, [d, 1], with one factor d times
-Nothing else of an intervention fits into an adapter, and nothing else of an adapter into scalars: both say why. An
-adapter's factors l are those that `af.patch` multiplies with, 1 + β·α in float32, so a written adapter gives the same
-bits; α = l − 1 is read back, exactly for l ≥ 1/2 and for every factor that was written here, else to 3e-8.
+Anything else is refused with the reason. The adapter's factors are those that `af.patch` multiplies by, l = 1 + β·α in
+float32, so a written adapter gives the same bits. α = l − 1 is read back exactly for l ≥ 1/2 and for every factor that
+was written here, otherwise to 3e-8.
 
-An adapter folder is `adapter_config.json` and `adapter_model.safetensors`; one with a pickle instead is not opened.
+An adapter folder holds `adapter_config.json` and `adapter_model.safetensors`; a pickle in its place is not opened.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..interventions.saving import made_folder
 from ..patching.edits import one_strength
 from ..patching.merge import site_linear
 
-#: What PEFT puts before a module's name, and after it.
+#: PEFT's prefix and suffix around a module's name.
 _BEFORE, _AFTER = "base_model.model.", ".ia3_l"
 _SITES = ("head", "attn_out", "mlp_out")
 
@@ -45,20 +45,19 @@ def to_peft_ia3(
 ) -> None:
     """Write activation scalars as an (IA)³ adapter that any PEFT loads: `PeftModel.from_pretrained(model, folder)`.
 
-    The adapter names the chosen layers' modules in full. Ones in the other layers would say the same, but cost a pass
-    over the activation in each of them and be trained along by whoever goes on training the adapter.
+    The adapter lists the modules of the chosen layers only, so the other layers cost nothing and are not trained later.
 
     Args:
         intervention: an ActivScalar with positions=None and not stacked, at the sites head, attn_out or mlp_out; or a
             Composite of such, not with both head and attn_out of one layer.
-        folder: made where it is not there; an adapter in it is replaced.
-        strength: β, one number: the adapter holds 1 + β·α.
-        model: the model that the adapter will be loaded on, or one like it: its modules give the names. None: the names
-            of the causal language model of a family in the table, at the sites head and attn_out.
+        folder: output folder; an adapter in it is replaced.
+        strength: β, one number; the adapter holds 1 + β·α.
+        model: the model that the adapter will be loaded on, or one like it, which gives the module names. None: the
+            names of a known model family, at the sites head and attn_out.
 
     Raises:
-        TypeError, ValueError: an intervention that factors of channels cannot express, with the reason; another model;
-            values that are not finite. Nothing is written then.
+        TypeError, ValueError: an intervention that one factor per channel cannot express (with the reason), another
+            model, or values that are not finite. Nothing is written in these cases.
     """
     if not isinstance(intervention, Intervention):
         raise TypeError(f"intervention: got {type(intervention).__name__}, expected an ActivScalar")
@@ -93,13 +92,13 @@ def to_peft_ia3(
 
 
 def _check_expressible(part: Intervention) -> None:
-    """Refuse what one factor a channel, the same for every token and row, cannot say."""
+    """Raise a ValueError for what one factor per channel, the same for every token and row, cannot express."""
     location = part.location
     reason = ""
     if type(part) is not ActivScalar:
-        reason = f"{type(part).__name__} is not one factor a channel"
+        reason = f"{type(part).__name__} is not one factor per channel"
     elif part.n_groups is not None:
-        reason = "a stack acts by row group, but an adapter serves all rows; write one of its parts"
+        reason = "a stack differs between rows, but an adapter does not; write one of its parts"
     elif location.positions is not None:
         reason = "it has positions, but an adapter acts on every token"
     elif location.site == "residual":
@@ -115,10 +114,10 @@ def _modules(part: Intervention, model: nn.Module | None) -> list[tuple[str, boo
         family = FAMILIES.get(location.model.model_type)
         if family is None or location.paths or location.site == "mlp_out":
             raise ValueError(
-                f"model: got None, but the modules of {location.model.model_type!r} at the site {location.site!r} are "
-                "known from the model alone"
+                f"model: got None, but the modules of {location.model.model_type!r} at the site {location.site!r} can "
+                "only be found in the model"
             )
-        path = f"{family.layers}.{{}}.{family.projection}"  # of the table's families GPT-2's is the one with Conv1D
+        path = f"{family.layers}.{{}}.{family.projection}"  # only GPT-2 has Conv1D
         return [(path.format(layer), location.model.model_type == "gpt2") for layer in location.layers]
     found = layout(model, location.paths)
     location.model.require(found.fingerprint)
@@ -136,7 +135,7 @@ def _modules(part: Intervention, model: nn.Module | None) -> list[tuple[str, boo
 
 
 def _names(found: ModelLayout) -> dict[nn.Module, str]:
-    """Of each module the name that it has where no adapter is on the model: PEFT's layers keep it for themselves."""
+    """The name of each module without an adapter: PEFT's layers wrap the module as `base_layer`."""
     return {module: name.replace(".base_layer", "") for name, module in found.model.named_modules()}
 
 
@@ -149,7 +148,7 @@ def _vector(part: Any, index: int, strength: float) -> Tensor:
 
 
 def _write(folder: Path, config: IA3Config, tensors: dict[str, Tensor]) -> None:
-    """Both files, each whole or not at all; between the two the folder holds no adapter rather than a mixture."""
+    """Write both files atomically; in between, the folder holds no adapter rather than a mixture."""
     content = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     payload = save_tensors(tensors, metadata={"format": "pt"})
     (made_folder(folder) / CONFIG_NAME).unlink(missing_ok=True)
@@ -159,21 +158,20 @@ def _write(folder: Path, config: IA3Config, tensors: dict[str, Tensor]) -> None:
 
 
 def from_peft_ia3(folder: str | Path, model: nn.Module) -> ActivScalar | Composite:
-    """Read an (IA)³ adapter as activation scalars, where its vectors are tied by head (or by site): α = l − 1.
+    """Read an (IA)³ adapter as activation scalars α = l − 1, if its factors l are equal within each head (or site).
 
     Args:
-        folder: what PEFT's `save_pretrained` wrote, or a snapshot of the hub's: adapter_config.json and
-            adapter_model.safetensors.
+        folder: written by PEFT's `save_pretrained`, or downloaded from the hub.
         model: the model that the adapter belongs to.
 
     Returns:
-        An ActivScalar with the adapter's layers, on the CPU; a Composite where several sites are in it.
+        An ActivScalar with the adapter's layers, on the CPU; a Composite if the adapter has several sites.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: a pickle; another kind of adapter, or one that trains more than (IA)³'s vectors; damaged; made for
-            another model; modules that are no site (keys, values, the MLP's inner width); factors that differ within a
-            head or site, with the layer, the head and by how much.
+        ValueError: a pickle; another kind of adapter, or one that trains more than (IA)³'s vectors; a damaged file;
+            another model; modules that are not a site (keys, values, the MLP's inner width); factors that differ
+            within a head or site, with the layer, the head and the spread.
     """
     folder = Path(folder)
     _check_config(folder)
@@ -195,7 +193,7 @@ def from_peft_ia3(folder: str | Path, model: nn.Module) -> ActivScalar | Composi
 
 
 def _check_config(folder: Path) -> None:
-    """Refuse what is no plain (IA)³ adapter."""
+    """Raise an error unless the folder holds a plain (IA)³ adapter."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, expected an adapter folder as PEFT's save_pretrained writes it")
@@ -207,7 +205,9 @@ def _check_config(folder: Path) -> None:
     if kind != "IA3":
         raise ValueError(f"{path}: got a {kind} adapter, expected IA3")
     if others:
-        raise ValueError(f"{path}: the adapter replaces whole modules ({', '.join(others)}), which are no scalars")
+        raise ValueError(
+            f"{path}: the adapter replaces whole modules ({', '.join(others)}), which scalars cannot express"
+        )
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -243,13 +243,13 @@ def _places(found: ModelLayout) -> _Places:
             except ValueError:
                 if site != "mlp_out":
                     raise
-                continue  # no MLP whose output is one linear layer's
+                continue  # the MLP's output is not that of one linear layer
             places[names[module], site == "head"] = (site, layer)
     return places
 
 
 def _place(places: _Places, name: str, vector: Tensor, folder: Path) -> tuple[str, int]:
-    """The site and layer of one of the adapter's vectors; ValueError where it has none."""
+    """The site and layer of one of the adapter's vectors."""
     if vector.dim() != 2 or 1 not in vector.shape:
         raise ValueError(f"{folder}: {name!r} has shape {tuple(vector.shape)}, expected [1, in] or [out, 1]")
     place = places.get((name, vector.shape[0] == 1))
@@ -267,7 +267,7 @@ def _place(places: _Places, name: str, vector: Tensor, folder: Path) -> tuple[st
 
 
 def _tied(vector: Tensor, groups: int, layer: int, site: str, folder: Path) -> Tensor:
-    """The one factor of each of `groups` equal parts of the vector [groups], float64."""
+    """The common factor within each of `groups` equal parts of the vector, float64 [groups]."""
     parts = vector.reshape(groups, -1).double()
     low, high = parts.amin(1), parts.amax(1)
     wrong = (~(low == high)).nonzero()
@@ -277,7 +277,7 @@ def _tied(vector: Tensor, groups: int, layer: int, site: str, folder: Path) -> T
         least, most = float(low[head]), float(high[head])
         raise ValueError(
             f"{folder}: layer {layer}{at}: factors from {least:.6g} to {most:.6g} (spread {most - least:.3g}), "
-            f"expected one a {unit}: the adapter is not tied by {unit} ({len(wrong)} of {groups} here are not)"
+            f"expected one factor per {unit} ({len(wrong)} of {groups} have several)"
         )
     return low
 

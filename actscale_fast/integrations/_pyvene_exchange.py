@@ -1,7 +1,8 @@
-"""Interventions to pyvene and back: as objects, and from the folders that pyvene saves.
+"""Conversion of interventions to pyvene and back, as objects and from the folders that pyvene saves.
 
-Both directions mean all positions, what pyvene does with `unit_locations=None`: positions and heads that a call names
-are not part of a pyvene model. An ActivScalar is a `ScaleIntervention` a layer, a SteerVec an AdditionIntervention.
+Both directions mean all positions, as in pyvene with `unit_locations=None`: positions and heads that a call names are
+not part of a pyvene model. An ActivScalar becomes one `ScaleIntervention` per layer, a SteerVec one
+`AdditionIntervention` per layer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..interventions import ActivScalar, Intervention, SteerVec
 from ..patching.edits import one_strength
 from ._pyvene_kinds import KINDS, SIGNS, ScaleIntervention, added_vector, unknown_kind
 
-#: pyvene's names for the sites; that of a layer is used where it means the same module.
+#: pyvene's names for the sites, used where they mean the same module.
 _COMPONENTS = {
     ("head", ActivScalar): "head_attention_value_output",
     ("head", SteerVec): "attention_value_output",
@@ -49,14 +50,14 @@ class _Part(NamedTuple):
 
 
 def to_pyvene(intervention: Intervention, model: nn.Module, strength: float = 1.0) -> Any:
-    """An IntervenableModel that computes `af.patch(model, intervention, strength)`; pyvene trains, saves and loads it.
+    """An IntervenableModel that computes the same as `af.patch(model, intervention, strength)`.
 
-    Call it with `unit_locations=None`, and `generate` with `intervene_on_prompt=True` besides, which then steers the
+    Call it with `unit_locations=None`; pass `intervene_on_prompt=True` to its `generate` as well, which then steers the
     prompt and the generated tokens. pyvene freezes the model's weights and sets it to evaluation mode.
 
     Args:
-        intervention: an ActivScalar, a SteerVec or a composite of such, at all positions, not stacked. Copied.
-        model: the Hugging Face model that it was made for, or another of its type and shape, of any family.
+        intervention: an ActivScalar, a SteerVec or a composite of these, at all positions, not stacked; it is copied.
+        model: the Hugging Face model that it was made for, or another of the same type and shape.
         strength: β, multiplied into the parameters.
 
     Raises:
@@ -75,13 +76,13 @@ def to_pyvene(intervention: Intervention, model: nn.Module, strength: float = 1.
 
 
 def from_pyvene(intervenable: Any) -> Intervention:
-    """What an IntervenableModel does with `unit_locations=None`, as an intervention on its model. Copied.
+    """A copy of what an IntervenableModel does with `unit_locations=None`, as an intervention on its model.
 
     Raises:
         TypeError: not an IntervenableModel.
-        ValueError: an intervention that is neither multiplication by a scalar a head, nor zeroing, nor addition of a
-            constant vector; one at a component that is not a site; factors for fewer heads than the site has, or a
-            zeroing by heads, which each call names; linked ones.
+        ValueError: an intervention other than multiplication by one scalar per head, zeroing, or addition of a constant
+            vector; a component that is not a site; factors for fewer heads than the site has, or zeroing of heads that
+            each call names; linked interventions.
     """
     if not isinstance(intervenable, pyvene.IntervenableModel):
         raise TypeError(f"intervenable: got {type(intervenable).__name__}, expected a pyvene.IntervenableModel")
@@ -96,11 +97,11 @@ def from_pyvene(intervenable: Any) -> Intervention:
 
 
 def load_pyvene(folder: str | Path, model: nn.Module) -> Intervention:
-    """The intervention in a folder that `IntervenableModel.save` wrote; reads tensors alone, runs no code from it.
+    """The intervention in a folder that `IntervenableModel.save` wrote; only tensors are read, and no code is run.
 
     Raises:
         FileNotFoundError: `config.json` or a tensor file is missing.
-        ValueError: a file is damaged, or an intervention is none of those that `from_pyvene` understands.
+        ValueError: a file is damaged, or an intervention is not one that `from_pyvene` supports.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -127,13 +128,11 @@ def load_pyvene(folder: str | Path, model: nn.Module) -> Intervention:
 
 def _check_part(part: Intervention) -> None:
     if type(part) not in (ActivScalar, SteerVec):
-        raise TypeError(
-            f"intervention: got {type(part).__name__}, expected ActivScalar or SteerVec: pyvene has no other"
-        )
+        raise TypeError(f"intervention: got {type(part).__name__}, expected ActivScalar or SteerVec")
     if part.location.positions is not None:
-        raise ValueError("intervention: has positions, expected all: in pyvene every call names them, unit_locations=")
+        raise ValueError("intervention: has positions, expected all; in pyvene every call names them (unit_locations=)")
     if part.n_groups is not None:
-        raise ValueError("intervention: is a stack, expected one: pyvene has no groups of rows")
+        raise ValueError("intervention: is a stack, which pyvene does not support; pass one of its parts")
 
 
 def _representation(found: ModelLayout, part: Intervention, index: int, layer: int, strength: float) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def _representation(found: ModelLayout, part: Intervention, index: int, layer: i
 
 
 def _component(found: ModelLayout, site: str, kind: type[Intervention], layer: int) -> str:
-    """pyvene's name for the site, or the path of its module where pyvene has none or means another module."""
+    """pyvene's name for the site, or the module's path if pyvene has no name or means another module."""
     module = found.site_module(site, layer)
     name = _COMPONENTS.get((site, kind), "")
     if name in pyvene.type_to_module_mapping.get(type(found.model), {}):
@@ -180,10 +179,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _assembled(parts: list[_Part], found: ModelLayout) -> Intervention:
-    """One intervention for each run of layers that can stand in one, in the order of execution at each place."""
+    """The parts as few interventions, in the order of execution at each site."""
     for part in parts:
         if part.representation.intervention_link_key is not None:
-            raise ValueError(f"{part.key}: is linked (intervention_link_key), expected one that acts for itself")
+            raise ValueError(f"{part.key}: is linked (intervention_link_key), expected one that is not")
     sites = dict(_sites(found))
     places = [_place(part, found, sites) for part in parts]
     groups: list[tuple[str, type[Intervention], dict[int, Tensor]]] = []
@@ -217,7 +216,7 @@ class _Place(NamedTuple):
 
     site: str
     layer: int
-    is_later: bool  # at another module, which runs after the site's own, whatever the order in the config
+    is_later: bool  # at another module, which runs after the site's own in any order of the config
 
 
 def _sites(found: ModelLayout) -> Iterator[tuple[tuple[int, bool], _Place]]:
@@ -235,11 +234,11 @@ def _place(part: _Part, found: ModelLayout, sites: dict[tuple[int, bool], _Place
     component, layer = part.representation.component, part.representation.layer
     try:
         hook = get_module_hook(found.model, part.representation)
-    except (AttributeError, IndexError, NameError, TypeError, ValueError) as error:  # pyvene checks neither
+    except (AttributeError, IndexError, NameError, TypeError, ValueError) as error:  # pyvene does not check
         raise ValueError(f"{part.key}: the model has no component {component!r} of layer {layer} ({error})") from None
     place = sites.get((id(hook.__self__), hook.__name__ == CONST_INPUT_HOOK))
     if place is None and component == "attention_output":
-        # The attention module hands on what its projection returns.
+        # The attention module returns the output of its projection.
         place = _Place("attn_out", layer % found.n_layers, True)
     if place is None:
         raise ValueError(f"{part.key}: component {component!r} is none of the sites {', '.join(SITES)}")
@@ -247,7 +246,7 @@ def _place(part: _Part, found: ModelLayout, sites: dict[tuple[int, bool], _Place
 
 
 def _parameters(part: _Part, found: ModelLayout, site: str) -> tuple[type[Intervention], Tensor]:
-    """(class, its parameters at one layer, flat)."""
+    """The class, and its flat parameters at one layer."""
     if unknown_kind(part.kind):
         raise ValueError(f"{part.key}: {unknown_kind(part.kind)}")
     n_heads = found.n_heads if site == "head" else 1

@@ -1,4 +1,4 @@
-"""Vectors by layer, into a `SteerVec` and out of it: what the formats of other libraries share."""
+"""Conversion between vectors by layer, which other libraries use, and a `SteerVec`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def from_vectors(
     generated: bool = False,
     model_type: str | None = None,
 ) -> SteerVec:
-    """The vectors as a `SteerVec` that holds their layers alone, on the model's device.
+    """The vectors as a `SteerVec` with their layers, on the model's device.
 
     Args:
-        vectors: layer, negative from the end -> a real array or tensor [P, H, D], or [H·D] for all position slots.
+        vectors: layer (negative from the end) -> a real array or tensor [P, H, D], or [H·D] for all position slots.
         model: a causal language model of Hugging Face.
         site, positions, generated: as `SteerVec.for_model` takes them.
-        model_type: that of the model the vectors were made for; None: not known.
+        model_type: the type of the model that the vectors were made for; None: unknown.
 
     Raises:
-        TypeError, ValueError: another type of model, no layer, one that the model does not have or twice, vectors of
-            another width, or values that are no finite real numbers.
+        TypeError, ValueError: another type of model, no layer, an unknown layer or one given twice, vectors of another
+            width, or values that are not finite real numbers.
     """
     own = layout(model).model_type
     if model_type is not None and model_type != own:
@@ -54,22 +54,22 @@ def from_vectors(
 
 
 def whole_vectors(vector: SteerVec, sites: Iterable[str], target: str) -> dict[int, Tensor]:
-    """{layer: fp32 [d] on the CPU}, of a vector that steers every token at one of the whole sites `sites`.
+    """{layer: float32 [d] on the CPU} of a vector that steers every token at one of the given whole sites.
 
     Raises:
-        TypeError, ValueError: no SteerVec, a stack, one with positions, or at a site that `target` does not have.
+        TypeError, ValueError: not a SteerVec, a stack, positions, or a site that `target` does not have.
     """
     check_vector(vector)
     location = vector.location
     if location.positions is not None:
         raise ValueError(f"steer_vec: it has positions, but vectors of {target} act on every token")
     if location.site not in sites:
-        raise ValueError(f"steer_vec: its site is {location.site!r}; {target} has {', '.join(sites)} alone")
+        raise ValueError(f"steer_vec: its site is {location.site!r}; {target} only has {', '.join(sites)}")
     return {layer: value.reshape(-1) for layer, value in by_layer(vector).items()}
 
 
 def check_vector(vector: object) -> None:
-    """Refuse what is no single, finite steering vector."""
+    """Raise an error unless it is a single, finite `SteerVec`."""
     if not isinstance(vector, SteerVec):
         raise TypeError(f"steer_vec: got {type(vector).__name__}, expected a SteerVec")
     if vector.n_groups is not None:
@@ -78,6 +78,6 @@ def check_vector(vector: object) -> None:
 
 
 def by_layer(vector: SteerVec) -> dict[int, Tensor]:
-    """{layer: fp32 [P, H, D] of its own on the CPU}, in ascending order."""
+    """{layer: float32 [P, H, D], a copy on the CPU}, in ascending order."""
     values = vector.vectors.detach().to("cpu", copy=True)
     return dict(sorted(zip(vector.location.layers, values, strict=True)))

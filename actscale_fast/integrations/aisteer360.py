@@ -1,9 +1,9 @@
-"""AISteer360: its files of steering vectors (`.svec`) as `SteerVec`, and back; the library itself is not needed.
+"""AISteer360: its files of steering vectors (`.svec`) as `SteerVec`, and back, without the library.
 
-The format, read in IBM/AISteer360 at 1d7c84314b19341ac78c9ae4ee1eabf4e2f58632, file
+The format, as read in IBM/AISteer360 at 1d7c84314b19341ac78c9ae4ee1eabf4e2f58632, file
 aisteer360/algorithms/state_control/_common/steering_vector.py: a JSON object with `model_type`, `directions` {layer:
-[K, D] nested lists, or [D]}, and where they apply `num_heads`, `head_dim`, `explained_variances` {layer: float} and
-`probe_accuracies` {"layer:head": float}. What K and D mean is left to the control that uses them:
+[K, D] nested lists, or [D]}, and where applicable `num_heads`, `head_dim`, `explained_variances` {layer: float} and
+`probe_accuracies` {"layer:head": float}. The meaning of K and D depends on the control that uses them:
 
 | kind | control | shape | where | here |
 |---|---|---|---|---|
@@ -11,7 +11,7 @@ aisteer360/algorithms/state_control/_common/steering_vector.py: a JSON object wi
 | "positions" | ActAdd | [T, d] | input of layer n, the prompt's token t | residual n − 1, position t |
 | "heads" | ITI | [heads, head_dim] | input of the attention's output projection | head n, every token |
 
-The basis of angular steering, [2, d], is a rotation's plane and no vector.
+The basis of angular steering, [2, d], is the plane of a rotation, not a vector.
 """
 
 from __future__ import annotations
@@ -42,21 +42,20 @@ def load(
     layers: Iterable[int] | None = None,
     top_heads: int | None = None,
 ) -> SteerVec:
-    """A file of AISteer360 as a `SteerVec`; the control's multiplier (alpha in ITI) is the strength of `af.patch`.
+    """Read a file as a `SteerVec`; the control's multiplier (alpha in ITI) is the strength of `af.patch`.
 
     Args:
-        path: the file; ".svec" is added where it is missing, as the library does.
+        path: the file; ".svec" is added if it is missing, as the library does.
         model: a causal language model of Hugging Face.
-        kind: as in the table above. None: what `save` wrote into the file (a key that the library passes over), else
-            "heads" where the file has num_heads, "direction" where every K is 1.
-        layers: the layers of the file to take, in its own numbers; None: all. CAA and ActAdd use one of them.
-        top_heads: of kind "heads", as many heads of the highest probe accuracies as ITI takes, zeros elsewhere; None:
-            all.
+        kind: as in the table above. None: what `save` wrote into the file (under a key that the library ignores),
+            otherwise "heads" if the file has num_heads, and "direction" if every K is 1.
+        layers: the layers of the file to use, in its own numbers; None: all. CAA and ActAdd use one of them.
+        top_heads: for kind "heads", keep this many heads with the highest probe accuracies, as ITI does; None: all.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: damaged, for another type of model or of another width, layers that the file does not have, or
-            several directions a layer without a `kind`.
+        ValueError: a damaged file, another type of model, another width, layers that the file does not have, or several
+            directions per layer without a `kind`.
     """
     path = _named(path)
     try:
@@ -72,7 +71,7 @@ def load(
         if not directions or any(value.dim() != 2 for value in directions.values()):
             raise ValueError("no directions [K, D]")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged or no steering vector ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: damaged or not a steering vector ({type(error).__name__}: {error})") from None
     if kind not in (None, *KINDS):
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     if layers is not None:
@@ -83,8 +82,8 @@ def load(
     several = {len(value) for value in directions.values()}
     if kind is None and not per_head and several != {1}:
         raise ValueError(
-            f"kind: {path} holds {max(several)} directions a layer: of as many tokens ('positions'), or the"
-            " basis of angular steering, which is no vector"
+            f"kind: {path} holds {max(several)} directions per layer: either one for each token ('positions') or the"
+            " basis of angular steering, which is not a vector"
         )
     kind = kind or ("heads" if per_head else "direction")
     if top_heads is not None:
@@ -97,7 +96,7 @@ def load(
         if kind == "direction":
             return from_vectors({n: value[:, None] for n, value in directions.items()}, model, model_type=model_type)
         if 0 in directions:
-            raise ValueError("layer 0: its input is the embedding's output, which is no site; name other `layers`")
+            raise ValueError("layer 0: its input is the embedding's output, which is not a site; choose other `layers`")
         inputs = {n - 1: value[:, None] for n, value in directions.items()}
         return from_vectors(inputs, model, positions=range(max(several)), model_type=model_type)
     except ValueError as error:
@@ -105,12 +104,12 @@ def load(
 
 
 def save(steer_vec: SteerVec, path: str | os.PathLike[str]) -> Path:
-    """Write a file that AISteer360 reads, whole or not at all.
+    """Write a file that AISteer360 reads.
 
     Args:
         steer_vec: unstacked; at the site residual for every token ("direction") or for positions 0 … T − 1 of the
             prompt ("positions"), or at the site head for every token ("heads").
-        path: ".svec" is added where it is missing, as the library does.
+        path: ".svec" is added if it is missing, as the library does.
 
     Returns:
         The file's path.
@@ -130,7 +129,7 @@ def save(steer_vec: SteerVec, path: str | os.PathLike[str]) -> Path:
     elif location.site == "residual" and location.positions == tuple(range(location.n_slots)):
         data["kind"] = "positions"
         directions = {layer + 1: value[:, 0] for layer, value in values.items()}
-        check_layers(directions, location.model.n_layers)  # the last layer's output is the input of none
+        check_layers(directions, location.model.n_layers)  # the last layer's output is not the input of a layer
     else:
         raise ValueError(
             f"steer_vec: got site {location.site!r}, positions {location.positions}, generated {location.generated};"
@@ -146,7 +145,7 @@ def save(steer_vec: SteerVec, path: str | os.PathLike[str]) -> Path:
 def _keep_top(
     directions: dict[int, Tensor], accuracies: dict[tuple[int, ...], float], top_heads: int, kind: str
 ) -> None:
-    """Zeros in the place of all but the heads of the highest accuracies; of equal ones the first in the file."""
+    """Set all heads to zero except those with the highest accuracies; among equals the first in the file is kept."""
     if kind != "heads" or not 1 <= top_heads <= len(accuracies):
         raise ValueError(f"top_heads: got {top_heads} of kind {kind!r} with {len(accuracies)} probe accuracies")
     best = set(sorted(accuracies, key=accuracies.__getitem__, reverse=True)[:top_heads])

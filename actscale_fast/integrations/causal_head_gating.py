@@ -1,7 +1,8 @@
-"""Causal head gating: how much of each head the next tokens of some texts need (Nam et al., arXiv 2505.13737).
+"""Causal head gating: which heads a model needs to predict some texts (Nam et al., arXiv 2505.13737).
 
 A gate G = σ(θ), [L, H], multiplies each head before the attention's output projection: `scale_heads` with α = G − 1.
-Adam minimises NLL(θ) − λ·mean(clip(θ, ±c)): λ = 0 first, from there λ > 0 (gates open, G⁺) and λ < 0 (they close, G⁻).
+Adam minimises NLL(θ) − λ·mean(clip(θ, ±c)): first with λ = 0, then from there with λ > 0 (gates open, G⁺) and with
+λ < 0 (gates close, G⁻).
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ class HeadGates(NamedTuple):
 
     @property
     def roles(self) -> dict[str, Tensor]:
-        """Facilitating: stays open when pressed to close; interfering: closed when pressed to open. Our reading."""
+        """Facilitating heads stay open under λ < 0, interfering ones close under λ > 0 (our reading)."""
         irrelevant = self.opened * (1 - self.closed)
         return {"facilitating": self.closed, "interfering": 1 - self.opened, "irrelevant": irrelevant}
 
 
 def scored(batch: Mapping[str, Tensor]) -> Tensor:
-    """The columns whose next token some row scores: where logits are needed. Once a batch, since it reads values."""
+    """The columns where any row has a label for the next token; called once per batch because it reads values."""
     if not len(wanted := (batch["labels"][:, 1:] != -100).any(0).nonzero().flatten()):
-        raise ValueError("labels: got -100 alone after the first column, expected token ids among them")
+        raise ValueError("labels: got only -100 after the first column, expected token ids")
     return wanted
 
 
@@ -48,7 +49,12 @@ def gated_nll(model: Any, handle: HeadMask, gates: Tensor, batch: Mapping[str, T
 def fit_gates(
     model: Any, batches: Sequence[Mapping[str, Tensor]], *, steps: int = 100, lr: float = 0.1, weight: float = 0.1,
     clip: float = 4.0, start: float = 2.0) -> HeadGates:  # fmt: skip
-    """The three fits. Batches, one an update: what the model takes, and `labels` (−100: not scored); weight: |λ|."""
+    """Run the three fits, one batch per update.
+
+    Args:
+        batches: each holds the model's inputs and `labels`; −100 is ignored.
+        weight: |λ|.
+    """
     found, fits, columns = layout(model), list[Tensor](), [scored(batch) for batch in batches]
     first = torch.full((found.n_layers, found.n_heads), start, dtype=torch.float32, device=model.device)
     with evaluation_mode(model), head_mask(model, first.sigmoid()) as handle:

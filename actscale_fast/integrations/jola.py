@@ -23,9 +23,9 @@ TEMPERATURE, LOW, HIGH, EPS = 0.33, -0.1, 1.1, 1e-6
 
 
 class JoLA(Intervention):
-    """Scales and vectors [L, P, H, D] and the log α of a gate for each, [L, P, H]; all 0 at first: no edit.
+    """Scales and vectors [L, P, H, D], and the log α of a gate for each [L, P, H]; all 0, which is the identity.
 
-    After `.train()` gates are sampled in each pass and layer, after `.eval()` (the first state) deterministic.
+    In training mode gates are sampled in each pass and layer; in evaluation mode, the default, they are deterministic.
     """
 
     homogeneous: ClassVar[bool] = False
@@ -40,14 +40,14 @@ class JoLA(Intervention):
         return {"scales": whole, "vectors": whole, "scale_gates": heads, "vector_gates": heads}
 
     def gate(self, log_alpha: Tensor) -> Tensor:
-        """The gates, from 0 to 1, of the mode that the module is in."""
+        """The gates, from 0 to 1, in the module's current mode."""
         if self.training:
             u = torch.empty_like(log_alpha).uniform_(EPS, 1 - EPS)
             log_alpha = (u.log() - (1 - u).log() + log_alpha) / TEMPERATURE
         return (log_alpha.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
 
     def open_probabilities(self) -> Tensor:
-        """P(g > 0) of the scales' gates and the vectors', [2, L, P, H]; the sum is the expected L0, to be weighted."""
+        """P(g > 0) of the scales' and the vectors' gates, [2, L, P, H]; their sum is the expected ℓ0 norm."""
         return (torch.stack(tuple(self.parameters())[2:]) - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid()
 
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:

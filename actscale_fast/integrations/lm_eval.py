@@ -1,6 +1,6 @@
-"""EleutherAI's lm-evaluation-harness on a model with an intervention: the model type `actscale`.
+"""EleutherAI's lm-evaluation-harness: the model type `actscale`, a model with an intervention.
 
-From the shell, the harness's own command line with that type added:
+This module runs the harness's own command line with that type:
 
     python -m actscale_fast.integrations.lm_eval run --model actscale \\
         --model_args pretrained=gpt2,intervention=scalars,strength=-1 --tasks hellaswag
@@ -29,15 +29,15 @@ class SteeredLM(HFLM):  # type: ignore[misc]
     """The harness's `hf` model with an intervention on it.
 
     Args:
-        pretrained: as the harness's `hf` model takes it: a name, a folder, or a model at hand.
+        pretrained: a name, a folder, or a model, as for the harness's `hf` model.
         intervention: an intervention made for that model, or the folder that its `save_pretrained` wrote.
         strength: β.
-        kwargs: of the harness's `hf` model: tokenizer, batch_size, dtype, device, …
+        kwargs: arguments of the harness's `hf` model: tokenizer, batch_size, dtype, device, …
 
     Raises:
-        ValueError: an intervention of another model; or, when log-likelihoods are asked for, one with positions: the
-            harness hands over context and continuation as one text, padded on the right without a mask. In generation
-            tasks positions mean what they mean everywhere.
+        ValueError: an intervention made for another model. Log-likelihood requests also raise it for an intervention
+            with positions, because the harness passes context and continuation as one text, padded on the right without
+            a mask. In generation tasks positions work as usual.
 
     Example:
         >>> lm = SteeredLM(model, scalars, strength=-1.0, tokenizer=tokenizer, batch_size=8)
@@ -63,7 +63,7 @@ class SteeredLM(HFLM):  # type: ignore[misc]
         return super()._model_call(inps, *args, **kwargs)
 
     def remove(self) -> None:
-        """Take the intervention off the model."""
+        """Remove the intervention from the model."""
         self._patch.remove()
 
 

@@ -1,13 +1,13 @@
-"""nnsight: an intervention inside a trace, one op a site, in the order in which the model reaches them.
+"""nnsight: an intervention inside a trace.
 
 >>> with model.trace("The capital of France is"):
 ...     steer(model, intervention, strength=-1.0)
 ...     logits = model.output.logits.save()
 
-A block of a trace must ask for values in the order of the forward pass. `steer` asks for every site of the
-intervention, so it stands first in its block; values below its last site are read in a block of their own, an empty
-`with tracer.invoke():`, which sees what the edits made. There is no time to gain here: the op costs what the user's own
-multiplication costs, and nnsight's handover of each site costs more than both (benchmarks/cases/nnsight.py).
+A block of a trace must access values in the order of the forward pass. `steer` accesses every site of the
+intervention, so call it first in its block; read values below its last site in a block of their own, an empty
+`with tracer.invoke():`, which sees the edits. There is no speed-up: nnsight's access to each site costs more than the
+edit (benchmarks/cases/nnsight.py).
 """
 
 from __future__ import annotations
@@ -44,21 +44,20 @@ def steer(
 ) -> None:
     """Edit the activations of the pass that the surrounding trace runs.
 
-    Inside `with tracer.invoke(...):` the edits reach that invoke's rows alone. In `.generate(...)` it edits the first
-    pass (the prompt) unless `steps` says more; listed positions count the tokens of the prompt there, and every later
-    pass holds generated ones.
+    Inside `with tracer.invoke(...):` only that invoke's rows are edited. In `.generate(...)` only the first pass (the
+    prompt) is edited unless `steps` is given; positions count the tokens of the prompt.
 
     Args:
         model: the nnsight model (`TransformersModel`, `LanguageModel` or `NNsight` of a Hugging Face model).
         intervention: made for the wrapped model or another of its type and shape; its parameters get gradients.
         strength: β, a float or one value per row of the invoke [B].
         group: int64 [B], for a stacked intervention.
-        steps: passes of a generation from its first one on: `tracer.iter[:]` for all. What follows in the block is then
-            not run: nnsight ends an open loop with the generation.
+        steps: passes of a generation, from the first one on: `tracer.iter[:]` for all. Code after this call in the
+            block is then not run, because nnsight ends an open loop with the generation.
 
     Raises:
         TypeError: not an nnsight model, an intervention that needs a source, or steps of another kind.
-        ValueError: made for another model, a bad strength or group, or a batch whose padding cannot be told.
+        ValueError: another model, an invalid strength or group, or a batch whose padding cannot be determined.
     """
     from nnsight.intervention.envoy import Envoy
 
@@ -82,7 +81,7 @@ def steer(
 
 
 def _one_pass(model: Any, found: ModelLayout, parts: list[Steering], prompt: Prompt | None) -> Prompt | None:
-    """Assign the edited values of one forward pass, site by site; returns the generation's prompt."""
+    """Assign the edited values of one forward pass, site by site; return the generation's prompt."""
     noted = [part for part in parts if part.reads_arguments]
     if noted:
         args, kwargs = _envoy(model, found.decoder).inputs
@@ -91,7 +90,7 @@ def _one_pass(model: Any, found: ModelLayout, parts: list[Steering], prompt: Pro
             call.refuse_unknown_arguments()
         for part in noted:
             part.context = part.context_of(call)
-        if prompt is None:  # the first pass: later ones may hold it again, where there is no KV cache
+        if prompt is None:  # the first pass; without a KV cache later ones contain it again
             flat = isinstance(call.mask, Tensor) and call.mask.dim() == 2
             prompt = Prompt(call.n_tokens, call.mask != 0 if flat else None)
     places: list[_Place] = []

@@ -1,21 +1,18 @@
-"""pyvene: an intervention class that multiplies, exchange of interventions in both directions, and one pass a site.
+"""pyvene: an intervention class that multiplies, conversion in both directions, and one pass over each site.
 
-`ScaleIntervention` goes into a pyvene config: per head at unit "h" (component head_attention_value_output and others
-that pyvene splits by heads), one scalar at a whole site. `to_pyvene`, `from_pyvene` and `load_pyvene` exchange whole
-interventions. `accelerate` replaces, on one IntervenableModel, how interventions of known kinds reach all positions:
+`ScaleIntervention` is used in a pyvene config: one scalar per head at unit "h" (component head_attention_value_output
+and others that pyvene splits by heads), one scalar in total at a whole site. `to_pyvene`, `from_pyvene` and
+`load_pyvene` convert whole interventions. `accelerate` changes how one IntervenableModel edits all positions:
 
-    stock   clone the site, gather, intervene, scatter back in place    6 to 9 passes over the site; index tensors made
-                                                                        from lists, `.item()`
-    here    y = h·(1 + α) + v                                           2 passes, nothing waits for the device
+    pyvene      clone the site, gather, intervene, scatter back in place     6 to 9 passes over the site
+    accelerate  y = h·(1 + α) + v                                            2 passes, no synchronisation
 
-pyvene's writing in place overwrites what SDPA keeps for its backward pass: under SDPA, heads above the lowest edited
-layer have gradients on the accelerated path alone. Without gradients a run of few neighbouring heads is written back
-alone, as pyvene writes them.
+pyvene writes in place over what SDPA keeps for its backward pass, so under SDPA only the accelerated path has gradients
+above the lowest edited layer.
 
-pyvene takes every forward hook off the model before and after each of its calls. An `af.patch` that is on acts neither
-in that call nor after it, without a word, until it is removed and applied again: use one of the two.
-Importing pyvene imports nnsight, which replaces `torch.Tensor.backward` everywhere: in a `with` block written on one
-line, any context manager's, `loss.backward()` does nothing; give it a line of its own.
+pyvene removes every forward hook from the model in each call, so an `af.patch` silently has no effect during and after
+it: use one of the two. Importing pyvene imports nnsight, which replaces `torch.Tensor.backward`: on the same line as a
+`with` statement (of any context manager) `loss.backward()` does nothing; put it on a line of its own.
 """
 
 from __future__ import annotations
@@ -40,21 +37,21 @@ from ._pyvene_kinds import ALL_DIMS, SIGNS, ScaleIntervention, added_vector, unk
 
 __all__ = ["Accelerated", "ScaleIntervention", "accelerate", "from_pyvene", "load_pyvene", "to_pyvene"]
 
-# The name in a saved config, by which pyvene finds the class when it loads one.
+# pyvene finds the class of a saved config under this name.
 ScaleIntervention.__module__ = __name__
 
 Edit = Callable[[Tensor], Tensor]
 
 
 def accelerate(intervenable: Any) -> Accelerated:
-    """Let this IntervenableModel do what it can in one pass a site, until the `with` block ends or `.remove()`.
+    """Edit each site in one pass where possible, until the `with` block ends or `.remove()` is called.
 
     Covered: `ScaleIntervention`, pyvene's `ZeroIntervention`, and `AdditionIntervention` and `SubtractionIntervention`
     with one constant vector, at all positions (`unit_locations=None`, or unit "h" with the same heads in every row).
-    Everything else keeps pyvene's own path; `Accelerated.paths` says what and why.
+    Everything else uses pyvene's own path; `Accelerated.paths` gives the reason.
 
     Args:
-        intervenable: a pyvene.IntervenableModel. Results equal its own to rounding, with gradients.
+        intervenable: a pyvene.IntervenableModel. Results and gradients equal its own up to rounding.
 
     Raises:
         TypeError, ValueError: not an IntervenableModel, or one that is accelerated already.
@@ -79,13 +76,12 @@ class Accelerated(Handle):
         self._stock = intervenable._intervention_setter
         self._indices: dict[tuple[Any, ...], Tensor] = {}
         self._limits: dict[str, tuple[Any, int | None]] = {}
-        #: Of every intervention "fused", or why pyvene's own path serves it: in its last call, and before the first one
-        #: as far as its kind says.
+        #: For every intervention "fused", or why pyvene's own path is used (in the last call).
         self.paths = {key: self._unknown(key) or "fused" for key in intervenable.interventions}
         intervenable.__dict__["_intervention_setter"] = self._setter
 
     def remove(self) -> None:
-        """Give the model its own path back; nothing happens where it has it already."""
+        """Restore pyvene's own path; a second call does nothing."""
         intervenable, self._intervenable = self._intervenable, None
         if intervenable is None:
             return
@@ -97,7 +93,7 @@ class Accelerated(Handle):
     def _setter(
         self, keys: list[str], unit_locations_base: Any, subspaces: Any, intervention_additional_kwargs: Any
     ) -> Any:
-        """In the place of `IntervenableModel._intervention_setter`: hooks for these keys."""
+        """Replaces `IntervenableModel._intervention_setter`: registers the hooks for these keys."""
         handlers = HandlerList([])
         for number, key in enumerate(keys):
             locations, subspace = unit_locations_base[number], None if subspaces is None else subspaces[number]
@@ -136,7 +132,7 @@ class Accelerated(Handle):
         return register(before if register.__name__ == CONST_INPUT_HOOK else after, with_kwargs=True)
 
     def _unknown(self, key: str) -> str:
-        """Why an intervention is not covered whatever the call says; empty where it may be."""
+        """Why an intervention is not covered in any call; empty if it may be."""
         intervenable = self._intervenable
         intervention = intervenable.interventions[key]
         if unknown_kind(type(intervention)):
@@ -156,7 +152,7 @@ class Accelerated(Handle):
         return ""
 
     def _edit(self, key: str, locations: Any) -> tuple[Edit | None, str]:
-        """(the edit of one call, or why there is none)."""
+        """The edit for one call, or None and the reason."""
         intervenable = self._intervenable
         intervention, representation = intervenable.interventions[key], intervenable.representations[key]
         learned = intervention.alpha.numel() if isinstance(intervention, ScaleIntervention) else None
@@ -182,7 +178,7 @@ class Accelerated(Handle):
         run = index = None
         if heads != tuple(range(n_heads)):
             index = self._index(heads, intervenable.get_device())
-            # Edited where they lie they are read, written, read and written: of few heads less than all once each way.
+            # In place, few heads are read and written twice, which is less than reading and writing all of them once.
             if heads == tuple(range(heads[0], heads[-1] + 1)) and 2 * len(heads) <= n_heads:
                 run = slice(heads[0], heads[-1] + 1)
         return lambda x: _edited(intervention, n_dims, x, n_heads, index, run), ""
@@ -193,7 +189,7 @@ class Accelerated(Handle):
         return self._indices[heads, device]
 
     def _n_dims(self, key: str, intervention: Any) -> int | None:
-        """The dimensions that an intervention is limited to; read once, as the number may lie on the device."""
+        """The number of dimensions that an intervention is limited to; read once, as it may be on the device."""
         there = intervention.interchange_dim
         if key not in self._limits or self._limits[key][0] is not there:
             self._limits[key] = there, None if there is None else int(there)
@@ -203,10 +199,10 @@ class Accelerated(Handle):
 def _edited(
     intervention: Any, n_dims: int | None, x: Tensor, n_heads: int, index: Tensor | None, run: slice | None
 ) -> Tensor:
-    """x [B, T, H·D], edited at all positions: every head, or those of `index`; `run` is the same where it can be.
+    """x [B, T, H·D], edited at all positions: every head, or those of `index`; `run` is `index` as a slice.
 
-    With one head x is [..., D]: OPT flattens rows and tokens, a norm a head (Qwen 3) gets [B, T, H, D].
-    A run is edited where it lies if nothing needs a gradient, as pyvene edits it.
+    With one head, x is [..., D]: OPT flattens rows and tokens, and a norm per head (Qwen 3) gets [B, T, H, D].
+    Like pyvene, a run of heads is edited in place if nothing needs a gradient.
     """
     if x.dim() != 3 and n_heads == 1:
         flat = x.reshape(1, -1, x.shape[-1])

@@ -1,14 +1,13 @@
-"""repeng and llama.cpp: control vectors as steering vectors, and back, through objects and through GGUF files.
+"""repeng and llama.cpp: control vectors as steering vectors, and back, as objects and as GGUF files.
 
 A control vector adds coefficient·direction to the output of each of its decoder layers: the site residual, with the
-coefficient as the strength of `af.patch`. Layers have one number everywhere: `directions[n]` of repeng, the tensor
-`direction.n` of a file and layer n here are the output of the n-th decoder layer, counted from 0 (llama.cpp adds
-`direction.n` at the end of its layer n, but has none for layer 0 and refuses a file with `direction.0`;
-common/common.cpp and src/llama-adapter.cpp).
+coefficient as the strength of `af.patch`. Layer numbers agree: `directions[n]` in repeng, the tensor `direction.n` in a
+file and layer n here are the output of the n-th decoder layer, counted from 0 (llama.cpp adds `direction.n` at the end
+of its layer n, but refuses a file with `direction.0`: common/common.cpp and src/llama-adapter.cpp).
 
-`load_gguf` and `save_gguf` need the package `gguf` alone; the two others need repeng. What repeng chooses where it
-applies a vector is not part of it: `normalize=True` and `operator=` have no counterpart, and `ControlModel`'s
-`layer_ids` are the layers of the `SteerVec`. repeng leaves left padding out, which no real token can see.
+`load_gguf` and `save_gguf` only need the package `gguf`; the other two functions need repeng. How repeng applies a
+vector is not part of it: `normalize=True` and `operator=` have no counterpart, and `ControlModel`'s `layer_ids` are the
+layers of the `SteerVec`. repeng does not steer left padding, which no real token can see.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ _HINT = f"{_ARCHITECTURE}.model_hint"
 
 
 def from_repeng(vector: ControlVector, model: Any) -> SteerVec:
-    """repeng's control vector as a `SteerVec` at the site residual; layers without a direction are not steered.
+    """repeng's control vector as a `SteerVec` at the site residual, with the layers that have a direction.
 
     Args:
-        vector: its `directions` hold [d] by layer; negative layers count from the end. Kept in float32.
-        model: the causal language model of Hugging Face, as it was before `ControlModel` wrapped its layers.
+        vector: its `directions` hold [d] for each layer, negative layers counted from the end.
+        model: the Hugging Face causal language model, before `ControlModel` wraps its layers.
 
     Raises:
-        ImportError: repeng is missing or of another version.
-        TypeError, ValueError: made for another type of model, of another width, a layer that the model does not have.
+        ImportError: repeng is missing or has another version.
+        TypeError, ValueError: another type of model, another width, or a layer that the model does not have.
 
     Example:
         >>> with af.patch(model, from_repeng(vector, model), strength=1.5):
@@ -56,8 +55,8 @@ def to_repeng(steer_vec: SteerVec) -> ControlVector:
         steer_vec: at the site residual, for every token, unstacked.
 
     Raises:
-        ImportError: repeng is missing or of another version.
-        TypeError, ValueError: what a control vector cannot say: another site, positions, a stack.
+        ImportError: repeng is missing or has another version.
+        TypeError, ValueError: what a control vector cannot express: another site, positions, a stack.
     """
     require("repeng")
     from repeng import ControlVector
@@ -67,18 +66,18 @@ def to_repeng(steer_vec: SteerVec) -> ControlVector:
 
 
 def load_gguf(path: str | os.PathLike[str], model: Any, *, model_type: str | None = None) -> SteerVec:
-    """A control vector's file, of repeng or llama.cpp, as a `SteerVec` at the site residual.
+    """Read a control vector of repeng or llama.cpp from a GGUF file, as a `SteerVec` at the site residual.
 
     Args:
-        path: its tensors `direction.n` are float32 [d] (float16 and float64 are read too); others are passed over.
+        path: a file with tensors `direction.n`, float32 [d] (or float16, float64); other tensors are ignored.
         model: a causal language model of Hugging Face.
-        model_type: the hint `controlvector.model_hint` that the file must have; None: the model's own type, which is
-            what repeng writes. llama.cpp writes its own name: "llama" for a Mistral model.
+        model_type: the required `controlvector.model_hint` of the file; None: the model's own type, which repeng
+            writes. llama.cpp writes its own name, such as "llama" for a Mistral model.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no GGUF file or a damaged one, no control vector, one for another type of model, of another width,
-            or with quantised tensors.
+        ValueError: a damaged file or one that is not GGUF, not a control vector, another type of model, another width,
+            or quantised tensors.
     """
     from gguf import GGUFReader
 
@@ -90,7 +89,7 @@ def load_gguf(path: str | os.PathLike[str], model: Any, *, model_type: str | Non
     if fields.get("general.architecture") != _ARCHITECTURE:
         raise ValueError(f"{path}: architecture {fields.get('general.architecture')!r}, expected {_ARCHITECTURE!r}")
     if _HINT not in fields:
-        raise ValueError(f"{path}: has no {_HINT}, so it is not known which model it is for")
+        raise ValueError(f"{path}: has no {_HINT}, so the model that it is for is unknown")
     if model_type is not None and fields[_HINT] != model_type:
         raise ValueError(f"{path}: its {_HINT} is {fields[_HINT]!r}, expected {model_type!r}")
     directions: dict[int, np.ndarray[Any, Any]] = {}
@@ -113,14 +112,14 @@ _TEXTS = ("general.architecture", _HINT)
 
 
 def save_gguf(steer_vec: SteerVec, path: str | os.PathLike[str]) -> None:
-    """Write a control vector's file that repeng and llama.cpp read, whole or not at all.
+    """Write a control vector as a GGUF file that repeng and llama.cpp read.
 
     Args:
         steer_vec: at the site residual, for every token, unstacked. A vector of zeros at layer 0 is left out.
-        path: as a rule with the ending .gguf.
+        path: the file, usually ending in .gguf.
 
     Raises:
-        TypeError, ValueError: what the format cannot say: another site, positions, a stack, a vector at layer 0.
+        TypeError, ValueError: what the format cannot express: another site, positions, a stack, a vector at layer 0.
     """
     from gguf import GGUFWriter
 
@@ -130,7 +129,7 @@ def save_gguf(steer_vec: SteerVec, path: str | os.PathLike[str]) -> None:
             "steer_vec: steers layer 0; llama.cpp has no vector for it and refuses a file with direction.0"
         )
     if not directions:
-        raise ValueError("steer_vec: has no layer but 0, for which llama.cpp has no vector")
+        raise ValueError("steer_vec: only has layer 0, for which llama.cpp has no vector")
     with atomic_path(path) as temporary:
         writer = GGUFWriter(temporary, _ARCHITECTURE)
         try:

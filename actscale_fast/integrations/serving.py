@@ -1,10 +1,10 @@
-"""Per-request head scalars in a server: buffers that never move, one op a layer, nothing compiled twice.
+"""Head scalars for each request of a server, in buffers whose addresses never change.
 
 A server flattens the tokens of all running requests into one axis, compiles its forward pass and replays it as a CUDA
-graph. What changes from step to step must then be values in buffers whose addresses stay. `ScalarTable` holds them:
-`alpha` [L, S, 1, H], one slot an intervention (slot 0 is the identity), and `index` [max_tokens], each token's slot.
-The op is `ops.scale_heads` with one row a token: y[n] = x[n]·(1 + alpha[layer, index[n]]), 2 elements of x moved for
-each, the base model's tokens included. docs/serving.md shows where vLLM would call it.
+graph, so only values in fixed buffers may change between steps. `ScalarTable` holds `alpha` [L, S, 1, H], with one slot
+per intervention (slot 0 is the identity), and `index` [max_tokens], the slot of each token. The op is
+`ops.scale_heads` with one row per token, y[n] = x[n]·(1 + alpha[layer, index[n]]), which reads and writes x once.
+docs/serving.md shows where vLLM would call it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ScalarTable(nn.Module):
     Args:
         model: the fingerprint of the model that is served (`af.layout(model).fingerprint`, or an intervention's
             `location.model`).
-        slots: S, the identity's included.
-        max_tokens: the most tokens of one forward pass.
+        slots: S, including that of the identity.
+        max_tokens: maximum number of tokens in one forward pass.
         heads: this rank's heads under tensor parallelism, e.g. range(rank * n, (rank + 1) * n); None: all.
         device: where the projections compute.
 
@@ -68,17 +68,17 @@ class ScalarTable(nn.Module):
         if not len(self.heads) or self.heads.step != 1 or self.heads.start < 0 or self.heads.stop > model.n_heads:
             raise ValueError(f"heads: got {self.heads}, expected a range of 0 to {model.n_heads} in steps of 1")
         shape = (model.n_layers, slots, 1, len(self.heads))
-        # Not in state_dict: a server loads its model's weights by name.
+        # Not in the state_dict, because a server loads its model's weights by name.
         self.register_buffer("alpha", torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("index", torch.zeros(max_tokens, dtype=torch.int64, device=device), persistent=False)
 
     @torch.no_grad()
     def put(self, slot: int, intervention: Intervention, strength: float = 1.0) -> None:
-        """Write an intervention's scalars, times β, into a slot; seen by the next forward pass.
+        """Write an intervention's scalars, times β, into a slot; the next forward pass uses them.
 
         Raises:
-            TypeError, ValueError: slot 0, one that does not exist, another model's intervention, or what a slot cannot
-                hold: anything but unstacked scalars at the head site for all tokens.
+            TypeError, ValueError: slot 0 or an unknown slot, an intervention for another model, or anything but
+                unstacked scalars at the head site for all tokens.
         """
         self._check_slot(slot)
         if not isinstance(intervention, ActivScalar):
@@ -100,14 +100,14 @@ class ScalarTable(nn.Module):
         self.alpha[:, slot].zero_()
 
     def assign(self, slots: Sequence[int], counts: Sequence[int]) -> None:
-        """Say which slot the tokens of the next forward pass use; tokens that are not counted use slot 0.
+        """Set the slot of each token in the next forward pass; tokens beyond the counts use slot 0.
 
         Args:
-            slots: of each request, in the order of their tokens.
-            counts: tokens of each request: its prompt's, or 1 while it is decoded.
+            slots: the slot of each request, in the order of their tokens.
+            counts: the number of tokens of each request: its prompt's, or 1 while decoding.
         """
         if len(slots) != len(counts):
-            raise ValueError(f"counts: got {len(counts)} for {len(slots)} slots, expected one each")
+            raise ValueError(f"counts: got {len(counts)} for {len(slots)} slots, expected one for each")
         if slots and not 0 <= min(slots) <= max(slots) < self.alpha.shape[1]:
             raise ValueError(f"slots: got {min(slots)} to {max(slots)}, expected 0 to {self.alpha.shape[1] - 1}")
         total = sum(counts)
@@ -120,20 +120,20 @@ class ScalarTable(nn.Module):
         self.index.copy_(rows, non_blocking=cuda)
 
     def scale(self, x: Tensor, layer: int) -> Tensor:
-        """The heads of some tokens, scaled: x [..., H·D] of at most max_tokens tokens, H this rank's heads."""
+        """Scale the heads of x [..., H·D], with at most max_tokens tokens and the H heads of this rank."""
         n_heads, width = len(self.heads), self.fingerprint.head_dim
         if x.shape[-1] != n_heads * width:
             raise ValueError(f"x: got {x.shape[-1]} channels, expected {n_heads} heads · {width} = {n_heads * width}")
         heads = x.reshape(-1, 1, n_heads, width)  # [N, 1, H, D]
         if heads.shape[0] > self.index.shape[0]:
-            raise ValueError(f"x: got {heads.shape[0]} tokens, expected max_tokens = {self.index.shape[0]} at most")
+            raise ValueError(f"x: got {heads.shape[0]} tokens, expected at most max_tokens = {self.index.shape[0]}")
         return scale_heads(heads, self.alpha[layer], group=self.index[: heads.shape[0]]).view(x.shape)
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Let the table scale what enters the attention's output projections of a transformers model.
+        """Scale the inputs of the attention's output projections of a transformers model while the context is open.
 
-        Attach it before the model is compiled or captured; what is in the buffers may change at any time.
+        Attach before the model is compiled or captured; the contents of the buffers may change at any time.
         """
         if len(self.heads) < self.fingerprint.n_heads:
             raise ValueError(f"heads: the table has {self.heads}, but a whole model has all {self.fingerprint.n_heads}")
@@ -153,7 +153,7 @@ class ScalarTable(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         alpha = self.alpha
         super()._apply(fn, recurse)
-        if self.alpha.dtype != alpha.dtype:  # model.half() is for the model's weights
+        if self.alpha.dtype != alpha.dtype:  # model.half() must not change the table
             self.alpha = alpha.to(self.alpha.device)
         return self
 

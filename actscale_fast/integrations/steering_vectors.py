@@ -1,10 +1,10 @@
 """steering-vectors: its `SteeringVector` as a `SteerVec`, and back.
 
 `SteeringVector.apply(model, multiplier=...)` adds multiplier·vector to the output of a module of each layer; here the
-multiplier is the strength of `af.patch`. Which tokens are steered is not part of the vector there: `min_token_index`
-and `token_indices` count columns of each forward pass, padding included, so that in `generate()` with a KV cache
-min_token_index > 0 stops at the first decoded token. `positions` and `generated` here count the prompt's real tokens
-and go on while decoding. An `operator` (ablation) has no counterpart; `af.Projection` removes a direction.
+multiplier is the strength of `af.patch`. In that library the steered tokens are not part of the vector:
+`min_token_index` and `token_indices` count columns of each forward pass, including padding, so in `generate()` with a
+KV cache min_token_index > 0 stops at the first decoded token. `positions` and `generated` here count the prompt's real
+tokens and stay valid while decoding. `operator` (ablation) has no counterpart; `af.Projection` removes a direction.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def from_steering_vectors(
     """A `SteeringVector` as a `SteerVec`: decoder_block at the site residual, self_attn at attn_out, mlp at mlp_out.
 
     Args:
-        vector: its `layer_activations` hold d values by layer; negative layers count from the end. Kept in float32.
+        vector: its `layer_activations` hold d values for each layer, negative layers counted from the end.
         model: a causal language model of Hugging Face.
         positions, generated: as `SteerVec.for_model` takes them; each position gets the same vector.
 
     Raises:
-        TypeError, ValueError: the output of a norm, which is no site here; another width, an unknown layer.
+        TypeError, ValueError: the output of a norm, which is not a site here; another width; an unknown layer.
 
     Example:
         >>> with af.patch(model, from_steering_vectors(vector, model), strength=-1.0):
@@ -44,7 +44,7 @@ def from_steering_vectors(
     """
     if vector.layer_type not in SITES:
         raise ValueError(
-            f"vector: its layer_type is {vector.layer_type!r}, the output of a norm, which is no site here; expected"
+            f"vector: its layer_type is {vector.layer_type!r}, the output of a norm, which is not a site here; expected"
             f" one of {', '.join(SITES)}"
         )
     flat = {layer: value.detach().reshape(-1) for layer, value in vector.layer_activations.items()}
@@ -58,7 +58,7 @@ def to_steering_vectors(steer_vec: SteerVec) -> SteeringVector:
         steer_vec: at a whole site, for every token, unstacked.
 
     Raises:
-        TypeError, ValueError: what a `SteeringVector` cannot say: heads, positions, a stack.
+        TypeError, ValueError: what a `SteeringVector` cannot express: heads, positions, a stack.
     """
     from steering_vectors import SteeringVector
 

@@ -1,4 +1,4 @@
-"""The ℓ1 norm's proximal step inside transformers' `Trainer`."""
+"""The proximal step of the ℓ1 norm in transformers' `Trainer`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..patching.pretrained import ActScaleModel
 
 
 class ProximalCallback(TrainerCallback):
-    """After each step of the optimizer, the soft threshold of λ‖·‖₁ on the intervention of an `ActScaleModel`.
+    """Applies the soft threshold of λ‖·‖₁ to the intervention of an `ActScaleModel` after each optimizer step.
 
-    In Adam's metric (Adam, AdamW and what keeps their state: `exp_avg_sq`) the threshold is lr·λ/(√v̂ + ε), as in
-    `ops.proximal_adam_`; for any other optimizer it is that of gradient descent, lr·λ. Entries become exactly 0. Weight
-    decay is the optimizer's: set it to 0 unless a quadratic penalty is meant.
+    With optimizers that keep Adam's state (`exp_avg_sq`) the threshold is lr·λ/(√v̂ + ε), as in `ops.proximal_adam_`;
+    with others it is lr·λ, as in gradient descent. Entries become exactly 0. Set the optimizer's weight decay to 0
+    unless you want a quadratic penalty as well.
 
     Args:
         minimality: λ ≥ 0.
 
     Raises:
         ValueError: a negative λ.
-        TypeError: when training begins, a model that is no `ActScaleModel`.
-        RuntimeError: after a step of an optimizer that has none of the intervention's parameters (FSDP's flat ones).
+        TypeError: when training begins, if the model is not an `ActScaleModel`.
+        RuntimeError: after a step, if the optimizer has none of the intervention's parameters (FSDP flattens them).
 
     Example:
         >>> model = af.get_actscale_model(model)
@@ -34,7 +34,7 @@ class ProximalCallback(TrainerCallback):
 
     def __init__(self, minimality: float) -> None:
         if not minimality >= 0:
-            raise ValueError(f"minimality: got {minimality}, expected a number from 0 on")
+            raise ValueError(f"minimality: got {minimality}, expected a number that is at least 0")
         self.minimality = minimality
 
     def on_train_begin(
@@ -48,12 +48,12 @@ class ProximalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = kwargs["optimizer"]
-        if getattr(optimizer, "step_was_skipped", False):  # a scaled fp16 gradient that overflowed
+        if getattr(optimizer, "step_was_skipped", False):  # a scaled float16 gradient overflowed
             return
         rates = list(_rates(getattr(optimizer, "optimizer", optimizer), kwargs["model"].intervention))
         if not rates:
             raise RuntimeError(
-                "optimizer: steps none of the intervention's parameters, expected them in its groups as they are"
+                "optimizer: has none of the intervention's parameters, expected them unchanged in its groups"
             )
         for parameter, rate in rates:
             parameter.copy_(parameter.sign() * (parameter.abs() - self.minimality * rate).clamp_(min=0))
@@ -71,6 +71,6 @@ def _rates(optimizer: torch.optim.Optimizer, intervention: nn.Module) -> Iterato
             if second is None or second.shape != parameter.shape:
                 yield parameter, group["lr"]
                 continue
-            steps = torch.as_tensor(found["step"]).double()  # 1 − βᵗ in float32 loses digits; on a GPU nothing waits
+            steps = torch.as_tensor(found["step"]).double()  # in float32, 1 − βᵗ loses digits
             corrected = second / (1 - group["betas"][1] ** steps)
             yield parameter, group["lr"] / (corrected.sqrt() + group["eps"])

@@ -1,12 +1,12 @@
 """TransformerLens: interventions as hook functions, and sweeps over heads in a few batches.
 
-`hooks` gives what `run_with_hooks(fwd_hooks=...)` and `model.hooks(...)` take. The sites are the same places as in the
-Hugging Face model inside the bridge: head is `attn.hook_z` (already [B, T, H, D]), attn_out the output of `attn.o`,
-mlp_out that of the MLP, residual the block's output `hook_resid_post` (`hook_resid_pre` of the next one).
-`hook_attn_out` and `hook_mlp_out` stand after a norm or multiplier where the family has one (Gemma 2, OLMo 2, Granite);
-the sites stand before it, as `for_model` says, so these hooks go to the projection and the MLP themselves.
+`hooks` returns what `run_with_hooks(fwd_hooks=...)` and `model.hooks(...)` take. The sites are those of the Hugging
+Face model inside the bridge: head is `attn.hook_z` (already [B, T, H, D]), attn_out the output of `attn.o`, mlp_out
+that of the MLP, and residual the block's output `hook_resid_post`. In families with a norm or multiplier after these
+outputs (Gemma 2, OLMo 2, Granite), `hook_attn_out` and `hook_mlp_out` come after it, but the sites before it; the hooks
+are therefore placed on the projection and the MLP themselves.
 
-`head_patching` and `head_scaling` sweep over all heads in a few batches; see `_head_sweeps`.
+`head_patching` and `head_scaling` sweep over all heads in a few batches.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ def hooks(
 ) -> list[Hook]:
     """An intervention as (name, function) pairs for `run_with_hooks(fwd_hooks=...)` or `with model.hooks(...)`.
 
-    Positions mean what they mean in `af.patch`: tokens of the prompt, padding left out by the attention mask. In
-    `generate()` with its KV cache (the default) the passes after the first one hold generated tokens; without the cache
-    every pass looks like a prompt, so listed positions are counted anew. Under gradient checkpointing the recomputation
-    refuses them. While a list with positions lives, the model notes the arguments of its passes; drop the list to undo
-    that.
+    Positions mean the same as in `af.patch`: tokens of the prompt, without the padding in the attention mask. In
+    `generate()` with its KV cache (the default) later passes hold generated tokens; without the cache every pass looks
+    like a prompt, so positions are counted anew. Under gradient checkpointing, recomputation raises an error. While
+    hooks with positions exist, the model records the arguments of its passes; delete the list to undo that.
 
     Args:
         model: a TransformerBridge, over a Hugging Face model or TransformerLens' own.
@@ -54,8 +53,8 @@ def hooks(
 
     Raises:
         TypeError: not a TransformerBridge, or an intervention that needs a source.
-        ValueError: made for another model, or not finite; also where TransformerLens' weight processing changed the
-            activations of the site (value biases folded out of the heads, writing weights centred).
+        ValueError: another model, values that are not finite, or a site whose activations were changed by
+            TransformerLens' weight processing (folded value biases, centred output weights).
 
     Example:
         >>> logits = model.run_with_hooks(tokens, fwd_hooks=hooks(model, intervention, strength=-1.0))
@@ -81,7 +80,7 @@ def for_transformer_lens(
     positions: Iterable[int] | None = None,
     generated: bool = False,
 ) -> Intervention:
-    """An intervention that does nothing yet, for a TransformerBridge as it is: processed weights included.
+    """A new intervention for a TransformerBridge as it is, with processed weights or not.
 
     Args:
         model: a TransformerBridge.
@@ -107,18 +106,18 @@ def _name(model: Any, site: str, layer: int) -> str:
     if site != "mlp_out":
         return f"{block}.{names[site]}"
     point = model.hook_dict.get(f"{block}.hook_mlp_out")
-    # OPT, BLOOM and MPT: their MLP is its last projection, or adds the residual stream itself.
+    # In OPT, BLOOM and MPT the MLP is its last projection, or adds the residual stream itself.
     inner = f"{block}.mlp.out.hook_out"
     return inner if point is not None and point.name == inner else f"{block}.mlp.hook_out"
 
 
 def _fingerprint(model: Any, site: str) -> ModelFingerprint:
-    """The model's; its type says so where weight processing changed the activations of this site."""
+    """The model's fingerprint; its type says if weight processing changed the activations of this site."""
     config, cfg = getattr(model.original_model, "config", None), model.cfg
     text_config = getattr(config, "get_text_config", None)
     model_type = str(cfg.architecture) if text_config is None else text_config().model_type
     if model._weights_processed:
-        # Centring takes the mean out of what is written to the stream; RMS norms allow none.
+        # Centring removes the mean from what is written to the stream; it is not possible with RMS norms.
         value = getattr(model.blocks[0].attn, "v", None)
         folded = getattr(value, "bias", None) is not None if site == "head" else not cfg.uses_rms_norm
         model_type += ", weights processed by TransformerLens" * folded

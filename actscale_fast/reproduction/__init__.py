@@ -1,6 +1,6 @@
-"""One report on a model: every system on every task, the claims of the paper beside what was measured."""
+"""One report on a model: every system on every task, and the paper's claims beside the measurements."""
 
 from .reproducing import reproduce
-from .settings import FULL, QUICK, SYSTEMS, TASKS, Size
+from .systems import FULL, QUICK, SYSTEMS, TASKS, Size
 
 __all__ = ["FULL", "QUICK", "SYSTEMS", "TASKS", "Size", "reproduce"]

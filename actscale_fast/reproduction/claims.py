@@ -1,4 +1,4 @@
-"""The claims of the paper's abstract, each with a criterion of this package, beside what was measured."""
+"""The claims of the paper's abstract, judged by this package's criteria."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-#: Both directions on held-out examples.
+#: Minimum flip rate on held-out examples.
 EFFECTIVE = 0.85
-#: How much less effective still counts as comparable (a share of the examples), and how much more KL (a factor).
+#: Comparable: at most this much less effective (a share of the examples), and at most this factor more KL.
 _WORSE, _MORE_KL = 0.05, 1.5
-#: "A few": this share of the vectors that could be scaled.
+#: "A few": at most this share of the vectors that could be scaled.
 _FEW = 0.2
-#: "Much more minimal": this factor between the numbers that are not 0. A vector has as many as the model is wide, so
-#: that the number of vectors which are changed is judged too.
+#: "Much more minimal": at least this factor between the numbers that are not 0. A steering vector has as many numbers
+#: as the model is wide, so the number of changed vectors is compared too.
 _MORE_MINIMAL = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What the abstract says, when it is taken to hold here, and what was found."""
+    """A claim of the abstract, the criterion for it, and what was found."""
 
     claim: str
     criterion: str
     found: str
-    held: bool | None  # None: it could not be tested
+    held: bool | None  # None: not testable
 
 
 def judged(results: dict[str, Any], tasks: Sequence[str]) -> list[Claim]:
     """All claims on all tasks.
 
     Args:
-        results: of a run: "comparison" {task: {system: [a seed each]}}, "path" {task: rows}, "transfer" {task: rows}.
+        results: "comparison" {task: {system: [one entry per seed]}}, "path" {task: rows}, "transfer" {task: rows}.
         tasks: their names.
     """
     claims = []
@@ -50,7 +50,7 @@ def effect(figures: Any) -> float:
 
 
 def _beside_vectors(task: str, scalars: list[Any], vectors: list[Any]) -> list[Claim]:
-    """Per site and position, as in the paper; as many steps for both."""
+    """Compare scalars and vectors per site and position, as in the paper, with equally many steps."""
     one, other = ([run["test"] for run in runs] for runs in (scalars, vectors))
     flips, theirs = ([effect(run) for run in runs] for runs in (one, other))
     kl, their_kl = (_mean(runs, "kl") for runs in (one, other))
@@ -68,7 +68,7 @@ def _beside_vectors(task: str, scalars: list[Any], vectors: list[Any]) -> list[C
         ),
         Claim(
             "They are much more minimal",
-            f"effective; a {_MORE_MINIMAL}th of the numbers that are not 0, or fewer, and no more vectors changed",
+            f"effective; at most a {_MORE_MINIMAL}th of the numbers that are not 0, and no more vectors changed",
             f"{task}: {active:.0f} numbers against {their_active:.0f}, {places:.0f} vectors against {their_places:.0f}",
             effective and 0 < _MORE_MINIMAL * active <= their_active and places <= their_places,
         ),
@@ -94,10 +94,10 @@ def _few(task: str, path: list[Any]) -> Claim:
 
 def _transferred(task: str, rows: list[Any]) -> Claim:
     claim = "DynScalar generalises to prompts of other lengths"
-    criterion = f"on the longest prompts flips {EFFECTIVE:.0%}, and half of what was gained at the training's length"
+    criterion = f"on the longest prompts flips {EFFECTIVE:.0%}, and keeps half of the gain at the training length"
     first, last = rows[0], rows[-1]
     if len(rows) < 2:
-        return Claim(claim, criterion, f"{task}: longer prompts do not fit into the model's context", None)
+        return Claim(claim, criterion, f"{task}: longer prompts exceed the model's context", None)
     start, end = ([effect(run) for run in row["systems"]["probes"]] for row in (first, last))
     before, frozen = (fmean(effect(run["baseline"]) for run in row["systems"]["probes"]) for row in (first, last))
     return Claim(
@@ -114,6 +114,6 @@ def _mean(runs: list[Any], key: str) -> float:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """The mean, and the range where the seeds differ."""
+    """The mean, and the range if the seeds differ."""
     low, high = min(values), max(values)
     return f"{fmean(values):.2f}" + ("" if f"{low:.2f}" == f"{high:.2f}" else f" ({low:.2f}–{high:.2f})")

@@ -1,4 +1,4 @@
-"""Every system on every task and seed: fitted, kept, and measured on training and held-out examples."""
+"""Every system on every task and seed: fitted, saved, and measured on training and held-out examples."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 from ..interventions import ActivScalar, Intervention, load_intervention
 from ..learning import attribution, evaluate_all, fit
 from .measuring import by_attribution, figures, shuffled
-from .settings import Size, System, Task
+from .systems import Size, System, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Prompts that the gradient of the attribution baseline is taken of.
+#: Number of prompts for the gradient of the attribution baseline.
 _ATTRIBUTED = 64
 
 
 class Laboratory:
-    """A model with its tokenizer, the size of the run, and the folder that learned interventions are kept in."""
+    """A model with its tokenizer, the size of the run, and the folder for learned interventions."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: Size, folder: Path) -> None:
         self.model, self.tokenizer, self.size, self.folder = model, tokenizer, size, folder
@@ -28,16 +28,16 @@ class Laboratory:
         return self.folder / "interventions" / f"{task.name}-{system.name}-{seed}"
 
     def learned(self, task: Task, system: System, seed: int) -> Intervention:
-        """A learned intervention, on the model's device once it is applied."""
+        """A learned intervention, loaded from its folder."""
         return load_intervention(self.kept(task, system, seed))
 
     def measured(self, examples: Any, interventions: list[Intervention]) -> list[dict[str, Any]]:
-        """The figures of several interventions on the same examples; the frozen model runs once."""
+        """The figures of several interventions on the same examples, for which the frozen model runs once."""
         found = evaluate_all(self.model, self.tokenizer, examples, interventions)
         return [figures(evaluation, one) for evaluation, one in zip(found, interventions, strict=True)]
 
     def compare(self, task: Task, system: System, seed: int) -> dict[str, Any]:
-        """Fit one system (an interrupted fit goes on), keep it, and measure it."""
+        """Fit one system (an interrupted fit resumes), save it, and measure it."""
         train, test = task.examples(self.tokenizer, self.size, seed, aligned=system.aligned)
         lengths = sorted({len(self.tokenizer(example.prompt)["input_ids"]) for example in (*train, *test)})
         intervention = system.make(self.model, lengths[0])
@@ -56,7 +56,7 @@ class Laboratory:
         }
 
     def baselines(self, task: Task, system: System, seed: int) -> dict[str, Any]:
-        """Scalars that were not learned: the learned values elsewhere, and the gradient at 0 alone."""
+        """The figures of scalars that are not learned: the learned values at random heads, and the gradient at 0."""
         train, test = task.examples(self.tokenizer, self.size, seed, aligned=system.aligned)
         learned = self.learned(task, system, seed)
         assert isinstance(learned, ActivScalar)

@@ -11,17 +11,17 @@ from ..interventions import ActivScalar
 from ..learning import attribution, minimality_path, sweep
 from .comparing import Laboratory
 from .measuring import figures
-from .settings import System, Task
+from .systems import System, Task
 
-_TOP = 20  # heads that "the largest" means; of a few, a quarter, and no scalar that is 0
+_TOP = 20  # number of heads that count as "the largest"; at most a quarter of all, and no scalar that is 0
 
 
 def path(lab: Laboratory, task: Task, system: System) -> list[dict[str, Any]]:
-    """Held-out figures along falling weights of the ℓ1 norm, each fit warm-started from the one before."""
+    """Held-out figures along decreasing weights of the ℓ1 norm, each fit warm-started from the one before."""
     size, tokenizer = lab.size, lab.tokenizer
     train, test = task.examples(tokenizer, size, size.seeds[0], aligned=system.aligned)
     template = ActivScalar.for_model(lab.model)
-    # The first weights of the path keep nearly all at 0; the last is half of the one that the comparison fits with.
+    # The first weights of the path keep nearly all scalars at 0; the last is half of that in the comparison.
     some = train[: size.n_test]
     first = minimality_path(lab.model, tokenizer, some, 1, objective=system.objective, batch_size=len(some))[0]
     last = min(system.objective.minimality, first) / 2
@@ -39,7 +39,7 @@ def path(lab: Laboratory, task: Task, system: System) -> list[dict[str, Any]]:
 
 
 def knock_out(lab: Laboratory, task: Task, system: System) -> dict[str, Any]:
-    """Removing one head at a time, beside the gradient's prediction and beside the learned scalars."""
+    """Remove one head at a time, and compare with the gradient's prediction and the learned scalars."""
     seed = lab.size.seeds[0]
     train, _ = task.examples(lab.tokenizer, lab.size, seed, aligned=system.aligned)
     found = attribution(lab.model, lab.tokenizer, train[: lab.size.n_attributed], progress=False)
@@ -58,7 +58,7 @@ def knock_out(lab: Laboratory, task: Task, system: System) -> dict[str, Any]:
         "n_top": n_top,
         "shared_with_scalars": len(largest & measured),
         "expected_by_chance": n_top * n_top / learned.alpha.numel(),
-        # Amplifying what speaks for the correct answer: a head whose removal lowers the difference.
+        # Amplifies a head that speaks for the correct answer, whose removal lowers the logit difference.
         "same_sign": _share_of_same_sign(learned.alpha.detach().flatten()[active], found.knock_out.flatten()[active]),
     }
 

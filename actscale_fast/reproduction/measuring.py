@@ -1,4 +1,4 @@
-"""What is measured of an intervention, and the interventions that were not learned which it is measured beside."""
+"""The figures of an intervention, and baseline interventions that are not learned."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..learning import Attribution, Evaluation
 if TYPE_CHECKING:
     from ..architectures.location import Location
 
-#: The figures of an evaluation that a report shows.
+#: The figures of an evaluation that the report shows.
 FIGURES = ("flip_to_correct", "flip_to_wrong", "kl", "top1", "logit_difference", "logit_difference_inverted")
 
 
 def places(intervention: Intervention) -> list[tuple[str, int, int, int]]:
-    """The activation vectors that it changes: (site, layer, slot, head) where any parameter is not 0."""
+    """The activation vectors that an intervention changes, (site, layer, slot, head): any parameter is not 0."""
     found = []
     for single in intervention.singles:
         location: Location = single.location
@@ -31,7 +31,7 @@ def places(intervention: Intervention) -> list[tuple[str, int, int, int]]:
 
 
 def figures(evaluation: Evaluation, intervention: Intervention) -> dict[str, Any]:
-    """An evaluation's figures, its baseline's beside, and how much of the model the intervention touches."""
+    """The figures of an evaluation and its baseline, and how much of the model the intervention changes."""
     frozen = evaluation.baseline
     assert frozen is not None
     return {
@@ -46,13 +46,13 @@ def figures(evaluation: Evaluation, intervention: Intervention) -> dict[str, Any
 
 
 def shuffled(scalars: ActivScalar, seed: int) -> ActivScalar:
-    """The same values at random places: equal ℓ1 norm and number."""
+    """The same values at random heads, with the same ℓ1 norm and number."""
     order = torch.randperm(scalars.alpha.numel(), generator=torch.Generator().manual_seed(seed), device="cpu")
     return _with_values(scalars, scalars.alpha.detach().cpu().flatten()[order])
 
 
 def by_attribution(scalars: ActivScalar, attribution: Attribution) -> ActivScalar:
-    """As many scalars and the same ℓ1 norm, from the gradient at 0 alone: its largest entries, scaled."""
+    """The largest entries of the gradient at 0, scaled to the same number and ℓ1 norm."""
     scores = attribution.scores.flatten()
     kept = torch.zeros_like(scores)
     top = scores.abs().topk(max(scalars.n_active, 1)).indices

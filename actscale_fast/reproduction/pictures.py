@@ -10,7 +10,7 @@ from ..plots import Measured, PathPoint
 from .claims import effect
 from .comparing import Laboratory
 from .measuring import jaccard, places
-from .settings import SYSTEMS, TASKS, System, Task
+from .systems import SYSTEMS, TASKS, System, Task
 
 _METRICS = {
     "flip_to_correct": "flipped to correct",
@@ -21,7 +21,7 @@ _METRICS = {
 
 
 def draw(lab: Laboratory, results: dict[str, Any]) -> None:
-    """All pictures, into the folder of the report."""
+    """Draw all pictures into the folder of the report."""
     for task in TASKS:
         _comparison(lab, task, results["comparison"][task.name])
         _maps(lab, task)
@@ -66,7 +66,7 @@ def _comparison(lab: Laboratory, task: Task, found: dict[str, Any]) -> None:
 
 
 def _maps(lab: Laboratory, task: Task) -> None:
-    """The scalars of the first seed: a head each, and a site and position each with the tokens of one prompt."""
+    """The scalars of the first seed: per head, and per site and position with the tokens of one prompt."""
     seed = lab.size.seeds[0]
     heads, by_position = (system for system in SYSTEMS if system.cls is ActivScalar)
     plots.heatmap(lab.learned(task, heads, seed), lab.folder / f"{task.name}-heads.png", title=task.title)
@@ -89,5 +89,5 @@ def _transfer(lab: Laboratory, task: Task, rows: list[Any]) -> None:
 
 
 def transferred() -> tuple[System, ...]:
-    """The systems that are learned on prompts of one length and apply to any."""
+    """The systems that are learned on prompts of one length and apply to any length."""
     return tuple(system for system in SYSTEMS if system.aligned and system.cls.shares_positions)

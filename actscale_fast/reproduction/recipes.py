@@ -1,4 +1,4 @@
-"""The systems that learn from no examples: what they make a model say, at several strengths, and how fluently."""
+"""The systems without training examples: what a model says under them at several strengths, and how fluently."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..patching.patch import patch
 from .comparing import Laboratory
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
-#: What is continued.
+#: The prompts that are continued.
 _OPENINGS = ("I think that", "Yesterday the weather", "My friend told me", "The best thing about")
 
 _SEA = (
@@ -48,7 +48,7 @@ _QUESTIONS = (
 )  # fmt: skip
 _N_LEARNED, _N_VALIDATED = 8, 2
 _INSTRUCTION = " Answer with a poem."
-#: Of the direction that is added, in units of what the instruction adds (the median over the candidate layers).
+#: Factor on the direction, in units of what the instruction adds (the median over the candidate layers).
 _INSTRUCTED = 1.5
 
 SENTENCES = (
@@ -74,7 +74,7 @@ def steered_texts(lab: Laboratory, intervention: Intervention, prompts: Sequence
                 lab.model, lab.tokenizer, prompts, max_new_tokens=lab.size.max_new_tokens, batch_size=len(prompts)
             )
         said = [row for row, text in enumerate(texts) if text.strip()]
-        median = None  # nothing was said
+        median = None  # all continuations are empty
         if said:
             given = [texts[row] for row in said], [prompts[row] for row in said]
             median = float(perplexity(lab.model, lab.tokenizer, *given).median())
@@ -83,7 +83,7 @@ def steered_texts(lab: Laboratory, intervention: Intervention, prompts: Sequence
 
 
 def attempted(recipe: Callable[[Laboratory], dict[str, Any]], lab: Laboratory) -> dict[str, Any]:
-    """What a recipe gives, or why it is not possible with this model and tokenizer."""
+    """The result of a recipe, or why it is impossible with this model and tokenizer."""
     try:
         return recipe(lab)
     except (ValueError, RuntimeError) as error:
@@ -91,7 +91,7 @@ def attempted(recipe: Callable[[Laboratory], dict[str, Any]], lab: Laboratory) -
 
 
 def act_add(lab: Laboratory) -> dict[str, Any]:
-    """Love − Hate, added at the front of the prompt."""
+    """Love − Hate, added to the first tokens of the prompt."""
     layer = _layer(lab, 0.2)
     vector = extraction.act_add(lab.model, lab.tokenizer, "Love", "Hate", layer=layer, coefficient=5.0)
     prompts = ("I hate you because", "My neighbour is the kind of person who", "When I think about them I feel")
@@ -99,7 +99,7 @@ def act_add(lab: Laboratory) -> dict[str, Any]:
 
 
 def mean_centring(lab: Laboratory) -> dict[str, Any]:
-    """Towards texts about the sea."""
+    """Steer towards texts about the sea."""
     layer = _layer(lab, 1 / 3)
     vector = extraction.mean_centring(
         lab.model, lab.tokenizer, _SEA, _ORDINARY, layers=[layer], coefficient=2.0, skip=1, progress=False
@@ -112,7 +112,7 @@ def mean_centring(lab: Laboratory) -> dict[str, Any]:
 
 
 def instruction(lab: Laboratory) -> dict[str, Any]:
-    """A poem as the answer, without being told so."""
+    """Steer towards answering with a poem, without the instruction."""
     questions = [_asked(lab, question) for question in _QUESTIONS]
     told = [_asked(lab, question + _INSTRUCTION) for question in _QUESTIONS[:_N_LEARNED]]
     vectors = extraction.instruction_vectors(lab.model, lab.tokenizer, told, questions[:_N_LEARNED], progress=False)
@@ -133,7 +133,7 @@ def instruction(lab: Laboratory) -> dict[str, Any]:
 
 
 def latent(lab: Laboratory) -> dict[str, Any]:
-    """One vector a sentence, and the sentence that greedy decoding makes of it."""
+    """One vector per sentence, and what greedy decoding gives under it."""
     layer = _layer(lab, 0.5)
     sentences = list(SENTENCES[: lab.size.n_sentences])
     result = extraction.latent_vectors(lab.model, lab.tokenizer, sentences, layer=layer, progress=False)
@@ -149,7 +149,7 @@ def _layer(lab: Laboratory, share: float) -> int:
 
 
 def _asked(lab: Laboratory, question: str) -> str:
-    """A question as the model is spoken to."""
+    """A question in the model's chat template, or as Q and A."""
     if not lab.tokenizer.chat_template:
         return f"Q: {question}\nA:"
     messages = [{"role": "user", "content": question}]
@@ -157,7 +157,7 @@ def _asked(lab: Laboratory, question: str) -> str:
 
 
 def _in_lines(text: str) -> float:
-    """Whether it is broken into lines as verse is: one break for every twelve words, or more."""
+    """1 if a text is broken into lines like verse, with at least one break per twelve words."""
     return float(text.strip().count("\n") >= max(len(text.split()) // 12, 1))
 
 

@@ -1,9 +1,10 @@
-"""The whole run: stages that are files, a bar that says what is under way, and the report at the end."""
+"""The whole run: stages whose results are files, and the report at the end."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from . import locating, recipes, transferring
 from .comparing import Laboratory
 from .pictures import draw, transferred
 from .report import write_report
-from .settings import FULL, QUICK, SYSTEMS, TASKS, Size
 from .stages import Stages
+from .systems import FULL, QUICK, SYSTEMS, TASKS, Size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,23 +33,23 @@ def reproduce(
     size: Size | None = None,
     progress: bool = True,
 ) -> Path:
-    """Run every system on every task, and write one report of what came out: `report.md` with pictures beside it.
+    """Run every system on every task and write a report, `report.md`, with pictures.
 
-    Finished stages are files in the folder, fits under way are checkpoints: the same call goes on where a killed one
-    ended. The claims of the abstract of arXiv 2410.04962 are judged by criteria that stand in the report.
+    Finished stages and checkpoints of fits are files in the folder, so the same call continues a run that was killed.
+    The report judges the claims of the abstract of arXiv 2410.04962 by criteria that it states.
 
     Args:
-        model, tokenizer: a causal language model of Hugging Face and its tokenizer; the model is left as it was.
-        folder: for the report; made where it is not there.
-        quick: one seed and smaller counts, which the report says.
-        size: counts of one's own instead (`actscale_fast.reproduction.Size`).
-        progress: show a progress bar over the stages.
+        model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
+        folder: output folder.
+        quick: use one seed and smaller counts; the report says so.
+        size: your own counts instead (`actscale_fast.reproduction.Size`).
+        progress: show a progress bar.
 
     Returns:
         The path of the report.
 
     Raises:
-        ValueError: the folder holds a run of another model or size, or a task that the tokenizer has no words for.
+        ValueError: the folder holds a run with another model or size, or the tokenizer lacks the words of a task.
     """
     from tqdm.auto import tqdm
 
@@ -65,7 +66,7 @@ def reproduce(
         **chosen.to_dict(),
     }
     lab = Laboratory(model, tokenizer, chosen, Path(folder))
-    for task in TASKS:  # a tokenizer without the words says so before anything is run
+    for task in TASKS:  # fails early if the tokenizer lacks the words
         for aligned in (False, True):
             task.examples(tokenizer, chosen, chosen.seeds[0], aligned=aligned)
     stages = Stages(lab.folder, settings)
@@ -86,47 +87,34 @@ Stage = tuple[tuple[str, ...], Callable[[], Any]]
 
 
 def _plan(lab: Laboratory) -> list[Stage]:
-    """(place in the results, what is computed) of every stage, in the order in which they depend on each other."""
+    """Every stage, (place in the results, function), in the order of their dependencies."""
     plan: list[Stage] = []
     scalars = SYSTEMS[0]
     for seed in lab.size.seeds:
         for task in TASKS:
             for system in SYSTEMS:
-                plan.append(
-                    (
-                        ("comparison", task.name, system.name, str(seed)),
-                        lambda task=task, system=system, seed=seed: lab.compare(task, system, seed),  # type: ignore[misc]
-                    )
-                )
-            plan.append(
-                (
-                    ("baselines", task.name, str(seed)),
-                    lambda task=task, seed=seed: lab.baselines(task, scalars, seed),  # type: ignore[misc]
-                )
-            )
+                where = ("comparison", task.name, system.name, str(seed))
+                plan.append((where, partial(lab.compare, task, system, seed)))
+            plan.append((("baselines", task.name, str(seed)), partial(lab.baselines, task, scalars, seed)))
     for task in TASKS:
         plan += [
-            (("knock-out", task.name), lambda task=task: locating.knock_out(lab, task, scalars)),  # type: ignore[misc]
-            (("path", task.name), lambda task=task: locating.path(lab, task, scalars)),  # type: ignore[misc]
-            (("transfer", task.name), lambda task=task: transferring.transfer(lab, task, transferred())),  # type: ignore[misc]
+            (("knock-out", task.name), partial(locating.knock_out, lab, task, scalars)),
+            (("path", task.name), partial(locating.path, lab, task, scalars)),
+            (("transfer", task.name), partial(transferring.transfer, lab, task, transferred())),
         ]
     for name in ("act-add", "mean-centring", "instruction", "latent"):
-        recipe: Callable[[Laboratory], Any] = getattr(recipes, name.replace("-", "_"))
-        plan.append((("recipes", name), lambda recipe=recipe: recipes.attempted(recipe, lab)))  # type: ignore[misc]
+        recipe = getattr(recipes, name.replace("-", "_"))
+        plan.append((("recipes", name), partial(recipes.attempted, recipe, lab)))
     return plan
 
 
 def _put(results: dict[str, Any], where: tuple[str, ...], result: Any) -> None:
-    """A result at its place; those of seeds are lists."""
-    if where[0] in ("comparison", "baselines"):
-        *keys, last = where[:-1]
-        _inner(results, keys).setdefault(last, []).append(result)
-    else:
-        *keys, last = where
-        _inner(results, keys)[last] = result
-
-
-def _inner(results: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """Store a result at its place; the results of several seeds form a list."""
+    of_seeds = where[0] in ("comparison", "baselines")
+    *keys, last = where[:-1] if of_seeds else where
     for key in keys:
         results = results.setdefault(key, {})
-    return results
+    if of_seeds:
+        results.setdefault(last, []).append(result)
+    else:
+        results[last] = result

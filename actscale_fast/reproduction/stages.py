@@ -1,4 +1,4 @@
-"""Stages of a long run whose results are files: what is there is not computed again."""
+"""Stages of a long run, whose results are files and are computed once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .._json import read_sealed, write_sealed
 
 
 class Stages:
-    """Named results in a folder, each JSON with the settings that it belongs to.
+    """Named results in a folder, as JSON files.
 
     Args:
-        folder: made where it is not there.
-        settings: of the whole run, as JSON has them; results of other settings are refused.
+        folder: created if it does not exist.
+        settings: the settings of the whole run, as JSON; results of other settings are refused.
 
     Raises:
-        ValueError: the folder holds the results of another run, or its settings file was changed; names it.
+        ValueError: the folder holds the results of another run, or its settings file was changed.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -36,10 +36,10 @@ class Stages:
             write_sealed(file, settings)
 
     def run(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The result of a stage, from its file where there is one.
+        """The result of a stage, read from its file if there is one.
 
         Raises:
-            ValueError: the file was changed since it was written, which computing it again would hide; names it.
+            ValueError: the file was changed since it was written.
         """
         file = self.folder / "results" / f"{name}.json"
         if not os.path.lexists(file):
@@ -49,12 +49,12 @@ class Stages:
             write_sealed(file, {"stage": name, "seconds": seconds, "result": result})
         kept = _read(file, "delete it to compute this stage again")
         if kept.get("stage") != name or "result" not in kept:
-            raise ValueError(f"{file}: of another stage; delete it to compute this stage again")
+            raise ValueError(f"{file}: belongs to another stage; delete it to compute this stage again")
         return kept["result"]
 
     @property
     def seconds(self) -> float:
-        """Of all stages that are done."""
+        """The time of all finished stages."""
         files = sorted((self.folder / "results").glob("*.json"))
         return sum(float(_read(file, "delete it to compute this stage again")["seconds"]) for file in files)
 

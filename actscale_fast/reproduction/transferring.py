@@ -1,4 +1,4 @@
-"""What was learned on prompts of one length, on prompts of others."""
+"""Evaluates what was learned on prompts of one length on longer prompts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..architectures.layout import layout
 from ..interventions import Intervention
 from ..tasks.examples import Example
 from .comparing import Laboratory
-from .settings import System, Task
+from .systems import System, Task
 
-#: Sentences that a prompt may follow; they name neither a country nor a person.
+#: Sentences to put before a prompt; they name neither a country nor a person.
 _BEFORE = (
     "The rain had stopped by noon.",
     "A small boat crossed the lake while the wind turned to the west.",
@@ -21,13 +21,13 @@ _BEFORE = (
 
 
 def longer(examples: list[Example], n_sentences: int) -> list[Example]:
-    """The same questions after some sentences that have nothing to do with them."""
+    """The same questions after some unrelated sentences."""
     before = " ".join(_BEFORE[:n_sentences])
     return [replace(example, prompt=f"{before} {example.prompt}") for example in examples] if before else examples
 
 
 def transfer(lab: Laboratory, task: Task, systems: tuple[System, ...]) -> list[dict[str, Any]]:
-    """Held-out figures of systems that were learned on aligned prompts, one row a length that the model can read."""
+    """Held-out figures of systems learned on aligned prompts, one row for each length within the model's context."""
     size, context = lab.size, layout(lab.model).max_context
     rows: list[dict[str, Any]] = []
     for n_sentences in range(0, len(_BEFORE) + 1, 2):

@@ -96,7 +96,7 @@ def test_it_survives_saving_and_pairs_add_up(tmp_path: Any) -> None:
 def test_what_makes_no_sense_is_refused_by_name() -> None:
     model, tokenizer = models()[0], spaced_tokenizer()
     for layer in (0, -3):
-        with pytest.raises(ValueError, match="the first one: its input is the embedding's output, which is no site"):
+        with pytest.raises(ValueError, match="whose input is the embedding's output, which is not a site"):
             act_add(model, tokenizer, "Paris", layer=layer)
     for layer in (3, -4):
         with pytest.raises(ValueError, match=f"layer: got {layer}, expected 1 to 2 or -2 to -1"):
@@ -107,7 +107,7 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
         act_add(model, tokenizer, "Paris", layer=1, coefficient=float("nan"))
     with pytest.raises(TypeError, match="positive: got list, expected a string"):
         act_add(model, tokenizer, ["Paris"], layer=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="padding: 'of in' is 2 tokens of the tokenizer, expected one"):
+    with pytest.raises(ValueError, match="padding: 'of in' is 2 tokens, expected one"):
         act_add(model, tokenizer, "Paris", layer=1, padding="of in")
     with pytest.raises(ValueError, match="positive, negative: got '' and '', which have no tokens"):
         act_add(model, spaced_tokenizer(opens=False), "", layer=1)

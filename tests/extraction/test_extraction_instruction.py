@@ -165,7 +165,7 @@ def test_layers_whose_texts_are_not_fluent_are_dropped() -> None:
     choice = found.choose_layer(model, tokenizer, PROMPTS, words, max_perplexity=limit, **options)
     assert choice.layer == by_fluency[0].layer
     assert [row.kept for row in choice.table] == [row.layer == choice.layer for row in table]
-    with pytest.raises(ValueError, match=r"max_perplexity: got 1\.0, and no layer is below; the lowest is"):
+    with pytest.raises(ValueError, match=r"max_perplexity: got 1\.0, but the lowest of any layer is"):
         found.choose_layer(model, tokenizer, PROMPTS, words, max_perplexity=1.0, **options)
 
 
@@ -178,7 +178,7 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="without_instruction: row 0: '' has no tokens"):
         instruction_vectors(model, spaced_tokenizer(opens=False), ["A"], [""], **QUIET)
     few = made(model, layers=[1])
-    with pytest.raises(ValueError, match=r"layer: got 0, expected one of those with a vector, \[1\]"):
+    with pytest.raises(ValueError, match=r"layer: got 0, expected one of \[1\], which have a vector"):
         few.add(0, 1.0)
     with pytest.raises(ValueError, match="coefficient: got inf, expected a finite number"):
         few.add(1, math.inf)

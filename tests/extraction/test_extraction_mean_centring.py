@@ -130,7 +130,7 @@ def test_means_serve_again_for_fewer_layers() -> None:
     nothing = mean_centring(model, tokenizer, training, training, layers=[1], **QUIET)
     assert nothing.n_active == 0
     few = mean_activations(model, tokenizer, TRAINING, layers=[0], **QUIET)
-    with pytest.raises(ValueError, match=r"layers: got \[1\], expected some of those read, \[0\]"):
+    with pytest.raises(ValueError, match=r"layers: got \[1\], expected some of \[0\], which were read"):
         mean_centring(model, tokenizer, TARGET, few, layers=[1], **QUIET)
     heads = mean_activations(model, tokenizer, TRAINING, site="head", **QUIET)
     with pytest.raises(ValueError, match="training: got means of site 'head', expected 'residual'"):

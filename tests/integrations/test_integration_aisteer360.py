@@ -127,7 +127,9 @@ def test_files_of_before_hold_one_row_without_its_axis(tmp_path: Path) -> None:
 
 def test_several_directions_a_layer_are_not_guessed_at(tmp_path: Path) -> None:
     path = file(tmp_path, directions(2, D))
-    with pytest.raises(ValueError, match=r"kind: .* holds 2 directions a layer: of as many tokens \('positions'\), or"):
+    with pytest.raises(
+        ValueError, match=r"kind: .* holds 2 directions per layer: either one for each token \('positions'\) or"
+    ):
         aisteer360.load(path, tiny_model())
 
 

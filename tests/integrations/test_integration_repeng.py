@@ -218,7 +218,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         (lambda m: af.SteerVec.for_model(m, "residual", positions=[0]), "it has positions"),
         (lambda m: af.SteerVec.stack([af.SteerVec.for_model(m, "residual")] * 2), "got a stack of 2"),
         (lambda m: randomised(af.SteerVec.for_model(m, "residual")), "steers layer 0"),
-        (lambda m: af.SteerVec.for_model(m, "residual", [0]), "no layer but 0"),
+        (lambda m: af.SteerVec.for_model(m, "residual", [0]), "only has layer 0"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(tmp_path: Path, make: Any, message: str) -> None:

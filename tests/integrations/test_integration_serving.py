@@ -117,7 +117,7 @@ def test_ranks_of_a_tensor_parallel_projection_add_up_to_the_whole() -> None:
         (lambda t, m: t.put(1, scalars(m, 1, site="mlp_out")), ValueError, "expected unstacked scalars at the head"),
         (lambda t, m: t.put(1, scalars(m, 1, positions=[0])), ValueError, "expected unstacked scalars at the head"),
         (lambda t, m: t.put(1, scalars(tiny_model("gpt2"), 1)), ValueError, "made for another model: model_type"),
-        (lambda t, m: t.assign([1], [2, 3]), ValueError, "counts: got 2 for 1 slots, expected one each"),
+        (lambda t, m: t.assign([1], [2, 3]), ValueError, "counts: got 2 for 1 slots, expected one for each"),
         (lambda t, m: t.assign([4], [2]), ValueError, "slots: got 4 to 4, expected 0 to 3"),
         (lambda t, m: t.assign([1, 1], [10, 7]), ValueError, "counts: got 17 tokens, expected 0 to max_tokens = 16"),
     ],
@@ -141,7 +141,7 @@ def test_a_rank_takes_its_own_heads_alone_and_no_more_tokens_than_it_has_room_fo
     rank = ScalarTable(fingerprint, max_tokens=8, heads=range(2))
     with pytest.raises(ValueError, match=r"x: got 32 channels, expected 2 heads · 8 = 16"):
         rank.scale(torch.ones(3, 32), 0)
-    with pytest.raises(ValueError, match=r"x: got 9 tokens, expected max_tokens = 8 at most"):
+    with pytest.raises(ValueError, match=r"x: got 9 tokens, expected at most max_tokens = 8"):
         rank.scale(torch.ones(9, 16), 0)
     with pytest.raises(ValueError, match=r"heads: the table has range\(0, 2\)"), rank.attached(model):
         pass

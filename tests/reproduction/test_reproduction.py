@@ -96,7 +96,7 @@ def test_a_stage_is_kept_and_a_damaged_one_is_named(tmp_path: Path) -> None:
             stages.run("one", lambda: [3])
     file.write_bytes(whole)
     file.rename(tmp_path / "results" / "other.json")
-    with pytest.raises(ValueError, match=r"other\.json: of another stage"):
+    with pytest.raises(ValueError, match=r"other\.json: belongs to another stage"):
         stages.run("other", lambda: [3])
     (tmp_path / "results" / "other.json").unlink()
     assert stages.run("one", lambda: [3]) == [3]

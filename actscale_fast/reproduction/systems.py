@@ -1,4 +1,4 @@
-"""How large a reproduction is, and what is compared: systems, objectives, tasks."""
+"""The size of a reproduction, and its systems, objectives and tasks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Counts of everything that is run."""
+    """The counts of a run."""
 
     seeds: tuple[int, ...]
     n_train: int
     n_test: int
     steps: int
-    n_path: int  # weights of the ℓ1 norm on the path
+    n_path: int  # number of weights of the ℓ1 norm on the path
     path_steps: int
-    n_attributed: int  # prompts of the knock-outs
-    n_sentences: int  # latent vectors
+    n_attributed: int  # number of prompts for the knock-outs
+    n_sentences: int  # number of latent vectors
     max_new_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ QUICK = Size(
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task in two forms: prompts of many lengths, and aligned ones, whose tokens stand at the same positions."""
+    """A task in two forms: prompts of any length, and prompts whose tokens are aligned."""
 
     name: str
     title: str
@@ -61,7 +61,7 @@ class Task:
 
 
 def _capitals(tokenizer: Any, n_train: int, n_test: int, seed: int, aligned: bool) -> TaskSplit:
-    """Countries held out. One wording, capitals of several tokens too; aligned: one token, eight wordings."""
+    """Country-capital conflicts: one wording and capitals of any length; if aligned, eight wordings and one token."""
     counts: dict[str, Any] = {"n_train": n_train, "n_test": n_test, "seed": seed}
     if aligned:
         return tasks.country_capital_conflicts(
@@ -73,7 +73,6 @@ def _capitals(tokenizer: Any, n_train: int, n_test: int, seed: int, aligned: boo
 
 
 def _indirect_objects(tokenizer: Any, n_train: int, n_test: int, seed: int, aligned: bool) -> TaskSplit:
-    """Templates held out."""
     return tasks.indirect_object_identification(tokenizer, n_train=n_train, n_test=n_test, seed=seed, aligned=aligned)
 
 
@@ -88,19 +87,19 @@ _SITES = ("attn_out", "mlp_out")
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One way to intervene, with the objective and the rate that it is learned with."""
+    """A kind of intervention, with the objective and the learning rate that it is fitted with."""
 
     name: str
     title: str
     cls: type[Intervention]
-    aligned: bool  # learned on prompts of one length, whose tokens stand at the same positions
+    aligned: bool  # learned on prompts of one length with aligned tokens
     objective: Objective
     lr: float
-    share: float = 1.0  # of the steps: what has more parameters gets there sooner
+    share: float = 1.0  # of the steps: systems with more parameters need fewer
     sites: tuple[str, ...] = ("head",)
 
     def make(self, model: PreTrainedModel, n_tokens: int) -> Intervention:
-        """An intervention at rest; `n_tokens` of the aligned prompts."""
+        """A new intervention; `n_tokens` is the length of the aligned prompts."""
         positions = range(n_tokens) if self.aligned and not self.cls.shares_positions else None
         parts: Iterable[Intervention] = [
             self.cls.for_model(model, site=site, positions=positions) for site in self.sites
