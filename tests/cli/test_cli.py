@@ -275,7 +275,8 @@ def test_mistakes_cost_one_line(
     assert "no tokens" in refused(capsys, *generate, "")
     assert "exceed the model's context of 64" in refused(capsys, *generate, "Paris " * 60)
     assert "no chat template" in refused(capsys, *generate, "Paris", "--chat")
-    assert "--test-data cannot be used with --task" in refused(capsys, *fit, "--task", "country-capital", "--test-data", data)
+    both = ["--task", "country-capital", "--test-data", data]
+    assert "--test-data cannot be used with --task" in refused(capsys, *fit, *both)
 
 
 def test_a_bad_line_of_data_is_named(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
