@@ -1,6 +1,8 @@
 # make demo           learn, evaluate, save and use activation scalars on a small real model
 # make test           the whole test suite
+# make test-fast      one case of each test, without the slow ones: for every commit
 # make test-versions  the tests that other libraries' releases can break, with the oldest and the newest of them
+# make sanitize       the C++ and CUDA kernels under the address and undefined-behaviour sanitizers
 # make check          ruff and mypy
 # make sanitize       the C++ and the emulated CUDA kernels under the address and undefined-behaviour sanitizers
 # make bench          the benchmark harness, into benchmarks/results
@@ -27,18 +29,27 @@ ALL_PINS = $(PINS) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS))
 demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
 
-test: $(VENV)/tested
-	OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n $(WORKERS) --dist loadfile
+# A file's tests run in one process and share its models; files with slow tests come first (tests/conftest.py).
+PYTEST := pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test test-fast: $(VENV)/tested
+	OMP_WAIT_POLICY=PASSIVE $(RUN)/$(PYTEST) $(if $(filter %fast,$@),--fast)
 
 # Patches, generation with positions, fits, evaluation, every family, and the package's check of a model on itself.
-VERSION_TESTS := versions patch patch_compile patch_gradients positions families section reading packing head_mask \
-	merge engine engine_families engine_trial strangers_calls sequences exchanged_modules self_check fit evaluate attribution interchange extraction_act_add systems
+VERSION_TESTS := packaging/test_versions architectures/test_families cli/test_systems das/test_boundless_das \
+	extraction/test_extraction_act_add ops/test_torch_internals \
+	$(addprefix frozen/test_,partial_forward reader) \
+	$(addprefix learning/test_,attribution engine engine_families evaluate fit gradient_check packing) \
+	$(addprefix patching/test_,callers_arguments exchanged_modules head_mask library_canaries merge patch patch_compile \
+	patch_gradients positions self_check sequences)
 
 test-versions: test-oldest test-newest
 
 test-oldest test-newest: test-%: .venv-%/installed
-	OMP_WAIT_POLICY=PASSIVE .venv-$*/bin/pytest -n $(WORKERS) --dist loadfile -m "not real_model" \
-		$(VERSION_TESTS:%=tests/test_%.py)
+	OMP_WAIT_POLICY=PASSIVE .venv-$*/bin/$(PYTEST) -m "not real_model" $(VERSION_TESTS:%=tests/%.py)
+
+sanitize: $(VENV)/tested
+	$(RUN)/pytest tests/kernels/test_cpu_bounds.py tests/kernels/test_cuda_bounds.py
 
 check: $(VENV)/tested
 	$(RUN)/ruff check .

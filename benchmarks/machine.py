@@ -77,7 +77,7 @@ def commit() -> str:
 def _kernel_level() -> str | None:
     """Which instructions the C++ kernels chose; None where they are not built."""
     try:
-        from actscale_fast.ops import _C
+        from actscale_fast.ops import _C  # type: ignore[attr-defined]
     except ImportError:
         return None
     return str(_C.level())

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def _nothing_kept() -> Iterator[None]:
         yield
         return
     # The package hands on the function of that name.
-    intervention_loss = importlib.import_module("actscale_fast.ops.cpu.intervention_loss")
+    intervention_loss: Any = importlib.import_module("actscale_fast.ops.cpu.intervention_loss")
 
     before, intervention_loss.KEPT_UP_TO = intervention_loss.KEPT_UP_TO, 0
     try:

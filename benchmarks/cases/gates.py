@@ -109,7 +109,7 @@ def jola(prompts: int, tokens: int, dtype: torch.dtype, device: torch.device) ->
     with torch.no_grad():
         for parameter in intervention.parameters():
             parameter.copy_(normal(*parameter.shape, scale=0.5))
-    parameters = list(intervention.parameters())
+    parameters: list[Tensor] = list(intervention.parameters())
     patched = copy.deepcopy(model)
     resources.enter_context(af.patch(patched, intervention))
 

@@ -10,32 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from doc_pages import ROOT, blocks, pages
 
 import actscale_fast as af
 from actscale_fast.modules.hooks import record_of
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def pages() -> list[Path]:
-    """All pages that are written by hand."""
-    return [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "CHANGELOG.md",
-        ROOT / "benchmarks" / "README.md",
-        *sorted((ROOT / "docs").rglob("*.md")),
-    ]
-
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """(heading, Python) of each example of a page."""
-    return [
-        (section.splitlines()[0].strip(), code)
-        for section in page.read_text(encoding="utf-8").split("\n## ")
-        for code in re.findall(r"```python\n(.*?)```", section, re.S)
-    ]
-
 
 EXAMPLES = [(page.relative_to(ROOT), heading, code) for page in pages() for heading, code in blocks(page)]
 

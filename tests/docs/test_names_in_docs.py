@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_docs import ROOT, pages
+from doc_pages import ROOT, pages
 
 #: Folders whose files are named from the root of the repository.
 _FOLDERS = ("actscale_fast", "benchmarks", "csrc", "docs", "tests")

@@ -35,7 +35,7 @@ def tokenizer(texts: Iterable[str] = TEXTS, *, without: Iterable[str] = ()) -> A
 
 
 def save_model(folder: Path, *, without: Iterable[str] = ()) -> Path:
-    """Save the tokenizer, which does not know the words of `without`, and a random Llama of 2 layers with 4 heads of 8 into `folder`."""
+    """Save a tokenizer that does not know the words of `without` and a random Llama (2 layers, 4 heads of 8)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokens = tokenizer(without=without)

@@ -68,7 +68,7 @@ def interrupted_and_resumed(rank: int, folder: Path) -> Any:
             raise KeyboardInterrupt
         return order(self, n, step)
 
-    FitSettings.rows = stopping  # type: ignore[method-assign]
+    FitSettings.rows = stopping  # type: ignore[method-assign, assignment]
     try:
         fitted(9, steps=8, checkpoint=path, checkpoint_every=2)
     except KeyboardInterrupt:

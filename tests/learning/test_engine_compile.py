@@ -34,10 +34,18 @@ def _fresh() -> Any:
     torch._dynamo.reset()
 
 
-def fitted(model: Any, steps: int = 2, **where: Any) -> torch.Tensor:
+def fitted(model: Any, steps: int = 2, prompts: int = 2, **where: Any) -> torch.Tensor:
     scalars = af.ActivScalar.for_model(model, **where)
     af.fit(
-        model, tiny.tokenizer(), conflicts(2), scalars, OBJECTIVE, steps=steps, lr=0.05, batch_size=2, progress=False
+        model,
+        tiny.tokenizer(),
+        conflicts(prompts),
+        scalars,
+        OBJECTIVE,
+        steps=steps,
+        lr=0.05,
+        batch_size=2,
+        progress=False,
     )
     return scalars.alpha.detach()
 
@@ -68,9 +76,9 @@ def test_a_compiled_model_gives_the_fit_of_the_model(way: str, layers: int, wher
 
 def test_inductors_kernels_give_the_same_fit() -> None:
     model = tiny.llama(layers=1)
-    expected = fitted(tiny.llama(layers=1), steps=1)
+    expected = fitted(tiny.llama(layers=1), steps=1, prompts=1)
     model.compile()  # in place: the engine sees a plain model
-    assert_same(fitted(model, steps=1), expected)
+    assert_same(fitted(model, steps=1, prompts=1), expected)
 
 
 def test_layers_compiled_one_by_one_give_the_same_fit() -> None:
