@@ -10,6 +10,8 @@ from torch import Tensor
 from actscale_fast import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: (temperature, softcap)
+SOFTMAXES = ((1.0, None), (0.5, None), (2.0, None), (1.0, 30.0), (1.0, 0.5))
 KINDS = (
     "ordinary",
     "least",
@@ -65,15 +67,23 @@ def exact(logits: Tensor, reference: Tensor, i: float, softcap: float | None, re
 
 @over(dtypes=DTYPES, shapes=(7,), native_shapes=(130, 5001))
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
-@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.5, None), (2.0, None), (1.0, 30.0), (1.0, 0.5)])
 def test_rows_at_the_ends_of_their_dtype_have_the_divergence_and_gradient_of_float64(
-    backend: Backend, dtype: torch.dtype, shape: int, kl: str, temperature: float, softcap: float | None, inputs: Inputs
+    backend: Backend, dtype: torch.dtype, shape: int, kl: str, inputs: Inputs
 ) -> None:
     pairs = [(a, b) for a in KINDS for b in KINDS]
     logits = torch.stack([row(a, shape, dtype, inputs) for a, _ in pairs])
     reference = torch.stack([row(b, shape, dtype, inputs) for _, b in pairs])
+    # Kernels compute in float32 whatever the dtype; where they are interpreted, one kind of softmax shows the dtype.
+    slow = backend.name in ("triton", "cuda") and backend.device.type == "cpu"
+    for temperature, softcap in SOFTMAXES[:1] if slow and dtype != torch.float32 else SOFTMAXES:
+        check(backend, logits, reference, kl, temperature, softcap)
+
+
+def check(
+    backend: Backend, logits: Tensor, reference: Tensor, kl: str, temperature: float, softcap: float | None
+) -> None:
     value, gradient = exact(logits, reference, 1 / temperature, softcap, kl == "reverse")
-    leaf = logits.to(backend.device).requires_grad_()
+    leaf = logits.to(backend.device, copy=True).requires_grad_()
     got = ops.kl_div_from_logits(leaf, reference.to(backend.device), temperature=temperature, softcap=softcap, kl=kl)
     (got_gradient,) = torch.autograd.grad(got.sum(), leaf)
     # At T < 1 a log-probability may leave float32, and the divergence with it.
@@ -81,12 +91,17 @@ def test_rows_at_the_ends_of_their_dtype_have_the_divergence_and_gradient_of_flo
     inside = value < (greatest * 0.99 if temperature >= 1 else 1e30)
     if temperature < 1:
         inside &= (spread(logits) < temperature * greatest) & (spread(reference) < temperature * greatest)
-    assert not got.isnan().any()
-    torch.testing.assert_close(got.detach().cpu()[inside], value.float()[inside], rtol=1e-3, atol=2e-5)
+    assert not got.isnan().any(), (temperature, softcap)
+
+    def assert_close(found: Tensor, expected: Tensor, rtol: float, atol: float) -> None:
+        where = f"temperature {temperature}, softcap {softcap}: "
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, msg=lambda text: where + text)
+
+    assert_close(got.detach().cpu()[inside], value.float()[inside], rtol=1e-3, atol=2e-5)
     size = 1 + value[inside, None] / temperature  # of the terms whose difference the reverse gradient is
-    most = torch.finfo(dtype).max
+    most = torch.finfo(logits.dtype).max
     got_rows, rows = (g[inside].double().clamp(-most, most) for g in (got_gradient.cpu(), gradient))
-    torch.testing.assert_close(got_rows / size, rows / size, rtol=2e-2, atol=1e-3)
+    assert_close(got_rows / size, rows / size, rtol=2e-2, atol=1e-3)
 
 
 @over(dtypes=DTYPES)
