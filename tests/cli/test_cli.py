@@ -26,7 +26,7 @@ COMMANDS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(word_models.save_model(tmp_path_factory.mktemp("model"), without=word_models.LATE_CAPITALS))
+    return str(word_models.save_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture
