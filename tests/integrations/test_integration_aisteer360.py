@@ -143,10 +143,10 @@ def test_several_directions_a_layer_are_not_guessed_at(tmp_path: Path) -> None:
         ({"model_type": "gpt2"}, {}, "made for 'gpt2', the model is 'llama'"),
         ({"found": directions(1, 8)}, {}, r"layer 0: got vectors of shape \(1, 1, 8\), expected \(1, 1, 32\)"),
         ({"found": directions(1, D, layers=(4,))}, {}, "layers: got 4"),
-        ({"found": {}}, {}, r"damaged or no steering vector \(ValueError: no directions"),
-        ({"found": directions(2, 2, D)}, {}, "damaged or no steering vector"),
+        ({"found": {}}, {}, r"damaged or not a steering vector \(ValueError: no directions"),
+        ({"found": directions(2, 2, D)}, {}, "damaged or not a steering vector"),
         ({"found": {0: torch.full((1, D), torch.nan)}}, {}, "not finite"),
-        ({"probe_accuracies": {"first": 1.0}}, {}, "damaged or no steering vector"),
+        ({"probe_accuracies": {"first": 1.0}}, {}, "damaged or not a steering vector"),
     ],
 )
 def test_a_file_that_is_not_for_the_model_is_refused(
@@ -160,7 +160,7 @@ def test_a_file_that_is_not_for_the_model_is_refused(
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"directions": {}}', '{"model_type": "llama"}', "{"])
 def test_damaged_files_are_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "v.svec").write_text(content)
-    with pytest.raises(ValueError, match=r"v\.svec: damaged or no steering vector"):
+    with pytest.raises(ValueError, match=r"v\.svec: damaged or not a steering vector"):
         aisteer360.load(tmp_path / "v", tiny_model())
     with pytest.raises(FileNotFoundError):
         aisteer360.load(tmp_path / "w", tiny_model())

@@ -85,7 +85,7 @@ def test_without_a_model_the_names_come_from_the_table_of_families(family: str, 
         for name in (CONFIG, TENSORS):
             assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
     message = error_of(lambda: to_peft_ia3(scalars(model, site="mlp_out"), tmp_path), ValueError)
-    assert message.endswith("at the site 'mlp_out' are known from the model alone")
+    assert message.endswith("at the site 'mlp_out' can only be found in the model")
 
 
 def test_only_the_chosen_layers_are_in_the_adapter_and_loaded(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_adapter_that_is_not_tied_is_refused_with_the_layer_the_head_and_the_
     assert message.startswith(f"{tmp_path / 'head'}: layer 1, head 2: factors from 0.5 to 1 (spread 0.5), expected one")
     message = error_of(lambda: from_peft_ia3(tmp_path / "site", model), ValueError)
     assert "layer 1, attn_out: factors from " in message
-    assert "not tied by site" in message
+    assert "expected one factor per site" in message
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -181,10 +181,10 @@ def test_what_an_adapter_cannot_say_is_refused_and_nothing_is_written(tmp_path: 
     cases: list[tuple[Any, str]] = [
         (scalars(model, positions=[0, -1]), "it has positions, but an adapter acts on every token"),
         (scalars(model, site="residual"), "no linear layer produces the residual stream by itself"),
-        (af.ActivScalar.stack([scalars(model), scalars(model)]), "a stack acts by row group"),
-        (randomised(af.SteerVec.for_model(model)), "SteerVec is not one factor a channel"),
-        (randomised(af.DynScalar.for_model(model)), "DynScalar is not one factor a channel"),
-        (scalars(model) + randomised(af.SteerVec.for_model(model)), "SteerVec is not one factor a channel"),
+        (af.ActivScalar.stack([scalars(model), scalars(model)]), "a stack differs between rows"),
+        (randomised(af.SteerVec.for_model(model)), "SteerVec is not one factor per channel"),
+        (randomised(af.DynScalar.for_model(model)), "DynScalar is not one factor per channel"),
+        (scalars(model) + randomised(af.SteerVec.for_model(model)), "SteerVec is not one factor per channel"),
         (both, "scales both the input (heads) and the output of 'model.layers.0.self_attn.o_proj'"),
         (broken, "alpha: 1 of 8 values are not finite"),
         (scalars(tiny_model("gpt2")), "made for another model: model_type 'gpt2'"),

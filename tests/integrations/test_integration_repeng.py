@@ -214,7 +214,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: af.SteerVec.for_model(m, "head"), "its site is 'head'; .* has residual alone"),
+        (lambda m: af.SteerVec.for_model(m, "head"), "its site is 'head'; .* only has residual"),
         (lambda m: af.SteerVec.for_model(m, "residual", positions=[0]), "it has positions"),
         (lambda m: af.SteerVec.stack([af.SteerVec.for_model(m, "residual")] * 2), "got a stack of 2"),
         (lambda m: randomised(af.SteerVec.for_model(m, "residual")), "steers layer 0"),

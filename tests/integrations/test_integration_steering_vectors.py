@@ -128,7 +128,10 @@ def test_vectors_of_another_model_are_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: af.SteerVec.for_model(m, "head"), "its site is 'head'; steering-vectors has residual, attn_out,"),
+        (
+            lambda m: af.SteerVec.for_model(m, "head"),
+            "its site is 'head'; steering-vectors only has residual, attn_out,",
+        ),
         (lambda m: af.SteerVec.for_model(m, "residual", positions=[0]), "it has positions"),
         (lambda m: af.SteerVec.stack([af.SteerVec.for_model(m, "residual")] * 2), "got a stack of 2"),
     ],
