@@ -39,7 +39,7 @@ NAMES = {
     """,
 }
 
-#: The functions and classes of each integration, and the library that it is for.
+#: The functions and classes of each integration, and the library that importing it needs.
 INTEGRATIONS = {
     "aisteer360": ("", "load save"),
     "causal_head_gating": ("", "HeadGates fit_gates gated_nll scored"),
@@ -48,7 +48,7 @@ INTEGRATIONS = {
     "nnsight": ("nnsight", "steer"),
     "peft": ("peft", "Accelerated FusedLinear accelerate from_peft_ia3 to_peft_ia3"),
     "pyvene": ("pyvene", "Accelerated ScaleIntervention accelerate from_pyvene load_pyvene to_pyvene"),
-    "repeng": ("repeng", "from_repeng load_gguf save_gguf to_repeng"),
+    "repeng": ("", "from_repeng load_gguf save_gguf to_repeng"),
     "serving": ("", "ScalarTable"),
     "steering_vectors": ("steering_vectors", "from_steering_vectors to_steering_vectors"),
     "trainer": ("", "ProximalCallback"),
