@@ -16,27 +16,18 @@ from .once_differentiable import once_differentiable
 from .registry import LIBRARY, define
 from .torch_internals import below_autograd
 
-
-def _fake_dynamic_scale(x, weight, bias, strength, row_strength, group):  # type: ignore[no-untyped-def]
-    return outputs.dynamic_scale(x)
-
-
-def _fake_dynamic_scale_backward(  # type: ignore[no-untyped-def]
-    dy, d_scalars, x, weight, scalars, strength, row_strength, group, need_dx, need_dweight, need_dbias
-):
-    return outputs.dynamic_scale_gradients(x, weight, need_dx, need_dweight, need_dbias)
-
-
 _forward_op = define(
     "dynamic_scale(Tensor x, Tensor weight, Tensor? bias, float strength, Tensor? row_strength, Tensor? group)"
     " -> (Tensor, Tensor)",
-    _fake_dynamic_scale,
+    lambda x, *rest: outputs.dynamic_scale(x),
 )
 _backward_op = define(
     "dynamic_scale_backward(Tensor dy, Tensor? d_scalars, Tensor x, Tensor weight, Tensor scalars, float strength,"
     " Tensor? row_strength, Tensor? group, bool need_dx, bool need_dweight, bool need_dbias)"
     " -> (Tensor, Tensor, Tensor)",
-    _fake_dynamic_scale_backward,
+    lambda dy, d_scalars, x, weight, scalars, strength, row_strength, group, *needs: outputs.dynamic_scale_gradients(
+        x, weight, *needs
+    ),
 )
 
 

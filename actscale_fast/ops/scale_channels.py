@@ -17,19 +17,10 @@ from .once_differentiable import once_differentiable
 from .registry import LIBRARY, define
 from .torch_internals import below_autograd
 
-
-def _fake_scale_channels(x, weight):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape)
-
-
-def _fake_scale_channels_backward(dy, x, weight, need_dx, need_dweight):  # type: ignore[no-untyped-def]
-    return outputs.scale_channels_gradients(x, weight, need_dx, need_dweight)
-
-
-_forward_op = define("scale_channels(Tensor x, Tensor weight) -> Tensor", _fake_scale_channels)
+_forward_op = define("scale_channels(Tensor x, Tensor weight) -> Tensor", lambda x, weight: x.new_empty(x.shape))
 _backward_op = define(
     "scale_channels_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
-    _fake_scale_channels_backward,
+    lambda dy, x, weight, *needs: outputs.scale_channels_gradients(x, weight, *needs),
 )
 
 

@@ -16,26 +16,17 @@ from .once_differentiable import once_differentiable
 from .registry import LIBRARY, define
 from .torch_internals import below_autograd
 
-
-def _fake_scale_heads(x, alpha, shift, strength, row_strength, group):  # type: ignore[no-untyped-def]
-    return outputs.like(x)
-
-
-def _fake_scale_heads_backward(  # type: ignore[no-untyped-def]
-    dy, x, alpha, shift, strength, row_strength, group, need_dx, need_dalpha, need_dshift
-):
-    return outputs.scale_heads_gradients(x, alpha, shift, need_dx, need_dalpha, need_dshift)
-
-
 _forward_op = define(
     "scale_heads(Tensor x, Tensor? alpha, Tensor? shift, float strength, Tensor? row_strength, Tensor? group)"
     " -> Tensor",
-    _fake_scale_heads,
+    lambda x, *rest: outputs.like(x),
 )
 _backward_op = define(
     "scale_heads_backward(Tensor dy, Tensor x, Tensor? alpha, Tensor? shift, float strength, Tensor? row_strength,"
     " Tensor? group, bool need_dx, bool need_dalpha, bool need_dshift) -> (Tensor, Tensor, Tensor)",
-    _fake_scale_heads_backward,
+    lambda dy, x, alpha, shift, strength, row_strength, group, *needs: outputs.scale_heads_gradients(
+        x, alpha, shift, *needs
+    ),
 )
 
 

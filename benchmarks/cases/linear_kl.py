@@ -38,9 +38,9 @@ class Inputs:
         return [self.hidden, self.weight] if self.learns else [self.hidden]
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        student = [t.detach().to(dtype).requires_grad_() for t in (self.hidden, self.weight)]
-        teacher = [t.to(dtype) for t in (self.reference_hidden, self.reference_weight)]
-        return Inputs(*student, *teacher, labels=self.labels, learns=self.learns)
+        hidden, weight = (t.detach().to(dtype).requires_grad_() for t in (self.hidden, self.weight))
+        other, other_weight = (t.to(dtype) for t in (self.reference_hidden, self.reference_weight))
+        return Inputs(hidden, weight, other, other_weight, self.labels, self.learns)
 
 
 def eager(hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, labels: Tensor) -> Tensor:
@@ -103,7 +103,8 @@ def make(
         labels[::2] = IGNORED
     for leaf in sides[:2]:
         leaf.requires_grad_()
-    given = Inputs(*sides, labels=labels, learns=learns)
+    hidden, weight, other, other_weight = sides
+    given = Inputs(hidden, weight, other, other_weight, labels, learns)
     counted = rows // 2 if half else rows
 
     def exact() -> tuple[Tensor, ...]:

@@ -353,7 +353,7 @@ def test_a_level_is_forced_by_the_environment_and_an_unknown_one_refused() -> No
 
 
 def _run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **environment, "PYTHONPATH": str(Path(cpu.__file__).parents[2])}
+    environment = {**os.environ, **environment, "PYTHONPATH": str(Path(cpu.__file__).parents[3])}
     return subprocess.run(
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, env=environment, check=False
     )

@@ -17,6 +17,7 @@ from op_cases import DTYPES, Inputs, Rows, assert_as_exact_as_eager, error_of, t
 from torch import Tensor
 
 from actscale_fast.ops import cuda
+from actscale_fast.ops.calls import TYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -124,15 +125,15 @@ def test_nothing_outside_of_the_outputs_is_written(inputs: Inputs, device: Modul
     rows = inputs.rows(3, 421, torch.bfloat16)
     rows.correct[1] = 421
     device.set_limits(*limits_for(device, cluster, rows))
-    ids = [t.data_ptr() for t in (rows.correct, rows.wrong, rows.direction)]
     memory = torch.full((3 * 421 + 64,), 5.0, dtype=torch.bfloat16)
     small = torch.full((64,), 5.0)
     for start in (32, 33, 39):
         memory.fill_(5.0), small.fill_(5.0)
-        outputs = [small[4:].data_ptr(), small[16:].data_ptr(), memory[start:].data_ptr(), small[32:].data_ptr()]
         device.cuda.intervention_loss(
-            1, 3, 421, rows.logits.data_ptr(), 421, rows.reference.data_ptr(), 421, *ids, 0, 1.0, 1.0, 0.0, True,
-            False, *outputs, 0, False, 0, 0, 0, 0,
+            type=TYPES[torch.bfloat16], rows=3, vocab=421, logits=rows.logits, logits_stride=421,
+            reference=rows.reference, reference_stride=421, correct=rows.correct, wrong=rows.wrong,
+            direction=rows.direction, margin=1.0, inverse_temperature=1.0, exclude_answers=True, reverse=False,
+            effectiveness=small[4:], faithfulness=small[16:], grad=memory[start:], answer_grad=small[32:],
         )  # fmt: skip
         assert (memory[:start] == 5).all()
         assert (memory[start + 3 * 421 :] == 5).all()
@@ -190,9 +191,10 @@ def test_a_row_of_weight_zero_is_not_read(inputs: Inputs, device: ModuleType, cl
     device.set_limits(*limits_for(device, cluster, rows))
     losses, grad, answers = torch.empty(2, 2), torch.empty(2, 1531), torch.empty(2, 3)
     device.cuda.intervention_loss(
-        0, 2, 1531, rows.logits.data_ptr(), 1 << 44, rows.reference.data_ptr(), 1 << 44, 0, 0, 0, weight.data_ptr(),
-        0.0, 1.0, 0.0, False, False, losses[0].data_ptr(), losses[1].data_ptr(), grad.data_ptr(), answers.data_ptr(),
-        0, False, 0, 0, 0, 0,
+        type=TYPES[torch.float32], rows=2, vocab=1531, logits=rows.logits, logits_stride=1 << 44,
+        reference=rows.reference, reference_stride=1 << 44, correct=None, wrong=None, direction=None,
+        row_weight=weight, margin=0.0, inverse_temperature=1.0, exclude_answers=False, reverse=False,
+        effectiveness=losses[0], faithfulness=losses[1], grad=grad, answer_grad=answers,
     )  # fmt: skip
     assert losses[1, 0] > 0
     assert losses[1, 1] == 0

@@ -20,18 +20,11 @@ from ..torch_internals import below_autograd, graph_is_kept, is_eager
 KLDirection = Literal["forward", "reverse"]
 
 
-def _fake_intervention_loss(  # type: ignore[no-untyped-def]
-    logits, reference_logits, correct, wrong, direction, scalars, margin, inverse_temperature, exclude_answers, reverse,
-    need_grad, row_weight, softcap,
-):  # fmt: skip
-    return outputs.intervention_loss(logits, scalars, need_grad)
-
-
 _loss_op = define(
     "intervention_loss(Tensor logits, Tensor reference_logits, Tensor? correct, Tensor? wrong, Tensor? direction,"
     " Tensor? scalars, float margin, float inverse_temperature, bool exclude_answers, bool reverse, bool need_grad,"
     " Tensor? row_weight, float? softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_intervention_loss,
+    lambda *arguments: outputs.intervention_loss(arguments[0], scalars=arguments[5], need_grad=arguments[10]),
 )
 _scale_op_ = define(
     "intervention_loss_scale_(Tensor(a!) grad, Tensor d_effectiveness, Tensor d_faithfulness, Tensor? correct,"

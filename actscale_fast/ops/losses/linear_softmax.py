@@ -177,16 +177,10 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.to(acc), right.to(acc))
 
 
-def _fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, correct, wrong, exclude_answers, logit_scale, chunk_bytes
-):
-    return outputs.linear_softmax(hidden, correct)
-
-
 _op = define(
     "linear_softmax(Tensor hidden, Tensor weight, Tensor? bias, Tensor? correct, Tensor? wrong, bool exclude_answers,"
     " float logit_scale, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake,
+    lambda hidden, weight, bias, correct, *rest: outputs.linear_softmax(hidden, correct),
 )
 
 
