@@ -2,7 +2,6 @@
 # make test           the whole test suite
 # make test-fast      one case of each test, without the slow ones: for every commit
 # make test-versions  the tests that other libraries' releases can break, with the oldest and the newest of them
-# make sanitize       the C++ and CUDA kernels under the address and undefined-behaviour sanitizers
 # make check          ruff and mypy
 # make sanitize       the C++ and the emulated CUDA kernels under the address and undefined-behaviour sanitizers
 # make bench          the benchmark harness, into benchmarks/results
@@ -47,9 +46,6 @@ test-versions: test-oldest test-newest
 
 test-oldest test-newest: test-%: .venv-%/installed
 	OMP_WAIT_POLICY=PASSIVE .venv-$*/bin/$(PYTEST) -m "not real_model" $(VERSION_TESTS:%=tests/%.py)
-
-sanitize: $(VENV)/tested
-	$(RUN)/pytest tests/kernels/test_cpu_bounds.py tests/kernels/test_cuda_bounds.py
 
 check: $(VENV)/tested
 	$(RUN)/ruff check .

@@ -42,9 +42,7 @@ def random(shape: Shape, prompts: int, tokens: int, device: torch.device) -> Pro
     """A step on a random model, with the other work that it is compared with."""
     model = random_model(shape, device)
     data = RandomPrompts(prompts, tokens, shape.vocab, device)
-    starts = generator()(
-        1, shape.layers, 1, shape.heads
-    )  # random heads matter little: not 0.05
+    starts = generator()(1, shape.layers, 1, shape.heads)  # random heads matter little: not 0.05
     work = Work(model, data, [list(range(prompts))], starts, [0.12], tuple(range(shape.layers)))
     return problem(work, beside=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -66,10 +67,14 @@ def sweep(prompts: int, tokens: int, device: torch.device) -> Problem:
     variants = [Variant("eager", lambda: stock(lens, cache))]
     for rows in (16, 64):
         call = functools.partial(head_patching, lens, corrupted, cache, metric, rows=rows)
-        variants.append(Variant(f"actscale_fast, {rows} rows", lambda call=call: (call(),)))
+        variants.append(Variant(f"actscale_fast, {rows} rows", functools.partial(one_result, call)))
     width = SHAPE.heads * SHAPE.head_dim
     n_bytes = 4 * SHAPE.layers * (4 * width * width + 3 * width * SHAPE.inner)  # the weights, once
     return Problem(variants, exact, n_bytes, flops=0, terms=terms)
+
+
+def one_result(call: Callable[[], Tensor]) -> tuple[Tensor]:
+    return (call(),)
 
 
 def edit(tokens: int, dtype: torch.dtype, device: torch.device) -> Problem:

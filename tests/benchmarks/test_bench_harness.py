@@ -114,7 +114,7 @@ def test_the_verdict_counts_the_roundings_of_the_terms_in_their_own_dtype() -> N
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_a_setting_holds_open_is_closed_after_it_also_where_it_fails(fails: bool) -> None:
-    seen = []
+    seen: list[str] = []
     resources = contextlib.ExitStack()
     resources.callback(seen.append, "closed")
 

@@ -457,7 +457,7 @@ def test_a_short_fit_on_the_real_model_moves_both_directions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    words = "fit --task country-capital --n-train 8 --n-test 8 --steps 3 --batch-size 4 --lr 0.1 --layers 15-29"
+    words = "fit --task country-capital --n-train 4 --n-test 4 --steps 3 --batch-size 4 --lr 0.1 --layers 15-29"
     assert main([*words.split(), "--out", str(out), "--threads", "2"]) == 0
     after = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     before = after["baseline"]

@@ -125,7 +125,7 @@ def half_quadratic() -> nn.Module:
     """Like hqq's linear layer: packed values, and a dict of their scales and zeros."""
     module = nn.Module()
     module.W_q = nn.Parameter(torch.arange(32, dtype=torch.uint8), requires_grad=False)
-    module.meta: Any = {"scale": torch.ones(4), "zero": torch.zeros(4), "nbits": 4, "shape": (8, 8)}
+    module.__dict__["meta"] = {"scale": torch.ones(4), "zero": torch.zeros(4), "nbits": 4, "shape": (8, 8)}
     return module
 
 

@@ -189,10 +189,11 @@ def test_what_is_asked_of_the_model_during_generate_has_a_prompt_of_its_own(
     model = tiny_model(dtype=torch.float64)
     intervention = scalars(model, positions=[-1], generated=True)
     asking = Asking(model, use_cache)
-    asked: dict[str, Any] = {
+    askers: dict[str, dict[str, Any]] = {
         "logits_processor": {"logits_processor": LogitsProcessorList([asking])},
         "stopping_criteria": {"stopping_criteria": StoppingCriteriaList([AskingToStop(asking)])},
-    }[asked_by]
+    }
+    asked = askers[asked_by]
     options = {"max_new_tokens": 4, "do_sample": False, "use_cache": cached}
     with torch.no_grad(), af.patch(model, intervention):
         expected = model(OTHER, use_cache=False).logits

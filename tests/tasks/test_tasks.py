@@ -20,6 +20,12 @@ def words() -> Any:
     return word_models.tokenizer()
 
 
+@pytest.fixture(scope="module")
+def few_words() -> Any:
+    """For alignment, which tokenizes every prompt that could be made."""
+    return word_models.tokenizer(without=word_models.LATE_CAPITALS)
+
+
 def test_the_correct_answer_is_the_countrys_capital_and_the_wrong_one_the_claim(words: Any) -> None:
     for side in tasks.country_capital_conflicts(words, n_train=300, n_test=100, seed=3):
         for example in side:
@@ -72,9 +78,9 @@ def test_one_seed_gives_one_task(words: Any, task: Any) -> None:
 
 
 @pytest.mark.parametrize("task", [tasks.country_capital_conflicts, tasks.indirect_object_identification])
-def test_aligned_prompts_have_equally_many_tokens(words: Any, task: Any) -> None:
-    train, test = task(words, n_train=60, n_test=20, aligned=True)
-    assert len({len(words(example.prompt)["input_ids"]) for example in train + test}) == 1
+def test_aligned_prompts_have_equally_many_tokens(few_words: Any, task: Any) -> None:
+    train, test = task(few_words, n_train=60, n_test=20, aligned=True)
+    assert len({len(few_words(example.prompt)["input_ids"]) for example in train + test}) == 1
 
 
 def test_only_capitals_of_one_token_are_used() -> None:
@@ -201,25 +207,24 @@ def test_a_split_by_template_needs_two_of_them_and_a_known_name(words: Any) -> N
         tasks.country_capital_conflicts(words, split="city")  # type: ignore[arg-type]
 
 
-def test_aligned_takes_a_length_that_leaves_enough_on_both_sides() -> None:
-    words = word_models.tokenizer(without=word_models.LATE_CAPITALS)
+def test_aligned_takes_a_length_that_leaves_enough_on_both_sides(few_words: Any) -> None:
     # Three templates of one length, of which one may be held out, and one shorter that may be held out as well.
     long = [f"{word} : the capital of {{country}} is {{claim}} . The capital of {{country}} is" for word in "ABC"]
     short = "Capital of {country} : {claim} . Capital of {country} :"
     for seed in range(6):
         options = {"templates": [*long, short], "split": "template", "aligned": True, "seed": seed}
-        train, test = tasks.country_capital_conflicts(words, n_train=50, n_test=50, **options)
-        assert len({len(words(example.prompt)["input_ids"]) for example in train + test}) == 1
+        train, test = tasks.country_capital_conflicts(few_words, n_train=50, n_test=50, **options)
+        assert len({len(few_words(example.prompt)["input_ids"]) for example in train + test}) == 1
 
 
-def test_aligned_conflicts_have_country_and_claim_at_the_same_tokens(words: Any) -> None:
+def test_aligned_conflicts_have_country_and_claim_at_the_same_tokens(few_words: Any) -> None:
     templates = tasks.ALIGNED_CONFLICT_TEMPLATES
-    task = tasks.country_capital_conflicts(words, n_train=200, n_test=60, templates=templates, aligned=True)
+    task = tasks.country_capital_conflicts(few_words, n_train=200, n_test=60, templates=templates, aligned=True)
     for example in task.train + task.test:
-        tokens = words.tokenize(example.prompt)
+        tokens = few_words.tokenize(example.prompt)
         assert tokens.index(example.wrong[1:]) == tokens.index("is") + 1
-        assert len(tokens) == len(words.tokenize(task.train[0].prompt))
-        assert tokens.index("is") == words.tokenize(task.train[0].prompt).index("is")
+        assert len(tokens) == len(few_words.tokenize(task.train[0].prompt))
+        assert tokens.index("is") == few_words.tokenize(task.train[0].prompt).index("is")
 
 
 def test_aligned_sentences_have_names_place_and_thing_at_the_same_tokens(words: Any) -> None:

@@ -137,47 +137,58 @@ class SweepLoop:
         if self.root is not None and error is None:
             state.save()
             write_finished(self.root, fit)
-            (self.root / point.folder / _STATE).unlink(missing_ok=True)
+            self._state_file(point).unlink(missing_ok=True)
         self.fits[id(point)] = fit
         slot.before, slot.state = state.intervention, None
         bar.update(point.settings.steps - state.taken)
         bar.fits_done()
 
     def _advance(self, slot: _Slot, waiting: Iterator[Sequence[Point]], bar: Any) -> None:
-        """Give the slot its next unfinished fit; `slot.state` is None if there is none."""
-        while True:
-            point = next(slot.chain, None)
-            if point is None:
-                chain = next(waiting, None)
-                if chain is None:
-                    return
-                slot.chain, slot.before = iter(chain), None
-                continue
+        """Give the slot its next unfinished fit; `slot.state` stays None if there is none."""
+        while (point := self._next_point(slot, waiting)) is not None:
             found = None if self.root is None else finished(self.root, point)
             if found is not None:
                 self.fits[id(point)] = found
                 slot.before = found.intervention
-                assert self.root is not None
-                (self.root / point.folder / _STATE).unlink(missing_ok=True)  # of a killed process
+                self._state_file(point).unlink(missing_ok=True)  # of a killed process
                 bar.skip(point.settings.steps)
                 bar.fits_done()
                 continue
-            if slot.before is not None:
-                _copy_values(slot.before, point.intervention)
-            path = None
-            if self.root is not None:
-                (self.root / point.folder).mkdir(parents=True, exist_ok=True)
-                path = self.root / point.folder / _STATE
-            slot.point = point
-            slot.state = FitState(
-                point.intervention, point.objective, point.settings, self.rows_of[point.task],
-                checkpoint=path, identity=point.identity, name=point.label,
-            )  # fmt: skip
-            slot.state.resume()
+            self._begin(slot, point)
+            assert slot.state is not None
             bar.skip(slot.state.taken)
             if not slot.state.done():
                 return
             self._finish(slot, bar)
+
+    def _next_point(self, slot: _Slot, waiting: Iterator[Sequence[Point]]) -> Point | None:
+        """The next point of the slot's chain, or else of the next chain that is waiting."""
+        while (point := next(slot.chain, None)) is None:
+            chain = next(waiting, None)
+            if chain is None:
+                return None
+            slot.chain, slot.before = iter(chain), None
+        return point
+
+    def _begin(self, slot: _Slot, point: Point) -> None:
+        """Start the fit of a point, or resume it from its checkpoint."""
+        if slot.before is not None:
+            _copy_values(slot.before, point.intervention)
+        path = None
+        if self.root is not None:
+            path = self._state_file(point)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        slot.point = point
+        slot.state = FitState(
+            point.intervention, point.objective, point.settings, self.rows_of[point.task],
+            checkpoint=path, identity=point.identity, name=point.label,
+        )  # fmt: skip
+        slot.state.resume()
+
+    def _state_file(self, point: Point) -> Path:
+        """The checkpoint of a fit in progress."""
+        assert self.root is not None
+        return self.root / point.folder / _STATE
 
 
 def _union(interventions: Sequence[Intervention], n_groups: int) -> Intervention:
