@@ -306,7 +306,7 @@ def test_a_checkpoint_of_a_trainer_holds_the_scalars_alone_and_is_resumed(tmp_pa
 
 
 def test_the_callback_says_what_it_needs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="minimality: got -1, expected a number from 0 on"):
+    with pytest.raises(ValueError, match="minimality: got -1, expected a number that is at least 0"):
         ProximalCallback(-1)
     arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
     data: Any = texts(2)
@@ -314,7 +314,7 @@ def test_the_callback_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="model: got LlamaForCausalLM, expected the result of get_actscale_model"):
         trainer.train()
     other = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
-    with pytest.raises(RuntimeError, match="optimizer: steps none of the intervention's parameters"):
+    with pytest.raises(RuntimeError, match="optimizer: has none of the intervention's parameters"):
         ProximalCallback(0.3).on_optimizer_step(*[None] * 3, model=adapted(), optimizer=other)  # type: ignore[arg-type]
 
 
