@@ -30,7 +30,7 @@ TESTED = {
 
 #: Releases within the range that must not be used, each with the reason, which completes "must not be used: …".
 KNOWN_BAD: dict[str, dict[str, str]] = {
-    "transformers": {"5.2.0": "its generate() gives other tokens where prefill_chunk_size splits the prompt"},
+    "transformers": {"5.2.0": "its generate() returns wrong tokens where prefill_chunk_size splits the prompt"},
     "torch": {},
 }
 

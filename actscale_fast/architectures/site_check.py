@@ -113,8 +113,8 @@ def verdict_of(found: ModelLayout, site: str, *, now: bool = False) -> Verdict |
         raise
     except Exception as error:
         raise ValueError(
-            f"model: a short test pass of {type(found.decoder).__name__}, which shows that its parts are what they are "
-            f"taken for, failed: {type(error).__name__}: {error}; set ACTSCALE_CHECK=0 to skip the check"
+            f"model: the short forward pass that verifies the structure of {type(found.decoder).__name__} failed: "
+            f"{type(error).__name__}: {error}; set ACTSCALE_CHECK=0 to skip the check"
         ) from error
     if probe.sure:
         known[key] = _Known.on(watched, verdict)

@@ -73,7 +73,7 @@ def positions(group: argparse._ActionsContainer, **more: Any) -> None:
 
 def steps(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The options of every loop of steps."""
-    group = command.add_argument_group("optimization")
+    group = command.add_argument_group("optimisation")
     number(group, "--steps", positive_int, defaults.STEPS, "number of optimizer steps")
     number(group, "--batch-size", positive_int, defaults.BATCH_SIZE, "examples per step")
     number(group, "--checkpoint-every", positive_int, defaults.CHECKPOINT_EVERY, "steps between two checkpoints")
@@ -130,7 +130,7 @@ def model(command: argparse.ArgumentParser) -> None:
 
 def paths(command: argparse.ArgumentParser) -> None:
     """Module paths for a model whose parts cannot be told apart; saved interventions keep theirs."""
-    group = command.add_argument_group("module paths, for models whose structure is not recognized")
+    group = command.add_argument_group("module paths, for models whose structure is not recognised")
     group.add_argument("--layers-path", metavar="PATH", help="the list of layers in the model, such as model.layers")
     group.add_argument(
         "--projection", metavar="PATH", help="the attention's output projection in a layer, such as self_attn.o_proj"

@@ -145,7 +145,7 @@ def interchange(command: argparse.ArgumentParser) -> None:
     options.site(where, "residual")
     options.layers(where, required=True)
     options.positions(where, default=[-1])
-    steps = command.add_argument_group("optimization")
+    steps = command.add_argument_group("optimisation")
     options.number(steps, "--epochs", positive_int, 3, "passes over the examples")
     options.number(steps, "--batch-size", positive_int, 16, "examples per step")
     options.number(steps, "--rotation-lr", positive_float, 1e-3, "learning rate of the rotation", "X")

@@ -174,7 +174,7 @@ class BoundlessDAS(Intervention):
         """Compute each rotation once for all passes in the `with` block, and its gradient once at the block's end.
 
         Use it for a training step of several passes and call backward() on each inside the block. Without it, every
-        pass with gradients computes its rotations anew.
+        pass with gradients recomputes its rotations.
         """
         made = [rotation.weight for rotation in self._rotations()]
         self._shared = leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in made]

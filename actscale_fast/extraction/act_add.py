@@ -41,7 +41,7 @@ def act_add(
             whose input is the embedding's output, is refused.
         coefficient: c; 0 is the identity, and a negative value swaps the prompts.
         padding: a text of one token that the shorter prompt is padded with on the right; a space, as in the paper.
-        paths: module paths for a model whose structure is not recognized, as in `SteerVec.for_model`.
+        paths: module paths for a model whose structure is not recognised, as in `SteerVec.for_model`.
 
     Returns:
         A `SteerVec` at site "residual", layer `layer` − 1, positions 0 … n − 1 of the longer prompt's n tokens.

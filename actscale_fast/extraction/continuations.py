@@ -36,7 +36,7 @@ def greedy(
 ) -> list[list[int]]:
     """The ids that follow each prompt under greedy decoding with the KV cache, without the token that ends them.
 
-    Patches on the model are in force. The model's own generation settings (sampling, penalties) are ignored.
+    Patches on the model stay active. The model's own generation settings (sampling, penalties) are ignored.
     """
     from transformers import GenerationConfig
 
@@ -79,7 +79,7 @@ def continuations(
         prompts: N texts.
         max_new_tokens: maximum number of tokens in each continuation.
         batch_size: prompts per forward pass, sorted by length and padded on the left.
-        paths: module paths for a model whose structure is not recognized.
+        paths: module paths for a model whose structure is not recognised.
 
     Raises:
         TypeError, ValueError: an invalid prompt, or a count that is not positive.

@@ -192,7 +192,7 @@ def instruction_vectors(
         layers: layers whose output is read, negative from the end; None: all.
         batch_size: prompts per forward pass.
         progress: show a progress bar.
-        paths: module paths for a model whose structure is not recognized.
+        paths: module paths for a model whose structure is not recognised.
 
     Raises:
         TypeError, ValueError: invalid arguments, lists of different lengths, or a prompt without tokens or longer than

@@ -80,7 +80,7 @@ def latent_vectors(
         seed: random seed of the restarts.
         batch_size: sentences per forward pass.
         progress: show a progress bar.
-        paths: module paths for a model whose structure is not recognized.
+        paths: module paths for a model whose structure is not recognised.
 
     Raises:
         TypeError, ValueError: invalid arguments, or a sentence without tokens or longer than the context.

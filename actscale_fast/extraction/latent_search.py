@@ -28,7 +28,7 @@ _LEAD = 0.05
 
 
 class LatentSearch:
-    """The optimization of a batch of sentences; a context manager that keeps the model opened."""
+    """The optimisation of a batch of sentences; a context manager that keeps the model opened."""
 
     def __init__(
         self, found: ModelLayout, location: Location, opening: list[int], targets: list[list[int]], encoder: TextEncoder

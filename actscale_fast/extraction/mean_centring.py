@@ -95,7 +95,7 @@ def mean_activations(
         batch_size: texts per forward pass; fewer if they are long.
         max_tokens: cut texts to this length; None: to the model's context, with one warning if any is cut.
         progress: show a progress bar.
-        paths: module paths for a model whose structure is not recognized.
+        paths: module paths for a model whose structure is not recognised.
 
     Raises:
         TypeError, ValueError: a string in place of texts, a text that is not a string, or no token at all.

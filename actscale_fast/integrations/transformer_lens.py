@@ -42,8 +42,8 @@ def hooks(
 
     Positions mean the same as in `af.patch`: tokens of the prompt, without the padding in the attention mask. In
     `generate()` with its KV cache (the default) later passes hold generated tokens; without the cache every pass looks
-    like a prompt, so positions are counted anew. Under gradient checkpointing, recomputation raises an error. While
-    hooks with positions exist, the model records the arguments of its passes; delete the list to undo that.
+    like a prompt, so positions are counted from its start. Under gradient checkpointing, recomputation raises an error.
+    While hooks with positions exist, the model records the arguments of its passes; delete the list to undo that.
 
     Args:
         model: a TransformerBridge, over a Hugging Face model or TransformerLens' own.

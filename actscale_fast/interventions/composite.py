@@ -197,7 +197,7 @@ def common_location(locations: Sequence[Location]) -> Location:
     positions = first.positions
     if any(location.positions != positions for location in locations):
         if any(location.positions is None for location in locations):
-            raise ValueError("interventions: some steer every token and some listed positions, expected one of both")
+            raise ValueError("interventions: some steer every token and some listed positions, expected one kind only")
         every = sorted({position for location in locations for position in location.positions or ()})
         if any(position < 0 for position in every) and any(position >= 0 for position in every):
             raise ValueError("interventions: their positions differ and are counted from both ends of the prompt")

@@ -122,7 +122,7 @@ def _checked_fields(raw: bytes) -> dict[str, Any]:
     if type(version) is not int or version not in (1, FORMAT):
         raise ValueError(f"format {shown(version)}, this version reads 1 and {FORMAT}")
     if is_sealed != (version > 1):
-        raise ValueError("no checksum" if version > 1 else "a checksum, which format 1 has not")
+        raise ValueError("no checksum" if version > 1 else "a checksum, which format 1 does not have")
     name = fields.get("class")
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError("no class" if name is None else f"class: got {shown(name)}, expected a name")

@@ -76,7 +76,12 @@ def refuse_sharded(model: nn.Module) -> None:
     """Raise a ValueError if the model's weights are sharded: the steps of one process would not fit the others'."""
     name = next((name for name, value in model.named_parameters() if type(value).__name__ == "DTensor"), None)
     if name is not None:
-        raise ValueError(
-            f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights "
-            "in each process; patch, generate and evaluate take such a model"
-        )
+        raise sharded_error(name)
+
+
+def sharded_error(name: str) -> ValueError:
+    """The error about the weight of that name, which is sharded."""
+    return ValueError(
+        f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights in "
+        "each process; patch, generate and evaluate take such a model"
+    )

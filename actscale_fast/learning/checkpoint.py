@@ -129,7 +129,7 @@ def load(path: str | os.PathLike[str], settings: dict[str, Any], expected: dict[
         progress = parsed(header.metadata["progress"].encode(), finite=False)
         step, history = _checked_progress(progress)
         if not isinstance(saved, dict):
-            raise ValueError("its settings are no object")
+            raise ValueError("its settings are not an object")
     except _OtherKindError as error:
         raise ValueError(f"checkpoint: {path} {error}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -174,7 +174,7 @@ def _checked_progress(progress: Any) -> tuple[int, list[dict[str, float]]]:
         raise ValueError("its steps do not agree with its history")
     for record in history:
         if not isinstance(record, dict) or any(type(value) not in (int, float) for value in record.values()):
-            raise ValueError("its history is no list of numbers by name")
+            raise ValueError("its history is not a list of numbers by name")
     return step, history
 
 

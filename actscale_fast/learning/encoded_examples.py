@@ -113,5 +113,7 @@ def _answer_token(
         hint = "" if answer[:1].isspace() else f"; did you mean {' ' + answer!r}, with its leading space?"
         raise ValueError(f"examples: {where}: {answer!r} is {len(added)} tokens {tokens}, expected one{hint}")
     if added[0] == tokenizer.unk_token_id and answer.strip() != tokenizer.unk_token:
-        raise ValueError(f"examples: {where}: {answer!r} is no token of the tokenizer (it reads {tokenizer.unk_token})")
+        raise ValueError(
+            f"examples: {where}: {answer!r} is not a token of the tokenizer (it reads {tokenizer.unk_token})"
+        )
     return int(added[0])

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .. import defaults
 from .._checks import finite_number
+
+
+class KLOptions(NamedTuple):
+    """How the KL is taken: fields of the objective, and keyword arguments of the losses and reference statistics."""
+
+    exclude_answers: bool
+    kl: Literal["forward", "reverse"]
+
+
+class LossOptions(NamedTuple):
+    """What the losses of a prompt depend on beside their tensors; losses with the same options are one call."""
+
+    margin: float
+    kl: KLOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +70,7 @@ class Objective:
         if directions not in ((1,), (-1,), (1, -1), (-1, 1)) or any(isinstance(sign, bool) for sign in directions):
             raise ValueError(f"directions: got {self.directions!r}, expected (1, -1), (1,) or (-1,)")
         object.__setattr__(self, "directions", tuple(map(int, directions)))
+
+    @property
+    def loss_options(self) -> LossOptions:
+        return LossOptions(self.margin, KLOptions(**{name: getattr(self, name) for name in KLOptions._fields}))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.hugging_face import unwrap
+from .arguments import sharded_error
 
 _WHOLE = 1 << 14  # elements of a tensor that counts with all of them; norms, biases, scales
 _SAMPLE = 384  # elements of a larger one; SmolLM2-135M: 272 tensors in 15 ms on one core
@@ -79,10 +80,7 @@ def _readable(name: str, tensor: Tensor, offloaded: Tensor | None) -> Tensor:
             "checkpoint or sweep folder must record which model it belongs to: load the weights, or omit it"
         )
     if type(tensor).__name__ == "DTensor":
-        raise ValueError(
-            f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights "
-            "in each process; patch, generate and evaluate take such a model"
-        )
+        raise sharded_error(name)
     if hasattr(tensor, "ds_id") and not tensor.numel():
         raise ValueError(
             f"model: {name} is partitioned by DeepSpeed's ZeRO-3 and cannot be read here; a checkpoint or sweep folder "

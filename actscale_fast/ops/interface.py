@@ -6,9 +6,27 @@ are empty tensors: the number of outputs never changes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class LossArguments(NamedTuple):
+    """The arguments of `intervention_loss` below the public functions, in the order of the op's schema."""
+
+    logits: Tensor  # [N, V], unit stride over V, any row stride
+    reference_logits: Tensor
+    correct: Tensor | None = None  # [N] int64 contiguous; None: no answers
+    wrong: Tensor | None = None
+    direction: Tensor | None = None  # [N] float32 of ±1, contiguous
+    scalars: Tensor | None = None  # float32 contiguous, any shape
+    margin: float = 0.0
+    inverse_temperature: float = 1.0
+    exclude_answers: bool = False
+    reverse: bool = False
+    need_grad: bool = False
+    row_weight: Tensor | None = None  # [N] float32 contiguous; without answers
+    softcap: float | None = None  # of both sides' logits, before the temperature; without answers
 
 
 class BackendModule(Protocol):
@@ -92,19 +110,7 @@ class BackendModule(Protocol):
 
     def intervention_loss(
         self,
-        logits: Tensor,  # [N, V], unit stride over V, any row stride
-        reference_logits: Tensor,
-        correct: Tensor | None,  # [N] int64 contiguous; None: no answers
-        wrong: Tensor | None,
-        direction: Tensor | None,  # [N] float32 of ±1, contiguous
-        scalars: Tensor | None,  # float32 contiguous, any shape
-        margin: float,
-        inverse_temperature: float,
-        exclude_answers: bool,
-        reverse: bool,
-        need_grad: bool,
-        row_weight: Tensor | None = None,  # [N] float32 contiguous; without answers
-        softcap: float | None = None,  # of both sides' logits, before the temperature; without answers
+        *arguments: Any,  # the fields of LossArguments, in their order
         in_place: bool = False,  # with need_grad; logits are contiguous then
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(effectiveness [N], faithfulness [N], grad [N, V], answer_grad [N, 3], l1 [], sign like scalars).
@@ -112,7 +118,7 @@ class BackendModule(Protocol):
         grad: d(effectiveness + faithfulness)/dlogits in the logits' dtype, contiguous, the two answer columns summed in
         float32 before rounding. answer_grad: d faithfulness/dz[c], d faithfulness/dz[w], d effectiveness/dz[c] in
         float32 (d effectiveness/dz[w] is minus the last). All but the logits' gradient are float32. With in_place grad
-        lies in the memory of the logits, which are gone. With row_weight both faithfulness and grad are multiplied by
+        overwrites the logits. With row_weight both faithfulness and grad are multiplied by
         the row's; where it is 0, neither row is read and both are 0.
         """
 

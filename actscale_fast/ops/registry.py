@@ -45,7 +45,7 @@ def _module(name: str) -> BackendModule:
 
 
 def backend_of(x: Tensor) -> BackendModule:
-    """The kernels that serve `x`. Calls for the reference backend have gone elsewhere before."""
+    """The kernels that serve `x`. Calls for the reference backend are handled before this point."""
     name = backends.resolve(x.device, x.dtype)
     if name == "reference":  # the op was called directly, or the backend changed between forward and backward
         name = "cpu" if x.device.type == "cpu" else "triton"

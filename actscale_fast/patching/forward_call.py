@@ -126,7 +126,7 @@ class Call:
         cached = self.cache is not None or self.makes_cache
         if cached and not torch.compiler.is_compiling() and bool(numbers[:, -1].any()):
             raise ValueError(
-                "position_ids: they tell several sequences of one row apart, but transformers keeps these apart only "
+                "position_ids: they mark several sequences in one row, but transformers separates these only "
                 "without a KV cache; pass use_cache=False, or a mask and padded rows"
             )
         return numbers

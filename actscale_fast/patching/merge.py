@@ -79,7 +79,7 @@ def _check_mergeable(intervention: Intervention) -> None:
     if location.positions is not None:
         raise ValueError("intervention: it has positions, but weights act on every token; use patch")
     if location.site == "residual":
-        raise ValueError("intervention: no weight produces the residual stream by itself; use patch")
+        raise ValueError("intervention: no single weight produces the residual stream; use patch")
     if intervention.n_groups is not None:
         raise ValueError(
             "intervention: a stack acts by row group, but the weights serve all rows; merge one of its parts"

@@ -58,7 +58,7 @@ def local_folder(folder: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(str(folder), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:  # no such repository, or no network
-        raise FileNotFoundError(f"folder: {folder} is no folder, and not on the hub either ({error})") from error
+        raise FileNotFoundError(f"folder: {folder} is not a folder, and is not on the hub either ({error})") from error
 
 
 def upload(folder: Path, intervention: Intervention, repo_id: str, api: Any, **kwargs: Any) -> str:

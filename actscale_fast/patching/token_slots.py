@@ -139,7 +139,7 @@ def refuse_several_sequences(name: str, call: Call) -> None:
     if numbers is None:
         return
     message = (
-        f"{name}: position_ids tell several sequences of one row apart, which one value per row cannot serve; pad the "
+        f"{name}: position_ids mark several sequences in one row, to which one value per row cannot apply; pad the "
         "batch, or give one value for all rows"
     )
     several = numbers[:, -1].any()

@@ -64,7 +64,7 @@ def test_where_a_shortcut_disagrees_the_plain_way_is_taken_and_said(change: Any,
     change(model)
     one = randomised(af.ActivScalar.for_model(model, **where), scale=0.3)
     expected = full(model, data, one, OBJECTIVE)
-    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: .*(going on|runs instead)"):
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: .*(continuing|runs instead)"):
         found = engine(model, data, one, OBJECTIVE)
     assert_equal_to_rounding(found, expected, 1e-5)
 

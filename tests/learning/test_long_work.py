@@ -187,7 +187,7 @@ def test_passes_are_halved_once_where_memory_runs_out(
 
     expected = fitted()
     sizes = failing_at(monkeypatch, {4}, error)
-    with pytest.warns(UserWarning, match=r"out of memory with (\d+) tokens in a pass; going on with at most") as said:
+    with pytest.warns(UserWarning, match=r"out of memory with (\d+) tokens in a pass; continuing with at most") as said:
         found = fitted()
     assert len(said) == 1
     assert max(sizes[4:]) <= max(sizes[1:4]) / 2 + 1

@@ -193,7 +193,7 @@ def test_a_fit_that_is_no_longer_finite_leaves_the_others_alone() -> None:
         broken = af.ActivScalar.for_model(tiny.llama())
         broken.alpha.fill_(3e38)
     fine = af.ActivScalar.for_model(tiny.llama())
-    with pytest.warns(UserWarning, match="start=0: step 0: .*the other fits go on"):
+    with pytest.warns(UserWarning, match="start=0: step 0: .*the other fits continue"):
         result = run_sweep([broken, fine])
     assert result.fits[0].error is not None
     assert "step 0" in result.fits[0].error

@@ -97,7 +97,7 @@ def test_merging_twice_and_unmerging_nothing_are_refused() -> None:
     ("cls", "family", "where", "message"),
     [
         (ActivScalar, "llama", {"positions": [0]}, "it has positions, but weights act on every token; use patch"),
-        (ActivScalar, "llama", {"site": "residual"}, "no weight produces the residual stream by itself"),
+        (ActivScalar, "llama", {"site": "residual"}, "no single weight produces the residual stream"),
         (ActivScalar, "mixtral", {"site": "mlp_out"}, "layer 0's MLP .* does not end in one known projection"),
         (SteerVec, "gpt2", {"site": "head"}, "adds to a bias, but the head site has no bias"),
         (SteerVec, "llama", {"site": "mlp_out"}, "adds to a bias, but model.layers.0.mlp.down_proj has no bias"),

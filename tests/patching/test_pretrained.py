@@ -101,7 +101,7 @@ def test_an_intervention_saved_by_itself_loads_too_and_a_damaged_config_does_not
         ActScaleModel.from_pretrained(tiny_model(), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"intervention\.json: not found"):
         ActScaleModel.from_pretrained(tiny_model(), tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="folder: no/such is no folder, and not on the hub either"):
+    with pytest.raises(FileNotFoundError, match="folder: no/such is not a folder, and is not on the hub either"):
         ActScaleModel.from_pretrained(tiny_model(), "no/such")
 
 

@@ -239,7 +239,7 @@ def test_a_pass_that_fails_names_the_model_and_how_to_skip_the_check() -> None:
     model = tiny_model()
     model.model.layers[1].mlp = nn.Linear(7, 7)
     with pytest.raises(
-        ValueError, match=r"a short test pass of LlamaModel.*failed: .*set ACTSCALE_CHECK=0 to skip the check"
+        ValueError, match=r"verifies the structure of LlamaModel failed: .*set ACTSCALE_CHECK=0 to skip the check"
     ):
         af.ActivScalar.for_model(model)
 

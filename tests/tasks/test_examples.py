@@ -71,7 +71,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         ),
         (
             af.Example("The capital", " nowhere", " elsewhere"),
-            "row 1, correct: ' nowhere' is no token of the tokenizer",
+            "row 1, correct: ' nowhere' is not a token of the tokenizer",
         ),
         (af.Example("The capital", " Rome", "  Rome"), "row 1: correct ' Rome' and wrong '  Rome' are one"),
         (af.Example(" ".join(["The"] * 65), " Paris", " Rome"), "row 1 has 65 tokens, expected at most the model's 64"),

@@ -145,10 +145,10 @@ def attribution(
     patching towards zero activations, for all heads at once, from one forward and one backward pass. The metric is the
     mean over examples of the logit difference z[c] − z[w].
 
-    Sign: a score is the derivative of that mean by α at β = 1. A head with a positive score favours the correct answer:
-    amplifying it raises the difference, and removing it (β·α = −1) is predicted to change it by −score. The knock-out
-    removes one head at a time and measures that change: all heads of a layer run as row groups of the same passes, from
-    the frozen model's hidden states at that layer.
+    Sign: a score is the derivative of that mean with respect to α at β = 1. A head with a positive score favours the
+    correct answer: amplifying it raises the difference, and removing it (β·α = −1) is predicted to change it by −score.
+    The knock-out removes one head at a time and measures that change: all heads of a layer run as row groups of the
+    same passes, from the frozen model's hidden states at that layer.
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer. The model is left unchanged, and runs

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ... import ops
 from ..encoded_examples import EncodedExamples
+from ..objective import LossOptions
 from .cuda_graphs import WIDTHS
-from .forward_backward import LossOptions, MicrobatchInputs, MicrobatchShape
+from .forward_backward import MicrobatchInputs, MicrobatchShape
 from .microbatches import FitRequest, PackedRow, RequestedPrompt
 from .packing import additive
 from .reference_cache import ReferenceCache
@@ -77,16 +78,15 @@ class Collator:
             small["groups"] = _ints([requests[row.prompts[0].request].group for row in rows])
         kinds: dict[LossOptions, list[int]] = {}
         for place, loss in enumerate(losses):
-            objective = requests[loss.prompt.request].objective
-            kinds.setdefault((objective.margin, objective.exclude_answers, objective.kl), []).append(place)
+            kinds.setdefault(requests[loss.prompt.request].objective.loss_options, []).append(place)
         references: list[ops.ReferenceStatistics | Tensor] = []
-        for number, ((_, exclude, kl), places) in enumerate(kinds.items()):
+        for number, (options, places) in enumerate(kinds.items()):
             examples = _ints([losses[place].prompt.row for place in places])
             for name, ids in self.answers.items():
                 small[f"{name}.{number}"] = ids[examples]
             if len(kinds) > 1:
                 small[f"places.{number}"] = _ints(places)
-            references.append(self.cache.reference(examples, exclude, kl))
+            references.append(self.cache.reference(examples, options.kl))
         tensors = {name: value.to(self.data.device, non_blocking=True) for name, value in small.items()}
         region = self.cache.region
         if packed:

@@ -87,7 +87,7 @@ class Engine:
             )
         if problems:
             warnings.warn(
-                f"{type(self.found.model).__name__}: {'; '.join(problems)}; going on {strategy.name}, which takes "
+                f"{type(self.found.model).__name__}: {'; '.join(problems)}; continuing {strategy.name}, which takes "
                 "longer",
                 stacklevel=3,
             )
@@ -121,7 +121,7 @@ class Engine:
             self.halved = True  # once
             largest = planner.halve(microbatches, requests)
             warnings.warn(
-                f"out of memory with {largest} tokens in a pass; going on with at most {planner.max_tokens}",
+                f"out of memory with {largest} tokens in a pass; continuing with at most {planner.max_tokens}",
                 stacklevel=3,
             )
         self.processes.all_reduce_([terms, *gradients])

@@ -20,14 +20,12 @@ from ...frozen.batching import Batch, forward_arguments
 from ...frozen.partial_forward import PartialForward
 from ...interventions import DynScalar, produced_l1
 from ...patching.patch import AnyPatch
+from ..objective import LossOptions
 from .reference_cache import prefix_of
 from .shared_layers import SignedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: margin, exclude_answers, kl: the losses that share them are one call.
-LossOptions = tuple[float, bool, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +176,8 @@ class ForwardBackward:
     def _loss(
         self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs, number: int, options: LossOptions
     ) -> tuple[Tensor, Tensor]:
-        margin, exclude, kl = options
         correct, wrong = (inputs.tensors[f"{name}.{number}"].to(output.device) for name in ("correct", "wrong"))
-        given: dict[str, Any] = {"direction": direction, "margin": margin, "exclude_answers": exclude, "kl": kl}
+        given: dict[str, Any] = {"direction": direction, "margin": options.margin, **options.kl._asdict()}
         reference = inputs.references[number]
         if isinstance(reference, Tensor):
             effectiveness, faithfulness = ops.intervention_loss(output, reference, correct, wrong, **given)

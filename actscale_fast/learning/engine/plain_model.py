@@ -102,15 +102,16 @@ class PlainModel:
         correct, wrong = (ids.expand(len(directions)).to(z.device) for ids in answers)
         sign = torch.tensor([float(sign) for sign in directions], dtype=torch.float64, device=z.device)
         difference = z.gather(1, correct[:, None])[:, 0] - z.gather(1, wrong[:, None])[:, 0]
+        margin, (exclude_answers, kl) = self.objective.loss_options
         p, q = reference.double(), z
-        if self.objective.exclude_answers:
+        if exclude_answers:
             others = torch.ones_like(z, dtype=torch.bool).scatter_(1, torch.stack([correct, wrong], 1), False)
             p, q = (one[others].view(len(z), -1) for one in (p, q))
         p, q = p.log_softmax(-1), q.log_softmax(-1)
-        if self.objective.kl == "reverse":
+        if kl == "reverse":
             p, q = q, p
         divergence = (p.exp() * torch.where(p > -torch.inf, p - q, 0.0)).sum(-1)
-        return (torch.relu(self.objective.margin - sign * difference) + divergence).sum()
+        return (torch.relu(margin - sign * difference) + divergence).sum()
 
     def _ids(self, row: int) -> Tensor:
         return torch.tensor([self.data.prompts[row]], device=self.data.device)

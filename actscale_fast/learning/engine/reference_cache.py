@@ -16,6 +16,7 @@ from ...frozen.batching import Batch, forward_arguments
 from ...frozen.partial_forward import PartialForward, Prefix, cache_arguments, keys_and_values
 from ...patching.patch import AnyPatch
 from ..encoded_examples import EncodedExamples
+from ..objective import KLOptions
 from .active_region import ActiveRegion
 from .row_store import RowStore, right_aligned
 
@@ -46,15 +47,15 @@ class ReferenceCache:
         self.model, self.found, self.data, self.region = model, found, data, region
         self.section, self.patched, self.head, self.store = section, patched, head, store
         self.dtype: torch.dtype = embedding_weight(found.model).dtype
-        self.statistics: dict[tuple[bool, str], ops.ReferenceStatistics] = {}
+        self.statistics: dict[KLOptions, ops.ReferenceStatistics] = {}
         self.logits: Tensor | None = None  # [N, V] if there is no head
 
     @torch.no_grad()
-    def fill(self, options: Iterable[tuple[bool, str]]) -> Tensor:
+    def fill(self, options: Iterable[KLOptions]) -> Tensor:
         """Run all examples once; returns the head's inputs [N, d], or the logits [N, V] if there is no head.
 
         Args:
-            options: `exclude_answers` and `kl` of the objectives.
+            options: how the objectives take the KL, each once.
         """
         outputs: list[tuple[list[int], Tensor]] = []
         for rows in self.data.by_length(REFERENCE_ROWS):
@@ -68,18 +69,17 @@ class ReferenceCache:
             self.logits = output
             return output
         correct, wrong = (ids.to(output.device) for ids in (self.data.correct, self.data.wrong))
-        for exclude, kl in options:
-            self.statistics[exclude, kl] = ops.reference_statistics(
-                output, self.head.weight, correct, wrong, exclude_answers=exclude, kl=kl,  # type: ignore[arg-type]
-                **self.head.options,
-            )  # fmt: skip
+        for option in options:
+            self.statistics[option] = ops.reference_statistics(
+                output, self.head.weight, correct, wrong, **option._asdict(), **self.head.options
+            )
         return output
 
-    def reference(self, examples: Tensor, exclude_answers: bool, kl: str) -> ops.ReferenceStatistics | Tensor:
+    def reference(self, examples: Tensor, option: KLOptions) -> ops.ReferenceStatistics | Tensor:
         """The references of the losses of these examples (int64 [R], on the host)."""
         if self.logits is not None:
             return self.logits[examples.to(self.logits.device)]
-        known = self.statistics[exclude_answers, kl]
+        known = self.statistics[option]
         return known[examples.to(known.correct.device)]
 
     def constants(self, rows: Sequence[int], columns: int) -> dict[str, Tensor]:

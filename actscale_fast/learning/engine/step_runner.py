@@ -103,7 +103,7 @@ class StepRunner:
             )
             graphs = CudaGraphs(self.forward_backward) if self.execution.capture else None
             self.compute = (graphs or self.forward_backward).compute
-            output = cache.fill(sorted({(objective.exclude_answers, objective.kl) for objective in self.objectives}))
+            output = cache.fill(sorted({objective.loss_options.kl for objective in self.objectives}))
             if strategy.prefix and patched.alone:  # another patch may distinguish between rows or positions
                 self.planner.packs = self._packing_matches(cache, output)
             self._bound_tokens()

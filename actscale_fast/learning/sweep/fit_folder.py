@@ -136,7 +136,7 @@ def checked_evaluation(path: Path, data: Any) -> Evaluation:
             continue
         numbers = [value for name, value in one.items() if name != "baseline"] if isinstance(one, dict) else [None]
         if not isinstance(one, dict) or one.keys() != names or any(type(v) not in (int, float) for v in numbers):
-            raise ValueError(f"{path}: damaged (an evaluation's fields are missing or no numbers)")
+            raise ValueError(f"{path}: damaged (an evaluation's fields are missing or not numbers)")
         if one is not data and one["baseline"] is not None:
             raise ValueError(f"{path}: damaged (a baseline has one of its own)")
     return Evaluation.from_dict(data)
@@ -145,7 +145,7 @@ def checked_evaluation(path: Path, data: Any) -> Evaluation:
 def check_entry(path: Path, entry: Any, folder: str | None = None) -> None:
     """Refuse a fit's entry with fields of wrong types, or one that belongs to another folder."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{path}: damaged (a fit is no object)")
+        raise ValueError(f"{path}: damaged (a fit is not an object)")
     for name, kind in _FIELDS.items():
         if name not in entry or not isinstance(entry[name], kind):
             raise ValueError(f"{path}: damaged ({name} is missing or of a wrong type)")

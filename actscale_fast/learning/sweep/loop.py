@@ -118,7 +118,7 @@ class SweepLoop:
         except FloatingPointError as error:
             slot.error = slot.error or str(error)
         if slot.error is not None:
-            warnings.warn(f"sweep: {slot.error}; the other fits go on", stacklevel=4)
+            warnings.warn(f"sweep: {slot.error}; the other fits continue", stacklevel=4)
             self._finish(slot, bar, slot.error)
             for point in slot.chain:
                 self.fits[id(point)] = SweepFit.of(point, point.intervention, [], f"not begun: {slot.error}")

@@ -97,7 +97,7 @@ def sweep(
         OSError: the folder cannot be written, which is found out before the model runs; the message names the path.
         RuntimeError: under torch.inference_mode(), or with distributed=True and only one process.
 
-    A fit whose terms are no longer finite stops with a warning and has its `error` set; the others go on.
+    A fit whose terms are no longer finite stops with a warning and has its `error` set; the others continue.
 
     Example:
         >>> result = af.sweep(model, tokenizer, train, {"minimality": [0.4, 0.2, 0.1], "seed": range(3)})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, outputs, reference
+from ..interface import LossArguments
 from ..once_differentiable import once_differentiable
 from ..registry import LIBRARY, backend_of, define
 from ..torch_internals import below_autograd, graph_is_kept, is_eager
@@ -20,11 +21,15 @@ from ..torch_internals import below_autograd, graph_is_kept, is_eager
 KLDirection = Literal["forward", "reverse"]
 
 
+def _empty_results(call: LossArguments) -> tuple[Tensor, ...]:
+    return outputs.intervention_loss(call.logits, call.scalars, call.need_grad)
+
+
 _loss_op = define(
     "intervention_loss(Tensor logits, Tensor reference_logits, Tensor? correct, Tensor? wrong, Tensor? direction,"
     " Tensor? scalars, float margin, float inverse_temperature, bool exclude_answers, bool reverse, bool need_grad,"
     " Tensor? row_weight, float? softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda *arguments: outputs.intervention_loss(arguments[0], scalars=arguments[5], need_grad=arguments[10]),
+    lambda *arguments: _empty_results(LossArguments(*arguments)),
 )
 _scale_op_ = define(
     "intervention_loss_scale_(Tensor(a!) grad, Tensor d_effectiveness, Tensor d_faithfulness, Tensor? correct,"
@@ -95,8 +100,8 @@ def intervention_loss(
         scalars = scalars.to(torch.float32).contiguous()
     direction = direction.to(torch.float32)
     results = fused_losses(
-        logits, reference_logits, correct, wrong, direction, scalars, margin, 1.0, exclude_answers, reverse,
-        in_place=inplace_gradient,
+        logits, reference_logits, correct=correct, wrong=wrong, direction=direction, scalars=scalars, margin=margin,
+        exclude_answers=exclude_answers, reverse=reverse, in_place=inplace_gradient,
     )  # fmt: skip
     return results if scalars is not None else results[:2]
 
@@ -160,55 +165,48 @@ def check_answers(correct: Tensor, wrong: Tensor, direction: Tensor, width: int)
 
 
 def fused_losses(
-    logits: Tensor, reference_logits: Tensor, correct: Tensor | None, wrong: Tensor | None, direction: Tensor | None,
-    scalars: Tensor | None, *options: float | bool, row_weight: Tensor | None = None, softcap: float | None = None,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The fused op: (effectiveness, faithfulness, l1). `options` are those from margin to reverse."""
+    logits: Tensor, reference_logits: Tensor, *, in_place: bool = False, **arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused op: (effectiveness, faithfulness, l1). `arguments`: the other fields of `LossArguments`."""
     if logits.shape[1] > 1:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         reference_logits = reference_logits if reference_logits.stride(1) == 1 else reference_logits.contiguous()
+    scalars = arguments.get("scalars")
     learned = logits.requires_grad or (scalars is not None and scalars.requires_grad)
     need_grad = learned and torch.is_grad_enabled()
-    arguments = (
-        logits, reference_logits, correct, wrong, direction, scalars, *options, need_grad, row_weight, softcap,
-    )  # fmt: skip
-    if in_place and logits.requires_grad and need_grad and _all_eager(*arguments):
-        results = _InterventionLoss.apply(*arguments, True)
+    call = LossArguments(logits, reference_logits, need_grad=need_grad, **arguments)
+    if in_place and logits.requires_grad and need_grad and _all_eager(*call):
+        results = _InterventionLoss.apply(True, *call)
         torch.autograd.graph.increment_version(logits)
     else:
-        results = _loss_op(*arguments)
+        results = _loss_op(*call)
     return results[0], results[1], results[4]
 
 
-def computed_in_place(*arguments: Any) -> tuple[Tensor, ...]:
+def computed_in_place(call: LossArguments) -> tuple[Tensor, ...]:
     """The op's six results without autograd; a gradient may overwrite the logits, except in a trace."""
-    need_grad = arguments[10]
-    if need_grad and _all_eager(*arguments):
-        compute: Any = backend_of(arguments[0]).intervention_loss
-        return compute(*arguments, in_place=True)  # type: ignore[no-any-return]
-    return _loss_op(*arguments)  # type: ignore[no-any-return]
+    if call.need_grad and _all_eager(*call):
+        return backend_of(call.logits).intervention_loss(*call, in_place=True)
+    return _loss_op(*call)  # type: ignore[no-any-return]
 
 
 def _all_eager(*arguments: Any) -> bool:
     return is_eager(*(argument for argument in arguments if isinstance(argument, Tensor)))
 
 
+#: Where `_InterventionLoss.apply`, whose first argument is `in_place`, takes the tensors that have gradients.
+_LOGITS, _SCALARS = (1 + LossArguments._fields.index(name) for name in ("logits", "scalars"))
+
+
 class _InterventionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, logits, reference_logits, correct, wrong, direction, scalars, margin, inverse_temperature,
-        exclude_answers, reverse, need_grad, row_weight, softcap, in_place=False,
-    ):  # fmt: skip
-        arguments = (
-            logits, reference_logits, correct, wrong, direction, scalars, margin, inverse_temperature, exclude_answers,
-            reverse, need_grad, row_weight, softcap,
-        )  # fmt: skip
+    def forward(ctx: Any, in_place: bool, *arguments: Any):  # type: ignore[no-untyped-def]
+        call = LossArguments(*arguments)
         if in_place:
-            results = backend_of(logits).intervention_loss(*arguments, in_place=True)
+            results = backend_of(call.logits).intervention_loss(*call, in_place=True)
         else:
             with below_autograd():
-                results = _loss_op(*arguments)
+                results = _loss_op(*call)
         effectiveness, faithfulness, grad, answer_grad, l1, sign = results
         if in_place:  # the gradient is the logits: nothing that autograd should see as a result
             results = (effectiveness, faithfulness, grad.new_empty(0), answer_grad, l1, sign)
@@ -216,16 +214,19 @@ class _InterventionLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
         # Neither the logits nor the reference outlive the forward pass: the gradient is all that the backward needs.
         ctx.grad, ctx.answer_grad, ctx.sign = grad, answer_grad, sign
-        ctx.ignored = None if row_weight is None else row_weight == 0  # not the weights: those the caller may fill anew
-        ctx.save_for_backward(correct, wrong)  # the caller's own: a change in place before the backward raises
+        # Not the weights themselves, which the caller may overwrite.
+        ctx.ignored = None if call.row_weight is None else call.row_weight == 0
+        ctx.save_for_backward(
+            call.correct, call.wrong
+        )  # the caller's own: a change in place before the backward raises
         return results
 
     @staticmethod
     @once_differentiable("intervention_loss, kl_div_from_logits")
     def backward(ctx: Any, d_effectiveness, d_faithfulness, _grad, _answer_grad, d_l1, _sign):  # type: ignore[no-untyped-def]
-        d_logits = d_scalars = None
+        gradients: list[Tensor | None] = [None] * (1 + len(LossArguments._fields))
         upstream = [d for d in (d_effectiveness, d_faithfulness) if d is not None]
-        if ctx.needs_input_grad[0] and upstream:
+        if ctx.needs_input_grad[_LOGITS] and upstream:
             if ctx.grad is None:
                 raise RuntimeError("intervention_loss: a second backward needs retain_graph=True in the first one")
             answers = ctx.saved_tensors
@@ -239,9 +240,10 @@ class _InterventionLoss(torch.autograd.Function):
             if ctx.ignored is not None:  # their zeros, which an upstream of inf or NaN would make NaN
                 d_faithfulness = d_faithfulness.masked_fill(ctx.ignored, 1.0)
             _scale_op_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
-        if ctx.needs_input_grad[5] and d_l1 is not None:
-            d_scalars = d_l1 * ctx.sign
-        return d_logits, *[None] * 4, d_scalars, *[None] * 8
+            gradients[_LOGITS] = d_logits
+        if ctx.needs_input_grad[_SCALARS] and d_l1 is not None:
+            gradients[_SCALARS] = d_l1 * ctx.sign
+        return tuple(gradients)
 
 
-LIBRARY.impl("intervention_loss", _InterventionLoss.apply, "Autograd")
+LIBRARY.impl("intervention_loss", lambda *arguments: _InterventionLoss.apply(False, *arguments), "Autograd")

@@ -96,15 +96,15 @@ def weighted_divergence(
     logits: Tensor, reference_logits: Tensor, weights: Tensor | None, inverse_temperature: float, reverse: bool,
     softcap: float | None, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
-    """w·KL of each row [N], differentiable by the logits [N, V]."""
+    """w·KL of each row [N], differentiable with respect to the logits [N, V]."""
     if backends.resolve(logits.device, logits.dtype) == "reference":
         return reference.intervention_loss(
             logits, reference_logits, None, None, None, inverse_temperature=inverse_temperature, reverse=reverse,
             row_weight=weights, softcap=softcap,
         )[1]  # fmt: skip
     return fused_losses(
-        logits, reference_logits, None, None, None, None, 0.0, inverse_temperature, False, reverse,
-        row_weight=weights, softcap=softcap, in_place=in_place,
+        logits, reference_logits, inverse_temperature=inverse_temperature, reverse=reverse, row_weight=weights,
+        softcap=softcap, in_place=in_place,
     )[1]  # fmt: skip
 
 

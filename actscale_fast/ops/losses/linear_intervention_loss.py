@@ -53,7 +53,7 @@ def linear_intervention_loss(
     Args:
         hidden: [N, d], the last hidden states under the intervention, as the head takes them.
         weight: [V, d], the head, of hidden's dtype. One that requires a gradient, as `model.lm_head.weight` does by
-            default, gets it, from a reference with [N, V] logits and from logits made once more in the backward pass:
+            default, gets it, from a reference with [N, V] logits and from logits recomputed in the backward pass:
             pass weight.detach() where the head is frozen.
         reference: `reference_statistics` of the same rows, head and options.
         correct, wrong: int64 [N], the token ids c and w; different in each row.

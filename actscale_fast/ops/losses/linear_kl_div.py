@@ -4,7 +4,7 @@ For some rows at a time: both heads' products P = W·h + b, the fused kernel of 
     dh = dP·W,   dW = Σ_chunks dPᵀ·h,   db = Σ_chunks Σ_rows dP
 so a step is the two products of the logits and one for each gradient, all in the forward pass; the backward pass
 multiplies by the upstream gradient. Only where losses of single rows go on and a head learns, dW is not yet known: the
-backward pass then makes the chunk's logits again. The head's scale g is no pass of its own: with z = g·P,
+backward pass then recomputes the chunk's logits. The head's scale g needs no pass of its own: with z = g·P,
     u(z)/T = g/T·(s/g)·tanh(P/(s/g)),
 the kernel's own form at the inverse temperature g/T and the soft-cap s/g. dW and db are added in float32 (float64 for
 float64) and rounded once. Saved: the gradients.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import backends, reference
+from ..interface import LossArguments
 from ..once_differentiable import once_differentiable
 from ..torch_internals import graph_is_kept, is_eager
 from .intervention_loss import computed_in_place
@@ -93,7 +94,7 @@ class _Product(torch.autograd.Function):
 def _divergence_and_gradient(
     products: Tensor, others: Tensor, weights: Tensor | None, setting: Setting, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """(w·KL [R], its gradient by the products), which a kernel writes over them."""
+    """(w·KL [R], its gradient with respect to the products), which a kernel writes over them."""
     if backends.resolve(products.device, products.dtype) == "reference":
         products.requires_grad_(need_grad)
         with torch.set_grad_enabled(need_grad):
@@ -101,8 +102,11 @@ def _divergence_and_gradient(
             gradient = torch.autograd.grad(divergence.sum(), products)[0] if need_grad else products
         return divergence.detach(), gradient
     i, reverse, softcap, _ = setting
-    arguments = (products, others, None, None, None, None, 0.0, i, False, reverse, need_grad, weights, softcap)
-    return computed_in_place(*arguments)[1:3]  # type: ignore[return-value]
+    call = LossArguments(
+        products, others, inverse_temperature=i, reverse=reverse, need_grad=need_grad, row_weight=weights,
+        softcap=softcap,
+    )  # fmt: skip
+    return computed_in_place(call)[1:3]  # type: ignore[return-value]
 
 
 def _columns(student: Side, setting: Setting) -> int:
@@ -154,7 +158,7 @@ def _pass(
         rows = part if counted is None else counted[part]
         w = None if weights is None else weights[rows]
         h = hidden[rows]
-        if w is not None and counted is None:  # an ignored row may hold NaN, and 0·NaN is none of its business
+        if w is not None and counted is None:  # an ignored row may hold NaN, and 0·NaN must not reach the sum
             h = h.masked_fill((w == 0)[:, None], 0.0)
         products = student._replace(hidden=h).products(slice(None))
         divergence[rows], dp = _divergence_and_gradient(products, teacher.products(rows), w, setting, any(needs))

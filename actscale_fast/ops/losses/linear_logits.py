@@ -33,7 +33,7 @@ def of_products(products: Tensor, softcap: float | None, logit_scale: float) -> 
 def slices(n_rows: int, step: int) -> Iterator[slice]:
     """Slices of `step` rows; one, empty, where there are no rows.
 
-    All rows at once are no loop, so that torch.compile makes one graph for every number of them up to `step`.
+    All rows at once need no loop, so that torch.compile makes one graph for every number of them up to `step`.
     """
     if n_rows <= step:
         yield slice(None)

@@ -21,12 +21,15 @@ constants not measured on a GPU yet; see columns.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import outputs
+from ..interface import LossArguments
 from .columns import MAX_SPLITS, Tiling, in_tile, row_shift, row_start, tile_positions
 from .device import on_device_of, processors
 from .softmaxes import GROWTH, LN2, LOG2E, kl_gradient, merge, scan
@@ -49,7 +52,7 @@ def _answers(p_correct, p_wrong, row, V):
 
 @triton.jit
 def _answer_logits(p_w, p_o, c, w):
-    """(w[c], w[w], o[c], o[w]), NaN where the answers are no columns."""
+    """(w[c], w[w], o[c], o[w]), NaN where the answers are not columns."""
     valid = c >= 0
     w_c = tl.load(p_w + c, mask=valid, other=float("nan")).to(tl.float32)
     w_w = tl.load(p_w + w, mask=valid, other=float("nan")).to(tl.float32)
@@ -312,29 +315,18 @@ def intervention_loss_finish_kernel(
                 tl.store(p_grad + offsets, b_g.to(p_grad.dtype.element_ty), mask=here)
 
 
-def intervention_loss(
-    logits: Tensor,
-    reference_logits: Tensor,
-    correct: Tensor | None,
-    wrong: Tensor | None,
-    direction: Tensor | None,
-    scalars: Tensor | None,
-    margin: float,
-    inverse_temperature: float,
-    exclude_answers: bool,
-    reverse: bool,
-    need_grad: bool,
-    row_weight: Tensor | None = None,
-    softcap: float | None = None,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def intervention_loss(*arguments: Any, in_place: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(effectiveness, faithfulness, grad, answer_grad, l1, sign); see `interface.BackendModule`."""
+    call = LossArguments(*arguments)
+    logits, reference_logits, scalars = call.logits, call.reference_logits, call.scalars
+    correct, wrong, row_weight, need_grad = call.correct, call.wrong, call.row_weight, call.need_grad
+    softcap = call.softcap or 0.0
     N, V = logits.shape
     device = logits.device
     results = outputs.intervention_loss(logits, scalars, need_grad, logits.detach() if in_place else None)
     effectiveness, faithfulness, grad, answer_grad, l1, sign = results
-    exclude = exclude_answers and correct is not None
-    p_w, p_o = (logits, reference_logits) if reverse else (reference_logits, logits)
+    exclude = call.exclude_answers and correct is not None
+    p_w, p_o = (logits, reference_logits) if call.reverse else (reference_logits, logits)
     strides = (p_w.stride(0), p_o.stride(0), *((V,) if need_grad else ()))
     tiling = Tiling.of(N, V, logits.dtype, strides, processors(device))
     partials = answers = None
@@ -344,17 +336,17 @@ def intervention_loss(
             answers = torch.empty((N, 4), dtype=torch.float32, device=device) if correct is not None else None
             intervention_loss_scan_kernel[(N * tiling.splits,)](
                 partials, answers, p_w, p_o, correct, wrong, row_weight, V, *strides[:2], tiling.splits, tiling.tiles,
-                inverse_temperature, softcap or 0.0, EXCLUDE=exclude, CAPPED=softcap is not None, **tiling.constants,
+                call.inverse_temperature, softcap, EXCLUDE=exclude, CAPPED=call.softcap is not None, **tiling.constants,
             )  # fmt: skip
         programs = tiling.splits if need_grad else 1  # without a gradient only the combination is left to do
         grid = N * programs + (scalars is not None)
         if grid > 0:
             intervention_loss_finish_kernel[(grid,)](
-                partials, answers, p_w, p_o, correct, wrong, direction, row_weight, effectiveness, faithfulness,
+                partials, answers, p_w, p_o, correct, wrong, call.direction, row_weight, effectiveness, faithfulness,
                 grad if need_grad else None, answer_grad if need_grad else None,
                 scalars, l1 if scalars is not None else None, sign if scalars is not None and need_grad else None,
                 0 if scalars is None else scalars.numel(), V, *strides[:2], tiling.splits, programs, tiling.tiles,
-                margin, inverse_temperature, softcap or 0.0, EXCLUDE=exclude, CAPPED=softcap is not None,
-                NOTHING_LEFT=V == 0 or (exclude and V <= 2), REVERSE=reverse, **tiling.constants,
+                call.margin, call.inverse_temperature, softcap, EXCLUDE=exclude, CAPPED=call.softcap is not None,
+                NOTHING_LEFT=V == 0 or (exclude and V <= 2), REVERSE=call.reverse, **tiling.constants,
             )  # fmt: skip
     return results

@@ -11,7 +11,8 @@ numbers; a product with 1/L would be contracted into the subtraction and leave a
 
 With a soft-cap the logits are u = s·tanh(v/s) of those in memory, and the gradient takes du/dv = 1 − tanh²(v/s) as a
 factor. With e = 2^x, x = 2·log₂(e)·v/s: tanh = (e − 1)/(e + 1) and 1 − tanh² = 4e/(e + 1)². e − 1 comes from the
-polynomial of 2^f, |f| ≤ ½, without its 1, so that small logits keep their digits; the slope is no difference of ones.
+polynomial of 2^f, |f| ≤ ½, without its 1, so that small logits keep their digits; no difference of
+ones is taken for the slope.
 
 A is kept in units of 2²⁴, so that no sum of finite differences overflows: a token that one side masks with the least
 float is 3e38 away from what the other side says. −inf on both sides weighs nothing and adds nothing; −inf in o alone
