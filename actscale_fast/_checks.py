@@ -47,8 +47,8 @@ def check_counts(**values: object) -> None:
             raise ValueError(f"{name}: got {value!r}, expected a positive integer")
 
 
-def check_bytes(**budgets: object) -> None:
-    """Raise a ValueError for the first budget that is not an integer >= 0."""
-    for name, value in budgets.items():
+def check_not_negative(**values: object) -> None:
+    """Raise a ValueError for the first value that is not an integer >= 0."""
+    for name, value in values.items():
         if not is_integer(value) or value < 0:
             raise ValueError(f"{name}: got {value!r}, expected an integer that is at least 0")

@@ -19,14 +19,11 @@ def argument_names(module: nn.Module | type[nn.Module]) -> tuple[str, ...]:
     """The names of the arguments that a module's forward takes by position, in order."""
     own = isinstance(module, nn.Module) and "forward" in module.__dict__
     cls: Any = module if own or isinstance(module, type) else type(module)
-    return _positional(cls.forward) if own else _argument_names(cls)
+    return _positional.__wrapped__(cls.forward) if own else _positional(cls.forward)
 
 
+# By the function and not by its class, whose forward another library may replace.
 @functools.cache
-def _argument_names(cls: Any) -> tuple[str, ...]:
-    return _positional(cls.forward)
-
-
 def _positional(forward: Any) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(forward).parameters.values()
@@ -36,12 +33,12 @@ def _positional(forward: Any) -> tuple[str, ...]:
 def cache_argument(model: nn.Module) -> str | None:
     """The name under which a model's forward pass takes a KV cache; None: it takes none."""
     cls: Any = type(model)
-    return _cache_argument(cls)
+    return _cache_argument(cls.forward)
 
 
 @functools.cache
-def _cache_argument(cls: Any) -> str | None:
-    parameters = inspect.signature(cls.forward).parameters
+def _cache_argument(forward: Any) -> str | None:
+    parameters = inspect.signature(forward).parameters
     for name in ("cache", "past_key_values"):
         if name in parameters:
             return name
@@ -57,9 +54,9 @@ def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
 def accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
     """The names of all arguments of a model's forward pass, without its wrappers."""
     cls: Any = type(unwrap(model))
-    return _accepted(cls)
+    return _all_names(cls.forward)
 
 
 @functools.cache
-def _accepted(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters)
+def _all_names(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)

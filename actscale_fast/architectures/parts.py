@@ -65,13 +65,13 @@ def takes_hidden_states(module: nn.Module) -> bool:
     """Whether a module's forward pass begins with hidden states and not with token ids or embeddings."""
     own = module.__dict__.get("forward")
     cls: Any = type(module)
-    names = _forward_names(cls) if own is None else frozenset(inspect.signature(own).parameters)
+    names = _names(cls.forward) if own is None else frozenset(inspect.signature(own).parameters)
     return "hidden_states" in names and not names & {"input_ids", "inputs_embeds"}
 
 
 @functools.cache
-def _forward_names(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters)
+def _names(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def kind_of(module: nn.Module | None, layer: nn.Module) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import check_counts
 from ..architectures.layout import layout
 from ..architectures.location import Location
-from ..frozen.encoder import TextEncoder, check_texts
+from ..frozen.encoder import TextEncoder, by_length, check_texts
 from ..frozen.reader import Reader
 from ..interventions import Intervention
 
@@ -75,17 +75,18 @@ def activations_at(
             continue
         prompts[text] = encoder.prompt(text, f"texts: row {row}")
         places[text] = _places(location.positions or (), len(prompts[text]), row)
-    order = sorted(prompts, key=lambda text: len(prompts[text]))
+    distinct = list(prompts)
+    batches = list(by_length([prompts[text] for text in distinct], batch_size))
     parts = []
     with Reader(model, location.site, location.layers, location.paths) as read:
-        for start in tqdm(range(0, len(order), batch_size), desc="sources", disable=not progress, leave=False):
-            group = order[start : start + batch_size]
+        for rows in tqdm(batches, desc="sources", disable=not progress, leave=False):
+            group = [distinct[row] for row in rows]
             batch = encoder.batch([prompts[text] for text in group])
             n_columns = batch.input_ids.shape[1]
             columns = torch.tensor([[n_columns + place for place in places[text]] for text in group], device="cpu")
             parts.append(read(batch, reduce=functools.partial(_gathered, columns=columns)).transpose(0, 1))
     values = torch.cat(parts)
-    row_of = {text: row for row, text in enumerate(order)}
+    row_of = {distinct[row]: place for place, row in enumerate(row for rows in batches for row in rows)}
     return values[torch.tensor([row_of[text] for text in texts], device=values.device)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .._checks import check_counts, check_finite
+from .._checks import check_counts, check_finite, check_not_negative
 from ..architectures.layout import layout
 from ..architectures.location import check_layers
 from ..frozen.encoder import TextEncoder, check_texts
@@ -99,8 +99,7 @@ def latent_vectors(
     check_finite(lr=lr)
     if lr <= 0:
         raise ValueError(f"lr: got {lr!r}, expected a positive number")
-    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
-        raise ValueError(f"restarts: got {restarts!r}, expected an integer >= 0")
+    check_not_negative(restarts=restarts)
     check_counts(steps=steps, batch_size=batch_size)
     found = layout(model, paths)
     number = check_layers([layer], found.n_layers)[0]
@@ -195,7 +194,7 @@ def mean_vector(vectors: Sequence[SteerVec]) -> SteerVec:
 
 
 def _opening(encoder: TextEncoder, start: str) -> list[int]:
-    return [start_id(encoder.tokenizer), *encoder.plain(start, "start")]
+    return [*encoder.known([start_id(encoder.tokenizer)], "tokenizer"), *encoder.plain(start, "start")]
 
 
 def _decoded(

@@ -7,6 +7,7 @@ greedy decoding then gives it. Layers up to the steered one do not depend on z a
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, Self
 
@@ -64,13 +65,14 @@ class LatentSearch:
     def __enter__(self) -> Self:
         model: Any = self.found.model
         one = Batch(self.ids[:, :1], torch.ones_like(self.ids[:, :1]), padded=False)
-        self._open = open_frozen_model(self.found, model, forward_arguments(model, one))
-        head, section = self._open.__enter__()
-        self.head: OutputHead | None = head
-        self.section: PartialForward = section
-        with torch.no_grad():
-            section.run(forward_arguments(model, one))
-            self.hidden = section.run(self._arguments(self.ids), end=self.first)[0]  # [N, T, d]
+        with contextlib.ExitStack() as stack:
+            head, section = stack.enter_context(open_frozen_model(self.found, model, forward_arguments(model, one)))
+            self.head: OutputHead | None = head
+            self.section: PartialForward = section
+            with torch.no_grad():
+                section.run(forward_arguments(model, one))
+                self.hidden = section.run(self._arguments(self.ids), end=self.first)[0]  # [N, T, d]
+            self._open = stack.pop_all()
         real = self.wanted >= 0
         size = self.hidden[real.to(self.hidden.device)].double().square().mean(-1).sqrt()
         self.size = float(size.median()) or 1.0

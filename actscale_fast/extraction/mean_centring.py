@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import check_counts, check_finite
+from .._checks import check_counts, check_finite, check_not_negative
 from ..architectures.layout import layout
 from ..architectures.location import Location, check_layers, check_site
 from ..frozen.encoder import TextEncoder
@@ -105,8 +105,7 @@ def mean_activations(
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise TypeError(f"texts: got {type(texts).__name__}, expected an iterable of strings")
     check_counts(batch_size=batch_size)
-    if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
-        raise ValueError(f"skip: got {skip!r}, expected an integer >= 0")
+    check_not_negative(skip=skip)
     if max_tokens is not None:
         check_counts(max_tokens=max_tokens)
     found = layout(model, paths)

@@ -39,11 +39,11 @@ class TextEncoder:
 
     def opened(self, text: object, name: str) -> list[int]:
         """The ids of a text that will be continued, after the special tokens that open it; possibly none."""
-        return self._known(open_ids(self.tokenizer, self._string(text, name)), name)
+        return self.known(open_ids(self.tokenizer, self._string(text, name)), name)
 
     def plain(self, text: object, name: str) -> list[int]:
         """The ids of a text without special tokens; possibly none."""
-        return self._known(list(self.tokenizer(self._string(text, name), add_special_tokens=False)["input_ids"]), name)
+        return self.known(list(self.tokenizer(self._string(text, name), add_special_tokens=False)["input_ids"]), name)
 
     def prompt(self, text: object, name: str) -> list[int]:
         """As `opened`, with at least one token and no more than the model's context."""
@@ -66,7 +66,8 @@ class TextEncoder:
         """Rows of ids, padded on the left, on the model's device."""
         return left_padded(rows, self.pad_id, self.device)
 
-    def _known(self, ids: list[int], name: str) -> list[int]:
+    def known(self, ids: list[int], name: str) -> list[int]:
+        """The ids, each of which the model must have."""
         if ids and max(ids) >= self.n_tokens:
             raise ValueError(
                 f"{name} has token id {max(ids)}, expected less than the model's {self.n_tokens}; is the tokenizer "

@@ -139,7 +139,7 @@ def _row(encoder: TextEncoder, text: str, prompt: str, name: str) -> _Row:
     added = encoder.plain(text, name)
     if not added:
         raise ValueError(f"{name}: {text!r} has no tokens")
-    ids = encoder.opened(prompt, name) + added if prompt else encoder.opened(text, name)
+    ids = encoder.opened(prompt, name.replace("texts", "prompts", 1)) + added if prompt else encoder.opened(text, name)
     n_scored = min(len(added), len(ids) - 1)
     if not n_scored:
         raise ValueError(f"{name}: {text!r} is one token, which nothing predicts; expected two, or a prompt")

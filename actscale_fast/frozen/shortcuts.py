@@ -87,7 +87,7 @@ def _agrees_in_part(found: ModelLayout, head: OutputHead | None) -> bool | None:
         partial_forward.run(forward_arguments(model, Batch(others, torch.ones_like(others), padded=False)))
         partial = all(_agrees(partial_forward, whole, arguments, first=start, hidden=hidden[start]) for start in starts)
         partial = partial and all(_agrees(partial_forward, hidden[start], arguments, end=start) for start in starts[:1])
-        note_padding(found.model, _ignores_padding(model, partial_forward, ids, whole))
+        note_padding(found.model, _honours_padding(model, partial_forward, ids, whole))
     if not partial:
         warnings.warn(
             f"{type(found.model).__name__}: running some layers only did not give what the whole model gives; the "
@@ -97,7 +97,7 @@ def _agrees_in_part(found: ModelLayout, head: OutputHead | None) -> bool | None:
     return partial
 
 
-def _ignores_padding(model: Any, partial_forward: PartialForward, ids: Tensor, whole: Tensor) -> bool:
+def _honours_padding(model: Any, partial_forward: PartialForward, ids: Tensor, whole: Tensor) -> bool:
     """Whether a prompt that is padded on the left gives what it gives by itself."""
     padded = torch.cat([ids[:, -1:], ids[:, -1:], ids], 1)
     mask = torch.ones_like(padded)

@@ -76,7 +76,13 @@ class Description:
                 values = ", ".join(entry_point.value for entry_point in found)
                 raise ValueError(f"{self.path}: class {name} is declared by several installed packages: {values}")
             for entry_point in found:
-                entry_point.load()
+                try:
+                    entry_point.load()
+                except (ImportError, AttributeError) as error:
+                    raise ImportError(
+                        f"{self.path}: class {name} is declared by {entry_point.value}, which cannot be imported: "
+                        f"{error}"
+                    ) from error
         if name not in classes:
             raise ValueError(
                 f"{self.path}: unknown class {shown(name)}, expected one of {', '.join(sorted(classes))}; "

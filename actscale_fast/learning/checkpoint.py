@@ -44,13 +44,16 @@ class Checkpoint:
     every: int = defaults.CHECKPOINT_EVERY
 
     def __post_init__(self) -> None:
-        check_counts(checkpoint_every=self.every)
+        check_counts(every=self.every)
 
     @classmethod
     def of(cls, given: str | os.PathLike[str] | Checkpoint | None, every: int | None = None) -> Checkpoint:
         """The checkpoint that the arguments of `fit` describe."""
         made = given if isinstance(given, Checkpoint) else cls(given)
-        return made if every is None else cls(made.path, every)
+        if every is None:
+            return made
+        check_counts(checkpoint_every=every)
+        return cls(made.path, every)
 
 
 @dataclass(slots=True)

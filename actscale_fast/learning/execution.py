@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from .. import defaults
-from .._checks import check_bytes, check_counts
+from .._checks import check_counts, check_not_negative
 
 #: Default memory budgets in bytes.
 CACHE_BYTES, SPILL_BYTES = 2 << 30, 8 << 30
@@ -41,9 +41,9 @@ class Execution:
 
     def __post_init__(self) -> None:
         check_counts(accumulate=self.accumulate)
-        check_bytes(cache_bytes=self.cache_bytes, spill_bytes=self.spill_bytes)
+        check_not_negative(cache_bytes=self.cache_bytes, spill_bytes=self.spill_bytes)
         if self.memory_bytes is not None:
-            check_bytes(memory_bytes=self.memory_bytes)
+            check_not_negative(memory_bytes=self.memory_bytes)
 
 
 class ExecutionKeywords(TypedDict, total=False):

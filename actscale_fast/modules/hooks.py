@@ -28,10 +28,12 @@ class Record:
 
     Attributes:
         handles: the hooks that were registered with it.
+        suspended: while True, forward passes of the module, a decoder, are neither read nor edited.
     """
 
     def __init__(self) -> None:
         self.handles: dict[str, Any] = {}
+        self.suspended = False
 
     def clean(self, state: dict[str, Any]) -> None:
         """Undo, in a module's `__dict__` or in a copy of it, what the record changed besides hooks."""

@@ -104,8 +104,6 @@ class ModelPatches(hooks.Record):
         self.names = argument_names(decoder)
         #: Site checks that could not run when their patch was applied; they run before the first forward pass.
         self.pending: list[tuple[ActivePatch, Callable[[], None]]] = []
-        #: While True, forward passes are neither read nor edited.
-        self.suspended = False
         #: The arguments of the whole model's pass that is running.
         self.model_arguments: dict[str, Any] | None = None
         #: While True, passes may leave out layers: partial runs, and drafts of a model for itself.

@@ -18,6 +18,7 @@ inline void assign(Type& field, py::handle value) { field = Type(value.cast<int>
 
 // A tensor, or an address.
 template <class T> void assign(T*& field, py::handle value) {
+    if (value.is_none()) return;
     static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
     PyObject* address =
         PyLong_Check(value.ptr()) ? value.inc_ref().ptr() : PyObject_CallMethodNoArgs(value.ptr(), data_ptr);
@@ -26,10 +27,11 @@ template <class T> void assign(T*& field, py::handle value) {
     if (PyErr_Occurred()) throw py::error_already_set();
 }
 
-// The first N strides of a tensor; of an empty one that is not wanted, those that it has.
+// The first N strides of a tensor. An empty tensor stands for an output that is not wanted: it has one stride.
 template <size_t N> void assign(int64_t (&field)[N], py::handle value) {
     if (!PyTuple_Check(value.ptr())) throw py::type_error("expected a tuple of strides");
     const size_t given = size_t(PyTuple_GET_SIZE(value.ptr()));
+    if (given < N && given != 1) throw py::type_error("expected " + std::to_string(N) + " strides");
     for (size_t i = 0; i < N && i < given; i++)
         field[i] = py::handle(PyTuple_GET_ITEM(value.ptr(), Py_ssize_t(i))).cast<int64_t>();
 }
@@ -62,14 +64,23 @@ template <class Call> size_t find(const Fields<Call>& fields, PyObject* name, si
     throw py::type_error("unexpected argument " + std::string(py::str(name)));
 }
 
-// The call that they describe. None, as a missing optional argument, leaves a field 0.
+// Sets a field; an error names it.
+template <class Call> void set(const Field<Call>& field, Call& call, py::handle value) {
+    try {
+        field.set(call, value);
+    } catch (const std::exception& error) {  // of pybind11 too
+        throw py::type_error(std::string(field.name) + ": " + error.what());
+    }
+}
+
+// The call that they describe. None, as a missing argument, leaves an optional field or a pointer 0.
 template <class Call> Call read(const Fields<Call>& fields, const Arguments& given) {
     Call call = {};
     uint64_t seen = 0;
     const size_t count = given.names ? size_t(PyTuple_GET_SIZE(given.names)) : 0;
     for (size_t i = 0, at = 0; i < count; i++, at++) {
         at = find(fields, PyTuple_GET_ITEM(given.names, Py_ssize_t(i)), at);
-        if (given.values[i] != Py_None) fields[at].set(call, given.values[i]);
+        if (fields[at].required || given.values[i] != Py_None) set(fields[at], call, given.values[i]);
         seen |= uint64_t(1) << at;
     }
     for (size_t i = 0; i < fields.size(); i++)

@@ -208,7 +208,7 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
         ({"layer": 3}, ValueError, "layers: got 3, expected -3 to 2"),
         ({"lr": 0.0}, ValueError, "lr: got 0.0, expected a positive number"),
         ({"steps": 0}, ValueError, "steps: got 0, expected a positive integer"),
-        ({"restarts": -1}, ValueError, "restarts: got -1, expected an integer >= 0"),
+        ({"restarts": -1}, ValueError, "restarts: got -1, expected an integer that is at least 0"),
     ):
         with pytest.raises(error, match=message):
             solved(model, ["Paris"], **options)
@@ -234,3 +234,25 @@ def test_the_real_model_says_unseen_sentences_of_ten_tokens(every_step: bool, de
     assert sum(result.exact) >= 8
     for sentence, vector, exact in list(zip(UNSEEN, result.vectors, result.exact, strict=True))[:3]:
         assert (decode_latent(model, tokenizer, vector, 24) == sentence) is exact
+
+
+def test_a_tokenizer_whose_first_token_the_model_does_not_have_is_refused() -> None:
+    model, tokenizer = tiny_models()[0], spaced_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    with pytest.raises(ValueError, match=f"tokenizer has token id {len(tokenizer) - 1}, expected less than .*27"):
+        latent_vectors(model, tokenizer, ["A B"], layer=0, start="A", progress=False)
+
+
+def test_a_model_is_whole_again_after_a_search_that_could_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models()[0]
+    before = state_of(model)
+    text = sayable(model, 1)[0]
+
+    def out_of_memory(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(LatentSearch, "_arguments", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        solved(model, [text])
+    assert error.value is not None  # which keeps the frames, and what they hold, alive
+    assert state_of(model) == before

@@ -298,6 +298,20 @@ def test_a_call_with_a_missing_or_an_unknown_argument_is_refused() -> None:
         _C.scale_channels(type=0, rows=0, width=0, x=0, x_stride=0, out=0, weight=0, threads=1, colour=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("rows", "2"), ("width", None), ("x", "abc"), ("x_stride", [1, 2, 3]), ("x_stride", (4, 4))]
+)
+def test_an_argument_of_a_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
+    given: dict[str, Any] = {
+        "type": 0, "rows": 0, "positions": 1, "heads": 1, "width": 1, "x": 0, "x_stride": (1, 1, 1), "out": 0,
+        "out_stride": (1, 1, 1), "alpha": 0, "shift": None, "groups": 1, "alpha_positions": 1, "shift_positions": 1,
+        "strength": 1.0, "row_strength": None, "group": None, "threads": 1,
+    }  # fmt: skip
+    _C.scale_heads(**given)
+    with pytest.raises(TypeError, match=f"^{name}: "):
+        _C.scale_heads(**{**given, name: value})
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_kernels_run_on_torchs_own_threads() -> None:
     program = (

@@ -272,6 +272,12 @@ def test_the_callers_model_and_template_are_left_as_they_were() -> None:
     assert "forward" not in model.model.layers[0].__dict__
 
 
+def test_fits_with_another_accumulation_are_other_fits(tmp_path: Path) -> None:
+    for accumulate, finished in ((1, 1), (2, 2), (1, 2)):
+        run_sweep({"seed": [0]}, folder=tmp_path, accumulate=accumulate)
+        assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == finished
+
+
 def test_a_damaged_fit_is_refused_by_its_folder(tmp_path: Path) -> None:
     run_sweep({"seed": [0]}, folder=tmp_path)
     (place,) = (place for place in tmp_path.iterdir() if place.is_dir())

@@ -152,7 +152,7 @@ def test_one_value_per_row_is_refused_where_a_row_holds_several_sequences(what: 
     with (
         torch.no_grad(),
         applied[what](),
-        pytest.raises(ValueError, match="position_ids tell several sequences of one row apart"),
+        pytest.raises(ValueError, match="position_ids mark several sequences in one row"),
     ):
         model(batch[0], position_ids=batch[1], use_cache=False)
 
@@ -263,3 +263,24 @@ def test_a_filled_cache_handed_to_generate_is_of_its_sequence() -> None:
             model(PROMPT[:, :3], **{cache_argument(model): cache, "use_cache": True})
         kept = {"past_key_values" if cache_argument(model) != "cache" else "cache": cache}
         assert torch.equal(model.generate(PROMPT, max_new_tokens=4, do_sample=False, **kept), whole)
+
+
+def test_a_forward_that_is_replaced_after_the_first_patch_is_read_by_its_own_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()
+    intervention = scalars(model, positions=[0])
+    mask = torch.ones_like(PROMPT)
+    mask[:, :2] = 0
+    with torch.no_grad(), af.patch(model, intervention):
+        expected = model.model(input_ids=PROMPT, attention_mask=mask, use_cache=False)[0]
+    cls: Any = type(model.model)
+    inner = cls.forward
+
+    def mask_first(self: Any, attention_mask: Any = None, input_ids: Any = None, **kwargs: Any) -> Any:
+        return inner(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", mask_first)
+    with torch.no_grad(), af.patch(model, intervention):
+        found = model.model(mask, PROMPT, use_cache=False)[0]
+    assert torch.equal(found, expected)

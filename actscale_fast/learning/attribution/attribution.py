@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_bytes, check_counts
+from ..._checks import check_counts, check_not_negative
 from ...architectures.location import Location
 from ...architectures.site_check import skipped
 from ...interventions import ActivScalar
@@ -177,7 +177,7 @@ def attribution(
         >>> result.heatmap("attribution.png")
     """
     check_counts(batch_size=batch_size)
-    check_bytes(cache_bytes=cache_bytes)
+    check_not_negative(cache_bytes=cache_bytes)
     refuse_inference_mode("attribution")
     if intervention is None:
         scalars = ActivScalar.for_model(model, site=site, layers=layers, positions=positions)  # type: ignore[arg-type]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from ...interventions import Intervention
+from ...plots.fronts import Score
 from ..evaluate import Evaluation
 from .grid import Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Score = Literal["flips", "effectiveness"]
 
 
 @dataclass(slots=True)

@@ -124,7 +124,7 @@ def sweep(
             check_writable_checkpoint(root / INDEX, processes=processes)
         chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
         rows_of = row_ranges(sets)
-        _identify(model, data, chains, rows_of, saved=root is not None)
+        _identify(model, data, chains, rows_of, execution.accumulate, saved=root is not None)
         begun = time.perf_counter()
         loop = SweepLoop(model, data, rows_of, root, checkpoint_every, execution)
         show = progress and processes.is_rank_zero
@@ -147,7 +147,7 @@ def sweep(
 
 def _identify(
     model: PreTrainedModel, data: EncodedExamples, chains: Sequence[Sequence[Point]],
-    rows_of: dict[str | None, range], *, saved: bool,
+    rows_of: dict[str | None, range], accumulate: int, *, saved: bool,
 ) -> None:  # fmt: skip
     """Check the points' interventions, and set the identity that the name of each point's folder depends on."""
     of_model = model_identity(model, True) if saved else {}
@@ -160,6 +160,8 @@ def _identify(
         refuse_idle(model, point.intervention)
         point.identity = point.settings.to_dict() | fit_identity(point.intervention, point.objective)
         point.identity |= of_task[point.task] | of_model
+        if accumulate != 1:  # as of a single fit; left out where it is 1, as in folders from before it was an option
+            point.identity["accumulate"] = accumulate
         values = [parameter.detach().double().cpu().tolist() for parameter in point.intervention.parameters()]
         point.identity["start"] = point.after.folder if point.after else digest(values)
 
