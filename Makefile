@@ -1,5 +1,5 @@
 # make demo           learn, evaluate, save and use activation scalars on a small real model
-# make test           the whole test suite
+# make test           the whole test suite, without the sanitizers
 # make test-fast      one case of each test, without the slow ones: for every commit
 # make test-versions  the tests that other libraries' releases can break, with the oldest and the newest of them
 # make check          ruff and mypy
@@ -16,7 +16,8 @@ CONSTRAINTS ?= constraints.txt
 OLDEST ?= torch==2.11.0 transformers==5.0.0
 NEWEST ?= torch==2.15.0 transformers==5.24.0
 MODEL  ?=
-# Test processes; each uses PyTorch's threads, which sleep when they wait so as not to hold up the others.
+# Test processes, with one thread each: two with two threads would hold each other up on two cores. Tests of the ops and
+# kernels take two threads by themselves.
 WORKERS ?= 2
 RUN    := $(VENV)/bin
 PINS    = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
@@ -30,9 +31,10 @@ demo: $(VENV)/installed
 
 # A file's tests run in one process and share its models; files with slow tests come first (tests/conftest.py).
 PYTEST := pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 test test-fast: $(VENV)/tested
-	OMP_WAIT_POLICY=PASSIVE $(RUN)/$(PYTEST) $(if $(filter %fast,$@),--fast)
+	$(THREADS) $(RUN)/$(PYTEST) -m "not sanitizer" $(if $(filter %fast,$@),--fast)
 
 # Patches, generation with positions, fits, evaluation, every family, and the package's check of a model on itself.
 VERSION_TESTS := packaging/test_versions architectures/test_families cli/test_systems das/test_boundless_das \
@@ -45,7 +47,7 @@ VERSION_TESTS := packaging/test_versions architectures/test_families cli/test_sy
 test-versions: test-oldest test-newest
 
 test-oldest test-newest: test-%: .venv-%/installed
-	OMP_WAIT_POLICY=PASSIVE .venv-$*/bin/$(PYTEST) -m "not real_model" $(VERSION_TESTS:%=tests/%.py)
+	$(THREADS) .venv-$*/bin/$(PYTEST) -m "not real_model" $(VERSION_TESTS:%=tests/%.py)
 
 check: $(VENV)/tested
 	$(RUN)/ruff check .
@@ -53,7 +55,7 @@ check: $(VENV)/tested
 	$(RUN)/mypy
 
 sanitize: $(VENV)/tested
-	$(RUN)/pytest -n 0 tests/kernels/test_cpu_bounds.py tests/kernels/test_cuda_bounds.py
+	$(RUN)/pytest -m sanitizer tests/kernels
 
 bench: $(VENV)/tested
 	$(RUN)/python -m benchmarks

@@ -81,6 +81,16 @@ def pytest_report_header() -> str:
     return f"inputs: ACTSCALE_TEST_SEED={run_seed()}; ACTSCALE_BACKEND={os.environ.get('ACTSCALE_BACKEND', 'auto')}"
 
 
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ops and kernels run on two threads, so that parts meet at their edges; the Makefile gives other tests one."""
+    before = torch.get_num_threads()
+    if request.path.parent.name in ("ops", "kernels"):
+        torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> tuple[Any, Any]:
     """The real model of the demo and its tokenizer, loaded once for all tests, which leave it as it was."""

@@ -51,6 +51,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bounds_of_all"
 
 
+@pytest.mark.sanitizer
 @pytest.mark.slow
 @pytest.mark.skipif(not CSRC.is_dir(), reason="needs the source tree")
 def test_no_kernel_reads_or_writes_beyond_its_tensors_or_its_scratch(sanitized: Path) -> None:

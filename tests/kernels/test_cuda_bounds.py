@@ -23,6 +23,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kept_build("bounds", [HERE / "bounds.cpp"], *SANITIZERS)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.slow
 def test_no_kernel_reads_or_writes_beyond_its_tensors_or_off_their_alignment(sanitized: Path) -> None:
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}

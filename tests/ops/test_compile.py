@@ -13,6 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from actscale_fast import ops
 
+#: A compiler sees an op's schema and fake, and no kernel: one kernel stands for all, except in one test.
+COMPILED = ["reference", "cpu"] + ["triton", "cuda"] * torch.cuda.is_available()
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
@@ -114,7 +117,7 @@ def test_scale_heads_compiles_into_one_graph_for_every_batch_size(backend: Backe
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
 
 
-@over()
+@over(backends=COMPILED)
 @pytest.mark.parametrize("penalty", [0.0, 0.1])
 def test_dynamic_scale_compiles_into_one_graph_for_every_batch_size(
     backend: Backend, penalty: float, inputs: Inputs
@@ -133,7 +136,7 @@ def test_dynamic_scale_compiles_into_one_graph_for_every_batch_size(
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
 
 
-@over()
+@over(backends=COMPILED)
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
 def test_the_intervention_loss_compiles_into_one_graph_for_every_batch_size(
     backend: Backend, kl: Any, inputs: Inputs
@@ -152,7 +155,7 @@ def test_the_intervention_loss_compiles_into_one_graph_for_every_batch_size(
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
 
 
-@over()
+@over(backends=COMPILED)
 def test_a_gradient_in_place_compiles_into_one_graph_and_leaves_the_logits_alone(
     backend: Backend, inputs: Inputs
 ) -> None:
@@ -173,7 +176,7 @@ def test_a_gradient_in_place_compiles_into_one_graph_and_leaves_the_logits_alone
     assert torch.equal(made, rows.logits)
 
 
-@over()
+@over(backends=COMPILED)
 def test_kl_div_compiles_into_one_graph_for_every_batch_size(backend: Backend, inputs: Inputs) -> None:
     def call(logits: Tensor, reference: Tensor) -> Tensor:
         return ops.kl_div_from_logits(logits * 0.5, reference, temperature=2.0, reduction="batchmean")
@@ -185,7 +188,7 @@ def test_kl_div_compiles_into_one_graph_for_every_batch_size(backend: Backend, i
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
 
 
-@over()
+@over(backends=COMPILED)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_the_divergence_of_labelled_rows_compiles_into_one_graph_for_every_batch_size(
     backend: Backend, reduction: Any, inputs: Inputs
@@ -218,7 +221,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", HEADS)
-@over(backends=["reference", "cpu"])
+@over(backends=COMPILED)
 def test_losses_from_hidden_states_compile_into_one_graph_for_every_batch_size(
     backend: Backend, options: str, inputs: Inputs
 ) -> None:
@@ -256,7 +259,7 @@ def check_losses_from_hidden_states(backend: Backend, options: str, inputs: Inpu
     assert_compiles_to_the_same(call, make, compiler="aot_eager")
 
 
-@over(backends=["reference", "cpu"])
+@over(backends=COMPILED)
 def test_a_head_that_learns_compiles_into_one_graph(backend: Backend, inputs: Inputs) -> None:
     rows, hidden, frozen = inputs.rows(6, 41), inputs.normal(6, 8), inputs.normal(6, 8)
 
@@ -275,7 +278,7 @@ def test_a_head_that_learns_compiles_into_one_graph(backend: Backend, inputs: In
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"kl": "reverse"}, {"learned": True}], ids=str)
-@over(backends=["reference", "cpu"])
+@over(backends=COMPILED)
 def test_tensors_without_values_go_through_every_loss(
     backend: Backend, options: dict[str, Any], inputs: Inputs
 ) -> None:
@@ -297,7 +300,7 @@ def test_tensors_without_values_go_through_every_loss(
     assert (gradient.shape, gradient.dtype) == (hidden.shape, hidden.dtype)
 
 
-@over(backends=["reference", "cpu"])
+@over(backends=COMPILED)
 def test_statistics_made_outside_a_compiled_step_serve_inside_it(backend: Backend, inputs: Inputs) -> None:
     rows, weight = inputs.rows(6, 41), inputs.normal(41, 8)
     hidden, upstream = inputs.normal(6, 8), inputs.normal(6)
@@ -319,7 +322,7 @@ def test_statistics_made_outside_a_compiled_step_serve_inside_it(backend: Backen
 
 
 @pytest.mark.slow
-@over(backends=["reference", "cpu"])
+@over(backends=COMPILED)
 def test_scaling_and_loss_together_pass_the_default_compiler(backend: Backend, inputs: Inputs) -> None:
     def call(x: Tensor, alpha: Tensor, weight: Tensor, reference: Tensor, c: Tensor, w: Tensor, s: Tensor) -> Tensor:
         hidden = ops.scale_heads(x, alpha, strength=s)[:, -1].flatten(1)
@@ -336,7 +339,7 @@ def test_scaling_and_loss_together_pass_the_default_compiler(backend: Backend, i
     assert_compiles_to_the_same(call, make, compiler="inductor")
 
 
-@over(backends=["reference", "cpu"])
+@over(backends=COMPILED)
 def test_the_proximal_step_compiles_into_one_graph(backend: Backend, inputs: Inputs) -> None:
     def update(*state: Tensor) -> None:
         ops.proximal_adam_(*state, lr=0.1, l1=0.02)
@@ -352,7 +355,7 @@ def test_the_proximal_step_compiles_into_one_graph(backend: Backend, inputs: Inp
     assert float(states[1][4]) == 2.0
 
 
-@over()
+@over(backends=COMPILED)
 def test_a_compiled_graph_gives_the_same_gradient_twice(backend: Backend, inputs: Inputs) -> None:
     """Eager autograd may write over the stored gradient, a compiled graph that is run again must not see that."""
     rows = inputs.rows(4, 29).to(backend.device)

@@ -73,10 +73,12 @@ def test_rows_at_the_ends_of_their_dtype_have_the_divergence_and_gradient_of_flo
     pairs = [(a, b) for a in KINDS for b in KINDS]
     logits = torch.stack([row(a, shape, dtype, inputs) for a, _ in pairs])
     reference = torch.stack([row(b, shape, dtype, inputs) for _, b in pairs])
-    # Kernels compute in float32 whatever the dtype; where they are interpreted, one kind of softmax shows the dtype.
+    # Kernels compute in float32 whatever the dtype. Where they are interpreted, one kind of softmax shows the dtype,
+    # and the other kinds take turns at the pairs.
     slow = backend.name in ("triton", "cuda") and backend.device.type == "cpu"
-    for temperature, softcap in SOFTMAXES[:1] if slow and dtype != torch.float32 else SOFTMAXES:
-        check(backend, logits, reference, kl, temperature, softcap)
+    for number, (temperature, softcap) in enumerate(SOFTMAXES[:1] if slow and dtype != torch.float32 else SOFTMAXES):
+        mine = slice(number - 1, None, len(SOFTMAXES) - 1) if slow and number else slice(None)
+        check(backend, logits[mine], reference[mine], kl, temperature, softcap)
 
 
 def check(

@@ -42,8 +42,7 @@ def test_a_patch_before_compile_is_traced_whole_and_sees_new_values(site: str, p
     torch.testing.assert_close(compiled(), before)
 
 
-@pytest.mark.parametrize("positions", [None, [0, -1]])
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize(("site", "positions"), [*((site, None) for site in SITES), ("head", [0, -1])])
 def test_a_compiled_model_sees_a_patch_its_removal_and_the_next_one(site: str, positions: list[int] | None) -> None:
     model = tiny_model("llama")
     before = logits(model)
