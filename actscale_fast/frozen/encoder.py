@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -49,7 +49,7 @@ class TextEncoder:
             name: see above.
             then: is split together with the prompt, which it continues.
         """
-        if isinstance(prompt, (list, tuple)):
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             text = chat_text(self.tokenizer, checked_messages(prompt, name), name)
             return self.plain(text + then, name)
         return self.known(open_ids(self.tokenizer, self._string(prompt, name) + then), name)

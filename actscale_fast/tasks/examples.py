@@ -48,16 +48,16 @@ class Example:
     where: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("source", "messages"):
-            value = getattr(self, name)
-            if value is not None and not (name == "source" and isinstance(value, str)):
-                object.__setattr__(self, name, checked_messages(value, name))
+        if self.messages is not None:
+            object.__setattr__(self, "messages", checked_messages(self.messages))
+        if isinstance(self.source, list | tuple):
+            object.__setattr__(self, "source", checked_messages(self.source, "source"))
         texts = ["correct", "wrong"]
         if self.messages is None:
             texts.insert(0, "prompt")
         elif self.prompt:
             raise ValueError("messages: got a prompt as well, expected only one of them")
-        if isinstance(self.source, str):
+        if self.source is not None and not isinstance(self.source, tuple):
             texts.append("source")
         for name in texts:
             value = getattr(self, name)
