@@ -66,7 +66,8 @@ if TYPE_CHECKING:
         get_actscale_model as get_actscale_model,
     )
     from .reproduction.reproducing import reproduce as reproduce
-    from .tasks.examples import Example as Example, load_examples as load_examples, save_examples as save_examples
+    from .tasks.examples import Example as Example, save_examples as save_examples
+    from .tasks.loading import load_examples as load_examples
 
 # The public names, by the module that each is imported from when it is first used: the command line answers --help
 # without importing torch, which takes 3 s. The block above says the same to type checkers.

@@ -109,7 +109,7 @@ PARAMETERS = {
     "use_backend": "name",
     "Intervention.for_model": "model site layers positions generated projection layers_path mlp",
     "BoundlessDAS.for_model": "model site layers positions generated seed projection layers_path mlp",
-    "Example": "prompt correct wrong source",
+    "Example": "prompt correct wrong source messages where",
     "tasks.country_capital_conflicts": (
         "tokenizer n_train n_test seed templates test_fraction whole_names aligned split"
     ),
@@ -134,7 +134,7 @@ PARAMETERS = {
     "perplexity": "model tokenizer texts prompts batch_size paths",
     "stack": "interventions",
     "load_sweep": "folder",
-    "load_examples": "path",
+    "load_examples": "path columns",
     "save_examples": "path examples",
     "mean_vector": "vectors",
     "mean_activations": "model tokenizer texts site layers skip batch_size max_tokens progress paths",

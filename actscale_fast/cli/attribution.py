@@ -7,18 +7,17 @@ import argparse
 from .. import learning
 from .._json import write_json
 from ..interventions import ActivScalar
-from .loading import load_file, load_model, load_task, output_folder
+from .loading import examples_for, load_files, load_model, output_folder
 from .options import given_paths
 from .output import print_table, say
 
 
 def attribution(options: argparse.Namespace) -> int:
     """Print the heads that contribute most, and write all figures and the picture."""
-    examples = load_file(options.data, "data")
+    files = load_files(options)
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
-    if options.task is not None:
-        examples, _ = load_task(options, tokenizer, options.seed)
+    examples, _ = examples_for(options, tokenizer, options.seed, files)
     scalars = ActivScalar.for_model(
         model, site=options.site, layers=options.layers, positions=options.positions, **given_paths(options)
     )

@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING
 
 from .. import defaults, learning, plots
 from .._json import write_json
+from ..frozen.chat import user_message
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from ..patching.merge import merge as merge_into_weights
-from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
+from .loading import (
+    check_chat_template,
+    check_file,
+    check_folder,
+    examples_for,
+    load_files,
+    load_model,
+    output_folder,
+)
 from .options import given_paths
 from .output import check_sources, continuations, print_continuations, print_evaluation, say
-from .record import keep_learned, measure_learned, task_seed, was_aligned
+from .record import keep_learned, measure_learned, task_seed, was_fitted_with
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def fit(options: argparse.Namespace) -> int:
@@ -35,12 +44,11 @@ def fit(options: argparse.Namespace) -> int:
         directions=(1,) if options.one_direction else (1, -1),
         sparsity=options.sparsity,
     )
-    train, test = load_files(options)
+    files = load_files(options)
     check_file(options.checkpoint, "checkpoint")
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
-    if options.task is not None:
-        train, test = load_task(options, tokenizer, options.seed)
+    train, test = examples_for(options, tokenizer, options.seed, files)
     intervention = _at_rest(options, model)
     result = learning.fit(
         model,
@@ -81,13 +89,19 @@ def _at_rest(options: argparse.Namespace, model: PreTrainedModel) -> Interventio
 def evaluate(options: argparse.Namespace) -> int:
     """Print the figures before and after; with --task, on examples that the fit held out."""
     check_file(options.out, "out")
-    examples, title = load_file(options.data, "data"), str(options.data)
+    files = load_files(options)
     intervention = load_intervention(options.intervention)
     seed = task_seed(Path(options.intervention), options.task, options.seed)
-    options.aligned = options.aligned or was_aligned(Path(options.intervention), options.task)
+    for name in ("aligned", "chat"):
+        setattr(
+            options, name, getattr(options, name) or was_fitted_with(name, Path(options.intervention), options.task)
+        )
     model, tokenizer = load_model(options)
-    if options.task is not None:
-        examples, title = load_task(options, tokenizer, seed)[1], f"Held-out examples of the task, seed {seed}"
+    in_file, held_out = examples_for(options, tokenizer, seed, files)
+    if options.task is None:
+        examples, title = in_file, str(options.data)
+    else:
+        examples, title = held_out, f"Held-out examples of the task, seed {seed}"
     evaluation = learning.evaluate(model, tokenizer, examples, intervention, batch_size=options.batch_size)
     print_evaluation(title, evaluation)
     if options.out is not None:
@@ -105,18 +119,12 @@ def generate(options: argparse.Namespace) -> int:
     prompts, sources = options.prompt, options.source or []
     check_sources(intervention, sources, len(prompts))
     if options.chat:
-        prompts, sources = ([_as_chat(tokenizer, text) for text in texts] for texts in (prompts, sources))
+        check_chat_template(tokenizer)
+        prompts, sources = ([user_message(text) for text in texts] for texts in (prompts, sources))
     texts = continuations(model, tokenizer, intervention, prompts, strengths, options.max_new_tokens, sources=sources)
     for prompt, answers in zip(options.prompt, texts, strict=True):
         print_continuations(prompt, strengths, answers)
     return 0
-
-
-def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError("--chat: this model's tokenizer has no chat template")
-    message = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
 
 def plot(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import argparse
 from .. import learning
 from ..das.boundless_das import BoundlessDAS
 from ..das.fit_interchange import fit_interchange
-from .loading import check_file, load_files, load_model, load_task, output_folder
+from .loading import check_file, examples_for, load_files, load_model, output_folder
 from .options import given_paths
 from .output import say
 from .record import keep_learned, measure_learned
@@ -15,12 +15,11 @@ from .record import keep_learned, measure_learned
 
 def interchange(options: argparse.Namespace) -> int:
     """Learn a rotation and a boundary from pairs, save them, and evaluate them on held-out pairs."""
-    train, test = load_files(options)
+    files = load_files(options)
     check_file(options.checkpoint, "checkpoint")
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
-    if options.task is not None:
-        train, test = load_task(options, tokenizer, options.seed)
+    train, test = examples_for(options, tokenizer, options.seed, files)
     das = BoundlessDAS.for_model(
         model, site=options.site, layers=options.layers, positions=options.positions, **given_paths(options)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ import torch
 
 from .. import tasks
 from ..demo_model import load_demo_model, quiet_transformers, whole_model
-from ..tasks.examples import Example, load_examples
+from ..frozen.chat import has_chat_template, user_message
+from ..tasks.examples import Example
+from ..tasks.loading import load_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,29 +45,61 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
     return model.eval().requires_grad_(False), tokenizer
 
 
-def load_file(name: str | None, option: str) -> list[Example]:
+def load_files(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    """The examples in `--data` and `--test-data`; options that do not go with the source of examples are refused."""
+    check_task_options(options)
+    held_out = getattr(options, "test_data", None)
+    if held_out is not None and options.task is not None:
+        raise ValueError("--test-data cannot be used with --task, which has its own held-out examples")
+    options.columns = {field: name for given in options.columns or [] for field, name in given.items()}
+    return _in_file(options.data, "data", options.columns), _in_file(held_out, "test-data", options.columns)
+
+
+def _in_file(name: str | None, option: str, columns: dict[str, str]) -> list[Example]:
     """The examples in a file, or none if the option was not given."""
     if name is None:
         return []
     if not Path(name).is_file():
         raise FileNotFoundError(f"{option}: there is no file {name}")
-    return load_examples(name)
-
-
-def load_files(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """The examples in `--data` and `--test-data`; options that do not go with the source of examples are refused."""
-    check_task_options(options)
-    if options.test_data is not None and options.task is not None:
-        raise ValueError("--test-data cannot be used with --task, which has its own held-out examples")
-    return load_file(options.data, "data"), load_file(options.test_data, "test-data")
+    return load_examples(name, columns)
 
 
 def check_task_options(options: argparse.Namespace) -> None:
     """Raise a ValueError for options that the task does not have."""
+    if options.columns and options.task is not None:
+        raise ValueError("--columns cannot be used with --task, which has no columns")
     if options.aligned and options.task not in _ALIGNABLE:
         raise ValueError("--aligned is only available for the tasks " + ", ".join(_ALIGNABLE))
     if options.split is not None and options.task != "country-capital":
         raise ValueError("--split is only available for the task country-capital; the others are split by template")
+
+
+def examples_for(
+    options: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    files: tuple[list[Example], list[Example]],
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples: those of `--task`, otherwise those of the files; with `--chat` as messages."""
+    train, test = files if options.task is None else load_task(options, tokenizer, seed)
+    if not options.chat:
+        return train, test
+    check_chat_template(tokenizer)
+    return [_as_message(example) for example in train], [_as_message(example) for example in test]
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a ValueError if the tokenizer cannot write messages as text."""
+    if not has_chat_template(tokenizer):
+        raise ValueError("--chat: this model's tokenizer has no chat template")
+
+
+def _as_message(example: Example) -> Example:
+    """The example with its prompt, and its source, as a message of the user; messages stay as they are."""
+    source = user_message(example.source) if isinstance(example.source, str) else example.source
+    if example.messages is not None:
+        return replace(example, source=source)
+    return replace(example, prompt="", messages=user_message(example.prompt), source=source)
 
 
 def load_task(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import defaults
-from .values import layer_list, position_list, positive_int
+from .values import column_names, layer_list, position_list, positive_int
 
 DEMO_MODEL = "SmolLM2-135M-Instruct, downloaded once from the Python package index"
 SITES = ("head", "attn_out", "mlp_out", "residual")
@@ -45,9 +45,7 @@ def out(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def test_data(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--test-data", metavar="FILE", help="JSONL file of held-out examples; they are evaluated at the end"
-    )
+    command.add_argument("--test-data", metavar="FILE", help="file of held-out examples; they are evaluated at the end")
 
 
 def site(group: argparse._ActionsContainer, default: str = "head") -> None:
@@ -97,11 +95,19 @@ def data(command: argparse.ArgumentParser, n_train: int = N_TRAIN) -> None:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--data", metavar="FILE",
-        help='JSONL file; each line is {"prompt": "…", "correct": " Berlin", "wrong": " Paris"}',
+        help="file of examples: JSONL, JSON, CSV or Parquet with the columns prompt (or messages), correct and wrong",
     )  # fmt: skip
     source.add_argument(
         "--task", choices=TASKS, metavar="TASK",
         help=f"a built-in task: {', '.join(TASKS)} (the last two are for interchange)",
+    )  # fmt: skip
+    command.add_argument(
+        "--columns", type=column_names, action="append", metavar="FIELD=NAME",
+        help="with --data: other names of columns, such as correct=answer,wrong=foil; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--chat", action="store_true",
+        help="make each prompt the user's message in the model's chat template; the answer begins the reply",
     )  # fmt: skip
     command.add_argument(
         "--aligned", action="store_true", help="with --task: use prompts whose tokens are at the same positions"

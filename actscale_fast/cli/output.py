@@ -11,6 +11,7 @@ import torch
 
 from ..architectures.layout import layout
 from ..extraction.continuations import greedy
+from ..frozen.chat import Messages
 from ..frozen.encoder import TextEncoder
 from ..patching.patch import patch
 
@@ -52,15 +53,16 @@ def continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     intervention: Intervention,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     strengths: Sequence[float],
     max_new_tokens: int,
     *,
-    sources: Sequence[str] = (),
+    sources: Sequence[str | Messages] = (),
 ) -> list[list[str]]:
     """The greedy continuations of each prompt, one per strength, in one batch.
 
     Args:
+        prompts: texts, or conversations for the chat template.
         sources: one for each prompt, if the intervention takes activations from a second prompt.
 
     Raises:
@@ -89,7 +91,7 @@ def continuations(
     return [texts[start : start + times] for start in range(0, len(texts), times)]
 
 
-def check_sources(intervention: Intervention, sources: Sequence[str], n_prompts: int) -> None:
+def check_sources(intervention: Intervention, sources: Sequence[str | Messages], n_prompts: int) -> None:
     """Raise a ValueError unless each prompt has a source exactly if the intervention needs one."""
     needed = any(part.needs_source for part in intervention.singles)
     if needed and len(sources) != n_prompts:

@@ -133,7 +133,7 @@ def interchange(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Learns a rotation and a boundary (Boundless DAS): the directions of an activation that hold one variable of\n"
         "a task, so that a prompt that receives them from another prompt gets the counterfactual answer. The data are\n"
-        'pairs: each line of --data has a "source", and "correct" is the counterfactual answer; or use the task\n'
+        'pairs: each row of --data has a "source", and "correct" is the counterfactual answer; or use the task\n'
         "name-order."
     )
     options.model(command)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 FILE, EVALUATION = "fit.json", "evaluation.json"
 _KEPT = (
-    "model", "data", "test_data", "task", "n_train", "n_test", "seed", "steps", "lr", "batch_size", "schedule",
-    "accumulate", "kind", "aligned", "margin", "faithfulness", "minimality", "kl", "include_answers", "one_direction",
-    "sparsity", "epochs", "rotation_lr", "boundary_lr", "boundary_weight",
+    "model", "data", "test_data", "columns", "chat", "task", "n_train", "n_test", "seed", "steps", "lr", "batch_size",
+    "schedule", "accumulate", "kind", "aligned", "margin", "faithfulness", "minimality", "kl", "include_answers",
+    "one_direction", "sparsity", "epochs", "rotation_lr", "boundary_lr", "boundary_weight",
 )  # fmt: skip
 
 
@@ -74,13 +74,13 @@ def task_seed(folder: Path, task: str | None, given: int | None) -> int:
     return given
 
 
-def was_aligned(folder: Path, task: str | None) -> bool:
-    """Whether the recorded fit used the task's aligned prompts.
+def was_fitted_with(option: str, folder: Path, task: str | None) -> bool:
+    """Whether the recorded fit on this task had an option such as "aligned".
 
     Raises:
         ValueError: the record is damaged.
     """
-    return task is not None and bool(_of_task(folder / FILE, task).get("aligned"))
+    return task is not None and bool(_of_task(folder / FILE, task).get(option))
 
 
 def _of_task(path: Path, task: str) -> dict[str, Any]:

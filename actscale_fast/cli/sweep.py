@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import defaults, learning, plots
 from ..interventions import ActivScalar
-from .loading import check_file, load_files, load_model, load_task, output_folder
+from .loading import check_file, examples_for, load_files, load_model, output_folder
 from .options import given_paths
 from .output import print_table, say
 
@@ -16,12 +16,11 @@ def sweep(options: argparse.Namespace) -> int:
     """Fit every combination of the lists, save and evaluate the fits, and draw their Pareto front."""
     if options.path is not None and options.minimality is not None:
         raise ValueError("--path chooses the weights of the ℓ1 norm and cannot be used with --minimality")
-    train, test = load_files(options)
+    files = load_files(options)
     check_file(options.plot, "plot")
     out = output_folder(options.out)
     model, tokenizer = load_model(options)
-    if options.task is not None:
-        train, test = load_task(options, tokenizer, options.task_seed)
+    train, test = examples_for(options, tokenizer, options.task_seed, files)
     template = ActivScalar.for_model(model, site=options.site, positions=options.positions, **given_paths(options))
     grid: dict[str, list[Any]] = {}
     for name in ("minimality", "faithfulness", "margin", "lr", "layers"):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _INTEGER = re.compile(r"-?\d+")
+_COLUMN = re.compile(r"(\w+)=(.+)", re.DOTALL)
 _SIGNED_LISTS = ("--layers", "--positions", "--strength", "--factors")
 
 
@@ -51,6 +52,17 @@ def rate_list(text: str) -> list[float]:
 def seed_list(text: str) -> list[int]:
     """ "0-4,7" as numbers; a range includes both ends."""
     return _integers(text, "seeds", ranges=True)
+
+
+def column_names(text: str) -> dict[str, str]:
+    """ "correct=answer,wrong=foil" as names of columns by field."""
+    found = {}
+    for part in re.split(r",(?=\w+=)", text):  # a name may have a comma
+        match = _COLUMN.fullmatch(part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"got {part!r}, expected FIELD=NAME such as correct=answer")
+        found[match[1]] = match[2]
+    return found
 
 
 def positive_int(text: str) -> int:

@@ -130,7 +130,7 @@ class BoundlessDAS(Intervention):
         return torch.where(self.temperature > 0, soft, (axis < end).to(soft.dtype))
 
     def source_activations(
-        self, model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 32, progress: bool = False
+        self, model: Any, tokenizer: Any, texts: Sequence[Any], *, batch_size: int = 32, progress: bool = False
     ) -> Tensor:
         was_paused, self.paused = self.paused, True
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from ..learning.fit_settings import FitSettings
 from ..learning.identity import examples_identity, model_identity
 from ..learning.termination import saving_on_sigterm
 from ..patching.patch import Patch
-from ..tasks.examples import Example, sources_of
+from ..tasks.examples import sources_of
+from ..tasks.loading import ExampleSource
 from .boundless_das import BoundlessDAS
 from .interchange_state import InterchangeState, Plan
 from .pairs import Pairs
@@ -43,7 +43,7 @@ class InterchangeResult:
 def fit_interchange(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: ExampleSource,
     das: BoundlessDAS,
     *,
     epochs: int = 3,

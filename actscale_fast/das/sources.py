@@ -12,6 +12,7 @@ from torch import Tensor
 from .._checks import check_counts
 from ..architectures.layout import layout
 from ..architectures.location import Location
+from ..frozen.chat import Messages
 from ..frozen.encoder import TextEncoder, by_length, check_texts
 from ..frozen.reader import Reader
 from ..interventions import Intervention
@@ -24,7 +25,7 @@ def source_activations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     das: Intervention,
-    texts: Sequence[str],
+    texts: Sequence[str | Messages],
     *,
     batch_size: int = 32,
     progress: bool = False,
@@ -35,7 +36,8 @@ def source_activations(
         model, tokenizer: a Hugging Face causal language model and its tokenizer. Other patches on the model stay in
             force; that of `das` itself is paused.
         das: gives the site, layers and positions; positions count in each text's own tokens.
-        texts: the sources. The tokenizer's closing token is left out, and a text that occurs twice is read once.
+        texts: the sources, each a text or a list of chat messages. The tokenizer's closing token is left out, and a
+            source that occurs twice is read once.
         batch_size: texts per forward pass.
         progress: show a progress bar.
 
@@ -56,7 +58,7 @@ def activations_at(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     location: Location,
-    texts: Sequence[str],
+    texts: Sequence[str | Messages],
     *,
     batch_size: int,
     progress: bool,
@@ -68,33 +70,31 @@ def activations_at(
     found = layout(model, location.paths)
     location.model.require(found.fingerprint)
     encoder = TextEncoder(found, tokenizer)
-    prompts: dict[str, list[int]] = {}
-    places: dict[str, list[int]] = {}
-    for row, text in enumerate(check_texts(texts, "texts")):
-        if isinstance(text, str) and text in prompts:
-            continue
-        prompts[text] = encoder.prompt(text, f"texts: row {row}")
-        places[text] = _places(location.positions or (), len(prompts[text]), row)
-    distinct = list(prompts)
-    batches = list(by_length([prompts[text] for text in distinct], batch_size))
+    prompts: list[tuple[int, ...]] = []
+    places: dict[tuple[int, ...], list[int]] = {}
+    for row, text in enumerate(check_texts(texts, "texts"), 1):
+        prompts.append(tuple(encoder.prompt(text, f"row {row} of texts")))
+        places[prompts[-1]] = _places(location.positions or (), len(prompts[-1]), row)
+    distinct = list(places)
+    batches = list(by_length(distinct, batch_size))
     parts = []
     with Reader(model, location.site, location.layers, location.paths) as read:
         for rows in tqdm(batches, desc="sources", disable=not progress, leave=False):
             group = [distinct[row] for row in rows]
-            batch = encoder.batch([prompts[text] for text in group])
+            batch = encoder.batch(group)
             n_columns = batch.input_ids.shape[1]
-            columns = torch.tensor([[n_columns + place for place in places[text]] for text in group], device="cpu")
+            columns = torch.tensor([[n_columns + place for place in places[ids]] for ids in group], device="cpu")
             parts.append(read(batch, reduce=functools.partial(_gathered, columns=columns)).transpose(0, 1))
     values = torch.cat(parts)
     row_of = {distinct[row]: place for place, row in enumerate(row for rows in batches for row in rows)}
-    return values[torch.tensor([row_of[text] for text in texts], device=values.device)]
+    return values[torch.tensor([row_of[ids] for ids in prompts], device=values.device)]
 
 
 def _places(positions: Sequence[int], length: int, row: int) -> list[int]:
     """The positions counted from the end; −1 is the last token."""
     for position in positions:
         if not -length <= position < length:
-            raise ValueError(f"texts: row {row}: the source has {length} tokens, and so no position {position}")
+            raise ValueError(f"row {row} of texts: the source has {length} tokens, and so no position {position}")
     return [position if position < 0 else position - length for position in positions]
 
 

@@ -107,8 +107,8 @@ def latent_vectors(
     opening = _opening(encoder, start)
     end = [tokenizer.eos_token_id] if ends and tokenizer.eos_token_id is not None else []
     targets = []
-    for row, sentence in enumerate(check_texts(sentences, "sentences")):
-        name = f"sentences: row {row}"
+    for row, sentence in enumerate(check_texts(sentences, "sentences"), 1):
+        name = f"row {row} of sentences"
         ids = encoder.plain(sentence, name)
         if not ids:
             raise ValueError(f"{name}: {sentence!r} has no tokens")

@@ -119,9 +119,9 @@ def mean_activations(
     with Reader(model, site, chosen, paths) as read, tqdm(
         total=total, desc="means", disable=not progress, unit="text", dynamic_ncols=True
     ) as bar:  # fmt: skip
-        numbered = enumerate(texts)
+        numbered = enumerate(texts, 1)
         while window := list(itertools.islice(numbered, _SORTED * batch_size)):
-            rows = [encoder.opened(text, f"texts: row {row}") for row, text in window]
+            rows = [encoder.opened(text, f"row {row} of texts") for row, text in window]
             cut = [ids[:limit] for ids in rows]
             n_cut += sum(len(one) < len(ids) for one, ids in zip(cut, rows, strict=True))
             kept = [ids for ids in cut if len(ids) > skip]

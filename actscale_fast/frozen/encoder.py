@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..architectures.hugging_face import embedding_weight, input_device
 from ..architectures.layout import ModelLayout
 from .batching import Batch, left_padded, open_ids, pad_id_of
+from .chat import chat_text, checked_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 class TextEncoder:
     """Turns texts into checked token ids for one model.
 
-    In every method `name` is what an error message calls the text, such as "prompts: row 3".
+    A prompt is a text, or a list of chat messages, which the tokenizer's chat template writes as text. In every method
+    `name` is what an error message calls it, such as "row 3 of prompts".
 
     Args:
         found: the model's layout.
@@ -37,25 +39,36 @@ class TextEncoder:
         self.n_tokens, self.context = embedding.shape[0], found.max_context
         self.pad_id = pad_id_of(tokenizer)
 
-    def opened(self, text: object, name: str) -> list[int]:
-        """The ids of a text that will be continued, after the special tokens that open it; possibly none."""
-        return self.known(open_ids(self.tokenizer, self._string(text, name)), name)
+    def opened(self, prompt: object, name: str, then: str = "") -> list[int]:
+        """The ids of a prompt that will be continued, after the special tokens that open it; possibly none.
+
+        A chat template writes its special tokens itself, so the tokenizer adds none to messages.
+
+        Args:
+            prompt: a text, or chat messages.
+            name: see above.
+            then: is split together with the prompt, which it continues.
+        """
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
+            text = chat_text(self.tokenizer, checked_messages(prompt, name), name)
+            return self.plain(text + then, name)
+        return self.known(open_ids(self.tokenizer, self._string(prompt, name) + then), name)
 
     def plain(self, text: object, name: str) -> list[int]:
         """The ids of a text without special tokens; possibly none."""
         return self.known(list(self.tokenizer(self._string(text, name), add_special_tokens=False)["input_ids"]), name)
 
-    def prompt(self, text: object, name: str) -> list[int]:
+    def prompt(self, prompt: object, name: str) -> list[int]:
         """As `opened`, with at least one token and no more than the model's context."""
-        ids = self.opened(text, name)
+        ids = self.opened(prompt, name)
         if not ids:
-            raise ValueError(f"{name}: {text!r} has no tokens")
+            raise ValueError(f"{name}: {prompt!r} has no tokens")
         self.check_length(len(ids), name)
         return ids
 
     def prompts(self, texts: Sequence[str], name: str) -> list[list[int]]:
         """The ids of each prompt in a list that is not empty."""
-        return [self.prompt(text, f"{name}: row {row}") for row, text in enumerate(check_texts(texts, name))]
+        return [self.prompt(text, f"row {row} of {name}") for row, text in enumerate(check_texts(texts, name), 1)]
 
     def check_length(self, n_tokens: int, name: str) -> None:
         """Raise a ValueError if there are more tokens than the model's context holds."""

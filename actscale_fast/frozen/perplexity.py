@@ -78,8 +78,8 @@ def perplexity(
     found = layout(model, paths)
     encoder = TextEncoder(found, tokenizer)
     rows = [
-        _row(encoder, text, "" if prompts is None else prompts[number], f"texts: row {number}")
-        for number, text in enumerate(texts)
+        _row(encoder, text, "" if prompts is None else prompts[index], f"row {index + 1} of texts")
+        for index, text in enumerate(texts)
     ]
     scores = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     if not rows:
@@ -150,6 +150,6 @@ def _row(encoder: TextEncoder, text: str, prompt: str, name: str) -> _Row:
 def _check_strings(name: str, values: Sequence[str]) -> None:
     if isinstance(values, str):
         raise TypeError(f"{name}: got a string, expected a list of strings")
-    for number, value in enumerate(values):
+    for number, value in enumerate(values, 1):
         if not isinstance(value, str):
-            raise TypeError(f"{name}: row {number} is a {type(value).__name__}, expected a string")
+            raise TypeError(f"row {number} of {name} is a {type(value).__name__}, expected a string")

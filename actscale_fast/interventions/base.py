@@ -141,9 +141,11 @@ class Intervention(nn.Module):
         raise NotImplementedError
 
     def source_activations(
-        self, model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 32, progress: bool = False
+        self, model: Any, tokenizer: Any, texts: Sequence[Any], *, batch_size: int = 32, progress: bool = False
     ) -> Tensor:
         """Read from the frozen model what an edit takes from these texts, one item for each: [N, ...].
+
+        A text may also be a list of chat messages.
 
         Implemented by classes with `needs_source`.
         """

@@ -10,9 +10,11 @@ from torch import nn
 
 from ..architectures.hugging_face import unwrap
 from ..architectures.layout import layout
-from ..frozen.batching import Batch, left_padded, open_ids, padding_known
+from ..frozen.batching import Batch, left_padded, padding_known
 from ..frozen.encoder import TextEncoder
-from ..tasks.examples import Example, check_examples
+from ..tasks.examples import Example, prompt_of
+from ..tasks.loading import ExampleSource, examples_from
+from .prompt_spaces import warn_of_spaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +31,8 @@ class EncodedExamples:
         TypeError: not a Hugging Face model or tokenizer, or rows that are not examples.
         ValueError: no examples, an answer that is not one known token, two answers that are the same token, or a prompt
             that is empty, longer than the model's context or has unknown tokens; the message names the row.
+
+    Prompts that end with a space, and answers that begin with one after a chat template's line break, are a warning.
     """
 
     model: nn.Module | None = None  # the Hugging Face model inside wrappers
@@ -37,7 +41,7 @@ class EncodedExamples:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: ExampleSource,
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel,
         paths: dict[str, str] | None = None,
@@ -45,24 +49,24 @@ class EncodedExamples:
         found = layout(model, paths)
         self.model = unwrap(model)
         encoder = TextEncoder(found, tokenizer)
-        self.examples = check_examples(examples)
+        self.examples = examples_from(examples)
         self.device, self.pad_id = encoder.device, encoder.pad_id
         width = model.config.get_text_config().vocab_size
         self.prompts: list[list[int]] = []
         correct: list[int] = []
         wrong: list[int] = []
-        for row, example in enumerate(self.examples):
-            ids = encoder.prompt(example.prompt, f"examples: row {row}")
+        for example in self.examples:
+            where = str(example.where)
+            ids = encoder.prompt(prompt_of(example), where)
             self.prompts.append(ids)
             for name, kept in (("correct", correct), ("wrong", wrong)):
-                token = _answer_token(tokenizer, example.prompt, ids, getattr(example, name), f"row {row}, {name}")
+                token = _answer_token(encoder, example, ids, name)
                 if token >= width:
-                    raise ValueError(f"examples: row {row}, {name}: token id {token}, expected less than {width}")
+                    raise ValueError(f"{where}, {name}: token id {token}, expected less than {width}")
                 kept.append(token)
             if correct[-1] == wrong[-1]:
-                raise ValueError(
-                    f"examples: row {row}: correct {example.correct!r} and wrong {example.wrong!r} are one token"
-                )
+                raise ValueError(f"{where}: correct {example.correct!r} and wrong {example.wrong!r} are one token")
+        warn_of_spaces(self.examples, tokenizer)
         self.correct = torch.tensor(correct, device=self.device)  # [N]
         self.wrong = torch.tensor(wrong, device=self.device)  # [N]
 
@@ -100,20 +104,17 @@ class EncodedExamples:
         return left_padded(prompts, self.pad_id, self.device, length)
 
 
-def _answer_token(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], answer: str, where: str
-) -> int:
-    """The single token that `answer` adds to the prompt when the tokenizer splits both together."""
-    joined = open_ids(tokenizer, prompt + answer)
+def _answer_token(encoder: TextEncoder, example: Example, prompt_ids: list[int], name: str) -> int:
+    """The single token that an answer adds to the prompt when the tokenizer splits both together."""
+    tokenizer, answer, where = encoder.tokenizer, getattr(example, name), f"{example.where}, {name}"
+    joined = encoder.opened(prompt_of(example), where, then=answer)
     added = joined[len(prompt_ids) :]
     if joined[: len(prompt_ids)] != prompt_ids:  # tokens merge across the boundary
         added = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if len(added) != 1:
         tokens = tokenizer.convert_ids_to_tokens(added)
         hint = "" if answer[:1].isspace() else f"; did you mean {' ' + answer!r}, with its leading space?"
-        raise ValueError(f"examples: {where}: {answer!r} is {len(added)} tokens {tokens}, expected one{hint}")
+        raise ValueError(f"{where}: {answer!r} is {len(added)} tokens {tokens}, expected one{hint}")
     if added[0] == tokenizer.unk_token_id and answer.strip() != tokenizer.unk_token:
-        raise ValueError(
-            f"examples: {where}: {answer!r} is not a token of the tokenizer (it reads {tokenizer.unk_token})"
-        )
+        raise ValueError(f"{where}: {answer!r} is not a token of the tokenizer (it reads {tokenizer.unk_token})")
     return int(added[0])

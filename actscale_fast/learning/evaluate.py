@@ -18,7 +18,8 @@ from ..frozen.shortcuts import open_frozen_model
 from ..interventions import Intervention
 from ..modules.evaluation_mode import evaluation_mode
 from ..patching.patch import patch
-from ..tasks.examples import Example, sources_of
+from ..tasks.examples import sources_of
+from ..tasks.loading import ExampleSource
 from .encoded_examples import EncodedExamples
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: ExampleSource,
     intervention: Intervention,
     *,
     batch_size: int = 32,
@@ -87,9 +88,9 @@ def evaluate(
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
-        examples: prompts with their two answers. An intervention that takes activations from a second prompt (such as
-            `BoundlessDAS`) also needs their `source`; the others ignore it. With the counterfactual answer as
-            `correct`, `flip_to_correct` is then the interchange accuracy between the two answers.
+        examples: prompts with their two answers, as for `fit`. An intervention that takes activations from a second
+            prompt (such as `BoundlessDAS`) also needs their `source`; the others ignore it. With the counterfactual
+            answer as `correct`, `flip_to_correct` is then the interchange accuracy between the two answers.
         intervention: the intervention to evaluate, for example a fitted `ActivScalar`.
         batch_size: number of prompts in one forward pass (the two directions together make twice as many rows).
         progress: show a progress bar.
@@ -105,7 +106,7 @@ def evaluate(
 def evaluate_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: ExampleSource,
     interventions: Sequence[Intervention],
     *,
     batch_size: int = 32,

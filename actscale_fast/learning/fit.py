@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -13,7 +12,7 @@ import torch
 from .. import defaults
 from ..interventions import Intervention
 from ..patching.patch import patch
-from ..tasks.examples import Example
+from ..tasks.loading import ExampleSource
 from .arguments import checked_intervention, checked_objective, refuse_idle, refuse_inference_mode
 from .checkpoint import Checkpoint, check_writable_checkpoint
 from .distributed import process_group
@@ -47,7 +46,7 @@ class FitResult:
 def fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: ExampleSource,
     intervention: Intervention,
     objective: Objective | None = None,
     *,
@@ -79,7 +78,7 @@ def fit(
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer.
-        examples: prompts with their two answers.
+        examples: prompts with their two answers, as a list or whatever else `load_examples` takes, such as a path.
         intervention: for example `ActivScalar.for_model(model)`; its parameters are the starting point.
         objective: the weights of the three terms; None: `Objective()`.
         steps: number of updates.

@@ -1,13 +1,14 @@
 """Ready-made tasks: pairs of training and held-out examples, filtered by the tokenizer at hand."""
 
 from .country_capitals import ALIGNED_CONFLICT_TEMPLATES, CONFLICT_TEMPLATES, country_capital_conflicts
-from .examples import Example, load_examples, save_examples
+from .examples import Example, save_examples
 from .greater_than import GREATER_THAN_TEMPLATES, greater_than
 from .indirect_objects import (
     ALIGNED_INDIRECT_OBJECT_TEMPLATES,
     INDIRECT_OBJECT_TEMPLATES,
     indirect_object_identification,
 )
+from .loading import load_examples
 from .name_order import name_order
 from .price_tagging import PRICE_TEMPLATE, price_tagging
 from .split import TaskSplit

@@ -1,41 +1,66 @@
-"""Examples, each a prompt with two competing next tokens, and their JSONL files."""
+"""Examples, each a prompt with two competing next tokens, and how they are saved."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
 from .._files import atomic_path
+from ..frozen.chat import Messages, checked_messages
+
+#: The fields that make an example, in the order in which a tuple has them; messages replace the prompt.
+FIELDS = ("prompt", "correct", "wrong", "source", "messages")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Example:
-    """A prompt with a correct and a wrong answer.
+    """A prompt, as text or as chat messages, with a correct and a wrong answer.
 
     Args:
-        prompt: the text before the answer; not empty.
+        prompt: the text before the answer; empty exactly if there are messages.
         correct: the correct answer exactly as it follows the prompt, usually with a leading space (" Berlin").
         wrong: the wrong answer (" Paris"). Both must be single tokens, which `fit` and `evaluate` check.
-        source: for an interchange, the second prompt, from which activations are taken. `prompt` is then the base and
-            `correct` the answer that the interchange should give.
+        source: for an interchange, the second prompt (a text or messages), from which activations are taken. The prompt
+            is then the base and `correct` the answer that the interchange should give.
+        messages: a chat instead of a prompt, as a list of dicts with the keys "role" and "content". The tokenizer's
+            chat template writes it as text, up to where the assistant's answer begins; a last message of the assistant
+            is continued by the answer. After most templates an answer has no leading space ("Berlin").
+        where: what messages call the example, such as "row 3 of data.csv", which `load_examples` fills in. It is not
+            part of the example: it is neither compared nor saved.
 
     Raises:
-        TypeError, ValueError: an argument that is not a string, an empty prompt, answer or source, or equal answers.
+        TypeError, ValueError: an argument that is not a string, an empty prompt, answer or source, both a prompt and
+            messages, messages without a role or content, or equal answers.
+
+    Example:
+        >>> af.Example("The capital of Germany is", " Berlin", " Paris")
+        >>> af.Example(messages=[{"role": "user", "content": "Capital of Germany?"}], correct="Berlin", wrong="Paris")
     """
 
-    prompt: str
-    correct: str
-    wrong: str
-    source: str | None = None
+    prompt: str = ""
+    correct: str = ""
+    wrong: str = ""
+    source: str | Messages | None = field(default=None, hash=False)
+    messages: Messages | None = field(default=None, hash=False)
+    where: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "correct", "wrong", "source"):
+        if self.messages is not None:
+            object.__setattr__(self, "messages", checked_messages(self.messages))
+        if isinstance(self.source, list | tuple):
+            object.__setattr__(self, "source", checked_messages(self.source, "source"))
+        texts = ["correct", "wrong"]
+        if self.messages is None:
+            texts.insert(0, "prompt")
+        elif self.prompt:
+            raise ValueError("messages: got a prompt as well, expected only one of them")
+        if self.source is not None and not isinstance(self.source, tuple):
+            texts.append("source")
+        for name in texts:
             value = getattr(self, name)
-            if name == "source" and value is None:
-                continue
             if not isinstance(value, str):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected a string")
             if not value.strip():
@@ -43,42 +68,13 @@ class Example:
         if self.correct == self.wrong:
             raise ValueError(f"wrong: got {self.wrong!r}, the same as correct; the two answers must differ")
 
+    def __repr__(self) -> str:
+        return f"Example({', '.join(f'{name}={value!r}' for name, value in example_fields(self).items())})"
 
-def load_examples(path: str | os.PathLike[str]) -> list[Example]:
-    """Read a JSONL file with one object per line and the keys "prompt", "correct", "wrong" and optionally "source".
 
-    Blank lines are skipped.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: text that is not UTF-8 (with or without a byte order mark), or a line that is not such an object;
-            the message names the line.
-    """
-    path = Path(path)
-    examples = []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
-        keys = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        if keys not in (["correct", "prompt", "wrong"], ["correct", "prompt", "source", "wrong"]):
-            raise ValueError(
-                f"{path}, line {number}: got {keys}, expected the keys 'prompt', 'correct', 'wrong' (and 'source')"
-            )
-        try:
-            examples.append(Example(**fields))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not examples:
-        raise ValueError(f"{path}: got no examples, expected one JSON object a line")
-    return examples
+def prompt_of(example: Example) -> str | Messages:
+    """What is before the answer: the messages if there are any, otherwise the text."""
+    return example.prompt if example.messages is None else example.messages
 
 
 def save_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
@@ -88,25 +84,16 @@ def save_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> 
         temporary.write_text(text, encoding="utf-8")
 
 
-def example_fields(example: Example) -> dict[str, str]:
-    """The fields of an example for JSON, without a source that is None."""
-    return {name: value for name, value in asdict(example).items() if value is not None}
+def example_fields(example: Example) -> dict[str, Any]:
+    """The fields of an example for JSON, without those that it does not have."""
+    found = {name: getattr(example, name) for name in FIELDS}
+    return {name: value for name, value in found.items() if value is not None and value != ""}
 
 
-def check_examples(examples: Sequence[Example]) -> list[Example]:
-    """The examples as a list; raises if there are none, or something else among them."""
-    checked = list(examples)
-    if not checked:
-        raise ValueError("examples: got none, expected at least one Example")
-    for row, example in enumerate(checked):
-        if not isinstance(example, Example):
-            raise TypeError(f"examples: row {row} is a {type(example).__name__}, expected an Example")
-    return checked
-
-
-def sources_of(examples: Sequence[Example]) -> list[str]:
-    """The source of every example; raises a ValueError that names the first row without one."""
-    for row, example in enumerate(examples):
+def sources_of(examples: Sequence[Example]) -> list[str | Messages]:
+    """The source of every example; raises a ValueError that names the first one without."""
+    for row, example in enumerate(examples, 1):
         if example.source is None:
-            raise ValueError(f"examples: row {row} has no source, which an interchange takes the activations from")
+            where = example.where or f"row {row} of examples"
+            raise ValueError(f"{where} has no source, which an interchange takes the activations from")
     return [example.source for example in examples if example.source is not None]

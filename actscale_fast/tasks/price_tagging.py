@@ -85,7 +85,7 @@ def price_tagging(
 
         def draw(row: int, of_side: list[tuple[int, int]] = of_side) -> Example | None:
             example = _pair(_CELLS[row % len(_CELLS)], variable, of_side, rng)
-            lengths = prompt_lengths(tokenizer, [example.prompt, example.source or ""])
+            lengths = prompt_lengths(tokenizer, [example.prompt, str(example.source)])
             return example if set(lengths) == {length} else None
 
         sides.append(distinct(wanted, draw, rng))

@@ -265,7 +265,7 @@ def test_examples_without_a_source_are_refused_by_row() -> None:
     das = BoundlessDAS.for_model(model, layers=[1], positions=[-1])
     examples = [*pairs(2), af.Example("The capital", " Paris", " Rome")]
     for call in (lambda: run(model, examples, das), lambda: af.evaluate(model, tokenizer, examples, das)):
-        with pytest.raises(ValueError, match="examples: row 2 has no source"):
+        with pytest.raises(ValueError, match="row 3 of examples has no source"):
             call()
 
 
@@ -286,10 +286,10 @@ def test_sources_are_read_at_the_positions_of_their_own_prompts() -> None:
     [
         ("The capital", TypeError, "texts: got str, expected a list of strings"),
         ([], ValueError, "texts: got none, expected at least one"),
-        (["The capital of", "The"], ValueError, "texts: row 1: the source has 1 tokens, and so no position 1"),
-        (["The capital of", 3], TypeError, "texts: row 1: got int, expected a string"),
-        ([" ".join(["The"] * 65)], ValueError, "texts: row 0 has 65 tokens, expected at most the model's 64"),
-        ([""], ValueError, "texts: row 0: '' has no tokens"),
+        (["The capital of", "The"], ValueError, "row 2 of texts: the source has 1 tokens, and so no position 1"),
+        (["The capital of", 3], TypeError, "row 2 of texts: got int, expected a string"),
+        ([" ".join(["The"] * 65)], ValueError, "row 1 of texts has 65 tokens, expected at most the model's 64"),
+        ([""], ValueError, "row 1 of texts: '' has no tokens"),
     ],
 )
 def test_sources_that_a_model_cannot_read_are_refused(given: Any, error: type[Exception], message: str) -> None:

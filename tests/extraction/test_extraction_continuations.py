@@ -51,9 +51,9 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
     model, tokenizer = tiny_model(), spaced_tokenizer(opens=False)
     with pytest.raises(TypeError, match="prompts: got str, expected a list of strings"):
         continuations(model, tokenizer, "Paris", max_new_tokens=1)
-    with pytest.raises(ValueError, match="prompts: row 1: '' has no tokens"):
+    with pytest.raises(ValueError, match="row 2 of prompts: '' has no tokens"):
         continuations(model, tokenizer, ["Paris", ""], max_new_tokens=1)
-    with pytest.raises(ValueError, match="prompts: row 0 has 65 tokens, expected at most the model's 64"):
+    with pytest.raises(ValueError, match="row 1 of prompts has 65 tokens, expected at most the model's 64"):
         continuations(model, tokenizer, ["Paris " * 65], max_new_tokens=1)
     with pytest.raises(ValueError, match="max_new_tokens: got 0, expected a positive integer"):
         continuations(model, tokenizer, ["Paris"], max_new_tokens=0)

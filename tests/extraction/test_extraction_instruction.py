@@ -175,7 +175,7 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
         instruction_vectors(model, tokenizer, ["A", "B"], ["A"], **QUIET)
     with pytest.raises(TypeError, match="with_instruction: got str, expected a list of strings"):
         instruction_vectors(model, tokenizer, "A", ["A"], **QUIET)
-    with pytest.raises(ValueError, match="without_instruction: row 0: '' has no tokens"):
+    with pytest.raises(ValueError, match="row 1 of without_instruction: '' has no tokens"):
         instruction_vectors(model, spaced_tokenizer(opens=False), ["A"], [""], **QUIET)
     few = made(model, layers=[1])
     with pytest.raises(ValueError, match=r"layer: got 0, expected one of \[1\], which have a vector"):

@@ -216,9 +216,9 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
         solved(model, [])
     with pytest.raises(TypeError, match="sentences: got str, expected a list of strings"):
         solved(model, "Paris")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="sentences: row 1: '' has no tokens"):
+    with pytest.raises(ValueError, match="row 2 of sentences: '' has no tokens"):
         solved(model, ["Paris", ""])
-    with pytest.raises(ValueError, match="sentences: row 0 has 73 tokens, expected at most the model's 64"):
+    with pytest.raises(ValueError, match="row 1 of sentences has 73 tokens, expected at most the model's 64"):
         solved(model, ["Paris " * 70])
     with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot run under"):
         solved(model, ["Paris"])

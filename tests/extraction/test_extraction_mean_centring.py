@@ -178,7 +178,7 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
     model, tokenizer = models()[0], spaced_tokenizer(opens=False)
     for texts, error, message in (
         ("Paris", TypeError, "texts: got str, expected an iterable of strings"),
-        (["Paris", 3], TypeError, "texts: row 1: got int, expected a string"),
+        (["Paris", 3], TypeError, "row 2 of texts: got int, expected a string"),
         ([], ValueError, "texts: got none with a token"),
         (["", ""], ValueError, "texts: got none with a token"),
     ):

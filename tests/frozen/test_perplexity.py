@@ -111,13 +111,13 @@ def test_no_texts_have_no_perplexities(model: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"texts": ["A Q", ""]}, ValueError, "texts: row 1: '' has no tokens"),
-        ({"texts": ["A Q", "A"]}, ValueError, "texts: row 1: 'A' is one token, which nothing predicts"),
+        ({"texts": ["A Q", ""]}, ValueError, "row 2 of texts: '' has no tokens"),
+        ({"texts": ["A Q", "A"]}, ValueError, "row 2 of texts: 'A' is one token, which nothing predicts"),
         ({"texts": "A Q"}, TypeError, "texts: got a string, expected a list"),
-        ({"texts": ["A Q", None]}, TypeError, "texts: row 1 is a NoneType"),
-        ({"texts": ["A"], "prompts": [3]}, TypeError, "prompts: row 0 is a int"),
+        ({"texts": ["A Q", None]}, TypeError, "row 2 of texts is a NoneType"),
+        ({"texts": ["A"], "prompts": [3]}, TypeError, "row 1 of prompts is a int"),
         ({"texts": ["A"], "prompts": []}, ValueError, "prompts: got 0, expected one for each of the 1 texts"),
-        ({"texts": ["A " * 65]}, ValueError, "texts: row 0 has 65 tokens, expected at most the model's 64"),
+        ({"texts": ["A " * 65]}, ValueError, "row 1 of texts has 65 tokens, expected at most the model's 64"),
         ({"texts": ["A Q"], "batch_size": 0}, ValueError, "batch_size: got 0"),
     ],
 )
@@ -131,7 +131,7 @@ def test_what_cannot_be_scored_is_named(
 def test_tokens_of_another_models_tokenizer_are_refused(model: Any, tokenizer: Any) -> None:
     tokenizer_of_more = tiny.tokenizer()
     tokenizer_of_more.add_tokens(["Lima"])
-    with pytest.raises(ValueError, match="texts: row 0 has token id 26, expected less than the model's 26"):
+    with pytest.raises(ValueError, match="row 1 of texts has token id 26, expected less than the model's 26"):
         perplexity(model, tokenizer_of_more, ["Lima is"])
 
 

@@ -44,9 +44,9 @@ def test_examples_come_back_from_their_file(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 2: not JSON"),
-        ("[1]", "line 2: got list, expected the keys"),
-        ('{"prompt": "p", "correct": "c"}', r"line 2: got \['correct', 'prompt'\]"),
-        ('{"prompt": "p", "correct": "c", "wrong": "c"}', "line 2: wrong: got 'c', the same as correct"),
+        ("[1]", r"row 2 of .*examples.jsonl: got 1 values, expected \(prompt, correct, wrong\)"),
+        ('{"prompt": "p", "correct": "c"}', "row 2 of .*examples.jsonl has no column 'wrong'; it has 'prompt', 'corr"),
+        ('{"prompt": "p", "correct": "c", "wrong": "c"}', "row 2 of .*s.jsonl: wrong: got 'c', the same as correct"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:
@@ -58,7 +58,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, message: s
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="got no examples"):
+    with pytest.raises(ValueError, match=r"empty\.jsonl: got none, expected at least one example"):
         af.load_examples(tmp_path / "empty.jsonl")
 
 
@@ -67,14 +67,17 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     [
         (
             af.Example("The capital", " Paris Berlin", " Rome"),
-            r"row 1, correct: ' Paris Berlin' is 2 tokens \['Paris', 'B",
+            r"row 2 of examples, correct: ' Paris Berlin' is 2 tokens \['Paris', 'B",
         ),
         (
             af.Example("The capital", " nowhere", " elsewhere"),
-            "row 1, correct: ' nowhere' is not a token of the tokenizer",
+            "row 2 of examples, correct: ' nowhere' is not a token of the tokenizer",
         ),
-        (af.Example("The capital", " Rome", "  Rome"), "row 1: correct ' Rome' and wrong '  Rome' are one"),
-        (af.Example(" ".join(["The"] * 65), " Paris", " Rome"), "row 1 has 65 tokens, expected at most the model's 64"),
+        (af.Example("The capital", " Rome", "  Rome"), "row 2 of examples: correct ' Rome' and wrong '  Rome' are one"),
+        (
+            af.Example(" ".join(["The"] * 65), " Paris", " Rome"),
+            "row 2 of examples has 65 tokens, expected at most the model's 64",
+        ),
     ],
 )
 def test_what_a_model_cannot_answer_is_refused_by_row(example: af.Example, message: str) -> None:
@@ -85,7 +88,7 @@ def test_what_a_model_cannot_answer_is_refused_by_row(example: af.Example, messa
 def test_wrong_kinds_of_examples_are_refused() -> None:
     with pytest.raises(ValueError, match="examples: got none"):
         EncodedExamples([], tiny.tokenizer(), tiny.llama())
-    with pytest.raises(TypeError, match="examples: row 0 is a str, expected an Example"):
+    with pytest.raises(TypeError, match="row 1 of examples: got str, expected an Example"):
         EncodedExamples(["text"], tiny.tokenizer(), tiny.llama())  # type: ignore[list-item]
 
 
@@ -147,7 +150,7 @@ def test_an_unknown_word_is_an_answer_only_where_it_is_meant() -> None:
 def test_a_tokenizer_of_another_model_is_refused_by_row() -> None:
     model = tiny.llama()
     model.resize_token_embeddings(20)
-    with pytest.raises(ValueError, match="row 1 has token id 25, expected less than the model's 20"):
+    with pytest.raises(ValueError, match="row 2 of examples has token id 25, expected less than the model's 20"):
         EncodedExamples([GOOD, af.Example("six", " Paris", " Rome")], tiny.tokenizer(), model)
 
 
@@ -166,7 +169,7 @@ def test_what_is_no_model_or_tokenizer_is_refused_by_name() -> None:
 def test_the_context_of_mpt_counts() -> None:
     from model_zoo import tiny_model
 
-    with pytest.raises(ValueError, match="row 0 has 65 tokens, expected at most the model's 64"):
+    with pytest.raises(ValueError, match="row 1 of examples has 65 tokens, expected at most the model's 64"):
         EncodedExamples([af.Example(" ".join(["The"] * 65), " Paris", " Rome")], tiny.tokenizer(), tiny_model("mpt"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ...architectures.site_check import skipped
 from ...interventions import ActivScalar
 from ...modules.evaluation_mode import evaluation_mode
 from ...patching.patch import patch
-from ...tasks.examples import Example
+from ...tasks.loading import ExampleSource
 from ..arguments import checked_location, checked_objective, refuse_inference_mode
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest, check_gradient
@@ -127,7 +127,7 @@ class Attribution:
 def attribution(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: ExampleSource,
     *,
     site: str = "head",
     layers: Iterable[int] | None = None,
@@ -153,7 +153,7 @@ def attribution(
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer. The model is left unchanged, and runs
             uncompiled even if it is compiled.
-        examples: prompts with their two answers.
+        examples: prompts with their two answers, as for `fit`.
         site, layers, positions: as for `ActivScalar.for_model`.
         intervention: takes the place of these three by its location; its values are neither read nor changed.
         objective: take the gradient of its E + λ_F·F at α = 0 as scores, which is that of the first step of `fit` on

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...tasks.examples import Example, check_examples
+from ...tasks.examples import Example
+from ...tasks.loading import examples_from
 
 
 def by_name(argument: str, examples: Any) -> dict[str | None, Sequence[Example]]:
     """The sets by name; None is the name of a single one.
 
     Raises:
-        TypeError, ValueError: not examples; the message names the argument and the set.
+        TypeError, ValueError: not examples; the message names the argument, the set and the row.
     """
     sets = examples if isinstance(examples, Mapping) else {None: examples}
     if isinstance(examples, Mapping) and not (examples and all(isinstance(name, str) for name in examples)):
         raise ValueError(f"{argument}: got {list(examples)!r}, expected sets of examples by name")
-    checked: dict[str | None, Sequence[Example]] = {}
-    for name, some in sets.items():
-        if not isinstance(some, Iterable):
-            raise TypeError(f"{argument}: got {type(some).__name__}, expected examples")
-        try:
-            checked[name] = check_examples(list(some))
-        except (TypeError, ValueError) as error:
-            where = argument if name is None else f"{argument}[{name!r}]"
-            raise type(error)(str(error).replace("examples", where, 1)) from None
-    return checked
+    return {
+        name: examples_from(some, argument if name is None else f"{argument}[{name!r}]") for name, some in sets.items()
+    }
 
 
 def row_ranges(sets: dict[str | None, Sequence[Example]]) -> dict[str | None, range]:

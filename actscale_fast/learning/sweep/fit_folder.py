@@ -12,14 +12,14 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..._json import LARGEST, parsed, read_limited, read_sealed, write_json, write_sealed
 from ...interventions import Intervention, load_intervention
 from ...interventions.description import DESCRIPTION, inside
-from ...tasks.examples import Example
+from ...tasks.examples import Example, example_fields
 from ..checkpoint import digest
 from ..evaluate import Evaluation
 from .grid import Point
@@ -165,7 +165,8 @@ def read_inside(folder: Path, name: str) -> Any:
 
 def examples_digest(examples: Sequence[Example]) -> str:
     """A digest of the examples of an evaluation."""
-    return digest([asdict(example) for example in examples])
+    # A source of None is part of the digest, as it was before examples had messages.
+    return digest([example_fields(example) | {"source": example.source} for example in examples])
 
 
 def _checksum(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from ... import defaults
 from ..._checks import check_counts, finite_number
 from ...interventions import ActivScalar, Intervention
-from ...tasks.examples import Example
+from ...tasks.loading import ExampleSource
 from ..arguments import checked_location, checked_objective, refuse_inference_mode
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest
@@ -27,7 +26,7 @@ _ROUNDING = 1e-3
 def minimality_path(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: ExampleSource,
     n: int = 8,
     *,
     smallest: float = 0.02,

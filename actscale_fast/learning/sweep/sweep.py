@@ -14,6 +14,7 @@ from ...architectures.layout import layout
 from ...interventions import ActivScalar, Intervention
 from ...patching.patch import patch
 from ...tasks.examples import Example
+from ...tasks.loading import ExampleSource
 from ..arguments import checked_location, checked_objective, refuse_idle, refuse_inference_mode
 from ..checkpoint import check_writable_checkpoint, digest
 from ..distributed import process_group
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example] | Mapping[str, Sequence[Example]],
+    examples: ExampleSource | Mapping[str, ExampleSource],
     grid: Grid,
     objective: Objective | None = None,
     *,
@@ -53,7 +54,7 @@ def sweep(
     patience: int = defaults.PATIENCE,
     warm_start: bool = False,
     at_once: int | None = None,
-    evaluate_on: Sequence[Example] | Mapping[str, Sequence[Example]] | None = None,
+    evaluate_on: ExampleSource | Mapping[str, ExampleSource] | None = None,
     folder: str | os.PathLike[str] | None = None,
     checkpoint_every: int = defaults.CHECKPOINT_EVERY,
     execution: Execution | None = None,
@@ -70,7 +71,8 @@ def sweep(
 
     Args:
         model, tokenizer: as for `fit`.
-        examples: prompts with their two answers; or several sets by name, each a task that every point is fitted to.
+        examples: prompts with their two answers, as for `fit`; or several sets by name, each a task that every point is
+            fitted to.
         grid: a dict of lists, of which every combination is a point; or a list of dicts; or a list of interventions,
             which are the starting points and are left unchanged. The keys are the fields of `Objective` (margin,
             faithfulness, minimality, …), the arguments below (steps, lr, batch_size, seed, …), `layers` and `task`.
