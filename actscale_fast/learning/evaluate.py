@@ -17,7 +17,7 @@ from ..frozen.batching import forward_arguments
 from ..frozen.shortcuts import open_frozen_model
 from ..interventions import Intervention
 from ..modules.evaluation_mode import evaluation_mode
-from ..patching.patch import patch
+from ..patching.patch import AnyPatch, patch
 from ..tasks.examples import Example, sources_of
 from .answer_scores import first_token_divergence
 from .encoded_examples import EncodedExamples
@@ -161,9 +161,12 @@ def _measure(
 ) -> Tensor:  # fmt: skip
     """[B, interventions, 7]: z[c] − z[w] at β = 0, +1, −1; the KL, and whether the top other token is kept, at ±1."""
     long = rows[0] in data.long_answers
-    with patch(model, interventions[0]) if long else contextlib.nullcontext() as patched:
-        if patched is not None:
-            patched.paused = True  # it only says where the prompts end, for other patches of the caller
+    with contextlib.ExitStack() as idle:
+        patched: AnyPatch | None = None
+        if long:  # it only says where the prompts end, for other patches of the caller
+            patched = patch(model, interventions[0])
+            idle.enter_context(patched)
+            patched.paused = True
         reference, before = predictions.run(rows, patched)
     direction = torch.tensor([1.0, -1.0], dtype=torch.float32, device=data.device).repeat_interleave(len(rows))
     correct, wrong, signs = (t.to(reference.device) for t in (data.correct[rows], data.wrong[rows], direction))
@@ -175,7 +178,8 @@ def _measure(
             for part in sources.keys() & intervention.singles:
                 applied.enter_context(part.interchange(torch.cat([sources[part], sources[part]])))
             strength = direction.repeat(2) if long else direction  # one row per answer
-            patched = applied.enter_context(patch(model, intervention, strength=strength))
+            patched = patch(model, intervention, strength=strength)
+            applied.enter_context(patched)
             steered, differences = predictions.run([*rows, *rows], patched)
         if long:  # the answers may begin with the same token
             kl = first_token_divergence(steered, both, *answers, exclude_answers=True, kl="forward", head=None)

@@ -12,9 +12,9 @@ from ..architectures.lm_head import OutputHead
 from ..frozen.batching import forward_arguments
 from ..frozen.partial_forward import PartialForward
 from ..patching.patch import AnyPatch
+from .answer_batch import answer_batch
 from .answer_scores import log_probability_differences
 from .encoded_examples import EncodedExamples
-from .long_answers import answer_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -304,7 +304,12 @@ def test_a_damaged_fit_is_refused_by_its_folder(tmp_path: Path) -> None:
         ({"seed": [0]}, {"evaluate_on": {"a": []}}, ValueError, r"evaluate_on\['a'\]: got none, expected at least one"),
         ({"seed": [0]}, {"evaluate_on": {"a": conflicts(2)}}, ValueError, "evaluate_on: got the sets"),
         ({"seed": [0]}, {"evaluate_on": 3}, TypeError, "evaluate_on: got int, expected examples"),
-        ({"seed": [0]}, {"evaluate_on": [af.Example("A", " B C", " D")]}, ValueError, "row 0, correct: ' B C' is 2"),
+        (
+            {"seed": [0]},
+            {"evaluate_on": [af.Example("A", " B C", " B")]},
+            ValueError,
+            "row 0: the tokens of correct ' B C'",
+        ),
         ({"seed": [0]}, {"memory_bytes": -1}, ValueError, "memory_bytes: got -1, expected an integer"),
     ],
 )

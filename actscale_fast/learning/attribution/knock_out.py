@@ -22,10 +22,10 @@ from ...frozen.batching import Batch, forward_arguments
 from ...frozen.shortcuts import open_frozen_model
 from ...interventions import ActivScalar
 from ...patching.patch import Patch
+from ..answer_batch import AnswerBatch, answer_batch
 from ..answer_scores import chosen_logits, log_probability_differences
 from ..encoded_examples import EncodedExamples
 from ..engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
-from ..long_answers import AnswerBatch, answer_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

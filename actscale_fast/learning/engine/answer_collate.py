@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ... import ops
-from ..long_answers import ScoredTokens, answer_batch
+from ..answer_batch import answer_batch
+from ..long_answers import ScoredTokens
 from ..objective import LossOptions
 from .collate import Collator, Loss, floats, ints, loss_weights
 from .forward_backward import MicrobatchInputs, MicrobatchShape
