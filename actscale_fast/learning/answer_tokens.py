@@ -3,50 +3,49 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
-from ..frozen.batching import open_ids
+from ..frozen.encoder import TextEncoder
 from ..tasks.examples import Example
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 #: Marks that a space follows in most scripts that have spaces; after others, such as brackets, none is missing.
-_BEFORE_SPACES = ".,:;?!"
+_BEFORE_SPACES = frozenset(".,:;?!")
 
 
 class AnswerEncoder:
     """Turns the answers of examples into checked token ids.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
+        encoder: encodes the prompts.
         n_tokens: number of tokens that the model can predict.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> None:
-        self.tokenizer, self.n_tokens = tokenizer, n_tokens
+    def __init__(self, encoder: TextEncoder, n_tokens: int) -> None:
+        self.encoder, self.tokenizer, self.n_tokens = encoder, encoder.tokenizer, n_tokens
         self._missing: list[str] = []  # answers that seem to lack their leading space
 
-    def encode(self, example: Example, prompt_ids: list[int], row: int) -> tuple[list[int], list[int]]:
+    def encode(self, example: Example, prompt_ids: list[int], where: str) -> tuple[list[int], list[int]]:
         """The token ids of the correct and of the wrong answer.
+
+        Args:
+            example: the example.
+            prompt_ids: the token ids of its prompt.
+            where: what an error message calls the example.
 
         Raises:
             ValueError: an answer has no tokens or one that is unknown, or it begins with the other answer.
         """
         both = [
-            self._tokens(example.prompt, prompt_ids, getattr(example, name), f"examples: row {row}, {name}")
+            self._tokens(example.prompt, prompt_ids, getattr(example, name), f"{where}, {name}")
             for name in ("correct", "wrong")
         ]
         correct, wrong = both
         if correct == wrong:
             tokens = "one token" if len(correct) == 1 else f"the same {len(correct)} tokens"
-            raise ValueError(
-                f"examples: row {row}: correct {example.correct!r} and wrong {example.wrong!r} are {tokens}"
-            )
+            raise ValueError(f"{where}: correct {example.correct!r} and wrong {example.wrong!r} are {tokens}")
         if correct[: len(wrong)] == wrong or wrong[: len(correct)] == correct:
             longer, shorter = ("correct", "wrong") if len(correct) > len(wrong) else ("wrong", "correct")
             raise ValueError(
-                f"examples: row {row}: the tokens of {longer} {getattr(example, longer)!r} begin with all those of "
+                f"{where}: the tokens of {longer} {getattr(example, longer)!r} begin with all those of "
                 f"{shorter} {getattr(example, shorter)!r}, whose probability is therefore never lower; expected "
                 "answers of which neither begins with the other"
             )
@@ -60,7 +59,7 @@ class AnswerEncoder:
 
     def _tokens(self, prompt: str, prompt_ids: list[int], answer: str, where: str) -> list[int]:
         """The tokens that `answer` adds to the prompt when the tokenizer splits both together."""
-        added = self._added(prompt, prompt_ids, answer)
+        added = self._added(prompt, prompt_ids, answer, where)
         if not added:
             raise ValueError(f"{where}: {answer!r} adds no token to the prompt, expected at least one")
         if max(added) >= self.n_tokens:
@@ -70,9 +69,9 @@ class AnswerEncoder:
         if unknown in added and not (answer.strip() == meant if single else meant in answer):
             what = "is not a token" if single else "has a part that is not a token"
             raise ValueError(f"{where}: {answer!r} {what} of the tokenizer (it reads {meant})")
-        if not single and not answer[:1].isspace() and (prompt[-1].isalnum() or prompt[-1] in _BEFORE_SPACES):
+        if not single and not answer[:1].isspace() and (prompt[-1:].isalnum() or prompt[-1:] in _BEFORE_SPACES):
             spaced = " " + answer
-            fewer = self._added(prompt, prompt_ids, spaced)
+            fewer = self._added(prompt, prompt_ids, spaced, where)
             if 0 < len(fewer) < len(added) and unknown not in fewer:
                 tokens = self.tokenizer.convert_ids_to_tokens(added)
                 self._missing.append(
@@ -81,8 +80,8 @@ class AnswerEncoder:
                 )
         return added
 
-    def _added(self, prompt: str, prompt_ids: list[int], answer: str) -> list[int]:
-        joined = open_ids(self.tokenizer, prompt + answer)
+    def _added(self, prompt: str, prompt_ids: list[int], answer: str, where: str) -> list[int]:
+        joined = self.encoder.opened(prompt + answer, where)
         if joined[: len(prompt_ids)] == prompt_ids:
             return joined[len(prompt_ids) :]
         return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])  # tokens merge across the boundary

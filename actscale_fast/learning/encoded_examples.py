@@ -53,12 +53,13 @@ class EncodedExamples:
         encoder = TextEncoder(found, tokenizer)
         self.examples = check_examples(examples)
         self.device, self.pad_id = encoder.device, encoder.pad_id
-        answers = AnswerEncoder(tokenizer, model.config.get_text_config().vocab_size)
+        answers = AnswerEncoder(encoder, model.config.get_text_config().vocab_size)
         self.prompts: list[list[int]] = []
         both: list[tuple[list[int], list[int]]] = []
         for row, example in enumerate(self.examples):
-            self.prompts.append(encoder.prompt(example.prompt, f"examples: row {row}"))
-            both.append(answers.encode(example, self.prompts[-1], row))
+            where = f"examples: row {row}"
+            self.prompts.append(encoder.prompt(example.prompt, where))
+            both.append(answers.encode(example, self.prompts[-1], where))
         answers.warn_of_missing_spaces()
         self.correct = torch.tensor([correct[0] for correct, _ in both], device=self.device)  # [N], the first tokens
         self.wrong = torch.tensor([wrong[0] for _, wrong in both], device=self.device)  # [N]
