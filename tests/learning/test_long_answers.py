@@ -326,7 +326,7 @@ def test_answers_in_any_script(recwarn: pytest.WarningsRecorder) -> None:
         (" Paris Rome", " Paris", r"row 0: the tokens of correct ' Paris Rome' begin with all those of wrong ' Paris'"),
         (" Rome", " Rome Oslo", r"row 0: the tokens of wrong ' Rome Oslo' begin with all those of correct ' Rome'"),
         (" Rome Oslo", "  Rome  Oslo", r"row 0: correct ' Rome Oslo' and wrong '  Rome  Oslo' are the same 2 tokens"),
-        (" Rome Nowhere", " Paris", r"row 0, correct: ' Rome Nowhere' has a part that is no token of the tokenizer"),
+        (" Rome Nowhere", " Paris", r"row 0, correct: ' Rome Nowhere' has a part that is not a token of the tokenizer"),
         (" Rome", " Paris" * 65, "longest answer of several tokens has 69 tokens, expected at most the model's 64"),
     ],
 )
