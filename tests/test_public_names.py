@@ -111,7 +111,7 @@ PARAMETERS = {
     "BoundlessDAS.for_model": "model site layers positions generated seed projection layers_path mlp",
     "Example": "prompt correct wrong source messages where",
     "tasks.country_capital_conflicts": (
-        "tokenizer n_train n_test seed templates test_fraction whole_names aligned split"
+        "tokenizer n_train n_test seed templates test_fraction whole_names aligned split several_tokens"
     ),
     "tasks.indirect_object_identification": "tokenizer n_train n_test seed templates orders aligned",
     "tasks.greater_than": "tokenizer n_train n_test seed templates aligned",

@@ -32,6 +32,14 @@ class OutputHead:
         z = self.scale * nn.functional.linear(hidden, self.weight, self.bias)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
+    def chosen(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The logits of some tokens [K, J] from hidden [K, d] and ids int64 [K, J], in fp32 or wider."""
+        weight, bias, wide = self.weight, self.bias, torch.promote_types(hidden.dtype, torch.float32)
+        ids, hidden = ids.to(weight.device), hidden.to(weight.device)
+        z = (weight[ids].to(wide) * hidden.to(wide)[:, None]).sum(-1)  # [K, J, d] · [K, 1, d]
+        z = self.scale * (z if bias is None else z + bias[ids].to(wide))
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
 
 @torch.no_grad()
 def read_head(model: nn.Module, arguments: dict[str, Any]) -> OutputHead | None:

@@ -108,6 +108,7 @@ def fit_interchange(
     check_counts(epochs=epochs, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     refuse_inference_mode("fit_interchange")
     data = EncodedExamples(examples, tokenizer, model, das.location.paths)
+    data.refuse_long_answers("fit_interchange learns from the next token alone")
     texts = sources_of(data.examples)
     if steps is None:
         steps = epochs * math.ceil(len(data) / batch_size)

@@ -70,13 +70,16 @@ def open_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids  # without special tokens, this tokenizer splits the text differently
 
 
-def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = None) -> dict[str, Any]:
-    """The arguments for a forward pass on a batch; only the last token's logits are requested where possible.
+def forward_arguments(
+    model: PreTrainedModel, batch: Batch, width: int | None = None, n_last: int = 1
+) -> dict[str, Any]:
+    """The arguments for a forward pass on a batch; only the last tokens' logits are requested where possible.
 
     Args:
         model: plain or wrapped.
         batch: the whole prompts.
         width: the number of last columns that run; a cache holds those before. None: all columns.
+        n_last: the number of last columns whose logits are requested.
 
     Raises:
         ValueError: the batch is padded, and padding was seen to change this model's results.
@@ -97,7 +100,7 @@ def forward_arguments(model: PreTrainedModel, batch: Batch, width: int | None = 
             positions = (batch.attention_mask.cumsum(-1) - 1).clamp_(min=0)
             arguments["position_ids"] = positions if width is None else positions[:, -width:]
     if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = 1
+        arguments["logits_to_keep"] = n_last
     return arguments
 
 

@@ -83,7 +83,8 @@ class PartialForward:
             end: layers from it on do not run; None: all of them run.
             prefix: keys and values of the tokens before.
             wanted: numbers of layers whose input is returned too, before any edit of the output of the layer below.
-            every_token: without `end`, return the head's input at every token, [B, T, d]; requires a head.
+            every_token: without `end`, return the head's input at every token that the model's head gets, [B, T, d], or
+                without a head their logits [B, T, V].
 
         Returns:
             A result, and the wanted tensors [B, T, d] by layer. The result is what layer end − 1 returned, [B, T, d],
@@ -106,7 +107,9 @@ class PartialForward:
             output = self.call(**arguments | cache)
             if end is not None:
                 return noted[end], noted
-            return (output.logits[:, -1] if self.head is None else noted.pop(_HEAD)), noted
+            if self.head is None:
+                return (output.logits if every_token else output.logits[:, -1]), noted
+            return noted.pop(_HEAD), noted
         finally:
             self.first, self.end, self.hidden, self.wanted, self.noted = 0, n_layers, None, (), {}
             if patches is not None:

@@ -17,6 +17,8 @@ from .objective import Objective
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .encoded_examples import EncodedExamples
+
 
 def checked_objective(objective: Any) -> Objective:
     """The objective, or the default one for None."""
@@ -44,12 +46,16 @@ def checked_intervention(intervention: Any) -> Intervention:
             raise ValueError(
                 "intervention: a Projection whose directions are 0 has no gradient; start from one that was extracted"
             )
-    if all(single.location.positions == () for single in intervention.singles):
-        raise ValueError(
-            "intervention: it acts only on generated tokens (positions=[], generated=True), but examples have none, so "
-            "there is nothing to learn"
-        )
     return intervention
+
+
+def refuse_tokenless(intervention: Intervention, data: EncodedExamples) -> None:
+    """Raise a ValueError if the intervention acts on no token of the examples."""
+    if not data.long_answers and all(single.location.positions == () for single in intervention.singles):
+        raise ValueError(
+            "intervention: it acts only on generated tokens (positions=[], generated=True), but examples have none "
+            "unless an answer has several tokens, so there is nothing to learn"
+        )
 
 
 def refuse_idle(model: PreTrainedModel, intervention: Intervention) -> None:

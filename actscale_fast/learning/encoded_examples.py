@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +13,10 @@ from ..architectures.hugging_face import unwrap
 from ..architectures.layout import layout
 from ..frozen.batching import Batch, left_padded, padding_known
 from ..frozen.encoder import TextEncoder
-from ..tasks.examples import Example, prompt_of
+from ..tasks.examples import prompt_of
 from ..tasks.loading import ExampleSource, examples_from
+from .answer_tokens import AnswerEncoder
+from .long_answers import LongAnswers
 from .prompt_spaces import warn_of_spaces
 
 if TYPE_CHECKING:
@@ -29,8 +32,9 @@ class EncodedExamples:
 
     Raises:
         TypeError: not a Hugging Face model or tokenizer, or rows that are not examples.
-        ValueError: no examples, an answer that is not one known token, two answers that are the same token, or a prompt
-            that is empty, longer than the model's context or has unknown tokens; the message names the row.
+        ValueError: no examples, an answer without tokens or with an unknown one, an answer that begins with the other
+            one, or a prompt that is empty, longer than the model's context (with its answers) or has unknown tokens;
+            the message names the row.
 
     Prompts that end with a space, and answers that begin with one after a chat template's line break, are a warning.
     """
@@ -38,6 +42,8 @@ class EncodedExamples:
     model: nn.Module | None = None  # the Hugging Face model inside wrappers
     #: Whether batches hold only prompts of one length, even if the model handles padding.
     alike_only: bool = False
+    #: The answers of the examples that have an answer of several tokens, by row.
+    long_answers: Mapping[int, LongAnswers] = MappingProxyType({})
 
     def __init__(
         self,
@@ -51,24 +57,25 @@ class EncodedExamples:
         encoder = TextEncoder(found, tokenizer)
         self.examples = examples_from(examples)
         self.device, self.pad_id = encoder.device, encoder.pad_id
-        width = model.config.get_text_config().vocab_size
+        answers = AnswerEncoder(encoder, model.config.get_text_config().vocab_size)
         self.prompts: list[list[int]] = []
-        correct: list[int] = []
-        wrong: list[int] = []
+        both: list[tuple[list[int], list[int]]] = []
         for example in self.examples:
-            where = str(example.where)
-            ids = encoder.prompt(prompt_of(example), where)
-            self.prompts.append(ids)
-            for name, kept in (("correct", correct), ("wrong", wrong)):
-                token = _answer_token(encoder, example, ids, name)
-                if token >= width:
-                    raise ValueError(f"{where}, {name}: token id {token}, expected less than {width}")
-                kept.append(token)
-            if correct[-1] == wrong[-1]:
-                raise ValueError(f"{where}: correct {example.correct!r} and wrong {example.wrong!r} are one token")
+            self.prompts.append(encoder.prompt(prompt_of(example), str(example.where)))
+            both.append(answers.encode(example, self.prompts[-1]))
         warn_of_spaces(self.examples, tokenizer)
-        self.correct = torch.tensor(correct, device=self.device)  # [N]
-        self.wrong = torch.tensor(wrong, device=self.device)  # [N]
+        answers.warn_of_missing_spaces()
+        self.correct = torch.tensor([correct[0] for correct, _ in both], device=self.device)  # [N], the first tokens
+        self.wrong = torch.tensor([wrong[0] for _, wrong in both], device=self.device)  # [N]
+        self.long_answers = {
+            row: LongAnswers(tuple(correct), tuple(wrong))
+            for row, (correct, wrong) in enumerate(both)
+            if len(correct) > 1 or len(wrong) > 1
+        }
+        if self.long_answers:  # they share batches, whose columns must all have a place in the context
+            most = max(len(self.prompts[row]) for row in self.long_answers)
+            most += max(one.longest for one in self.long_answers.values()) - 1
+            encoder.check_length(most, "examples: the longest prompt with the longest answer of several tokens")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -90,6 +97,35 @@ class EncodedExamples:
         """Whether prompts of different lengths may share a batch, because padding does not change their results."""
         return not self.alike_only and (self.model is None or padding_known(self.model) is not False)
 
+    def kind(self, row: int) -> int | None:
+        """Examples of one kind may share a pass: None where both answers are one token, else a number."""
+        if row not in self.long_answers:
+            return None
+        return 0 if self.pads else len(self.prompts[row])  # without padding, prompts before answers have one length
+
+    def by_kind(self, rows: Sequence[int]) -> list[list[int]]:
+        """These rows, apart by their kind."""
+        kinds: dict[int | None, list[int]] = {}
+        for row in rows:
+            kinds.setdefault(self.kind(row), []).append(row)
+        return list(kinds.values())
+
+    def joined(self, row: int) -> list[int]:
+        """The tokens that run for an example: its prompt's, and of answers of several tokens all but the last."""
+        answers = self.long_answers.get(row)
+        return self.prompts[row] if answers is None else answers.joined(self.prompts[row])
+
+    def sequences(self, row: int) -> list[list[int]]:
+        """The sequences of these tokens: the prompt, or the prompt with either answer."""
+        answers = self.long_answers.get(row)
+        return [self.prompts[row]] if answers is None else answers.sequences(self.prompts[row])
+
+    def refuse_long_answers(self, what: str) -> None:
+        """Raise a ValueError if an example has an answer of several tokens, which `what` cannot use."""
+        if self.long_answers:
+            where = self.examples[min(self.long_answers)].where
+            raise ValueError(f"{where} has an answer of several tokens, but {what}")
+
     def batch(self, rows: Sequence[int], multiple: int = 1) -> Batch:
         """The prompts of these rows, padded on the left to the longest of them.
 
@@ -102,19 +138,3 @@ class EncodedExamples:
         if multiple > 1:
             length = min(-(-length // multiple) * multiple, max(map(len, self.prompts)))
         return left_padded(prompts, self.pad_id, self.device, length)
-
-
-def _answer_token(encoder: TextEncoder, example: Example, prompt_ids: list[int], name: str) -> int:
-    """The single token that an answer adds to the prompt when the tokenizer splits both together."""
-    tokenizer, answer, where = encoder.tokenizer, getattr(example, name), f"{example.where}, {name}"
-    joined = encoder.opened(prompt_of(example), where, then=answer)
-    added = joined[len(prompt_ids) :]
-    if joined[: len(prompt_ids)] != prompt_ids:  # tokens merge across the boundary
-        added = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    if len(added) != 1:
-        tokens = tokenizer.convert_ids_to_tokens(added)
-        hint = "" if answer[:1].isspace() else f"; did you mean {' ' + answer!r}, with its leading space?"
-        raise ValueError(f"{where}: {answer!r} is {len(added)} tokens {tokens}, expected one{hint}")
-    if added[0] == tokenizer.unk_token_id and answer.strip() != tokenizer.unk_token:
-        raise ValueError(f"{where}: {answer!r} is not a token of the tokenizer (it reads {tokenizer.unk_token})")
-    return int(added[0])

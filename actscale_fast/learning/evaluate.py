@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,16 @@ from torch import Tensor
 from .. import ops
 from .._checks import check_counts
 from ..architectures.layout import layout
-from ..frozen.batching import Batch, forward_arguments
+from ..frozen.batching import forward_arguments
 from ..frozen.shortcuts import open_frozen_model
 from ..interventions import Intervention
 from ..modules.evaluation_mode import evaluation_mode
-from ..patching.patch import patch
+from ..patching.patch import AnyPatch, patch
 from ..tasks.examples import sources_of
 from ..tasks.loading import ExampleSource
+from .answer_scores import first_token_divergence
 from .encoded_examples import EncodedExamples
+from .predictions import Predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over examples. "Correct" is z[c] > z[w]: the correct answer's logit is above the wrong one's."""
+    """Means over examples. "Correct" is z[c] > z[w]: the correct answer's logit is above the wrong one's.
+
+    Where an answer has several tokens, z[c] − z[w] stands for log p(c) − log p(w), the difference of the whole answers'
+    log-probabilities after the prompt, which for one token each is the same. The KL divergence and the most likely
+    other token are those of the next token after the prompt, without the first tokens of both answers.
+    """
 
     n_examples: int
     flip_to_correct: float  # share of examples with z[c] > z[w] under β = +1
@@ -88,16 +95,18 @@ def evaluate(
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
-        examples: prompts with their two answers, as for `fit`. An intervention that takes activations from a second
-            prompt (such as `BoundlessDAS`) also needs their `source`; the others ignore it. With the counterfactual
-            answer as `correct`, `flip_to_correct` is then the interchange accuracy between the two answers.
+        examples: prompts with their two answers, as for `fit`; prompts with an answer of several tokens run once per
+            answer. An intervention that takes activations from a second prompt (such as `BoundlessDAS`) also needs
+            their `source`; the others ignore it. With the counterfactual answer as `correct`, `flip_to_correct` is then
+            the interchange accuracy between the two answers.
         intervention: the intervention to evaluate, for example a fitted `ActivScalar`.
         batch_size: number of prompts in one forward pass (the two directions together make twice as many rows).
         progress: show a progress bar.
 
     Raises:
         TypeError, ValueError: bad arguments or examples (see `EncodedExamples`), an example without a source that the
-            intervention needs, or an intervention made for another model.
+            intervention needs, or with an answer of several tokens where it needs one, or an intervention made for
+            another model.
     """
     return evaluate_all(model, tokenizer, examples, [intervention], batch_size=batch_size, progress=progress)[0]
 
@@ -125,20 +134,18 @@ def evaluate_all(
     sources: dict[Intervention, Tensor] = {}
     for part in dict.fromkeys(part for intervention in interventions for part in intervention.singles):
         if part.needs_source:
+            data.refuse_long_answers(f"a {type(part).__name__} is evaluated on the next token alone")
             texts = sources_of(data.examples)
             sources[part] = part.source_activations(model, tokenizer, texts, batch_size=batch_size, progress=progress)
     rows: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         head, section = stack.enter_context(open_frozen_model(found, model, forward_arguments(model, data.batch([0]))))
-
-        def logits(batch: Batch) -> Tensor:
-            output = section.run(forward_arguments(model, batch))[0]
-            return output if head is None else head.logits(output)
-
+        predictions = Predictions(model, data, head, section)
         for batch_rows in tqdm(data.by_length(batch_size), desc="evaluate", disable=not progress, leave=False):
-            of_batch = {part: values[batch_rows] for part, values in sources.items()}
-            rows.append(_measure(model, logits, data, batch_rows, interventions, of_batch))
+            for alike in data.by_kind(batch_rows):
+                of_batch = {part: values[alike] for part, values in sources.items()}
+                rows.append(_measure(model, predictions, data, alike, interventions, of_batch))
     evaluations = []
     for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
         start, plus, minus, kl_correct, kl_wrong, *tops = values.unbind(-1)
@@ -150,25 +157,36 @@ def evaluate_all(
 
 
 def _measure(
-    model: PreTrainedModel, logits: Callable[[Batch], Tensor], data: EncodedExamples, rows: list[int],
+    model: PreTrainedModel, predictions: Predictions, data: EncodedExamples, rows: list[int],
     interventions: Sequence[Intervention], sources: dict[Intervention, Tensor],
 ) -> Tensor:  # fmt: skip
     """[B, interventions, 7]: z[c] − z[w] at β = 0, +1, −1; the KL, and whether the top other token is kept, at ±1."""
-    batch = data.batch(rows)
-    reference = logits(batch)
+    long = rows[0] in data.long_answers
+    with contextlib.ExitStack() as idle:
+        patched: AnyPatch | None = None
+        if long:  # it only says where the prompts end, for other patches of the caller
+            patched = patch(model, interventions[0])
+            idle.enter_context(patched)
+            patched.paused = True
+        reference, before = predictions.run(rows, patched)
     direction = torch.tensor([1.0, -1.0], dtype=torch.float32, device=data.device).repeat_interleave(len(rows))
     correct, wrong, signs = (t.to(reference.device) for t in (data.correct[rows], data.wrong[rows], direction))
-    before, both = _difference(reference, correct, wrong), reference.repeat(2, 1)
+    both = reference.repeat(2, 1)
     answers, top = (correct.repeat(2), wrong.repeat(2)), _top_other(reference, correct, wrong).repeat(2)
     found = []
     for intervention in interventions:
         with contextlib.ExitStack() as applied:
             for part in sources.keys() & intervention.singles:
                 applied.enter_context(part.interchange(torch.cat([sources[part], sources[part]])))
-            applied.enter_context(patch(model, intervention, strength=direction))
-            steered = logits(batch.repeat(2))
-        kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
-        differences = _difference(steered, *answers).view(2, -1)
+            strength = direction.repeat(2) if long else direction  # one row per answer
+            patched = patch(model, intervention, strength=strength)
+            applied.enter_context(patched)
+            steered, differences = predictions.run([*rows, *rows], patched)
+        if long:  # the answers may begin with the same token
+            kl = first_token_divergence(steered, both, *answers, exclude_answers=True, kl="forward", head=None)
+        else:
+            kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
+        differences = differences.view(2, -1)
         kept = _top_other(steered, *answers) == top
         found.append(torch.stack([before, *differences, *kl.view(2, -1), *kept.float().view(2, -1)], -1))
     return torch.stack(found, 1)
@@ -199,9 +217,3 @@ def _top_other(logits: Tensor, correct: Tensor, wrong: Tensor) -> Tensor:
     top = logits.topk(min(3, logits.shape[-1])).indices  # [B, 3]: one of them is neither
     answer = (top == correct[:, None]) | (top == wrong[:, None])
     return top.gather(-1, answer.long().argmin(-1, keepdim=True)).squeeze(-1)
-
-
-def _difference(logits: Tensor, correct: Tensor, wrong: Tensor) -> Tensor:
-    columns = torch.stack([correct, wrong], -1)
-    difference: Tensor = logits.gather(-1, columns).to(torch.float32).diff(dim=-1)
-    return -difference.squeeze(-1)

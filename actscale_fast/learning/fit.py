@@ -13,7 +13,7 @@ from .. import defaults
 from ..interventions import Intervention
 from ..patching.patch import patch
 from ..tasks.loading import ExampleSource
-from .arguments import checked_intervention, checked_objective, refuse_idle, refuse_inference_mode
+from .arguments import checked_intervention, checked_objective, refuse_idle, refuse_inference_mode, refuse_tokenless
 from .checkpoint import Checkpoint, check_writable_checkpoint
 from .distributed import process_group
 from .encoded_examples import EncodedExamples
@@ -73,8 +73,11 @@ def fit(
 
     Under torchrun or `accelerate launch` the processes split each batch; each must have the model and gets the result.
 
-    Examples end where the answer begins, and no token is generated. The slot of `generated=True` therefore learns
-    nothing: it keeps its starting value 0 (the ℓ1 term takes any other value to 0, unless minimality=0).
+    Prompts end where the answer begins. Answers of one token need no generated token, so that the slot of
+    `generated=True` learns nothing: it keeps its starting value 0 (the ℓ1 term takes any other value to 0, unless
+    minimality=0). Where an answer has several tokens, the margin is on the difference of the answers'
+    log-probabilities, log p(c) − log p(w), which for one token each is the logit difference; the prompt then runs with
+    both answers, whose tokens are steered as generated tokens are.
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer.
@@ -119,6 +122,7 @@ def fit(
     refuse_inference_mode("fit")
     paths = checked_intervention(intervention).paths
     data = EncodedExamples(examples, tokenizer, model, paths)
+    refuse_tokenless(intervention, data)
     with process_group(execution.distributed) as processes:
         if checkpoint.path is not None:
             check_writable_checkpoint(checkpoint.path, processes=processes, new=True)

@@ -31,11 +31,15 @@ def fit_identity(intervention: Intervention, objective: Objective) -> dict[str, 
 def examples_identity(data: EncodedExamples, rows: Sequence[int]) -> dict[str, Any]:
     """Digests of some examples and of their token ids."""
     correct, wrong = data.correct.tolist(), data.wrong.tolist()
+    tokens: list[Any] = [
+        [data.prompts[row] for row in rows], [correct[row] for row in rows], [wrong[row] for row in rows]
+    ]  # fmt: skip
+    long = [data.long_answers[row] for row in rows if row in data.long_answers]
+    if long:
+        tokens.append([[[*answers.correct], [*answers.wrong]] for answers in long])
     return {
         "examples": digest([example_fields(data.examples[row]) for row in rows]),
-        "tokens": digest(
-            [[data.prompts[row] for row in rows], [correct[row] for row in rows], [wrong[row] for row in rows]]
-        ),
+        "tokens": digest(tokens),
     }
 
 

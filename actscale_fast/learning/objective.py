@@ -32,7 +32,8 @@ class Objective:
     direction of the KL and the exclusion of the answers are this package's interpretation; each is a field.
 
     Args:
-        margin: m in the hinge max(0, m − s·(z[c] − z[w])), in logits.
+        margin: m in the hinge max(0, m − s·(z[c] − z[w])), in logits; for answers of several tokens the bracket is
+            log p(c) − log p(w), in nats.
         faithfulness: λ_F, the weight of the KL divergence from the frozen model.
         minimality: λ_M, the weight of the ℓ1 norm, which is applied as a proximal step, so that zeros are exact.
         sparsity: whose ℓ1 norm is penalised. "parameters": that of the learned parameters. "scalars", for a DynScalar:

@@ -65,6 +65,7 @@ def country_capital_conflicts(
     whole_names: bool = True,
     aligned: bool = False,
     split: Split = "country",
+    several_tokens: bool = False,
 ) -> TaskSplit:
     """Prompts that claim a false capital, split so that no test country, nor its capital, occurs in training.
 
@@ -72,9 +73,9 @@ def country_capital_conflicts(
     country on the same side. Every country is asked for equally often, every false claim is made equally often (up to
     one round), and no prompt occurs twice.
 
-    How many of the 184 countries are used depends on the tokenizer, which must make the capital one token (in brackets
-    the number with `whole_names=False`): SmolLM2 46 (107), GPT-2 52 (111), Llama 3 and Qwen 3 54 (116), Gemma 3
-    91 (142), Mistral 7B 19 (82).
+    How many of the 184 countries are used depends on the tokenizer, which must make the capital one token unless
+    `several_tokens` is set (in brackets the number with `whole_names=False`): SmolLM2 46 (107), GPT-2 52 (111), Llama 3
+    and Qwen 3 54 (116), Gemma 3 91 (142), Mistral 7B 19 (82).
 
     Args:
         tokenizer: decides which capitals are one token with their leading space.
@@ -90,6 +91,7 @@ def country_capital_conflicts(
             only if these have one shape, as `ALIGNED_CONFLICT_TEMPLATES` have.
         split: what training never sees. "country": the held-out countries and their capitals, in any template;
             "template": the held-out templates, with any country; "both": neither of them.
+        several_tokens: also use capitals of several tokens, with the whole name as the answer (" Addis Ababa").
 
     Returns:
         TaskSplit, which unpacks as `train, test`.
@@ -109,7 +111,9 @@ def country_capital_conflicts(
     if split not in get_args(Split):
         raise ValueError(f"split: got {split!r}, expected one of {', '.join(map(repr, get_args(Split)))}")
     texts = checked_templates(CONFLICT_TEMPLATES if templates is None else templates, ("country", "claim"))
-    answers = _answers(tokenizer, whole_names)
+    if several_tokens and not whole_names:
+        raise ValueError("several_tokens: got True with whole_names=False, expected one of the two")
+    answers = _whole_answers(tokenizer) if several_tokens else _answers(tokenizer, whole_names)
     if len(answers) < MIN_COUNTRIES:
         raise ValueError(
             f"tokenizer: only {len(answers)} of {len(CAPITALS)} capitals can be answered with one token, expected at "
@@ -147,6 +151,20 @@ def _answers(tokenizer: PreTrainedTokenizerBase, whole_names: bool) -> dict[str,
             if len(fragment) >= _SHORTEST_FRAGMENT and capital.startswith(fragment) and fragment not in country:
                 answers[country] = f" {fragment}"
     return answers
+
+
+def _whole_answers(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The answers, without capitals that contain the country's name or whose tokens begin with another capital."""
+    tokens = {capital: tuple(ids) for capital, ids in answer_tokens(tokenizer, CAPITALS.values()).items() if ids}
+    known = set(tokens.values())
+    kept = {
+        capital for capital, ids in tokens.items() if not any(ids[:length] in known for length in range(1, len(ids)))
+    }
+    return {
+        country: f" {capital}"
+        for country, capital in CAPITALS.items()
+        if capital in kept and country.removeprefix("the ") not in capital
+    }
 
 
 def _conflicts(

@@ -22,7 +22,8 @@ class Example:
     Args:
         prompt: the text before the answer; empty exactly if there are messages.
         correct: the correct answer exactly as it follows the prompt, usually with a leading space (" Berlin").
-        wrong: the wrong answer (" Paris"). Both must be single tokens, which `fit` and `evaluate` check.
+        wrong: the wrong answer (" Paris"). Answers may have several tokens and be in any script; `fit` and `evaluate`
+            check that neither begins with the other.
         source: for an interchange, the second prompt (a text or messages), from which activations are taken. The prompt
             is then the base and `correct` the answer that the interchange should give.
         messages: a chat instead of a prompt, as a list of dicts with the keys "role" and "content". The tokenizer's

@@ -284,8 +284,8 @@ def test_a_bad_line_of_data_is_named(model: str, tmp_path: Path, capsys: pytest.
     words = ["fit", "--model", model, "--out", str(tmp_path / "out"), "--data", str(file)]
     file.write_text('{"prompt": "A:", "correct": " Paris", "wrong": " Paris"}\n', encoding="utf-8")
     assert f"row 1 of {file}: wrong: got ' Paris', the same as correct" in refused(capsys, *words)
-    file.write_text('{"prompt": "A:", "correct": " Paris Rome", "wrong": " Rome"}\n', encoding="utf-8")
-    assert f"row 1 of {file}, correct: ' Paris Rome' is 2 tokens" in refused(capsys, *words)
+    file.write_text('{"prompt": "A:", "correct": " Paris Rome", "wrong": " Paris"}\n', encoding="utf-8")
+    assert f"row 1 of {file}: the tokens of correct ' Paris Rome' begin with" in refused(capsys, *words)
     assert not (tmp_path / "out" / "intervention.json").exists()
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,16 @@ N_RANKS = 2
 PATIENCE = 300  # seconds before processes that wait for each other are given up
 
 
-def fitted(n_examples: int = 5, *, start: float = 0.0, where: dict[str, Any] | None = None, **options: Any) -> Any:
-    """(scalars, history) of a short fit."""
+def fitted(
+    n_examples: int = 5, *, start: float = 0.0, where: dict[str, Any] | None = None, end: str = "", **options: Any
+) -> Any:
+    """(scalars, history) of a short fit; `end` makes the correct answers longer."""
     model = tiny.llama()
     scalars = af.ActivScalar.for_model(model, **(where or {}))
     with torch.no_grad():
         scalars.alpha.add_(start)
-    result = run(model, conflicts(n_examples), OBJECTIVE, intervention=scalars, **options)
+    examples = [replace(example, correct=example.correct + end) for example in conflicts(n_examples)]
+    result = run(model, examples, OBJECTIVE, intervention=scalars, **options)
     return scalars.alpha.detach(), result.history
 
 
@@ -43,6 +47,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "all heads": {},
     "the last token": {"where": {"positions": [-1]}},
     "the upper layer, nothing kept": {"where": {"layers": [2]}, "cache_bytes": 0},
+    "answers of several tokens": {"end": " one two"},
     "fewer prompts than processes": {"n_examples": 1},
     "fewer prompts than processes, accumulated": {"n_examples": 1, "accumulate": 3},
     "an odd number, accumulated": {"n_examples": 7, "batch_size": 5, "accumulate": 2},

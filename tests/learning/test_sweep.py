@@ -306,9 +306,9 @@ def test_a_damaged_fit_is_refused_by_its_folder(tmp_path: Path) -> None:
         ({"seed": [0]}, {"evaluate_on": 3}, TypeError, "evaluate_on: got int, expected examples"),
         (
             {"seed": [0]},
-            {"evaluate_on": [af.Example("A", " B C", " D")]},
+            {"evaluate_on": [af.Example("A", " B C", " B")]},
             ValueError,
-            "row 1 of evaluate_on, correct: ",
+            "row 1 of evaluate_on: the tokens of correct ' B C'",
         ),
         ({"seed": [0]}, {"memory_bytes": -1}, ValueError, "memory_bytes: got -1, expected an integer"),
     ],

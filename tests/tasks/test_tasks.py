@@ -103,6 +103,16 @@ def test_fragments_widen_the_choice_when_whole_names_are_not_asked_for(words: An
         assert len(words.tokenize(example.correct)) == 1
 
 
+def test_whole_names_of_several_tokens_widen_the_choice_too(words: Any) -> None:
+    sides = tasks.country_capital_conflicts(words, n_train=3000, n_test=900, several_tokens=True)
+    answers = {example.correct for side in sides for example in side}
+    assert {" Addis Ababa", " San Jose", " San Salvador", " Paris"} <= answers
+    assert " Mexico City" not in answers  # the question would hold half of the answer
+    assert answers <= {f" {capital}" for capital in CAPITALS.values()}
+    with pytest.raises(ValueError, match="several_tokens: got True with whole_names=False"):
+        tasks.country_capital_conflicts(words, whole_names=False, several_tokens=True)
+
+
 def test_a_tokenizer_that_leaves_too_few_countries_is_refused_with_the_count() -> None:
     rare = word_models.tokenizer(["A : the capital of Paris Rome Berlin"])
     with pytest.raises(ValueError, match=rf"tokenizer: only 3 of {len(CAPITALS)} capitals .* at least 8; whole_names"):

@@ -17,8 +17,8 @@ from ...architectures.site_check import skipped
 from ...interventions import ActivScalar
 from ...modules.evaluation_mode import evaluation_mode
 from ...patching.patch import patch
-from ...tasks.loading import ExampleSource
-from ..arguments import checked_location, checked_objective, refuse_inference_mode
+from ....tasks.loading import ExampleSource
+from ..arguments import checked_location, checked_objective, refuse_inference_mode, refuse_tokenless
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest, check_gradient
 from ..execution import CACHE_BYTES, Execution
@@ -63,7 +63,7 @@ class Attribution:
     knock_out: Tensor | None = field(repr=False)
     location: Location
     n_examples: int
-    #: The frozen model's mean z[c] − z[w].
+    #: The frozen model's mean z[c] − z[w]; where an answer has several tokens, log p(c) − log p(w).
     logit_difference: float
     #: The objective whose gradient the scores are; None: the mean logit difference.
     objective: Objective | None = None
@@ -143,7 +143,8 @@ def attribution(
 
     With y = h·(1 + β·α) the gradient of a metric at α = 0 is dL/dα = β·⟨h, dL/dy⟩, summed over tokens: attribution
     patching towards zero activations, for all heads at once, from one forward and one backward pass. The metric is the
-    mean over examples of the logit difference z[c] − z[w].
+    mean over examples of the logit difference z[c] − z[w]. Where an answer has several tokens it is the difference of
+    the answers' log-probabilities, log p(c) − log p(w), and their tokens are steered as generated tokens are.
 
     Sign: a score is the derivative of that mean with respect to α at β = 1. A head with a positive score favours the
     correct answer: amplifying it raises the difference, and removing it (β·α = −1) is predicted to change it by −score.
@@ -186,6 +187,7 @@ def attribution(
             raise ValueError("intervention: given together with site, layers or positions, expected one or the other")
         scalars = _at_rest(intervention)
     data = EncodedExamples(examples, tokenizer, model, scalars.location.paths)
+    refuse_tokenless(scalars, data)
     patch(model, scalars).remove()  # refuses another model's place before any work; moves to this model's device
     objective_scores: Tensor | None = None
     with torch.enable_grad():

@@ -22,6 +22,8 @@ from ...frozen.batching import Batch, forward_arguments
 from ...frozen.shortcuts import open_frozen_model
 from ...interventions import ActivScalar
 from ...patching.patch import Patch
+from ..answer_batch import AnswerBatch, answer_batch
+from ..answer_scores import chosen_logits, log_probability_differences
 from ..encoded_examples import EncodedExamples
 from ..engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
 
@@ -36,7 +38,7 @@ _PASS_TOKENS_GPU = 1 << 14
 class Found:
     """Means over all examples."""
 
-    difference: float  # the frozen model's z[c] − z[w]
+    difference: float  # the frozen model's log p(correct) − log p(wrong), for one token each z[c] − z[w]
     gradient: Tensor | None  # [L, P, H]
     changes: Tensor | None  # fp32 [L, P, H] on the CPU
 
@@ -62,8 +64,9 @@ class KnockOut:
         self.on_cpu = data.device.type == "cpu"
         self.max_tokens = PASS_TOKENS_CPU if self.on_cpu else _PASS_TOKENS_GPU
         self.starts = [self.location.first_changed(layer) for layer in self.location.layers]
-        #: Slots of the prompt times heads; examples have no generated tokens.
-        self.n_groups = (self.location.n_slots - self.location.generated) * self.location.n_heads
+        #: Slots times heads, without the slot of generated tokens if no example has such tokens.
+        unused = self.location.generated and not data.long_answers
+        self.n_groups = (self.location.n_slots - unused) * self.location.n_heads
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -92,7 +95,8 @@ class KnockOut:
         steps = len(pieces) * (1 + (n_layers if knock_out else 0))
         with tqdm(total=steps, desc="attribution", disable=not progress, dynamic_ncols=True) as bar:
             for rows in pieces:
-                batch = self.data.batch(rows)
+                long = rows[0] in self.data.long_answers
+                batch = answer_batch(self.data, rows) if long else self.data.batch(rows)
                 before, added, hidden = self._frozen(rows, batch, gradient, knock_out)
                 difference += float(before.cpu().double().sum())
                 if added is not None:
@@ -114,19 +118,22 @@ class KnockOut:
 
     def _pieces(self, knock_out: bool) -> list[list[int]]:
         """The examples in pieces of similar length, each within the bounds."""
-        lengths = [len(prompt) for prompt in self.data.prompts]
+        lengths = [max(map(len, self.data.sequences(row))) for row in range(len(self.data))]
         pieces = []
-        # Each prompt runs once per group, so a column of padding costs that much.
-        weight, cost = self.n_groups if knock_out else 1, PASS_COST_CPU if self.on_cpu else PASS_COST_GPU
-        cost = cost if self.data.pads else 0  # without padding each length needs passes of its own
-        for rows in plan(lengths, weight=weight, pass_cost=cost, max_tokens=None):
-            longest = max(lengths[row] for row in rows)
-            most = min(self.batch_size, self.max_tokens // longest)
-            if knock_out:
-                kept = len({start for start in self.starts if start}) * longest * self._token_bytes()
-                most = min(most, self.cache_bytes // max(kept, 1))
-            size = even_size(len(rows), most)
-            pieces += [rows[first : first + size] for first in range(0, len(rows), size)]
+        for alike in self.data.by_kind(range(len(self.data))):
+            n_rows = len(self.data.sequences(alike[0]))
+            # Each prompt runs once per group, so a column of padding costs that much.
+            weight, cost = n_rows * (self.n_groups if knock_out else 1), PASS_COST_CPU if self.on_cpu else PASS_COST_GPU
+            cost = cost if self.data.pads else 0  # without padding each length needs passes of its own
+            for items in plan([lengths[row] for row in alike], weight=weight, pass_cost=cost, max_tokens=None):
+                rows = [alike[item] for item in items]
+                longest = n_rows * max(lengths[row] for row in rows)
+                most = min(self.batch_size, self.max_tokens // longest)
+                if knock_out:
+                    kept = len({start for start in self.starts if start}) * longest * self._token_bytes()
+                    most = min(most, self.cache_bytes // max(kept, 1))
+                size = even_size(len(rows), most)
+                pieces += [rows[first : first + size] for first in range(0, len(rows), size)]
         return pieces
 
     def _token_bytes(self) -> int:
@@ -135,34 +142,48 @@ class KnockOut:
         return int(self.found.hidden_size * weight.element_size())
 
     def _frozen(
-        self, rows: Sequence[int], batch: Batch, gradient: bool, knock_out: bool
+        self, rows: Sequence[int], batch: Batch | AnswerBatch, gradient: bool, knock_out: bool
     ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
-        """The frozen model's z[c] − z[w] [B], the gradient of its sum, and hidden states by the layer they enter."""
+        """The frozen model's difference [B], the gradient of its sum, and hidden states by the layer they enter."""
         wanted = sorted({start for start in self.starts if start}) if knock_out else []
         with torch.set_grad_enabled(gradient), Patch(self._model, self.scalars) as patched:
             output, noted = self._pass(patched, batch, wanted=wanted)
-            difference = self._difference(output, rows)
+            difference = self._difference(output, rows, batch)
             added = torch.autograd.grad(difference.sum(), self.scalars.alpha)[0] if gradient else None
         return difference.detach(), added, {start: hidden.detach() for start, hidden in noted.items()}
 
     @torch.no_grad()
-    def _removed(self, index: int, rows: Sequence[int], batch: Batch, hidden: dict[int, Tensor]) -> Tensor:
-        """z[c] − z[w] [B, n_groups] with one (slot, head) of the index-th chosen layer removed per group."""
+    def _removed(
+        self, index: int, rows: Sequence[int], batch: Batch | AnswerBatch, hidden: dict[int, Tensor]
+    ) -> Tensor:
+        """The difference [B, n_groups] with one (slot, head) of the index-th chosen layer removed per group."""
         n_items = len(rows) * self.n_groups
-        size = even_size(n_items, self.max_tokens // batch.input_ids.shape[1])
+        inner = batch.batch if isinstance(batch, AnswerBatch) else batch
+        size = even_size(n_items, self.max_tokens // (inner.input_ids.shape[1] * (len(inner) // len(rows))))
         start = self.starts[index]
         differences = []
         with Patch(self._model, self._one_hot(index), group=torch.zeros(0, dtype=torch.int64, device="cpu")) as patched:
             for items in torch.arange(n_items, device="cpu").split(size):
-                place, patched.group = items // self.n_groups, items % self.n_groups
-                part = batch.take(place.to(batch.input_ids.device))
+                place, group = items // self.n_groups, items % self.n_groups
+                examples = [rows[row] for row in place.tolist()]
+                part: Batch | AnswerBatch
+                if isinstance(batch, AnswerBatch):
+                    part = answer_batch(self.data, examples, batch.n_prompt, batch.n_last)
+                    place, group = torch.cat([place, len(rows) + place]), group.repeat(2)  # one row per answer
+                else:
+                    part = batch.take(place.to(batch.input_ids.device))
+                patched.group = group
                 states = hidden[start][place.to(hidden[start].device)] if start else None
                 output, _ = self._pass(patched, part, first=start, hidden=states)
-                differences.append(self._difference(output, [rows[row] for row in place.tolist()]))
+                differences.append(self._difference(output, examples, part))
         return torch.cat(differences).view(len(rows), self.n_groups)
 
-    def _pass(self, patched: Patch, batch: Batch, **options: Any) -> tuple[Tensor, dict[int, Tensor]]:
-        """One run of the section, where all columns belong to the prompt."""
+    def _pass(self, patched: Patch, batch: Batch | AnswerBatch, **options: Any) -> tuple[Tensor, dict[int, Tensor]]:
+        """One run of the section, where all columns belong to the prompt or to an answer after it."""
+        if isinstance(batch, AnswerBatch):
+            with batch.announced(patched):
+                output, noted = self.section.run(batch.arguments(self._model), every_token=True, **options)
+            return output[:, -batch.n_last :], noted
         with patched.prompt(batch.input_ids.shape[1], batch.attention_mask if batch.padded else None):
             return self.section.run(forward_arguments(self._model, batch), **options)
 
@@ -173,18 +194,10 @@ class KnockOut:
         stack.alpha.view(self.n_groups, -1).fill_diagonal_(-1.0)
         return stack
 
-    def _difference(self, output: Tensor, rows: Sequence[int]) -> Tensor:
-        """z[c] − z[w] [B] in fp32 or wider, from two rows of the head, or from the logits if there is no head."""
+    def _difference(self, output: Tensor, rows: Sequence[int], batch: Batch | AnswerBatch) -> Tensor:
+        """log p(correct) − log p(wrong) [B] in fp32 or wider; for one token each z[c] − z[w], from two head rows."""
+        if isinstance(batch, AnswerBatch):
+            return log_probability_differences(output, batch.tokens, len(rows), self.head)
         correct, wrong = self.data.correct[list(rows)], self.data.wrong[list(rows)]
-        ids = torch.stack([correct, wrong], -1)  # [B, 2]
-        wide = torch.promote_types(output.dtype, torch.float32)
-        if self.head is None:
-            pair = output.gather(-1, ids.to(output.device)).to(wide)
-        else:
-            weight, bias = self.head.weight, self.head.bias
-            ids, output = ids.to(weight.device), output.to(weight.device)
-            pair = (weight[ids].to(wide) * output.to(wide)[:, None]).sum(-1)  # [B, 2, d] · [B, 1, d]
-            pair = self.head.scale * (pair if bias is None else pair + bias[ids].to(wide))
-            if self.head.softcap is not None:
-                pair = self.head.softcap * torch.tanh(pair / self.head.softcap)
+        pair = chosen_logits(output, torch.stack([correct, wrong], -1), self.head)  # [B, 2]
         return pair[:, 0] - pair[:, 1]

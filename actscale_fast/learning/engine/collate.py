@@ -19,7 +19,7 @@ from .reference_cache import ReferenceCache
 
 
 @dataclass(frozen=True, slots=True)
-class _Loss:
+class Loss:
     """A prompt under one direction."""
 
     batch_row: int
@@ -62,30 +62,30 @@ class Collator:
             if number < len(signs)
         ]
         losses = [
-            _Loss(batch_row, prompt, tree.paths[place][-1] if (tree := rows[index].tree) else -1)
+            Loss(batch_row, prompt, tree.paths[place][-1] if (tree := rows[index].tree) else -1)
             for batch_row, (index, _) in enumerate(batch_rows)
             for place, prompt in enumerate(rows[index].prompts)
         ]
         small = {
-            "expand": _ints([index for index, _ in batch_rows]),
-            "sign": _floats([sign for _, sign in batch_rows]),
-            **_weights(losses, requests),
+            "expand": ints([index for index, _ in batch_rows]),
+            "sign": floats([sign for _, sign in batch_rows]),
+            **loss_weights(losses, requests),
         }
         if packed:
-            small["row_of"] = _ints([loss.batch_row for loss in losses])
-            small["column_of"] = _ints([loss.column for loss in losses])
+            small["row_of"] = ints([loss.batch_row for loss in losses])
+            small["column_of"] = ints([loss.column for loss in losses])
         if self.grouped:
-            small["groups"] = _ints([requests[row.prompts[0].request].group for row in rows])
+            small["groups"] = ints([requests[row.prompts[0].request].group for row in rows])
         kinds: dict[LossOptions, list[int]] = {}
         for place, loss in enumerate(losses):
             kinds.setdefault(requests[loss.prompt.request].objective.loss_options, []).append(place)
         references: list[ops.ReferenceStatistics | Tensor] = []
         for number, (options, places) in enumerate(kinds.items()):
-            examples = _ints([losses[place].prompt.row for place in places])
+            examples = ints([losses[place].prompt.row for place in places])
             for name, ids in self.answers.items():
                 small[f"{name}.{number}"] = ids[examples]
             if len(kinds) > 1:
-                small[f"places.{number}"] = _ints(places)
+                small[f"places.{number}"] = ints(places)
             references.append(self.cache.reference(examples, options.kl))
         tensors = {name: value.to(self.data.device, non_blocking=True) for name, value in small.items()}
         region = self.cache.region
@@ -103,8 +103,12 @@ class Collator:
         return MicrobatchInputs(shape, tensors, tuple(references))
 
     def packed_tokens(self, rows: Sequence[PackedRow]) -> dict[str, Tensor]:
-        """Ids, positions, mask and constant hidden states of packed rows, left-aligned."""
+        """Ids, positions, mask and constant hidden states of packed rows, left-aligned.
+
+        There are no constant hidden states where a prompt runs with answers of several tokens.
+        """
         examples = [prompt.row for row in rows for prompt in row.prompts]
+        answered = any(example in self.data.long_answers for example in examples)
         width = max(row.width for row in rows)
         ids = torch.full((len(rows), width), self.data.pad_id, device="cpu")
         positions = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
@@ -114,13 +118,15 @@ class Collator:
         before = 0
         for index, row in enumerate(rows):
             assert row.tree is not None
-            ids[index, : row.width] = _ints(row.tree.tokens)
-            positions[index, : row.width] = _ints(row.tree.depths)
+            ids[index, : row.width] = ints(row.tree.tokens)
+            positions[index, : row.width] = ints(row.tree.depths)
             mask[index, 0] = row.tree.allowed(width)
+            if answered:
+                continue
             places, depths = zip(*row.tree.sources, strict=True)
-            prompt_of[index, : row.width] = before + _ints(places)
+            prompt_of[index, : row.width] = before + ints(places)
             lengths = [len(self.data.prompts[examples[before + place]]) for place in places]
-            from_end[index, : row.width] = _ints(depths) - _ints(lengths)
+            from_end[index, : row.width] = ints(depths) - ints(lengths)
             before += len(row.prompts)
         device = self.data.device
         tensors = {
@@ -128,34 +134,34 @@ class Collator:
             "positions": positions.to(device),
             "mask": additive(mask, self.cache.dtype).to(device),
         }
-        hidden = self.cache.hidden(examples)
+        hidden = None if answered else self.cache.hidden(examples)
         if hidden is not None:
             tensors["hidden"] = hidden[prompt_of.to(hidden.device), from_end.to(hidden.device)]
         return tensors
 
 
-def _weights(losses: Sequence[_Loss], requests: Sequence[FitRequest]) -> dict[str, Tensor]:
+def loss_weights(losses: Sequence[Loss], requests: Sequence[FitRequest]) -> dict[str, Tensor]:
     """ "mean" [S, R], "weight" and "sparsity" [R] of `MicrobatchInputs`."""
     mean = torch.zeros(len(requests), len(losses), dtype=torch.float32, device="cpu")
     for place, loss in enumerate(losses):
         mean[loss.prompt.request, place] = 1 / len(requests[loss.prompt.request].rows)
     objectives = [request.objective for request in requests]
-    weights = {"mean": mean, "weight": _floats([objective.faithfulness for objective in objectives]) @ mean}
+    weights = {"mean": mean, "weight": floats([objective.faithfulness for objective in objectives]) @ mean}
     penalised = [objective.sparsity == "scalars" for objective in objectives]
     if any(penalised):
         per_direction = [
             objective.minimality / len(objective.directions) * one
             for objective, one in zip(objectives, penalised, strict=True)
         ]
-        weights["sparsity"] = _floats(per_direction) @ mean
+        weights["sparsity"] = floats(per_direction) @ mean
     return weights
 
 
-def _ints(values: Sequence[int]) -> Tensor:
+def ints(values: Sequence[int]) -> Tensor:
     """On the CPU, whatever PyTorch's default device is."""
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _floats(values: Sequence[float]) -> Tensor:
+def floats(values: Sequence[float]) -> Tensor:
     """In float32 on the CPU, whatever PyTorch's defaults are."""
     return torch.tensor(values, dtype=torch.float32, device="cpu")

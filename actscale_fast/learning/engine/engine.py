@@ -43,8 +43,8 @@ class Engine:
         processes: the processes that share each step's prompts.
 
     Raises:
-        ValueError: `capture` for a model that is not on one GPU, a sharded model, or an objective that the intervention
-            does not support.
+        ValueError: `capture` for a model that is not on one GPU, a sharded model, an objective that the intervention
+            does not support, or answers of several tokens with `capture` or sparsity="scalars".
     """
 
     def __init__(
@@ -56,8 +56,11 @@ class Engine:
         if penalises_scalars and not isinstance(intervention, DynScalar):
             name = type(intervention).__name__
             raise ValueError(f"objective: sparsity='scalars' requires a DynScalar, which produces them; got a {name}")
+        if penalises_scalars:
+            data.refuse_long_answers("sparsity='scalars' is a mean over the tokens of the prompts alone")
         self.execution = execution or Execution()
         if self.execution.capture:
+            data.refuse_long_answers("capture=True records passes on prompts alone")
             check_capturable(model)
         refuse_sharded(model)
         self.model, self.data, self.intervention, self.processes = model, data, intervention, processes

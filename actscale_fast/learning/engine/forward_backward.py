@@ -20,6 +20,7 @@ from ...frozen.batching import Batch, forward_arguments
 from ...frozen.partial_forward import PartialForward
 from ...interventions import DynScalar, produced_l1
 from ...patching.patch import AnyPatch
+from ..answer_scores import first_token_divergence, log_probability_differences
 from ..objective import LossOptions
 from .reference_cache import prefix_of
 from .shared_layers import SignedRows
@@ -39,6 +40,8 @@ class MicrobatchShape:
     regular: bool  # batch row b belongs to packed row b mod I
     shared_below: int  # layers below it run once for all directions; n_layers + 1: so does the head
     losses: tuple[LossOptions, ...]
+    answered: bool = False  # prompts run with their answers, which have several tokens
+    n_last: int = 1  # the last columns, from the prompts' last token on, whose predictions are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +60,16 @@ class MicrobatchInputs:
       directions, if produced scalars are penalised (prompts are not packed then);
     - for the i-th kind of loss "correct.i" and "wrong.i" int64, and "places.i" int64, its losses, if there are several
       kinds.
+
+    If prompts run with their answers, an unpacked prompt has two of the I rows, "row_of" and "column_of" are the places
+    of the prompts' last tokens, "correct.i" and "wrong.i" the answers' first tokens, and "answer.*" the tensors of
+    `ScoredTokens` for the batch rows; there are no constant hidden states, keys and values.
     """
 
     shape: MicrobatchShape
     tensors: dict[str, Tensor]
-    references: tuple[ops.ReferenceStatistics | Tensor, ...]  # per kind of loss: statistics, or logits without a head
+    #: Per kind of loss: statistics; without a head, logits; if prompts run with their answers, the head's inputs.
+    references: tuple[ops.ReferenceStatistics | Tensor, ...]
 
 
 class ForwardBackward:
@@ -92,10 +100,14 @@ class ForwardBackward:
         """(the terms [S, 3] in float32 and without a graph, the loss with its graph)."""
         given = inputs.tensors
         (output, produced), direction = self._noted_forward(inputs), given["sign"]
-        if inputs.shape.packed:
+        differences = None
+        if inputs.shape.answered:
+            tokens = {name[7:]: value for name, value in given.items() if name.startswith("answer.")}
+            differences = log_probability_differences(output, tokens, len(given["row_of"]), self.head)
+        if inputs.shape.packed or inputs.shape.answered:
             output = output[given["row_of"].to(output.device), given["column_of"].to(output.device)]
             direction = direction[given["row_of"]]
-        effectiveness, faithfulness = self._row_losses(output, direction.to(output.device), inputs)
+        effectiveness, faithfulness = self._row_losses(output, direction.to(output.device), inputs, differences)
         mean, weight = (given[name].to(output.device, effectiveness.dtype) for name in ("mean", "weight"))
         loss = (effectiveness * mean.sum(0)).sum() + (faithfulness * weight).sum()
         produced = torch.zeros_like(effectiveness) if produced is None else produced.to(effectiveness)
@@ -118,7 +130,10 @@ class ForwardBackward:
         return output, produced_l1(noted, real)
 
     def _forward(self, inputs: MicrobatchInputs) -> Tensor:
-        """The head's inputs (or logits) of the batch rows [B, ·]; of every token [B, T, d] if packed."""
+        """The head's inputs (or logits) of the batch rows [B, ·]; of every token [B, T, d] if packed.
+
+        If prompts run with their answers, [B, n_last, ·] unless they are packed.
+        """
         shape, given = inputs.shape, inputs.tensors
         groups, expand, sign = given.get("groups"), given["expand"], given["sign"]
         first, hidden = shape.first_layer, given.get("hidden")
@@ -155,17 +170,24 @@ class ForwardBackward:
         batch = batch if rows is None else batch.take(rows)
         n_columns = batch.input_ids.shape[1]
         prefix = prefix_of(constant, first, self.n_layers, batch, shape.width)
-        arguments = forward_arguments(self.model, batch, shape.width)
-        with self.patched.prompt(n_columns, batch.attention_mask if batch.padded else None):
-            return self.section.run(arguments, first=first, end=end, hidden=hidden, prefix=prefix)[0]
+        arguments = forward_arguments(self.model, batch, shape.width, shape.n_last)
+        n_prompt = n_columns - (shape.n_last - 1)  # tokens of answers are steered as generated tokens are
+        with self.patched.prompt(n_prompt, batch.attention_mask[:, :n_prompt] if batch.padded else None):
+            output, _ = self.section.run(
+                arguments, first=first, end=end, hidden=hidden, prefix=prefix, every_token=shape.answered
+            )
+        return output[:, -shape.n_last :] if shape.answered and end is None else output
 
-    def _row_losses(self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs) -> tuple[Tensor, Tensor]:
-        """Effectiveness and faithfulness of each loss [R]."""
+    def _row_losses(
+        self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs, differences: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Effectiveness and faithfulness of each loss [R]; `differences` of log-probabilities [R] if answered."""
         parts = []
         for number, options in enumerate(inputs.shape.losses):
             places = inputs.tensors.get(f"places.{number}")
             mine = slice(None) if places is None else places.to(output.device)
-            parts.append(self._loss(output[mine], direction[mine], inputs, number, options))
+            own = None if differences is None else differences[mine]
+            parts.append(self._loss(output[mine], direction[mine], inputs, number, options, own))
         if len(parts) == 1:
             return parts[0]
         every = [inputs.tensors[f"places.{number}"] for number in range(len(parts))]
@@ -174,12 +196,19 @@ class ForwardBackward:
         return effectiveness, faithfulness
 
     def _loss(
-        self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs, number: int, options: LossOptions
-    ) -> tuple[Tensor, Tensor]:
+        self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs, number: int, options: LossOptions,
+        differences: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         correct, wrong = (inputs.tensors[f"{name}.{number}"].to(output.device) for name in ("correct", "wrong"))
         given: dict[str, Any] = {"direction": direction, "margin": options.margin, **options.kl._asdict()}
         reference = inputs.references[number]
-        if isinstance(reference, Tensor):
+        if differences is not None:
+            assert isinstance(reference, Tensor)
+            effectiveness = torch.relu(options.margin - direction.to(differences) * differences)
+            faithfulness = first_token_divergence(
+                output, reference.to(output.device), correct, wrong, **options.kl._asdict(), head=self.head
+            )
+        elif isinstance(reference, Tensor):
             effectiveness, faithfulness = ops.intervention_loss(output, reference, correct, wrong, **given)
         else:
             assert self.head is not None

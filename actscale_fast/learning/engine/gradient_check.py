@@ -22,7 +22,7 @@ from ...modules.without_side_effects import lock, unhooked
 from ...patching.patch import AnyPatch, patch
 from ..encoded_examples import EncodedExamples
 from ..objective import Objective
-from .plain_model import MARGIN, PlainModel
+from .plain_model import PlainModel
 
 #: Change of the loss in the small step, to first order; in 16 bits, rounding would hide a smaller one.
 _CHANGE = {torch.bfloat16: 0.5, torch.float16: 0.5}
@@ -114,7 +114,8 @@ class GradientCheck:
             scale = max(1.0, abs(expected.loss - hinges))
             if not error <= tolerance * max(size, 0.1 * scale):  # if a norm follows the site, it may be all rounding
                 return f"its gradient at {where} is off by {error / max(size, 1e-30):.2g} of its norm"
-            if not abs(loss - expected.loss) <= tolerance * scale + 1e-6 * MARGIN:  # the engine's terms are float32
+            allowed = tolerance * scale + 1e-6 * self.plain.margin  # the engine's terms are float32
+            if not abs(loss - expected.loss) <= allowed:
                 return f"its loss at {where} is {loss - hinges:.6g}, expected {expected.loss - hinges:.6g}"
         return None
 

@@ -31,11 +31,15 @@ class RequestedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """One row of a microbatch: a prompt, or several prompts of one request as the paths of a tree."""
+    """One row of a microbatch: a prompt, or several prompts of one request as the paths of a tree.
+
+    A prompt whose answers have several tokens takes two rows, one per answer, or two paths of a tree.
+    """
 
     prompts: tuple[RequestedPrompt, ...]
     width: int  # number of columns that run
     tree: Tree | None = None
+    n_rows: int = 1  # 2: one per answer
 
     def directions(self, requests: Sequence[FitRequest]) -> tuple[int, ...]:
         """The signs of the strengths that the row runs under."""
@@ -64,14 +68,19 @@ class MicrobatchPlanner:
         self.packs = False
 
     def microbatches(self, prompts: Sequence[RequestedPrompt], requests: Sequence[FitRequest]) -> list[list[PackedRow]]:
-        """The cheapest microbatches of these prompts, unpacked or packed to one of several widths."""
-        if not prompts:
-            return []
+        """The cheapest microbatches of these prompts; those whose answers have several tokens get their own."""
+        kinds: dict[int | None, list[RequestedPrompt]] = {}
+        for prompt in prompts:
+            kinds.setdefault(self.data.kind(prompt.row), []).append(prompt)
+        return [microbatch for alike in kinds.values() for microbatch in self._cheapest(alike, requests)]
+
+    def _cheapest(self, prompts: Sequence[RequestedPrompt], requests: Sequence[FitRequest]) -> list[list[PackedRow]]:
+        """The cheapest microbatches of prompts of one kind, unpacked or packed to one of several widths."""
         weight = max(len(request.objective.directions) for request in requests)
         unpacked = [self.unpacked(prompt) for prompt in prompts]
         max_tokens = self.max_tokens
         if self.accumulate > 1:
-            least = -(-len(prompts) // self.accumulate) * weight * max(row.width for row in unpacked)
+            least = -(-len(prompts) // self.accumulate) * weight * max(row.width * row.n_rows for row in unpacked)
             max_tokens = least if max_tokens is None else min(max_tokens, least)
         candidates = [unpacked]
         if self.packs:
@@ -82,8 +91,8 @@ class MicrobatchPlanner:
         best: tuple[float, list[list[PackedRow]]] | None = None
         for rows in candidates:
             indices = plan(
-                [row.width for row in rows], weight=weight, pass_cost=pass_cost, max_tokens=max_tokens,
-                at_least=self.accumulate,
+                [row.width for row in rows], weight=weight * rows[0].n_rows, pass_cost=pass_cost,
+                max_tokens=max_tokens, at_least=self.accumulate,
             )  # fmt: skip
             made = [[rows[index] for index in sorted(part)] for part in indices]
             cost = sum(self.cost(part, weight) + pass_cost for part in made)
@@ -98,10 +107,13 @@ class MicrobatchPlanner:
         Attention adds width/(6·hidden size) of their operations, which take about three times as long.
         """
         width = max(row.width for row in rows)
-        return len(rows) * weight * width * (1 + width / (2 * self.hidden_size))
+        return len(rows) * rows[0].n_rows * weight * width * (1 + width / (2 * self.hidden_size))
 
     def unpacked(self, prompt: RequestedPrompt) -> PackedRow:
-        """A row of one prompt."""
+        """A row of one prompt, or two rows of a prompt with its answers."""
+        answers = self.data.long_answers.get(prompt.row)
+        if answers is not None:
+            return PackedRow((prompt,), len(self.data.prompts[prompt.row]) + answers.longest - 1, n_rows=2)
         return PackedRow((prompt,), min(len(self.data.prompts[prompt.row]), self.region.width))
 
     def packed(self, prompts: Sequence[RequestedPrompt], columns: int) -> list[PackedRow]:
@@ -111,8 +123,8 @@ class MicrobatchPlanner:
             by_request.setdefault(prompt.request, []).append(prompt)
         rows = []
         for own in by_request.values():
-            for indices in rows_of([self.data.prompts[prompt.row] for prompt in own], columns):
-                tree = tree_of([self.data.prompts[own[index].row] for index in indices])
+            for indices in rows_of([self.data.joined(prompt.row) for prompt in own], columns):
+                tree = tree_of([one for index in indices for one in self.data.sequences(own[index].row)])
                 rows.append(PackedRow(tuple(own[index] for index in indices), tree.width, tree))
         return rows
 
@@ -125,4 +137,4 @@ class MicrobatchPlanner:
 
 def tokens(rows: Sequence[PackedRow], requests: Sequence[FitRequest]) -> int:
     """Number of tokens in a microbatch, including padding."""
-    return max(row.width for row in rows) * sum(len(row.directions(requests)) for row in rows)
+    return max(row.width for row in rows) * sum(len(row.directions(requests)) * row.n_rows for row in rows)

@@ -12,7 +12,6 @@ from ...architectures.arguments import accepted_arguments
 from ...architectures.families import FAMILIES
 from ...architectures.layout import ModelLayout
 from ...interventions import Intervention
-from .active_region import ActiveRegion
 from .packing import COLUMNS, additive
 from .reference_cache import ReferenceCache
 
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def may_pack(model: PreTrainedModel, found: ModelLayout, intervention: Intervention, region: ActiveRegion) -> bool:
-    """Whether prompts of this model may share rows, as far as can be known without running it."""
+def may_pack(model: PreTrainedModel, found: ModelLayout, intervention: Intervention, longest: int) -> bool:
+    """Whether prompts of at most `longest` tokens may share rows, as far as can be known without running the model."""
     return (
         model is found.model  # a compiled model would be compiled for every width
         and found.model_type in FAMILIES  # others may not take such a mask
         and "position_ids" in accepted_arguments(model)
         and all(single.location.positions is None for single in intervention.singles)
-        and attention_may_pack(model.config.get_text_config(), region.longest)
+        and attention_may_pack(model.config.get_text_config(), longest)
     )
 
 

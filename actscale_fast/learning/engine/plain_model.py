@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...patching.patch import AnyPatch
 from ..encoded_examples import EncodedExamples
 from ..objective import Objective
 
-#: Larger than every logit difference, so that the hinge is linear.
+#: Larger than every logit difference (per token of an answer), so that the hinge is linear.
 MARGIN = 100.0
 
 
@@ -50,16 +50,18 @@ class PlainModel:
         group: int | None, objective: Objective,
     ) -> None:  # fmt: skip
         self.model, self.data, self.patched, self.group = model, data, patched, group
-        self.objective = replace(objective, margin=MARGIN, faithfulness=1.0, minimality=0.0)
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
-        self.rows = _two_rows(data)
+        self.rows = _some_rows(data)
+        long = [data.long_answers[row] for row in self.rows if row in data.long_answers]
+        self.margin = MARGIN * max((answers.longest for answers in long), default=1)
+        self.objective = replace(objective, margin=self.margin, faithfulness=1.0, minimality=0.0)
         with torch.no_grad():  # first, as in the engine: some quantised layers have no backward afterwards
             self.references = {row: self._logits(self._ids(row), [0.0]) for row in self.rows}
 
     @property
     def hinges(self) -> float:
         """What the margin adds to the loss."""
-        return MARGIN * len(self.objective.directions)
+        return self.margin * len(self.objective.directions)
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -96,12 +98,18 @@ class PlainModel:
     def _prompt_loss(self, row: int) -> Tensor:
         """The loss of one prompt, written out in float64 and without the kernels of the engine."""
         directions = self.objective.directions
+        strengths = [float(sign) for sign in directions]
         ids, reference = self._ids(row), self.references[row].expand(len(directions), -1)
-        z = self._logits(ids.expand(len(directions), -1), [float(sign) for sign in directions]).double()
+        z = self._logits(ids.expand(len(directions), -1), strengths).double()
         answers = (self.data.correct[[row]], self.data.wrong[[row]])
         correct, wrong = (ids.expand(len(directions)).to(z.device) for ids in answers)
-        sign = torch.tensor([float(sign) for sign in directions], dtype=torch.float64, device=z.device)
-        difference = z.gather(1, correct[:, None])[:, 0] - z.gather(1, wrong[:, None])[:, 0]
+        sign = torch.tensor(strengths, dtype=torch.float64, device=z.device)
+        if row in self.data.long_answers:
+            long = self.data.long_answers[row]
+            difference = self._log_probability(row, long.correct, strengths).to(z.device)
+            difference = difference - self._log_probability(row, long.wrong, strengths).to(z.device)
+        else:
+            difference = z.gather(1, correct[:, None])[:, 0] - z.gather(1, wrong[:, None])[:, 0]
         margin, (exclude_answers, kl) = self.objective.loss_options
         p, q = reference.double(), z
         if exclude_answers:
@@ -113,22 +121,39 @@ class PlainModel:
         divergence = (p.exp() * torch.where(p > -torch.inf, p - q, 0.0)).sum(-1)
         return (torch.relu(margin - sign * difference) + divergence).sum()
 
+    def _log_probability(self, row: int, answer: Sequence[int], strengths: list[float]) -> Tensor:
+        """log p(answer) after the prompt, under each strength [R]; the answer's tokens count as generated ones."""
+        prompt = self._ids(row)
+        own = torch.tensor([answer], device=prompt.device)
+        ids = torch.cat([prompt, own[:, :-1]], 1).expand(len(strengths), -1)
+        with self.patched.prompt(prompt.shape[1]):
+            logits = self._logits(ids, strengths, n_last=len(answer)).double()
+        chosen = logits.log_softmax(-1).gather(2, own.to(logits.device).expand(len(strengths), -1)[..., None])
+        return chosen[..., 0].sum(-1)
+
     def _ids(self, row: int) -> Tensor:
         return torch.tensor([self.data.prompts[row]], device=self.data.device)
 
-    def _logits(self, ids: Tensor, strengths: list[float]) -> Tensor:
-        """The last token's logits of each row [R, V] under its strength."""
+    def _logits(self, ids: Tensor, strengths: list[float], n_last: int | None = None) -> Tensor:
+        """The logits of each row under its strength: of the last token [R, V], or of the last n_last [R, n_last, V]."""
         model: Any = self.model
         device = self.parameters[0].device
         group = None if self.group is None else torch.full((len(ids),), self.group, device=device)
         self.patched.set_rows(torch.tensor(strengths, dtype=torch.float32, device=device), group)
         batch = Batch(ids, torch.ones_like(ids), padded=False)
-        return model(**forward_arguments(model, batch)).logits[:, -1]  # type: ignore[no-any-return]
+        logits: Tensor = model(**forward_arguments(model, batch, n_last=n_last or 1)).logits
+        return logits[:, -1] if n_last is None else logits[:, -n_last:]
 
 
-def _two_rows(data: EncodedExamples) -> list[int]:
+def _some_rows(data: EncodedExamples) -> list[int]:
+    """Two prompts, or two with answers of one token and two with answers of several if there are both."""
+    kinds = [[row for row in range(len(data)) if (row in data.long_answers) is long] for long in (False, True)]
+    return [row for rows in kinds if rows for row in _two_rows(data, rows)]
+
+
+def _two_rows(data: EncodedExamples, rows: Sequence[int]) -> list[int]:
     """The shortest prompt, and the shortest longer one (or else another one, or else the same one alone)."""
-    order = sorted(range(len(data)), key=lambda row: len(data.prompts[row]))
+    order = sorted(rows, key=lambda row: len(data.prompts[row]))
     first = order[0]
     longer = [row for row in order if len(data.prompts[row]) > len(data.prompts[first])]
     return [first, *(longer or order[1:])[:1]]

@@ -49,6 +49,7 @@ class ReferenceCache:
         self.dtype: torch.dtype = embedding_weight(found.model).dtype
         self.statistics: dict[KLOptions, ops.ReferenceStatistics] = {}
         self.logits: Tensor | None = None  # [N, V] if there is no head
+        self.output: Tensor | None = None  # what `fill` returned, if some answers have several tokens
 
     @torch.no_grad()
     def fill(self, options: Iterable[KLOptions]) -> Tensor:
@@ -61,10 +62,14 @@ class ReferenceCache:
         for rows in self.data.by_length(REFERENCE_ROWS):
             output, constant = self._run(rows)
             outputs.append((rows, output))
-            if constant:
-                self.store.put(rows, constant)
+            kept = [place for place, row in enumerate(rows) if row not in self.data.long_answers]
+            if constant and kept:  # prompts that run with their answers run whole
+                some = constant if len(kept) == len(rows) else {name: value[kept] for name, value in constant.items()}
+                self.store.put([rows[place] for place in kept], some)
         order = torch.tensor([row for rows, _ in outputs for row in rows], device="cpu").argsort()
         output = torch.cat([output for _, output in outputs])[order.to(outputs[0][1].device)]
+        if self.data.long_answers:
+            self.output = output
         if self.head is None:
             self.logits = output
             return output
@@ -81,6 +86,11 @@ class ReferenceCache:
             return self.logits[examples.to(self.logits.device)]
         known = self.statistics[option]
         return known[examples.to(known.correct.device)]
+
+    def frozen_output(self, examples: Tensor) -> Tensor:
+        """The frozen model's head inputs [R, d] (or logits) after these prompts (int64 [R], on the host)."""
+        assert self.output is not None
+        return self.output[examples.to(self.output.device)]
 
     def constants(self, rows: Sequence[int], columns: int) -> dict[str, Tensor]:
         """What is constant for these rows, left-padded to `columns`: "hidden", "keys.l" and "values.l"."""

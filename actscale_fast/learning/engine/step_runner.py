@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +22,7 @@ from ..encoded_examples import EncodedExamples
 from ..execution import Execution
 from ..objective import Objective
 from .active_region import ActiveRegion, active_region
+from .answer_collate import AnswerCollator
 from .collate import Collator
 from .cuda_graphs import CudaGraphs
 from .forward_backward import ForwardBackward
@@ -97,7 +99,8 @@ class StepRunner:
             )
             self.store = RowStore(len(data), self.execution.cache_bytes, self.execution.spill_bytes)
             cache = ReferenceCache(self.model, self.found, data, self.region, section, patched, self.head, self.store)
-            self.collator = Collator(data, cache, self.intervention.n_groups is not None, self.execution.capture)
+            collator = AnswerCollator if data.long_answers else Collator
+            self.collator = collator(data, cache, self.intervention.n_groups is not None, self.execution.capture)
             self.forward_backward = ForwardBackward(
                 self.model, section, patched, self.head, self.found.n_layers, self.parameters
             )
@@ -141,16 +144,21 @@ class StepRunner:
         Not on a GPU, where a mask would rule out the fast attention kernels (not measured).
         """
         apart = self.penalises_scalars or self.head is None or self.execution.accumulate > 1
-        if not self.on_cpu or apart or not may_pack(self.model, self.found, self.intervention, self.region):
+        longest = max(len(sequence) for row in range(len(self.data)) for sequence in self.data.sequences(row))
+        if not self.on_cpu or apart or not may_pack(self.model, self.found, self.intervention, longest):
             return False
         distinct = {tuple(prompt): row for row, prompt in enumerate(self.data.prompts)}
         if len(distinct) < 2:
             return False
         shortest = sorted(distinct, key=len)[:_PROBED]
         prompts = [RequestedPrompt(0, distinct[prompt]) for prompt in shortest]
-        (row,) = self.planner.packed(prompts, sum(map(len, shortest)))
+        (row,) = self.planner.packed(prompts, sum(len(self.data.joined(prompt.row)) for prompt in prompts))
         assert row.tree is not None
-        columns = [path[-1] for path in row.tree.paths]
+        paths = iter(row.tree.paths)  # the first one of each prompt
+        columns = []
+        for prompt in row.prompts:
+            first, *_ = itertools.islice(paths, len(self.data.sequences(prompt.row)))
+            columns.append(first[len(self.data.prompts[prompt.row]) - 1])
         alone = output[[prompt.row for prompt in row.prompts]]
         return packing_matches(cache, self.collator.packed_tokens([row]), columns, alone)
 

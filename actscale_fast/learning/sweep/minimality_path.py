@@ -9,8 +9,8 @@ import torch
 from ... import defaults
 from ..._checks import check_counts, finite_number
 from ...interventions import ActivScalar, Intervention
-from ...tasks.loading import ExampleSource
-from ..arguments import checked_location, checked_objective, refuse_inference_mode
+from ....tasks.loading import ExampleSource
+from ..arguments import checked_location, checked_objective, refuse_inference_mode, refuse_tokenless
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest
 from ..fit_settings import FitSettings
@@ -77,6 +77,7 @@ def minimality_path(
     location = checked_location(given)
     start = type(given)(location, device=given.device)  # at 0
     data = EncodedExamples(examples, tokenizer, model, location.paths)
+    refuse_tokenless(start, data)
     with torch.enable_grad(), Engine(model, data, start, [objective]) as engine:
         largest = _largest_mean(engine, objective, settings, len(data))
     if not largest > 0:

@@ -15,7 +15,7 @@ from ...interventions import ActivScalar, Intervention
 from ...patching.patch import patch
 from ...tasks.examples import Example
 from ...tasks.loading import ExampleSource
-from ..arguments import checked_location, checked_objective, refuse_idle, refuse_inference_mode
+from ..arguments import checked_location, checked_objective, refuse_idle, refuse_inference_mode, refuse_tokenless
 from ..checkpoint import check_writable_checkpoint, digest
 from ..distributed import process_group
 from ..encoded_examples import EncodedExamples
@@ -118,6 +118,7 @@ def sweep(
     paths = checked_location(template).paths
     made = points(grid, template, objective, settings, list(sets), layout(model, paths))
     data = EncodedExamples([example for some in sets.values() for example in some], tokenizer, model, paths)
+    refuse_tokenless(template, data)
     for some in (held_out or {}).values():
         EncodedExamples(some, tokenizer, model, paths)  # refuses a bad one before any work
     root = None if folder is None else Path(folder)
@@ -156,6 +157,7 @@ def _identify(
     of_task = {task: examples_identity(data, rows) for task, rows in rows_of.items()}
     for point in (point for chain in chains for point in chain):
         checked_location(point.intervention)
+        refuse_tokenless(point.intervention, data)
         if point.intervention.n_groups is not None:
             raise ValueError("grid: got a stack of interventions, expected single ones")
         patch(model, point.intervention).remove()  # refuses another model's before any work
