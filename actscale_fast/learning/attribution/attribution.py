@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ....tasks.loading import ExampleSource
 from ..._checks import check_counts, check_not_negative
 from ...architectures.location import Location
 from ...architectures.site_check import skipped
 from ...interventions import ActivScalar
 from ...modules.evaluation_mode import evaluation_mode
 from ...patching.patch import patch
-from ....tasks.loading import ExampleSource
 from ..arguments import checked_location, checked_objective, refuse_inference_mode, refuse_tokenless
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest, check_gradient
