@@ -14,6 +14,7 @@ from ..patching.merge import merge as merge_into_weights
 from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
 from .options import given_paths
 from .output import check_sources, continuations, print_continuations, print_evaluation, say
+from .provenance import provenance, warn_of_other_weights
 from .record import keep_learned, measure_learned, task_seed, was_aligned
 
 if TYPE_CHECKING:
@@ -57,10 +58,13 @@ def fit(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
     )
-    keep_learned(out, options, result)
+    keep_learned(out, options, result, **provenance(model, train, test, result.objective))
     if test:
         measure_learned(out, learning.evaluate(model, tokenizer, test, result.intervention), "Held-out examples")
     what = "scalars" if options.kind == "activ-scalar" else "numbers"
+    if objective.minimality_share is not None and result.objective is not None:
+        weight = result.objective.minimality
+        say(f"--minimality {objective.minimality} is {weight}: 100% is the smallest weight with no active {what}")
     say(f"{intervention.n_active} of {intervention.n_parameters} {what} are active; saved in {out}")
     return 0
 
@@ -86,6 +90,7 @@ def evaluate(options: argparse.Namespace) -> int:
     seed = task_seed(Path(options.intervention), options.task, options.seed)
     options.aligned = options.aligned or was_aligned(Path(options.intervention), options.task)
     model, tokenizer = load_model(options)
+    warn_of_other_weights(options.intervention, model)
     if options.task is not None:
         examples, title = load_task(options, tokenizer, seed)[1], f"Held-out examples of the task, seed {seed}"
     evaluation = learning.evaluate(model, tokenizer, examples, intervention, batch_size=options.batch_size)
@@ -102,6 +107,7 @@ def generate(options: argparse.Namespace) -> int:
     strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)
+    warn_of_other_weights(options.intervention, model)
     prompts, sources = options.prompt, options.source or []
     check_sources(intervention, sources, len(prompts))
     if options.chat:
@@ -134,6 +140,7 @@ def merge(options: argparse.Namespace) -> int:
     check_folder(Path(options.out))
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)
+    warn_of_other_weights(options.intervention, model)
     merge_into_weights(model, intervention, strength=options.strength)
     out = output_folder(options.out)
     model.save_pretrained(out)

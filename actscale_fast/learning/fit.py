@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -23,8 +24,10 @@ from .execution import Execution, FitKeywords, with_keywords
 from .fit_settings import FitSettings, Schedule
 from .fit_state import FitState
 from .identity import examples_identity, fit_identity, model_identity
+from .minimality_share import resolved_minimality
 from .objective import Objective
 from .termination import saving_on_sigterm
+from .zero_gradient import ZeroGradientWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +45,8 @@ class FitResult:
     history: list[dict[str, float]] = field(repr=False)
     #: Duration of this call; a resumed fit counts only its own steps.
     seconds: float
+    #: The objective, with numbers where shares were given.
+    objective: Objective | None = None
 
 
 def fit(
@@ -102,7 +107,8 @@ def fit(
 
     Raises:
         TypeError, ValueError: bad arguments or examples, an intervention or a checkpoint that belongs to another model
-            or fit, or an intervention that acts only on generated tokens.
+            or fit, an intervention that acts only on generated tokens, or a gradient that is exactly 0 for every
+            parameter; the message names the likely causes.
         RuntimeError: under torch.inference_mode(), where gradients cannot be enabled, or with distributed=True and only
             one process.
         OSError: the checkpoint cannot be written, which is found out before the model runs; the message names the path.
@@ -134,13 +140,18 @@ def fit(
         begun = time.perf_counter()
         state.resume(processes)
         if state.done():
-            return FitResult(intervention, state.history, time.perf_counter() - begun)
+            return _result(state, begun)
         engine = Engine(model, data, intervention, [objective], execution, processes)
+        watch = ZeroGradientWatch(model, data, state)
         saving = saving_on_sigterm(checkpoint.path is not None)
         with saving, torch.enable_grad(), engine, _bar(state, progress and processes.is_rank_zero) as bar:
             try:
+                if math.isnan(state.minimality):
+                    state.resolve_minimality(resolved_minimality(engine, objective, rows))
                 while not state.done():
-                    terms, gradients = engine.gradients([FitRequest(state.rows(), objective)])
+                    batch = state.rows()
+                    terms, gradients = engine.gradients([FitRequest(batch, objective)])
+                    watch.look(batch, terms[0], gradients)
                     state.update(terms[0], gradients)
                     if state.history:
                         bar.set_postfix_str(_summary(state.history[-1], intervention.n_parameters), refresh=False)
@@ -151,7 +162,12 @@ def fit(
             finally:
                 if processes.is_rank_zero:  # also after Ctrl-C, SIGTERM and a failed step, whose beginning is kept
                     state.save()
-        return FitResult(intervention, state.history, time.perf_counter() - begun)
+        return _result(state, begun)
+
+
+def _result(state: FitState, begun: float) -> FitResult:
+    objective = replace(state.objective, minimality=state.minimality)
+    return FitResult(state.intervention, state.history, time.perf_counter() - begun, objective)
 
 
 def _summary(record: dict[str, float], n_parameters: int) -> str:

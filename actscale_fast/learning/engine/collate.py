@@ -144,7 +144,7 @@ def _weights(losses: Sequence[_Loss], requests: Sequence[FitRequest]) -> dict[st
     penalised = [objective.sparsity == "scalars" for objective in objectives]
     if any(penalised):
         per_direction = [
-            objective.minimality / len(objective.directions) * one
+            objective.minimality_weight / len(objective.directions) * one
             for objective, one in zip(objectives, penalised, strict=True)
         ]
         weights["sparsity"] = _floats(per_direction) @ mean
