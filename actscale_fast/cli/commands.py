@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def fit(options: argparse.Namespace) -> int:
     """Learn an intervention, save it with its history, and evaluate it if there are held-out examples."""
     few = options.kind == "activ-scalar"
+    if options.n_active is not None and options.minimality is not None:
+        raise ValueError("--n-active chooses the weight of the ℓ1 norm and cannot be used with --minimality")
     options.lr = options.lr or (defaults.LR if few else defaults.VECTOR_LR)
     if options.minimality is None:
         options.minimality = defaults.MINIMALITY if few else defaults.VECTOR_MINIMALITY
@@ -54,6 +56,7 @@ def fit(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         seed=options.seed,
         schedule=options.schedule,
+        n_active=options.n_active,
         accumulate=options.accumulate,
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,

@@ -47,6 +47,11 @@ def fit(command: argparse.ArgumentParser) -> None:
         help="weight of the ℓ1 norm, or a share such as 10%% of the smallest weight that keeps every parameter at 0 "
         f"(default: {defaults.MINIMALITY}; {defaults.VECTOR_MINIMALITY} for steer-vec and dyn-scalar)",
     )  # fmt: skip
+    objective.add_argument(
+        "--n-active", type=positive_int, metavar="N",
+        help="with activ-scalar: the largest number of active scalars; chooses the weight of the ℓ1 norm itself, then "
+        "fits the chosen scalars without it",
+    )  # fmt: skip
     options.choice(
         objective, "--kl", ("forward", "reverse"), "direction of the KL divergence, forward or reverse", "KIND"
     )

@@ -184,7 +184,7 @@ def evaluate_all(
             rows.append(_measure(model, logits, data, batch_rows, interventions, of_batch))
     evaluations = []
     for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
-        common = {"n_examples": len(values), "n_scalars": intervention.n_parameters}
+        common: dict[str, Any] = {"n_examples": len(values), "n_scalars": intervention.n_parameters}
         steered = Measured(*values[:, :-6].unbind(-1))
         frozen = steered.frozen(values[:, -6:]).figures(baseline=True)
         baseline = Evaluation(**common, **frozen, n_active=0, l1=0.0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
+from torch import Tensor
 
 from .. import defaults
 from ..interventions import Intervention
@@ -21,6 +22,7 @@ from .distributed import process_group
 from .encoded_examples import EncodedExamples
 from .engine import Engine, FitRequest
 from .execution import Execution, FitKeywords, with_keywords
+from .fit_n_active import check_n_active, choose_active, masks
 from .fit_settings import FitSettings, Schedule
 from .fit_state import FitState
 from .identity import examples_identity, fit_identity, model_identity
@@ -47,6 +49,8 @@ class FitResult:
     seconds: float
     #: The objective, with numbers where shares were given.
     objective: Objective | None = None
+    #: With `n_active`, one record per fit of the path: minimality (λ_M), n_active, effectiveness, faithfulness.
+    path: list[dict[str, float]] = field(default_factory=list, repr=False)
 
 
 def fit(
@@ -64,6 +68,7 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.99),
     tolerance: float | None = None,
     patience: int = defaults.PATIENCE,
+    n_active: int | None = None,
     execution: Execution | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = True,
@@ -95,6 +100,10 @@ def fit(
         betas: Adam's decay rates.
         tolerance, patience: stop early once no scalar has moved by more than `tolerance` in each of the last `patience`
             steps; None: never.
+        n_active: the largest number of scalars that may be active; the objective's `minimality` and the values of the
+            intervention are then not used. From α = 0, shorter fits with falling weights of the ℓ1 norm, each from the
+            result of the one before, choose the scalars. These are then fitted without the ℓ1 term, which would pull
+            them to 0, and all others stay exactly 0. There is no checkpoint. None: `minimality` decides.
         execution: how the passes run: memory budgets, gradient accumulation, CUDA graphs, several processes.
         checkpoint: a file for the state, from which the fit resumes if it exists; or a `Checkpoint`, which also says
             how often it is written.
@@ -103,7 +112,8 @@ def fit(
             and `checkpoint_every` are still accepted as keyword arguments, as before `execution` existed.
 
     Returns:
-        FitResult with the intervention, the history of all steps and the duration.
+        FitResult with the intervention, the history of all steps (with `n_active`, those of the last fit) and the
+        duration.
 
     Raises:
         TypeError, ValueError: bad arguments or examples, an intervention or a checkpoint that belongs to another model
@@ -125,6 +135,9 @@ def fit(
     execution = with_keywords(execution, keywords, "fit")
     refuse_inference_mode("fit")
     paths = checked_intervention(intervention).paths
+    if n_active is not None:
+        check_n_active(n_active, intervention, checkpoint.path)
+        objective = replace(objective, minimality=0.0)
     data = EncodedExamples(examples, tokenizer, model, paths)
     with process_group(execution.distributed) as processes:
         if checkpoint.path is not None:
@@ -143,15 +156,24 @@ def fit(
             return _result(state, begun)
         engine = Engine(model, data, intervention, [objective], execution, processes)
         watch = ZeroGradientWatch(model, data, state)
+        path: list[dict[str, float]] = []
+        kept: list[Tensor] | None = None
         saving = saving_on_sigterm(checkpoint.path is not None)
         with saving, torch.enable_grad(), engine, _bar(state, progress and processes.is_rank_zero) as bar:
             try:
                 if math.isnan(state.minimality):
                     state.resolve_minimality(resolved_minimality(engine, objective, rows))
+                if n_active is not None:
+                    path = choose_active(
+                        engine, objective, settings, rows, n_active, processes.is_rank_zero and progress
+                    )
+                    kept = masks(intervention)
                 while not state.done():
                     batch = state.rows()
                     terms, gradients = engine.gradients([FitRequest(batch, objective)])
                     watch.look(batch, terms[0], gradients)
+                    if kept is not None:
+                        gradients = [gradient * mask for gradient, mask in zip(gradients, kept, strict=True)]
                     state.update(terms[0], gradients)
                     if state.history:
                         bar.set_postfix_str(_summary(state.history[-1], intervention.n_parameters), refresh=False)
@@ -162,12 +184,12 @@ def fit(
             finally:
                 if processes.is_rank_zero:  # also after Ctrl-C, SIGTERM and a failed step, whose beginning is kept
                     state.save()
-        return _result(state, begun)
+        return _result(state, begun, path)
 
 
-def _result(state: FitState, begun: float) -> FitResult:
+def _result(state: FitState, begun: float, path: Sequence[dict[str, float]] = ()) -> FitResult:
     objective = replace(state.objective, minimality=state.minimality)
-    return FitResult(state.intervention, state.history, time.perf_counter() - begun, objective)
+    return FitResult(state.intervention, state.history, time.perf_counter() - begun, objective, list(path))
 
 
 def _summary(record: dict[str, float], n_parameters: int) -> str:

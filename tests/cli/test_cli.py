@@ -583,3 +583,14 @@ def test_a_record_tells_where_a_fit_comes_from_and_another_fine_tune_is_warned_o
         assert "was fitted on a model of the same shape with other weights" in capsys.readouterr().err
         assert main([*words, str(other), "--dtype", "bfloat16"]) == 0
         assert "other weights" not in capsys.readouterr().err
+
+
+def test_the_number_of_active_scalars_may_be_given(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", "--model", model, "--data", data, "--steps", "3", "--out", str(tmp_path / "few"), "--n-active", "2"]
+    assert main(words) == 0
+    assert 1 <= load_intervention(tmp_path / "few").n_active <= 2
+    assert json.loads((tmp_path / "few" / "fit.json").read_text(encoding="utf-8"))["n_active"] == 2
+    assert "--n-active chooses the weight" in refused(capsys, *words, "--minimality", "0.1")
+    assert "expected a single ActivScalar" in refused(capsys, *words, "--kind", "steer-vec")
