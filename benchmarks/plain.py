@@ -101,7 +101,7 @@ class Plain:
         effectiveness, faithfulness = torch.stack(terms).sum(0)
         loss = effectiveness + self.objective.faithfulness * faithfulness
         (gradient,) = torch.autograd.grad(loss, self.alpha)
-        self.alpha.grad = gradient + self.objective.minimality * self.alpha.detach().sign()
+        self.alpha.grad = gradient + self.objective.minimality_weight * self.alpha.detach().sign()
         self.optimizer.step()
         return effectiveness.detach()[None], faithfulness.detach()[None], gradient[None]
 

@@ -11,6 +11,7 @@ from torch import nn
 from .hugging_face import execution_device
 from .layout import layout
 from .location import Location, check_site
+from .site_after_norm import offer_of_site_after_norm
 from .site_check import idle_layers, require_site, running_layers
 
 
@@ -39,7 +40,8 @@ def locate(
     if idle:
         warnings.warn(
             f"site: {site!r} of {found.model_type!r} cannot act at layer{'s' * (len(idle) > 1)} "
-            f"{', '.join(map(str, idle))}: a norm follows that undoes every positive factor 1 + β·α",
+            f"{', '.join(map(str, idle))}: a norm follows that undoes every positive factor 1 + β·α"
+            f"{offer_of_site_after_norm(found, site, idle)}",
             stacklevel=4,
         )
     return location, execution_device(first) or torch.device("cpu")

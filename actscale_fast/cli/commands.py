@@ -23,6 +23,7 @@ from .loading import (
 )
 from .options import given_paths
 from .output import check_sources, continuations, print_continuations, print_evaluation, say
+from .provenance import provenance, warn_of_other_weights
 from .record import keep_learned, measure_learned, task_seed, was_fitted_with
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 def fit(options: argparse.Namespace) -> int:
     """Learn an intervention, save it with its history, and evaluate it if there are held-out examples."""
     few = options.kind == "activ-scalar"
+    if options.n_active is not None and options.minimality is not None:
+        raise ValueError("--n-active chooses the weight of the ℓ1 norm and cannot be used with --minimality")
     options.lr = options.lr or (defaults.LR if few else defaults.VECTOR_LR)
     if options.minimality is None:
         options.minimality = defaults.MINIMALITY if few else defaults.VECTOR_MINIMALITY
@@ -61,14 +64,18 @@ def fit(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         seed=options.seed,
         schedule=options.schedule,
+        n_active=options.n_active,
         accumulate=options.accumulate,
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
     )
-    keep_learned(out, options, result)
+    keep_learned(out, options, result, **provenance(model, train, test, result.objective))
     if test:
         measure_learned(out, learning.evaluate(model, tokenizer, test, result.intervention), "Held-out examples")
     what = "scalars" if options.kind == "activ-scalar" else "numbers"
+    if objective.minimality_share is not None and result.objective is not None:
+        weight = result.objective.minimality
+        say(f"--minimality {objective.minimality} is {weight}: 100% is the smallest weight with no active {what}")
     say(f"{intervention.n_active} of {intervention.n_parameters} {what} are active; saved in {out}")
     return 0
 
@@ -97,6 +104,7 @@ def evaluate(options: argparse.Namespace) -> int:
             options, name, getattr(options, name) or was_fitted_with(name, Path(options.intervention), options.task)
         )
     model, tokenizer = load_model(options)
+    warn_of_other_weights(options.intervention, model)
     in_file, held_out = examples_for(options, tokenizer, seed, files)
     if options.task is None:
         examples, title = in_file, str(options.data)
@@ -116,6 +124,7 @@ def generate(options: argparse.Namespace) -> int:
     strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)
+    warn_of_other_weights(options.intervention, model)
     prompts, sources = options.prompt, options.source or []
     check_sources(intervention, sources, len(prompts))
     if options.chat:
@@ -142,6 +151,7 @@ def merge(options: argparse.Namespace) -> int:
     check_folder(Path(options.out))
     intervention = load_intervention(options.intervention)
     model, tokenizer = load_model(options)
+    warn_of_other_weights(options.intervention, model)
     merge_into_weights(model, intervention, strength=options.strength)
     out = output_folder(options.out)
     model.save_pretrained(out)

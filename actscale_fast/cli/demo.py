@@ -16,6 +16,7 @@ from ..interventions import ActivScalar
 from .loading import load_model, output_folder
 from .options import N_TEST, N_TRAIN
 from .output import continuations, print_continuations, print_evaluation, say
+from .provenance import provenance
 from .record import save_record
 
 _STRENGTHS = (-1.0, 0.0, 1.0)
@@ -61,7 +62,7 @@ def demo(options: argparse.Namespace) -> int:
         "batch_size": defaults.BATCH_SIZE,
         **asdict(objective),
     }
-    save_record(out, options, task="country-capital", **settings)
+    save_record(out, options, task="country-capital", **settings, **provenance(model, train, test, objective))
     begun_answers = split(n_train=1, n_test=_SHOWN, templates=[templates[0] + _ANSWER]).test
     texts = {
         example.prompt: continuations(model, tokenizer, scalars, [example.prompt], _STRENGTHS, _MAX_NEW_TOKENS)[0]

@@ -10,6 +10,7 @@ from ..das.fit_interchange import fit_interchange
 from .loading import check_file, examples_for, load_files, load_model, output_folder
 from .options import given_paths
 from .output import say
+from .provenance import provenance
 from .record import keep_learned, measure_learned
 
 
@@ -28,7 +29,7 @@ def interchange(options: argparse.Namespace) -> int:
         rotation_lr=options.rotation_lr, boundary_lr=options.boundary_lr, boundary_weight=options.boundary_weight,
         seed=options.seed, checkpoint=options.checkpoint,
     )  # fmt: skip
-    keep_learned(out, options, result)
+    keep_learned(out, options, result, **provenance(model, train, test))
     if test:
         title = "Held-out pairs: correct is the counterfactual answer"
         measure_learned(out, learning.evaluate(model, tokenizer, test, das), title)

@@ -45,8 +45,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def print_evaluation(title: str, evaluation: Evaluation) -> None:
-    """Print the figures before and after, side by side."""
-    print_table(f"{title} ({evaluation.n_examples} prompts)", ("", "before", "after"), evaluation.rows())
+    """Print the figures before and after, side by side, with their intervals."""
+    columns, rows = evaluation.table()
+    print_table(f"{title} ({evaluation.n_examples} prompts)", columns, rows)
 
 
 def continuations(

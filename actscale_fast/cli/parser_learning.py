@@ -8,6 +8,8 @@ from .. import defaults
 from . import options
 from .values import (
     layer_list,
+    minimality,
+    minimality_list,
     positive_float,
     positive_int,
     rate_list,
@@ -41,9 +43,14 @@ def fit(command: argparse.ArgumentParser) -> None:
     options.number(objective, "--margin", weight, defaults.MARGIN, "desired logit difference", "X")
     options.number(objective, "--faithfulness", weight, defaults.FAITHFULNESS, "weight of the KL divergence", "X")
     objective.add_argument(
-        "--minimality", type=weight, metavar="X",
-        help=f"weight of the ℓ1 norm (default: {defaults.MINIMALITY}; "
-        f"{defaults.VECTOR_MINIMALITY} for steer-vec and dyn-scalar)",
+        "--minimality", type=minimality, metavar="X",
+        help="weight of the ℓ1 norm, or a share such as 10%% of the smallest weight that keeps every parameter at 0 "
+        f"(default: {defaults.MINIMALITY}; {defaults.VECTOR_MINIMALITY} for steer-vec and dyn-scalar)",
+    )  # fmt: skip
+    objective.add_argument(
+        "--n-active", type=positive_int, metavar="N",
+        help="with activ-scalar: the largest number of active scalars; chooses the weight of the ℓ1 norm itself, then "
+        "fits the chosen scalars without it",
     )  # fmt: skip
     options.choice(
         objective, "--kl", ("forward", "reverse"), "direction of the KL divergence, forward or reverse", "KIND"
@@ -85,7 +92,7 @@ def sweep(command: argparse.ArgumentParser) -> None:
     options.positions(where)
     grid = command.add_argument_group("grid: every combination of these lists is fitted")
     for name, kind, what, default in (
-        ("minimality", weight_list, "weights of the ℓ1 norm", defaults.MINIMALITY),
+        ("minimality", minimality_list, "weights of the ℓ1 norm, or shares such as 50%%,10%%", defaults.MINIMALITY),
         ("faithfulness", weight_list, "weights of the KL divergence", defaults.FAITHFULNESS),
         ("margin", weight_list, "desired logit differences", defaults.MARGIN),
         ("lr", rate_list, "learning rates", defaults.LR),

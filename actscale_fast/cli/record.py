@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 FILE, EVALUATION = "fit.json", "evaluation.json"
 _KEPT = (
     "model", "data", "test_data", "columns", "chat", "task", "n_train", "n_test", "seed", "steps", "lr", "batch_size",
-    "schedule", "accumulate", "kind", "aligned", "margin", "faithfulness", "minimality", "kl", "include_answers",
+    "schedule", "accumulate", "kind", "aligned", "margin", "faithfulness", "minimality", "n_active", "kl",
+    "include_answers",
     "one_direction", "sparsity", "epochs", "rotation_lr", "boundary_lr", "boundary_weight",
 )  # fmt: skip
 
@@ -40,12 +41,12 @@ def save_record(folder: Path, options: argparse.Namespace, **more: Any) -> None:
     write_sealed(folder / FILE, {"format": 2, "intervention": _intervention_in(folder)} | record)
 
 
-def keep_learned(folder: Path, options: argparse.Namespace, result: Learned) -> None:
-    """Write a learned intervention, its history and its record, replacing those of an earlier one."""
+def keep_learned(folder: Path, options: argparse.Namespace, result: Learned, **more: Any) -> None:
+    """Write a learned intervention, its history and its record (with what is in `more`), replacing earlier ones."""
     (folder / EVALUATION).unlink(missing_ok=True)  # of an earlier intervention in this folder
     result.intervention.save_pretrained(folder)
     write_sealed(folder / "history.json", result.history)
-    save_record(folder, options)
+    save_record(folder, options, **more)
 
 
 def measure_learned(folder: Path, evaluation: Evaluation, title: str) -> None:
@@ -85,6 +86,17 @@ def was_fitted_with(option: str, folder: Path, task: str | None) -> bool:
 
 def _of_task(path: Path, task: str) -> dict[str, Any]:
     """The record of a fit on this task; empty if there is none."""
+    record = read_record(path.parent)
+    return record if record.get("task") == task else {}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of the fit whose intervention a folder holds; empty if there is none.
+
+    Raises:
+        ValueError: the record is damaged, or belongs to another intervention.
+    """
+    path = folder / FILE
     try:
         raw = read_limited(path)
     except FileNotFoundError:
@@ -95,7 +107,9 @@ def _of_task(path: Path, task: str) -> dict[str, Any]:
             raise ValueError("it has no checksum")
         if "format" in record and record["intervention"] != _intervention_in(path.parent):
             raise ValueError("it belongs to another intervention")
-        return record if record["task"] == task else {}
+        if not isinstance(record, dict) or "task" not in record:
+            raise ValueError("it names no task")
+        return record
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged, or not the record of a fit ({error})") from None
 

@@ -44,6 +44,11 @@ def weight_list(text: str) -> list[float]:
     return [weight(part) for part in text.split(",")]
 
 
+def minimality_list(text: str) -> list[float | str]:
+    """ "0.4,10%" as numbers and shares."""
+    return [minimality(part) for part in text.split(",")]
+
+
 def rate_list(text: str) -> list[float]:
     """ "0.05,0.02" as numbers above 0."""
     return [positive_float(part) for part in text.split(",")]
@@ -80,6 +85,16 @@ def positive_float(text: str) -> float:
 def weight(text: str) -> float:
     """A finite number that is at least 0."""
     return _number(text, "a number that is at least 0", least=0.0, open_end=False)
+
+
+def minimality(text: str) -> float | str:
+    """A finite number that is at least 0, or a share such as "10%"."""
+    if "%" not in text:
+        return _number(text, "a number that is at least 0, or a share such as 10%", least=0.0, open_end=False)
+    share = "".join(text.split())
+    if not 0 <= _number(share.removesuffix("%"), "a share such as 10%", least=0.0, open_end=False) <= 100:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share from 0% to 100%")
+    return share
 
 
 def joined_signed_lists(arguments: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 from ..architectures.hugging_face import unwrap
 from ..architectures.layout import layout
 from ..architectures.location import Location
+from ..architectures.site_after_norm import offer_of_site_after_norm
 from ..architectures.site_check import idle_layers
 from ..interventions import Composite, Intervention, Projection
 from .objective import Objective
@@ -60,15 +61,18 @@ def refuse_tokenless(intervention: Intervention, data: EncodedExamples) -> None:
 
 def refuse_idle(model: PreTrainedModel, intervention: Intervention) -> None:
     """Raise a ValueError if a norm undoes the factors of every part of the intervention."""
+    offers: dict[str, None] = {}
     for single in intervention.singles:
         location = single.location
-        idle = idle_layers(layout(model, location.paths), location.site, location.layers) if single.multiplies else []
+        found = layout(model, location.paths)
+        idle = idle_layers(found, location.site, location.layers) if single.multiplies else []
         if len(idle) < len(location.layers):
             return
+        offers[offer_of_site_after_norm(found, location.site, idle)] = None
     sites = ", ".join(sorted({repr(single.location.site) for single in intervention.singles}))
     raise ValueError(
         f"intervention: at {sites} of {type(unwrap(model)).__name__} a factor changes nothing, because a norm without "
-        "scale follows the site, so there is nothing to learn; use site='head' or a SteerVec"
+        f"scale follows the site, so there is nothing to learn; use site='head' or a SteerVec{''.join(offers)}"
     )
 
 

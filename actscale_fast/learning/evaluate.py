@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +20,11 @@ from ..modules.evaluation_mode import evaluation_mode
 from ..patching.patch import AnyPatch, patch
 from ..tasks.examples import sources_of
 from ..tasks.loading import ExampleSource
+from .answer_ranks import answer_ranks
 from .answer_scores import first_token_divergence
 from .encoded_examples import EncodedExamples
 from .predictions import Predictions
+from .prompt_statistics import Measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,9 +34,13 @@ if TYPE_CHECKING:
 class Evaluation:
     """Means over examples. "Correct" is z[c] > z[w]: the correct answer's logit is above the wrong one's.
 
+    The pairwise figures say which of the two answers the model prefers, not that it would give one of them: that is
+    `top_correct` and `top_wrong`. Evaluations that earlier versions saved have None in the fields that they lack.
+
     Where an answer has several tokens, z[c] − z[w] stands for log p(c) − log p(w), the difference of the whole answers'
-    log-probabilities after the prompt, which for one token each is the same. The KL divergence and the most likely
-    other token are those of the next token after the prompt, without the first tokens of both answers.
+    log-probabilities after the prompt, which for one token each is the same. The KL divergence, the most likely other
+    token, ranks and probabilities are those of the next token after the prompt: without the first tokens of both
+    answers, or of an answer's first token.
     """
 
     n_examples: int
@@ -50,12 +56,37 @@ class Evaluation:
     n_scalars: int
     l1: float
     baseline: Evaluation | None = None  # the frozen model (β = 0) on the same examples
+    #: flip_to_correct among the examples where z[c] > z[w] did not hold in the frozen model; None: there are none.
+    newly_correct: float | None = None
+    newly_wrong: float | None = None  # flip_to_wrong among those where z[w] > z[c] did not hold
+    #: Share of examples where the correct answer is the most likely of all tokens under β = +1, so that greedy
+    #: generation begins with it.
+    top_correct: float | None = None
+    top_wrong: float | None = None  # the same for the wrong answer under β = −1
+    rank_correct: float | None = None  # lower median of the correct answer's rank under β = +1; 1: the top token
+    rank_wrong: float | None = None  # the same for the wrong answer under β = −1
+    probability_correct: float | None = None  # mean probability of the correct answer under β = +1
+    probability_wrong: float | None = None  # mean probability of the wrong answer under β = −1
+    #: 95 % bootstrap intervals over the prompts, by field; see `bootstrap.intervals`.
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict, hash=False, repr=False)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(label, before, after) for a table; "before" is empty without a baseline."""
+        return [(label, before, after) for label, before, after, _ in self.table()[1]]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(column names, rows) as text: a label, the frozen model's figure, the steered one's and its interval."""
         labels = {
-            "flip_to_correct": ("correct under β = +1", "{:.2f}"),
-            "flip_to_wrong": ("wrong under β = −1", "{:.2f}"),
+            "flip_to_correct": ("correct above wrong, β = +1", "{:.2f}"),
+            "newly_correct": (self._of_the_others("flip_to_correct"), "{:.2f}"),
+            "flip_to_wrong": ("wrong above correct, β = −1", "{:.2f}"),
+            "newly_wrong": (self._of_the_others("flip_to_wrong"), "{:.2f}"),
+            "top_correct": ("correct is the top token, β = +1", "{:.2f}"),
+            "top_wrong": ("wrong is the top token, β = −1", "{:.2f}"),
+            "rank_correct": ("median rank of correct, β = +1", "{:.0f}"),
+            "rank_wrong": ("median rank of wrong, β = −1", "{:.0f}"),
+            "probability_correct": ("probability of correct, β = +1", "{:.3f}"),
+            "probability_wrong": ("probability of wrong, β = −1", "{:.3f}"),
             "logit_difference": ("logit difference, β = +1", "{:+.2f}"),
             "logit_difference_inverted": ("logit difference, β = −1", "{:+.2f}"),
             "kl_correct": ("KL of the other tokens, β = +1", "{:.3f}"),
@@ -67,9 +98,18 @@ class Evaluation:
         }
         rows = []
         for name, (label, form) in labels.items():
-            before = form.format(getattr(self.baseline, name)) if self.baseline else ""
-            rows.append((label, before, form.format(getattr(self, name))))
-        return rows
+            figures = [None if one is None else getattr(one, name) for one in (self.baseline, self)]
+            if figures[1] is not None:
+                before, after = ("" if figure is None else form.format(figure) for figure in figures)
+                ends = self.intervals.get(name)
+                rows.append([label, before, after, "" if ends is None else " to ".join(map(form.format, ends))])
+        return ["", "before", "after", "95 % interval"], rows
+
+    def _of_the_others(self, name: str) -> str:
+        if self.baseline is None:
+            return "… where it was not before"
+        n = self.n_examples - round(self.n_examples * getattr(self.baseline, name))
+        return f"… of the {n} prompt{'s' * (n != 1)} where it was not"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, with those of the baseline nested, for JSON."""
@@ -78,8 +118,12 @@ class Evaluation:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
         """The inverse of `to_dict`; raises a TypeError if fields are missing or unknown."""
-        baseline = data.get("baseline")
-        return cls(**data | {"baseline": None if baseline is None else cls.from_dict(baseline)})
+        baseline, ends = data.get("baseline"), data.get("intervals", {})
+        changed = {
+            "baseline": None if baseline is None else cls.from_dict(baseline),
+            "intervals": {name: (low, high) for name, (low, high) in ends.items()},
+        }
+        return cls(**data | changed)
 
 
 def evaluate(
@@ -148,11 +192,12 @@ def evaluate_all(
                 rows.append(_measure(model, predictions, data, alike, interventions, of_batch))
     evaluations = []
     for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
-        start, plus, minus, kl_correct, kl_wrong, *tops = values.unbind(-1)
-        none = values.new_zeros(1)
-        baseline = _summary(intervention, start, start, none, none, none + 1)
-        after = _summary(intervention, plus, minus, kl_correct, kl_wrong, torch.cat(tops))
-        evaluations.append(replace(after, baseline=replace(baseline, n_active=0, l1=0.0)))
+        common: dict[str, Any] = {"n_examples": len(values), "n_scalars": intervention.n_parameters}
+        steered = Measured(*values[:, :-6].unbind(-1))
+        frozen = steered.frozen(values[:, -6:]).figures(baseline=True)
+        baseline = Evaluation(**common, **frozen, n_active=0, l1=0.0)
+        figures = steered.figures() | {"n_active": intervention.n_active, "l1": intervention.l1}
+        evaluations.append(Evaluation(**common, **figures, baseline=baseline))
     return evaluations
 
 
@@ -160,7 +205,7 @@ def _measure(
     model: PreTrainedModel, predictions: Predictions, data: EncodedExamples, rows: list[int],
     interventions: Sequence[Intervention], sources: dict[Intervention, Tensor],
 ) -> Tensor:  # fmt: skip
-    """[B, interventions, 7]: z[c] − z[w] at β = 0, +1, −1; the KL, and whether the top other token is kept, at ±1."""
+    """[B, interventions, 19] in float64: the columns of `Measured`, then the ranks of both answers at β = 0."""
     long = rows[0] in data.long_answers
     with contextlib.ExitStack() as idle:
         patched: AnyPatch | None = None
@@ -173,6 +218,8 @@ def _measure(
     correct, wrong, signs = (t.to(reference.device) for t in (data.correct[rows], data.wrong[rows], direction))
     both = reference.repeat(2, 1)
     answers, top = (correct.repeat(2), wrong.repeat(2)), _top_other(reference, correct, wrong).repeat(2)
+    wanted = torch.cat([correct, wrong])  # the answer that each row is steered to
+    frozen = [one.view(2, -1) for one in answer_ranks(both, wanted)]
     found = []
     for intervention in interventions:
         with contextlib.ExitStack() as applied:
@@ -188,28 +235,10 @@ def _measure(
             kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
         differences = differences.view(2, -1)
         kept = _top_other(steered, *answers) == top
-        found.append(torch.stack([before, *differences, *kl.view(2, -1), *kept.float().view(2, -1)], -1))
+        ranks = [one.view(2, -1) for one in answer_ranks(steered, wanted)]
+        columns = [before[None], differences, kl.view(2, -1), kept.view(2, -1), *ranks, *frozen]
+        found.append(torch.cat([column.double() for column in columns]).T)
     return torch.stack(found, 1)
-
-
-def _summary(
-    intervention: Intervention, plus: Tensor, minus: Tensor, kl_correct: Tensor, kl_wrong: Tensor, kept: Tensor
-) -> Evaluation:
-    """Means: z[c] − z[w] under β = +1 (`plus`) and −1 (`minus`), both divergences, each [N]; `kept` [2·N]."""
-    return Evaluation(
-        n_examples=len(plus),
-        flip_to_correct=float((plus > 0).double().mean()),
-        flip_to_wrong=float((minus < 0).double().mean()),
-        logit_difference=float(plus.mean()),
-        logit_difference_inverted=float(minus.mean()),
-        kl=float(torch.cat([kl_correct, kl_wrong]).mean()),
-        kl_correct=float(kl_correct.mean()),
-        kl_wrong=float(kl_wrong.mean()),
-        top1=float(kept.mean()),
-        n_active=intervention.n_active,
-        n_scalars=intervention.n_parameters,
-        l1=intervention.l1,
-    )
 
 
 def _top_other(logits: Tensor, correct: Tensor, wrong: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
+from torch import Tensor
 
 from .. import defaults
 from ..interventions import Intervention
@@ -19,11 +22,14 @@ from .distributed import process_group
 from .encoded_examples import EncodedExamples
 from .engine import Engine, FitRequest
 from .execution import Execution, FitKeywords, with_keywords
+from .fit_n_active import check_n_active, choose_active, masks
 from .fit_settings import FitSettings, Schedule
 from .fit_state import FitState
 from .identity import examples_identity, fit_identity, model_identity
+from .minimality_share import resolved_minimality
 from .objective import Objective
 from .termination import saving_on_sigterm
+from .zero_gradient import ZeroGradientWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +47,10 @@ class FitResult:
     history: list[dict[str, float]] = field(repr=False)
     #: Duration of this call; a resumed fit counts only its own steps.
     seconds: float
+    #: The objective, with numbers where shares were given.
+    objective: Objective | None = None
+    #: With `n_active`, one record per fit of the path: minimality (λ_M), n_active, effectiveness, faithfulness.
+    path: list[dict[str, float]] = field(default_factory=list, repr=False)
 
 
 def fit(
@@ -58,6 +68,7 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.99),
     tolerance: float | None = None,
     patience: int = defaults.PATIENCE,
+    n_active: int | None = None,
     execution: Execution | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = True,
@@ -92,6 +103,10 @@ def fit(
         betas: Adam's decay rates.
         tolerance, patience: stop early once no scalar has moved by more than `tolerance` in each of the last `patience`
             steps; None: never.
+        n_active: the largest number of scalars that may be active; the objective's `minimality` and the values of the
+            intervention are then not used. From α = 0, shorter fits with falling weights of the ℓ1 norm, each from the
+            result of the one before, choose the scalars. These are then fitted without the ℓ1 term, which would pull
+            them to 0, and all others stay exactly 0. There is no checkpoint. None: `minimality` decides.
         execution: how the passes run: memory budgets, gradient accumulation, CUDA graphs, several processes.
         checkpoint: a file for the state, from which the fit resumes if it exists; or a `Checkpoint`, which also says
             how often it is written.
@@ -100,11 +115,13 @@ def fit(
             and `checkpoint_every` are still accepted as keyword arguments, as before `execution` existed.
 
     Returns:
-        FitResult with the intervention, the history of all steps and the duration.
+        FitResult with the intervention, the history of all steps (with `n_active`, those of the last fit) and the
+        duration.
 
     Raises:
         TypeError, ValueError: bad arguments or examples, an intervention or a checkpoint that belongs to another model
-            or fit, or an intervention that acts only on generated tokens.
+            or fit, an intervention that acts only on generated tokens, or a gradient that is exactly 0 for every
+            parameter; the message names the likely causes.
         RuntimeError: under torch.inference_mode(), where gradients cannot be enabled, or with distributed=True and only
             one process.
         OSError: the checkpoint cannot be written, which is found out before the model runs; the message names the path.
@@ -121,6 +138,9 @@ def fit(
     execution = with_keywords(execution, keywords, "fit")
     refuse_inference_mode("fit")
     paths = checked_intervention(intervention).paths
+    if n_active is not None:
+        check_n_active(n_active, intervention, checkpoint.path)
+        objective = replace(objective, minimality=0.0)
     data = EncodedExamples(examples, tokenizer, model, paths)
     refuse_tokenless(intervention, data)
     with process_group(execution.distributed) as processes:
@@ -137,13 +157,27 @@ def fit(
         begun = time.perf_counter()
         state.resume(processes)
         if state.done():
-            return FitResult(intervention, state.history, time.perf_counter() - begun)
+            return _result(state, begun)
         engine = Engine(model, data, intervention, [objective], execution, processes)
+        watch = ZeroGradientWatch(model, data, state)
+        path: list[dict[str, float]] = []
+        kept: list[Tensor] | None = None
         saving = saving_on_sigterm(checkpoint.path is not None)
         with saving, torch.enable_grad(), engine, _bar(state, progress and processes.is_rank_zero) as bar:
             try:
+                if math.isnan(state.minimality):
+                    state.resolve_minimality(resolved_minimality(engine, objective, rows))
+                if n_active is not None:
+                    path = choose_active(
+                        engine, objective, settings, rows, n_active, processes.is_rank_zero and progress
+                    )
+                    kept = masks(intervention)
                 while not state.done():
-                    terms, gradients = engine.gradients([FitRequest(state.rows(), objective)])
+                    batch = state.rows()
+                    terms, gradients = engine.gradients([FitRequest(batch, objective)])
+                    watch.look(batch, terms[0], gradients)
+                    if kept is not None:
+                        gradients = [gradient * mask for gradient, mask in zip(gradients, kept, strict=True)]
                     state.update(terms[0], gradients)
                     if state.history:
                         bar.set_postfix_str(_summary(state.history[-1], intervention.n_parameters), refresh=False)
@@ -154,7 +188,12 @@ def fit(
             finally:
                 if processes.is_rank_zero:  # also after Ctrl-C, SIGTERM and a failed step, whose beginning is kept
                     state.save()
-        return FitResult(intervention, state.history, time.perf_counter() - begun)
+        return _result(state, begun, path)
+
+
+def _result(state: FitState, begun: float, path: Sequence[dict[str, float]] = ()) -> FitResult:
+    objective = replace(state.objective, minimality=state.minimality)
+    return FitResult(state.intervention, state.history, time.perf_counter() - begun, objective, list(path))
 
 
 def _summary(record: dict[str, float], n_parameters: int) -> str:

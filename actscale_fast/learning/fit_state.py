@@ -62,10 +62,22 @@ class FitState:
         self.counters = [torch.zeros((), dtype=torch.float32, device=value.device) for value in self.values]
         self.history: list[dict[str, float]] = []
         self.taken = 0  # number of steps, including those whose figures have not arrived
+        #: λ_M [] where the objective gives a share of λ_max, kept in the checkpoint; NaN: not known yet.
+        self._resolved = torch.tensor(torch.nan, dtype=torch.float64, device="cpu")
         self._l1 = intervention.l1
         self._pending: deque[_Step] = deque()
         self._whole = True  # whether parameters, moments and counters belong to the same step
         self._saved = -1
+
+    @property
+    def minimality(self) -> float:
+        """λ_M; NaN while it is a share of λ_max that is not known yet."""
+        objective = self.objective
+        return objective.minimality_weight if objective.minimality_share is None else float(self._resolved)
+
+    def resolve_minimality(self, weight: float) -> None:
+        """Set λ_M where the objective gives a share."""
+        self._resolved.fill_(weight)
 
     def done(self) -> bool:
         """Whether all steps are taken, or the fit has converged according to `tolerance` and `patience`."""
@@ -88,6 +100,8 @@ class FitState:
         state: dict[str, Tensor] = {}
         for (name, value), (first, second), step in zip(self.named.items(), self.moments, self.counters, strict=True):
             state |= {name: value.data, f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": step}
+        if self.objective.minimality_share is not None:
+            state["objective.minimality"] = self._resolved
         return state
 
     def update(self, terms: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -104,7 +118,7 @@ class FitState:
         lr = self.settings.rate(self.taken)
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
         of_parameters = self.objective.sparsity == "parameters"
-        l1 = self.objective.minimality if of_parameters else 0.0
+        l1 = self.minimality if of_parameters else 0.0
         home = self.values[0].device  # the parts of a composite may be on several devices
         finite = torch.stack([gradient.isfinite().all().to(home) for gradient in gradients]).all()
         self._whole = False
@@ -143,7 +157,7 @@ class FitState:
             self.history.append(
                 {
                     "step": step.number,
-                    "loss": loss + objective.minimality * l1,
+                    "loss": loss + self.minimality * l1,
                     **terms,
                     "minimality": record["minimality"],
                     "n_active": int(record["n_active"]),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .. import defaults
 from .._checks import finite_number
+
+_SHARE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
 
 
 class KLOptions(NamedTuple):
@@ -35,7 +38,11 @@ class Objective:
         margin: m in the hinge max(0, m − s·(z[c] − z[w])), in logits; for answers of several tokens the bracket is
             log p(c) − log p(w), in nats.
         faithfulness: λ_F, the weight of the KL divergence from the frozen model.
-        minimality: λ_M, the weight of the ℓ1 norm, which is applied as a proximal step, so that zeros are exact.
+        minimality: λ_M, the weight of the ℓ1 norm, which is applied as a proximal step, so that zeros are exact. A
+            number, or a share such as "10%" of λ_max, the smallest weight that keeps every parameter at 0: the largest
+            |gradient| of E + λ_F·F at 0 over all training examples. A share means the same on models whose activations
+            or logits have other scales; `fit` and `sweep` compute λ_max first, and return the objective with the
+            number.
         sparsity: whose ℓ1 norm is penalised. "parameters": that of the learned parameters. "scalars", for a DynScalar:
             that of the scalars it produces, Σ over layers and heads of the mean |⟨u, h⟩| over the steered tokens,
             averaged over prompts and directions. Its subgradient makes scalars small, but no probe exactly 0. The paper
@@ -46,27 +53,38 @@ class Objective:
             correct one.
 
     Raises:
-        ValueError: a weight that is negative, not finite or not a number (booleans are not), or an unknown choice.
+        ValueError: a weight that is negative, not finite or not a number (booleans are not), a share that is not
+            between 0% and 100% or is combined with sparsity="scalars", or an unknown choice.
     """
 
     margin: float = defaults.MARGIN
     faithfulness: float = defaults.FAITHFULNESS
-    minimality: float = defaults.MINIMALITY
+    minimality: float | str = defaults.MINIMALITY
     exclude_answers: bool = True
     kl: Literal["forward", "reverse"] = "forward"
     directions: tuple[int, ...] = (1, -1)
     sparsity: Literal["parameters", "scalars"] = "parameters"
 
     def __post_init__(self) -> None:
-        for name in ("margin", "faithfulness", "minimality"):
+        names = ("margin", "faithfulness", "minimality")
+        for name in names[:2] if isinstance(self.minimality, str) else names:
             value = finite_number(getattr(self, name))
             if value is None or value < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a finite number >= 0")
+                more = ", or a share of λ_max such as '10%'" if name == "minimality" else ""
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a finite number >= 0{more}")
             object.__setattr__(self, name, value)
         if self.kl not in ("forward", "reverse"):
             raise ValueError(f"kl: got {self.kl!r}, expected 'forward' or 'reverse'")
         if self.sparsity not in ("parameters", "scalars"):
             raise ValueError(f"sparsity: got {self.sparsity!r}, expected 'parameters' or 'scalars'")
+        if isinstance(self.minimality, str):
+            share_of(self.minimality)  # refuses other texts
+            object.__setattr__(self, "minimality", "".join(self.minimality.split()))
+            if self.sparsity == "scalars":
+                raise ValueError(
+                    f"minimality: got {self.minimality!r} with sparsity='scalars', which makes no parameter exactly 0, "
+                    "so there is no λ_max to take a share of; expected a number"
+                )
         directions = tuple(self.directions) if isinstance(self.directions, Iterable) else ()
         if directions not in ((1,), (-1,), (1, -1), (-1, 1)) or any(isinstance(sign, bool) for sign in directions):
             raise ValueError(f"directions: got {self.directions!r}, expected (1, -1), (1,) or (-1,)")
@@ -75,3 +93,34 @@ class Objective:
     @property
     def loss_options(self) -> LossOptions:
         return LossOptions(self.margin, KLOptions(**{name: getattr(self, name) for name in KLOptions._fields}))
+
+    @property
+    def minimality_share(self) -> float | None:
+        """λ_M as a share of λ_max, between 0 and 1; None: it is a number."""
+        return share_of(self.minimality) if isinstance(self.minimality, str) else None
+
+    @property
+    def minimality_weight(self) -> float:
+        """λ_M as a number.
+
+        Raises:
+            ValueError: it is a share, which only `fit` and `sweep` turn into a number.
+        """
+        if isinstance(self.minimality, str):
+            raise ValueError(f"minimality: got the share {self.minimality!r}, expected a number here")
+        return self.minimality
+
+
+def share_of(text: str) -> float:
+    """A share such as "10%" as a number between 0 and 1.
+
+    Raises:
+        ValueError: the text is not such a share.
+    """
+    found = _SHARE.fullmatch(text)
+    share = float(found[1]) / 100 if found else -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"minimality: got {text!r}, expected a finite number >= 0, or a share of λ_max from '0%' to '100%'"
+        )
+    return share

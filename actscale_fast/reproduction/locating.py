@@ -24,7 +24,7 @@ def path(lab: Laboratory, task: Task, system: System) -> list[dict[str, Any]]:
     # The first weights of the path keep nearly all scalars at 0; the last is half of that in the comparison.
     some = train[: size.n_test]
     first = minimality_path(lab.model, tokenizer, some, 1, objective=system.objective, batch_size=len(some))[0]
-    last = min(system.objective.minimality, first) / 2
+    last = min(system.objective.minimality_weight, first) / 2
     weights = [first * (last / first) ** ((index + 1) / size.n_path) for index in range(size.n_path)]
     result = sweep(
         lab.model, tokenizer, train, {"minimality": weights}, intervention=template, objective=system.objective,

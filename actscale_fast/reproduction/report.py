@@ -21,8 +21,8 @@ from .comparing import Laboratory
 from .systems import SYSTEMS, TASKS, Task
 
 _FIGURES = {
-    "flip_to_correct": ("correct, β = +1", "{:.2f}"),
-    "flip_to_wrong": ("wrong, β = −1", "{:.2f}"),
+    "flip_to_correct": ("correct above wrong, β = +1", "{:.2f}"),
+    "flip_to_wrong": ("wrong above correct, β = −1", "{:.2f}"),
     "kl": ("KL, nats", "{:.3f}"),
     "top1": ("top other token kept", "{:.2f}"),
     "n_active": ("not 0", "{:.0f}"),
@@ -237,7 +237,8 @@ def _how(lab: Laboratory, quick: bool) -> str:
     rows = [
         (
             system.title, ", ".join(system.sites), f"{round(system.share * lab.size.steps)}", f"{system.lr:g}",
-            f"{system.objective.margin:g}", f"{system.objective.faithfulness:g}", f"{system.objective.minimality:g}",
+            f"{system.objective.margin:g}", f"{system.objective.faithfulness:g}",
+            f"{system.objective.minimality_weight:g}",
         )
         for system in SYSTEMS
     ]  # fmt: skip

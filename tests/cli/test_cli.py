@@ -81,7 +81,8 @@ def test_the_demo_leaves_an_intervention_pictures_and_figures(
     assert [len(texts) for texts in report["continuations"].values()] == [3, 3, 3]
     assert len(json.loads((out / "history.json").read_text(encoding="utf-8"))) == 2
     printed = capsys.readouterr().out
-    for words in ("correct under β = +1", "before", "after", "active scalars", "peak memory", *report["continuations"]):
+    told = ("correct above wrong, β = +1", "before", "after", "95 % interval", "active scalars", "peak memory")
+    for words in (*told, *report["continuations"]):
         assert words in printed
 
 
@@ -530,3 +531,66 @@ def test_the_parts_of_a_model_can_be_named(
     if command == "fit":
         assert load_intervention(tmp_path / "out").location.paths["projection"] == "self_attn.o_proj"
     assert "no layer (LlamaDecoderLayer) has a module 'attn.out'" in refused(capsys, *words, "--projection", "attn.out")
+
+
+def test_minimality_may_be_a_share(model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "share"
+    words = ["--model", model, "--data", data, "--steps", "2", "--out", str(out)]
+    assert main(["fit", *words, "--minimality", "10%"]) == 0
+    record = json.loads((out / "fit.json").read_text(encoding="utf-8"))
+    assert record["minimality"] == "10%"
+    assert f"is {record['objective']['minimality']}" in capsys.readouterr().out
+    assert record["objective"]["minimality"] > 0
+    assert main(["sweep", *words[:-1], str(tmp_path / "sweep"), "--minimality", "50%,0.1"]) == 0
+    refusals = {"110%": "a share from 0% to 100%", "abc%": "a share such as 10%", "x": "or a share such as 10%"}
+    for text, expected in refusals.items():
+        assert expected in usage_error(capsys, "fit", *words, "--minimality", text)
+
+
+def test_a_record_tells_where_a_fit_comes_from_and_another_fine_tune_is_warned_of(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import hashlib
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from actscale_fast import __version__
+    from actscale_fast.learning.weights_digest import weights_digest
+
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert main(["fit", "--model", model, "--data", data, "--test-data", data, "--steps", "1", "--out", str(out)]) == 0
+    record = json.loads((out / "fit.json").read_text(encoding="utf-8"))
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    assert record["versions"]["actscale_fast"] == __version__
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["date"].endswith("+00:00")
+    assert (record["dtype"], record["weights"]) == ("float32", weights_digest(loaded))
+    rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
+    digest = hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+    assert record["examples"] == {"train": {"n": 3, "sha256": digest}, "test": {"n": 3, "sha256": digest}}
+    assert record["objective"]["margin"] == record["margin"]
+
+    with torch.no_grad():
+        loaded.model.layers[0].mlp.down_proj.weight += 0.01
+    loaded.save_pretrained(other)
+    AutoTokenizer.from_pretrained(model).save_pretrained(other)
+    for command in (["evaluate", "--data", data], ["generate", "--prompt", "The capital of Italy is"]):
+        words = [*command, "--intervention", str(out), "--model"]
+        capsys.readouterr()
+        assert main([*words, model]) == 0
+        assert capsys.readouterr().err == ""
+        assert main([*words, str(other)]) == 0
+        assert "was fitted on a model of the same shape with other weights" in capsys.readouterr().err
+        assert main([*words, str(other), "--dtype", "bfloat16"]) == 0
+        assert "other weights" not in capsys.readouterr().err
+
+
+def test_the_number_of_active_scalars_may_be_given(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", "--model", model, "--data", data, "--steps", "3", "--out", str(tmp_path / "few"), "--n-active", "2"]
+    assert main(words) == 0
+    assert 1 <= load_intervention(tmp_path / "few").n_active <= 2
+    assert json.loads((tmp_path / "few" / "fit.json").read_text(encoding="utf-8"))["n_active"] == 2
+    assert "--n-active chooses the weight" in refused(capsys, *words, "--minimality", "0.1")
+    assert "expected a single ActivScalar" in refused(capsys, *words, "--kind", "steer-vec")

@@ -69,7 +69,7 @@ def test_rows_and_dict_say_what_the_fields_say() -> None:
     model = tiny.llama()
     result = af.evaluate(model, tiny.tokenizer(), conflicts(4), af.ActivScalar.for_model(model))
     rows = {label: (before, after) for label, before, after in result.rows()}
-    assert rows["correct under β = +1"] == (f"{result.flip_to_correct:.2f}",) * 2
+    assert rows["correct above wrong, β = +1"] == (f"{result.flip_to_correct:.2f}",) * 2
     assert result.to_dict()["baseline"]["n_examples"] == 4
 
 

@@ -355,10 +355,26 @@ def test_answers_in_any_script(recwarn: pytest.WarningsRecorder) -> None:
 @pytest.mark.parametrize(
     ("correct", "wrong", "message"),
     [
-        (" Paris Rome", " Paris", r"row 1 of examples: the tokens of correct ' Paris Rome' begin with all those of wrong ' Paris'"),
-        (" Rome", " Rome Oslo", r"row 1 of examples: the tokens of wrong ' Rome Oslo' begin with all those of correct ' Rome'"),
-        (" Rome Oslo", "  Rome  Oslo", r"row 1 of examples: correct ' Rome Oslo' and wrong '  Rome  Oslo' are the same 2 tokens"),
-        (" Rome Nowhere", " Paris", r"row 1 of examples, correct: ' Rome Nowhere' has a part that is not a token of the tokenizer"),
+        (
+            " Paris Rome",
+            " Paris",
+            r"row 1 of examples: the tokens of correct ' Paris Rome' begin with all those of wrong ' Paris'",
+        ),
+        (
+            " Rome",
+            " Rome Oslo",
+            r"row 1 of examples: the tokens of wrong ' Rome Oslo' begin with all those of correct ' Rome'",
+        ),
+        (
+            " Rome Oslo",
+            "  Rome  Oslo",
+            r"row 1 of examples: correct ' Rome Oslo' and wrong '  Rome  Oslo' are the same 2 tokens",
+        ),
+        (
+            " Rome Nowhere",
+            " Paris",
+            r"row 1 of examples, correct: ' Rome Nowhere' has a part that is not a token of the tokenizer",
+        ),
         (" Rome", " Paris" * 65, "longest answer of several tokens has 69 tokens, expected at most the model's 64"),
     ],
 )
@@ -389,9 +405,13 @@ def test_what_reads_the_next_token_alone_refuses_long_answers() -> None:
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     example = replace(EXAMPLES[0], source="The capital of B is")
     das = af.BoundlessDAS.for_model(model, layers=[1], positions=[-1])
-    with pytest.raises(ValueError, match="row 1 of examples has an answer of several tokens, but fit_interchange learns from"):
+    with pytest.raises(
+        ValueError, match="row 1 of examples has an answer of several tokens, but fit_interchange learns from"
+    ):
         af.fit_interchange(model, tokenizer, [example], das, steps=1, progress=False)
-    with pytest.raises(ValueError, match="row 1 of examples has an answer of several tokens, but a BoundlessDAS is evaluated on"):
+    with pytest.raises(
+        ValueError, match="row 1 of examples has an answer of several tokens, but a BoundlessDAS is evaluated on"
+    ):
         af.evaluate(model, tokenizer, [example], das)
     probe = af.DynScalar.for_model(model)
     with pytest.raises(ValueError, match="several tokens, but sparsity='scalars' is a mean over"):

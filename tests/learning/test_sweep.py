@@ -37,7 +37,11 @@ def assert_same_fit(fit: af.SweepFit, alone: af.FitResult) -> None:
 
 def flat(evaluation: af.Evaluation) -> dict[str, float]:
     told = evaluation.to_dict()
-    return told | {f"baseline {name}": value for name, value in told.pop("baseline").items() if value is not None}
+    told |= {f"baseline {name}": value for name, value in told.pop("baseline").items() if value is not None}
+    for name in ("intervals", "baseline intervals"):
+        ends = told.pop(name)
+        told |= {f"{name} {key} {index}": end for key, pair in ends.items() for index, end in enumerate(pair)}
+    return told
 
 
 def values(intervention: Any) -> Tensor:

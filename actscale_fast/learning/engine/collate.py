@@ -150,7 +150,7 @@ def loss_weights(losses: Sequence[Loss], requests: Sequence[FitRequest]) -> dict
     penalised = [objective.sparsity == "scalars" for objective in objectives]
     if any(penalised):
         per_direction = [
-            objective.minimality / len(objective.directions) * one
+            objective.minimality_weight / len(objective.directions) * one
             for objective, one in zip(objectives, penalised, strict=True)
         ]
         weights["sparsity"] = floats(per_direction) @ mean

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +129,31 @@ def stored_evaluation(folder: Path) -> tuple[str, Evaluation]:
 
 
 def checked_evaluation(path: Path, data: Any) -> Evaluation:
-    """The evaluation that a file describes."""
-    names = {item.name for item in fields(Evaluation)}
+    """The evaluation that a file describes; one that an earlier version wrote lacks the newer fields."""
     for one in (data, data.get("baseline") if isinstance(data, dict) else None):
         if one is None and one is not data:
             continue
-        numbers = [value for name, value in one.items() if name != "baseline"] if isinstance(one, dict) else [None]
-        if not isinstance(one, dict) or one.keys() != names or any(type(v) not in (int, float) for v in numbers):
+        if not isinstance(one, dict) or not _is_evaluation(one):
             raise ValueError(f"{path}: damaged (an evaluation's fields are missing or not numbers)")
         if one is not data and one["baseline"] is not None:
             raise ValueError(f"{path}: damaged (a baseline has one of its own)")
     return Evaluation.from_dict(data)
+
+
+def _is_evaluation(data: dict[str, Any]) -> bool:
+    """Whether this object has the fields of an evaluation, with values of their types."""
+    known = {item.name: item.default is MISSING and item.default_factory is MISSING for item in fields(Evaluation)}
+    needed = {name for name, is_needed in known.items() if is_needed} | {"baseline"}
+    if data.keys() - known.keys() or needed - data.keys():
+        return False
+    ends = data.get("intervals", {})
+    if not isinstance(ends, dict) or not all(isinstance(pair, list) and len(pair) == 2 for pair in ends.values()):
+        return False
+    numbers = [end for pair in ends.values() for end in pair]
+    for name, value in data.items():
+        if name not in ("baseline", "intervals") and (known[name] or value is not None):
+            numbers.append(value)
+    return all(type(number) in (int, float) for number in numbers)
 
 
 def check_entry(path: Path, entry: Any, folder: str | None = None) -> None:

@@ -104,7 +104,7 @@ def chain_by_minimality(made: Sequence[Point]) -> list[list[Point]]:
         others = {name: value for name, value in point.chosen.items() if name != "minimality"}
         paths.setdefault(json.dumps(others, default=str, sort_keys=True), []).append(point)
     for path in paths.values():
-        path.sort(key=lambda point: -point.objective.minimality)
+        path.sort(key=lambda point: -point.objective.minimality_weight)
         for before, point in itertools.pairwise(path):
             point.after = before
     return list(paths.values())

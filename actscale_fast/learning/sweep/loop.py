@@ -17,6 +17,7 @@ from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest, active_region
 from ..execution import Execution
 from ..fit_state import FitState
+from ..zero_gradient import ZeroGradientError, ZeroGradientWatch
 from .fit_folder import finished, write_finished
 from .grid import Point
 from .result import SweepFit
@@ -34,6 +35,7 @@ class _Slot:
         self.chain = chain
         self.point: Point | None = None
         self.state: FitState | None = None
+        self.watch: ZeroGradientWatch | None = None
         self.error: str | None = None
         self.before: Intervention | None = None  # the result of the previous fit in the chain
 
@@ -100,11 +102,14 @@ class SweepLoop:
                     parameter[number, places[-1]] = slot.state.intervention.get_parameter(name).detach()
                 requests.append(FitRequest(slot.state.rows(), slot.state.objective, number))
         terms, gradients = engine.gradients(requests)
-        for (number, slot), place, own_terms in zip(busy, places, terms, strict=True):
+        for (number, slot), place, request, own_terms in zip(busy, places, requests, terms, strict=True):
             assert slot.state is not None
+            assert slot.watch is not None
+            own = [gradient[number, place] for gradient in gradients]
             try:
-                slot.state.update(own_terms, [gradient[number, place] for gradient in gradients])
-            except FloatingPointError as error:
+                slot.watch.look(request.rows, own_terms, own)
+                slot.state.update(own_terms, own)
+            except (FloatingPointError, ZeroGradientError) as error:
                 slot.error = str(error)
 
     def _after_step(self, slot: _Slot, waiting: Iterator[Sequence[Point]], bar: Any) -> None:
@@ -184,6 +189,7 @@ class SweepLoop:
             checkpoint=path, identity=point.identity, name=point.label,
         )  # fmt: skip
         slot.state.resume()
+        slot.watch = ZeroGradientWatch(self.model, self.data, slot.state)
 
     def _state_file(self, point: Point) -> Path:
         """The checkpoint of a fit in progress."""

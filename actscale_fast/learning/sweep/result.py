@@ -116,7 +116,7 @@ class SweepResult:
         """(column names, one row per fit) as text."""
         evaluated = any(fit.evaluation is not None for fit in self.fits)
         columns = ["fit", "steps", "E", "F", "active", "ℓ1"]
-        columns += ["correct, β = +1", "wrong, β = −1", "KL"] if evaluated else []
+        columns += ["correct above wrong", "wrong above correct", "KL"] if evaluated else []
         rows = []
         for fit in self.fits:
             last, found = fit.history[-1] if fit.history else {}, fit.evaluation

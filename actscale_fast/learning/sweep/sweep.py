@@ -31,6 +31,7 @@ from .folder import INDEX, write_index
 from .grid import Grid, Point, chain_by_minimality, points
 from .loop import SweepLoop
 from .result import SweepFit, SweepResult
+from .shares import resolve_shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +77,7 @@ def sweep(
         grid: a dict of lists, of which every combination is a point; or a list of dicts; or a list of interventions,
             which are the starting points and are left unchanged. The keys are the fields of `Objective` (margin,
             faithfulness, minimality, …), the arguments below (steps, lr, batch_size, seed, …), `layers` and `task`.
+            `minimality` may be a share such as "10%", as in `Objective`.
         objective: the objective of all points, except for what the grid says.
         intervention: the starting point of all points, which is left unchanged; None: `ActivScalar.for_model(model)`.
         steps, lr, batch_size, seed, schedule, betas, tolerance, patience: as for `fit`, for all points, except for what
@@ -99,7 +101,8 @@ def sweep(
         OSError: the folder cannot be written, which is found out before the model runs; the message names the path.
         RuntimeError: under torch.inference_mode(), or with distributed=True and only one process.
 
-    A fit whose terms are no longer finite stops with a warning and has its `error` set; the others continue.
+    A fit whose terms are no longer finite, or that cannot move because its gradient is 0, stops with a warning and has
+    its `error` set; the others continue.
 
     Example:
         >>> result = af.sweep(model, tokenizer, train, {"minimality": [0.4, 0.2, 0.1], "seed": range(3)})
@@ -122,11 +125,14 @@ def sweep(
     for some in (held_out or {}).values():
         EncodedExamples(some, tokenizer, model, paths)  # refuses a bad one before any work
     root = None if folder is None else Path(folder)
+    rows_of = row_ranges(sets)
     with process_group(execution.distributed) as processes:
         if root is not None:
             check_writable_checkpoint(root / INDEX, processes=processes)
+        for point in made:
+            _check_point(model, point, data)
+        resolve_shares(model, data, made, rows_of, execution)
         chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
-        rows_of = row_ranges(sets)
         _identify(model, data, chains, rows_of, execution.accumulate, saved=root is not None)
         begun = time.perf_counter()
         loop = SweepLoop(model, data, rows_of, root, checkpoint_every, execution)
@@ -148,20 +154,24 @@ def sweep(
         return result
 
 
+def _check_point(model: PreTrainedModel, point: Point, data: EncodedExamples) -> None:
+    """Refuse, before any work, an intervention that cannot be learned here."""
+    checked_location(point.intervention)
+    refuse_tokenless(point.intervention, data)
+    if point.intervention.n_groups is not None:
+        raise ValueError("grid: got a stack of interventions, expected single ones")
+    patch(model, point.intervention).remove()  # refuses another model's
+    refuse_idle(model, point.intervention)
+
+
 def _identify(
     model: PreTrainedModel, data: EncodedExamples, chains: Sequence[Sequence[Point]],
     rows_of: dict[str | None, range], accumulate: int, *, saved: bool,
 ) -> None:  # fmt: skip
-    """Check the points' interventions, and set the identity that the name of each point's folder depends on."""
+    """Set the identity that the name of each point's folder depends on."""
     of_model = model_identity(model, True) if saved else {}
     of_task = {task: examples_identity(data, rows) for task, rows in rows_of.items()}
     for point in (point for chain in chains for point in chain):
-        checked_location(point.intervention)
-        refuse_tokenless(point.intervention, data)
-        if point.intervention.n_groups is not None:
-            raise ValueError("grid: got a stack of interventions, expected single ones")
-        patch(model, point.intervention).remove()  # refuses another model's before any work
-        refuse_idle(model, point.intervention)
         point.identity = point.settings.to_dict() | fit_identity(point.intervention, point.objective)
         point.identity |= of_task[point.task] | of_model
         if accumulate != 1:  # as of a single fit; left out where it is 1, as in folders from before it was an option

@@ -1,0 +1,41 @@
+"""Points of a grid whose λ_M is a share of λ_max: the shares become numbers before the fits begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..encoded_examples import EncodedExamples
+from ..engine import Engine
+from ..execution import Execution
+from ..minimality_share import resolved_minimality
+from ..zero_gradient import ZeroGradientError
+from .grid import Point
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def resolve_shares(
+    model: PreTrainedModel, data: EncodedExamples, made: Sequence[Point], rows_of: dict[str | None, range],
+    execution: Execution,
+) -> None:  # fmt: skip
+    """Replace each share by a number; λ_max is computed once for all points that agree in what it depends on."""
+    largest: dict[Any, float] = {}
+    for point in made:
+        share = point.objective.minimality_share
+        if share is None:
+            continue
+        whole = replace(point.objective, minimality="100%", faithfulness=0.0)
+        place = point.intervention.location
+        key = (point.task, whole, type(point.intervention), place.site, place.layers, place.positions, place.generated)
+        if key not in largest:
+            with torch.enable_grad(), Engine(model, data, point.intervention, [whole], execution) as engine:
+                try:
+                    largest[key] = resolved_minimality(engine, whole, rows_of[point.task])
+                except ZeroGradientError as error:
+                    raise ValueError(f"grid: {point.label}: {error}") from None
+        point.objective = replace(point.objective, minimality=float(f"{share * largest[key]:.4g}"))
