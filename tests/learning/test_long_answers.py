@@ -368,12 +368,12 @@ def test_answers_in_any_script(recwarn: pytest.WarningsRecorder) -> None:
         (
             " Rome Oslo",
             "  Rome  Oslo",
-            r"row 1 of examples: correct ' Rome Oslo' and wrong '  Rome  Oslo' are the same 2 tokens",
+            r"row 1 of examples: correct ' Rome Oslo' and wrong .* are the same 2 tokens",
         ),
         (
             " Rome Nowhere",
             " Paris",
-            r"row 1 of examples, correct: ' Rome Nowhere' has a part that is not a token of the tokenizer",
+            r"row 1 of examples, correct: ' Rome Nowhere' has a part that is not a token",
         ),
         (" Rome", " Paris" * 65, "longest answer of several tokens has 69 tokens, expected at most the model's 64"),
     ],
@@ -396,7 +396,7 @@ def test_a_missing_space_is_suggested_only_where_it_helps() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
     model = byte_llama()
     model.resize_token_embeddings(len(tokenizer))
-    expected = r"row 1 of examples, correct: 'Rom' is 3 tokens .* and ' Rom' is 1; did you mean it with its leading space\? \(and 1"
+    expected = r"row 1 of examples, correct: 'Rom' is 3 tokens .* and ' Rom' is 1; did you mean it with .* \(and 1"
     with pytest.warns(UserWarning, match=expected):
         EncodedExamples([af.Example("The capital is", "Rom", "Osl")], tokenizer, model)
 
@@ -405,13 +405,9 @@ def test_what_reads_the_next_token_alone_refuses_long_answers() -> None:
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     example = replace(EXAMPLES[0], source="The capital of B is")
     das = af.BoundlessDAS.for_model(model, layers=[1], positions=[-1])
-    with pytest.raises(
-        ValueError, match="row 1 of examples has an answer of several tokens, but fit_interchange learns from"
-    ):
+    with pytest.raises(ValueError, match="row 1 of examples has an answer of several .* fit_interchange learns"):
         af.fit_interchange(model, tokenizer, [example], das, steps=1, progress=False)
-    with pytest.raises(
-        ValueError, match="row 1 of examples has an answer of several tokens, but a BoundlessDAS is evaluated on"
-    ):
+    with pytest.raises(ValueError, match="row 1 of examples has an answer of several .* BoundlessDAS is eval"):
         af.evaluate(model, tokenizer, [example], das)
     probe = af.DynScalar.for_model(model)
     with pytest.raises(ValueError, match="several tokens, but sparsity='scalars' is a mean over"):
