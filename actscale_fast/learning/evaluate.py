@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_counts
+from .._tables import Readable
 from ..architectures.layout import layout
 from ..frozen.batching import Batch, forward_arguments
 from ..frozen.shortcuts import open_frozen_model
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Evaluation(Readable):
     """Means over examples. "Correct" is z[c] > z[w]: the correct answer's logit is above the wrong one's."""
 
     n_examples: int
@@ -62,6 +63,13 @@ class Evaluation:
             before = form.format(getattr(self.baseline, name)) if self.baseline else ""
             rows.append((label, before, form.format(getattr(self, name))))
         return rows
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(column names, rows) as text."""
+        return ["", "before", "after"], [list(row) for row in self.rows()]
+
+    def _heading(self) -> str:
+        return f"Evaluation on {self.n_examples} prompts"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, with those of the baseline nested, for JSON."""
