@@ -13,6 +13,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._suggestions import unknown_attribute
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = importlib.import_module(f".{name}", __name__)
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise unknown_attribute(__name__, name, __all__)
     globals()[name] = value
     return value
 

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._log import notice
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,7 +48,7 @@ def load_demo_model(
 
     Args:
         cache_dir: the folder for the converted model; default `$ACTSCALE_CACHE` or `~/.cache/actscale_fast`.
-        progress: report on stderr what the first call is doing.
+        progress: log what the first call is doing (logger "actscale_fast"; on stderr unless logging is set up).
 
     Returns:
         The model and its tokenizer.
@@ -191,4 +193,4 @@ def quiet_transformers(*, bars: bool) -> Iterator[None]:
 
 def _say(progress: bool, line: str) -> None:
     if progress:
-        print(f"actscale-fast: {line}", file=sys.stderr, flush=True)
+        notice(line)

@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from .._json import shown
+from .._suggestions import closest, did_you_mean
 
 Site = Literal["head", "attn_out", "mlp_out", "residual"]
 SITES: tuple[str, ...] = get_args(Site)
@@ -173,7 +174,7 @@ def _check_keys(name: str, data: Any, cls: type[Any]) -> None:
 def check_site(site: object) -> str:
     """`site` where it is one of the four."""
     if not isinstance(site, str) or site not in SITES:
-        raise ValueError(f"site: got {site!r}, expected one of {', '.join(SITES)}")
+        raise ValueError(f"site: got {site!r}, expected one of {', '.join(SITES)}{did_you_mean(site, SITES)}")
     return site
 
 
@@ -192,12 +193,27 @@ def check_layers(layers: object, n_layers: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
+#: What a reader may call some positions, and how they are written.
+_SPOKEN = {
+    "last": "positions=[-1]",
+    "first": "positions=[0]",
+    "all": "positions=None",
+    "every": "positions=None",
+    "prompt": "a list of positions, which are tokens of the prompt",
+    "generated": "positions=[…] with generated=True",
+}
+
+
 def check_positions(positions: object, generated: bool) -> tuple[int, ...] | None:
     """The positions as a tuple; None is every token, which leaves nothing for `generated` to add."""
     if positions is None:
         if generated:
             raise ValueError("generated: got True with positions=None, which steers the generated tokens already")
         return None
+    if isinstance(positions, str) and (meant := closest(positions, _SPOKEN)) is not None:
+        raise TypeError(
+            f"positions: got {positions!r}, expected None or an iterable of ints; did you mean {_SPOKEN[meant]}?"
+        )
     chosen = _integers("positions", positions)
     if not chosen and not generated:
         raise ValueError("positions: got none, expected at least one (or None for every token)")

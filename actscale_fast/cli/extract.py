@@ -31,7 +31,7 @@ def extract(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options)
     intervention = recipes[options.recipe](options, model, tokenizer, given)
     intervention.save_pretrained(out)
-    say(f"saved in {out}: {intervention}")
+    say(f"saved in {out}: {intervention!r}")
     return 0
 
 
@@ -44,7 +44,7 @@ def combine(options: argparse.Namespace) -> int:
     multiples = [part if factor == 1.0 else factor * part for factor, part in zip(factors, parts, strict=True)]
     total = functools.reduce(lambda first, second: first + second, multiples)
     total.save_pretrained(output_folder(options.out))
-    say(f"saved in {options.out}: {total}")
+    say(f"saved in {options.out}: {total!r}")
     return 0
 
 

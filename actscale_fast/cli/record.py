@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import defaults
 from .._json import parsed_sealed, read_limited, write_json, write_sealed
+from .._log import logger
 from ..interventions.description import DESCRIPTION
 from .output import print_evaluation
 
@@ -67,10 +67,9 @@ def task_seed(folder: Path, task: str | None, given: int | None) -> int:
     if given is None:
         return defaults.SEED if taught is None else taught
     if taught is not None and given != taught:
-        print(
-            f"actscale-fast: warning: {folder} was fitted with --seed {taught}; with --seed {given} some of these "
-            "examples were used in training",
-            file=sys.stderr,
+        logger.warning(
+            f"{folder} was fitted with --seed {taught}; with --seed {given} some of these "
+            "examples were used in training"
         )
     return given
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_counts, check_finite
+from .._suggestions import did_you_mean
+from .._tables import Readable, ranges
 from ..architectures.layout import layout
 from ..architectures.location import Location, check_layers
 from ..frozen.encoder import TextEncoder, by_length, check_texts
@@ -46,8 +48,8 @@ class LayerChoice:
     table: list[LayerScore]
 
 
-@dataclass(frozen=True, eq=False)
-class InstructionVectors:
+@dataclass(frozen=True, eq=False, repr=False)
+class InstructionVectors(Readable):
     """v = mean(h_with − h_without) at the last prompt token, at each layer; u = v/‖v‖; t = mean ⟨h_with, u⟩."""
 
     location: Location  # site "residual", the layers, every token
@@ -63,6 +65,15 @@ class InstructionVectors:
     def norms(self) -> Tensor:
         """‖v‖, float32 [L]; used as coefficients of `add`, they add v itself."""
         return self.vectors.norm(dim=-1)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(column names, rows) as text: the norm of each layer's vector, and the target of its projection."""
+        values = zip(self.location.layers, self.norms.tolist(), self.targets.tolist(), strict=True)
+        return ["layer", "‖v‖", "t"], [[str(layer), f"{norm:.3g}", f"{target:+.3g}"] for layer, norm, target in values]
+
+    def _heading(self) -> str:
+        where = self.location
+        return f"Instruction vectors of {where.model.model_type}, layers {ranges(where.layers)}"
 
     def add(self, layer: int, coefficient: float) -> SteerVec:
         """h + c·u at every token of the prompt and every generated one.
@@ -130,7 +141,9 @@ class InstructionVectors:
         check_texts(prompts, "prompts")
         check_counts(max_new_tokens=max_new_tokens)
         if mode not in ("projection", "add"):
-            raise ValueError(f"mode: got {mode!r}, expected 'projection' or 'add'")
+            raise ValueError(
+                f"mode: got {mode!r}, expected 'projection' or 'add'{did_you_mean(mode, ('projection', 'add'))}"
+            )
         if max_perplexity is not None and not max_perplexity >= 1:
             raise ValueError(f"max_perplexity: got {max_perplexity!r}, expected at least 1")
         own = self.location.layers

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .._files import atomic_path
 from .._json import LARGEST, parsed, read_limited
+from .._suggestions import did_you_mean
 from ..architectures.location import check_layers
 from ..interventions import SteerVec
 from ._vectors import by_layer, check_vector, from_vectors
@@ -73,7 +74,7 @@ def load(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged or not a steering vector ({type(error).__name__}: {error})") from None
     if kind not in (None, *KINDS):
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     if layers is not None:
         wanted = list(layers)
         if missing := [layer for layer in wanted if layer not in directions]:

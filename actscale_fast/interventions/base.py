@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .._files import write_bytes
+from .._tables import Readable, ranges
 from ..architectures.locate import locate
 from ..architectures.location import Location, check_positions, check_site
 from . import saving
 from .description import Description, read_description
 from .placement import Placement
 
+#: The most rows of the table that `print` shows.
+_SHOWN = 10
 
-class Intervention(nn.Module):
+
+class Intervention(Readable, nn.Module):
     """Parameters at a location of one model.
 
     To write your own, subclass it, name the parameters and their shapes in `parameter_tails` and implement `edit`;
@@ -301,6 +305,44 @@ class Intervention(nn.Module):
         if not isinstance(loaded, cls):
             raise ValueError(f"{folder}: holds {type(loaded).__name__}, expected {cls.__name__}")
         return loaded
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(column names, rows) as text: the norms of the parameters at the places where the first one is largest."""
+        names = list(self.parameter_tails(self.location))
+        columns = ["group"] * (self.n_groups is not None) + ["layer"]
+        columns += ["position"] * (self.location.positions is not None and not self.shares_positions)
+        norms = []
+        for name in names:
+            values = self.get_parameter(name).detach()
+            values = values if self.n_groups is not None else values[None]
+            norms.append(values.flatten(3).norm(dim=-1).cpu().flatten())  # of [G, L, P]
+        n_slots = 1 if self.shares_positions else self.location.n_slots
+        slots = [*(self.location.positions or ()), *(["generated"] * self.location.generated)]
+        rows = []
+        for flat in norms[0].argsort(descending=True, stable=True)[:_SHOWN].tolist():
+            if not float(norms[0][flat]):
+                break
+            group, rest = divmod(flat, len(self.location.layers) * n_slots)
+            layer, slot = divmod(rest, n_slots)
+            place = {"group": group, "layer": self.location.layers[layer]}
+            place["position"] = slots[slot] if "position" in columns else None
+            rows.append([str(place[name]) for name in columns] + [f"{float(norm[flat]):.3g}" for norm in norms])
+        return [*columns, *(f"‖{name}‖" for name in names)], rows
+
+    def _heading(self) -> str:
+        where = self.location
+        tokens = "every token"
+        if where.positions is not None:
+            tokens = "positions " + ", ".join([*map(str, where.positions), *(["generated"] * where.generated)])
+        stacked = "" if self.n_groups is None else f" ({self.n_groups} stacked)"
+        layers = f"layer{'s' * (len(where.layers) > 1)} {ranges(where.layers)}"
+        return f"{type(self).__name__}{stacked} at {where.site} of {where.model.model_type}, {layers}, {tokens}"
+
+    def _notes(self) -> list[str]:
+        return [f"{self.n_active} of {self.n_parameters} parameters are active (not 0); their ℓ1 norm is {self.l1:.4g}"]
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
         where = self.location

@@ -124,6 +124,16 @@ class Composite(Intervention):
                 parts[name] = read_part(part)
         return description.checked(lambda: cls([(factor, parts[name]) for name, factor, _ in listed]))
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(column names, rows) as text: one row per part."""
+        rows = [
+            [f"{factor:g}", part._heading(), f"{part.n_active} of {part.n_parameters}"] for factor, part in self.pairs
+        ]
+        return ["factor", "part", "active"], rows
+
+    def _heading(self) -> str:
+        return f"Composite of {len(self.parts)}"
+
     def extra_repr(self) -> str:
         return f"factors={list(self.factors)}"
 

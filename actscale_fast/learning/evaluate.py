@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_counts
+from .._tables import Readable
 from ..architectures.layout import layout
 from ..frozen.batching import forward_arguments
 from ..frozen.shortcuts import open_frozen_model
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Evaluation(Readable):
     """Means over examples. "Correct" is z[c] > z[w]: the correct answer's logit is above the wrong one's.
 
     The pairwise figures say which of the two answers the model prefers, not that it would give one of them: that is
@@ -110,6 +111,13 @@ class Evaluation:
             return "… where it was not before"
         n = self.n_examples - round(self.n_examples * getattr(self.baseline, name))
         return f"… of the {n} prompt{'s' * (n != 1)} where it was not"
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(label, before, after) of each row of the table."""
+        return [(label, before, after) for label, before, after, _ in self.table()[1]]
+
+    def _heading(self) -> str:
+        return f"Evaluation on {self.n_examples} prompts"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, with those of the baseline nested, for JSON."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
 from .. import defaults
 from .._checks import check_counts, check_not_negative
+from .._suggestions import did_you_mean
+from .objective import Objective
 
 #: Default memory budgets in bytes.
 CACHE_BYTES, SPILL_BYTES = 2 << 30, 8 << 30
+
+#: Keywords that a misspelt one may have meant.
+_OF_FITS = (
+    "objective", "steps", "lr", "batch_size", "seed", "schedule", "betas", "tolerance", "patience", "execution",
+    "checkpoint", "progress", "evaluate_on", "folder", "warm_start", "at_once", "grid", "intervention",
+)  # fmt: skip
+_OF_OBJECTIVE = tuple(item.name for item in fields(Objective))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +81,12 @@ def with_keywords(execution: Execution | None, keywords: ExecutionKeywords, func
     if execution is not None and not isinstance(execution, Execution):
         raise TypeError(f"execution: got {type(execution).__name__}, expected an Execution or None")
     for name in keywords:
+        if name in _OF_OBJECTIVE:
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}, which is a field of the objective: "
+                f"Objective({name}=…)"
+            )
         if name not in ExecutionKeywords.__annotations__:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+            hint = did_you_mean(name, [*ExecutionKeywords.__annotations__, *_OF_FITS, *_OF_OBJECTIVE])
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
     return replace(execution or Execution(), **keywords)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import defaults
+from .._tables import Readable
 from ..interventions import Intervention
 from ..patching.patch import patch
 from ..tasks.loading import ExampleSource
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(slots=True)
-class FitResult:
+@dataclass(slots=True, repr=False)
+class FitResult(Readable):
     """A fitted intervention and how it was learned."""
 
     intervention: Intervention
@@ -51,6 +52,23 @@ class FitResult:
     objective: Objective | None = None
     #: With `n_active`, one record per fit of the path: minimality (λ_M), n_active, effectiveness, faithfulness.
     path: list[dict[str, float]] = field(default_factory=list, repr=False)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(column names, rows) as text: the objective's terms at the first and the last step."""
+        names = {"loss": "loss", "effectiveness": "E", "faithfulness": "F", "minimality": "‖α‖₁", "n_active": "active"}
+        ends = [self.history[0], *self.history[-1:]] if len(self.history) > 1 else self.history
+        rows = [
+            [f"{record['step']:g}"] + [f"{record[name]:.4g}" if name in record else "" for name in names]
+            for record in ends
+        ]
+        return ["step", *names.values()], rows
+
+    def _heading(self) -> str:
+        return f"Fit of {len(self.history)} steps in {self.seconds:.1f} s"
+
+    def _notes(self) -> list[str]:
+        found = self.intervention
+        return [f"{found!r}: {found.n_active} of {found.n_parameters} parameters are active"]
 
 
 def fit(

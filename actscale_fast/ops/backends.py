@@ -17,6 +17,8 @@ from typing import Literal, get_args
 
 import torch
 
+from .._suggestions import did_you_mean
+
 BackendName = Literal["auto", "cpu", "triton", "cuda", "reference"]
 
 #: (backend, compute-capability major) pairs whose correctness run is recorded in benchmarks/results. None yet.
@@ -36,7 +38,8 @@ def set_backend(name: BackendName) -> None:
     """
     global _choice
     if name not in get_args(BackendName):
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(get_args(BackendName))}")
+        names = get_args(BackendName)
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(names)}{did_you_mean(name, names)}")
     reason = unavailable(name)
     if reason:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")

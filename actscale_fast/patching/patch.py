@@ -22,6 +22,7 @@ from .edits import Steering
 from .forward_call import Prompt
 from .forward_context import ActivePatch, patches_of
 from .forward_hooks import join, leave
+from .readable_patch import ReadablePatch
 
 
 def patch(
@@ -138,7 +139,7 @@ class AttachedPatch(ActivePatch, Handle):
         return decoder is not None and patches_of(decoder) == tuple(patches)
 
 
-class Patch(Steering, AttachedPatch):
+class Patch(ReadablePatch, Steering, AttachedPatch):
     """An applied intervention; see `patch`."""
 
     def __init__(
@@ -168,9 +169,17 @@ class Patch(Steering, AttachedPatch):
         """Whether the model has no other patch."""
         return self.are_all([self])
 
+    def _patched_model(self) -> nn.Module | None:
+        return self._model() if self._edits else None
 
-class Patches(Handle):
+    def _is_paused(self) -> bool:
+        return self.paused
+
+
+class Patches(ReadablePatch, Handle):
     """The applied parts of a `Composite`, as one handle; see `patch`."""
+
+    intervention: Composite
 
     def __init__(self, model: nn.Module, composite: Composite, strength: float | Tensor, group: Tensor | None) -> None:
         self.intervention = composite
@@ -233,6 +242,12 @@ class Patches(Handle):
     def alone(self) -> bool:
         """Whether the model has no patch but these."""
         return self.parts[0].are_all(self.parts)
+
+    def _patched_model(self) -> nn.Module | None:
+        return self.parts[0]._patched_model()
+
+    def _is_paused(self) -> bool:
+        return self.paused
 
 
 AnyPatch = Patch | Patches

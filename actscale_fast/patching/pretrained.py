@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from .._suggestions import did_you_mean
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from . import pretrained_files as files
 from .merge import merge
@@ -49,7 +50,8 @@ class ActScaleConfig:
     def made_for(self, model: nn.Module) -> Intervention:
         """A new intervention for this model; it does nothing yet."""
         if self.kind not in _KINDS:
-            raise ValueError(f"kind: got {self.kind!r}, expected one of {', '.join(map(repr, _KINDS))}")
+            names = ", ".join(map(repr, _KINDS))
+            raise ValueError(f"kind: got {self.kind!r}, expected one of {names}{did_you_mean(self.kind, _KINDS)}")
         paths = {"projection": self.projection, "layers_path": self.layers_path, "mlp": self.mlp}
         return _KINDS[self.kind].for_model(model, self.site, self.layers, self.positions, self.generated, **paths)  # type: ignore[arg-type]
 

@@ -3,6 +3,9 @@
 Figures are built without pyplot, so that no global state changes and no display is needed.
 """
 
+from typing import Any
+
+from .._suggestions import unknown_attribute
 from .curves import history
 from .dots import Measured, comparison
 from .fronts import pareto
@@ -22,3 +25,7 @@ __all__ = [
     "path",
     "strengths",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise unknown_attribute(__name__, name, __all__)

@@ -49,11 +49,12 @@ def history(
         ValueError: no steps, a step without one of the terms, or a suffix that is not a picture format.
         FileNotFoundError: there is no such file.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    from .figures import NotebookFigure
+
     records = _records(result)
-    figure = Figure(figsize=(8.4, 4.6), dpi=dpi, layout="constrained")
+    figure = NotebookFigure(figsize=(8.4, 4.6), dpi=dpi, layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).ravel()
     steps = [record["step"] for record in records]
     for axis, (key, label, colour) in zip(axes, _TERMS, strict=True):

@@ -47,8 +47,9 @@ def comparison(
         ValueError: no rows, a row without values or with one that is not finite, a metric in `log` that does not occur
             or has values below 0, or a suffix that is not a picture format.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+    from .figures import NotebookFigure
 
     if not rows:
         raise ValueError("rows: got none, expected at least one")
@@ -63,7 +64,7 @@ def comparison(
     height = (
         0.95 + 0.25 * (len(groups) > 1) + 0.25 * (title is not None) + (0.26 + 0.12 * (len(groups) - 1)) * len(systems)
     )
-    figure = Figure(figsize=(min(2.2 + 2.4 * len(metrics), 11), height), dpi=dpi, layout="constrained")
+    figure = NotebookFigure(figsize=(min(2.2 + 2.4 * len(metrics), 11), height), dpi=dpi, layout="constrained")
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axis, metric in zip(axes, metrics, strict=True):
         of_metric = [row for row in rows if row.metric == metric]

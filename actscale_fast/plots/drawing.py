@@ -51,6 +51,14 @@ def headed(figure: Figure, title: str | None, handles: Sequence[Any] = (), label
         figure.suptitle(title, x=0.012, ha="left", fontsize=10.5, fontweight="bold", color=INK)
 
 
+def headed_axis(axis: Axes, title: str | None, handles: Sequence[Any] = (), labels: Sequence[str] = ()) -> None:
+    """Put a title above one axis and the names into it, where given: the axes of a caller share their figure."""
+    if title:
+        axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+    if labels:
+        axis.legend(handles, labels, frameon=False, fontsize=8.5, labelcolor=INK)
+
+
 def two_lines(figure: Figure, title: str, summary: str, *, left: float, top: float) -> None:
     """Write a bold line and a smaller one at the top of a figure; `left` and `top` are inches from its corner."""
     width, height = figure.get_size_inches()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from .drawing import FAINT, INK, colour_bar, plain, written
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Score = Literal["flips", "effectiveness"]
@@ -36,6 +37,7 @@ def pareto(
     by: Score | None = None,
     title: str | None = None,
     dpi: int = 160,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the score of every fit of a sweep against its active scalars, and the front that no fit beats.
 
@@ -46,13 +48,15 @@ def pareto(
         path, dpi: as in `heatmap`.
         by: the score, as `SweepResult.pareto` takes it.
         title: the first line; default "Effectiveness against minimality".
+        ax: draw into these axes instead of a new figure; their figure is returned, and written where a path is given.
 
     Raises:
         ValueError: no complete fit, or a suffix that is not a picture format.
     """
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
+    from .figures import one_axis
 
     score = by or result.best_score
     front = result.pareto(score)
@@ -64,8 +68,7 @@ def pareto(
     colours, norm = LinearSegmentedColormap.from_list("weights", ["#9cc3e4", _BLUE, "#7a1f6b"]), None
     if len(positive) > 1:
         norm = LogNorm(positive[0], positive[-1])
-    figure = Figure(figsize=(7.2, 4.4), dpi=dpi, layout="constrained")
-    axis = figure.subplots()
+    figure, axis = one_axis(ax, figsize=(7.2, 4.4), dpi=dpi)
     x, y = [fit.n_active for fit in front], [fit.score(score) for fit in front]
     axis.step(x, y, where="post", color=FAINT, linewidth=1.2, zorder=1)
     best = {id(fit) for fit in front}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .drawing import BLANK, FAINT, INK, headed, plain, series, written
+from .drawing import BLANK, FAINT, INK, headed, headed_axis, plain, series, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def path(
         TypeError: something that is not a PathPoint.
         ValueError: no curve, one without points, a point without KL, or a suffix that is not a picture format.
     """
-    from matplotlib.figure import Figure
+    from .figures import NotebookFigure
 
     runs = {name: _runs(name, given, kl) for name, given in curves.items()}
     if not runs:
@@ -68,7 +68,7 @@ def path(
     panels += [] if alone else [(label, (key,)) for key, label in _FLIPS.items()]
     panels += [(_KL, ("kl",))] if kl else []
     wide = {1: 5.6, 2: 8.4, 3: 10.2}[len(panels)]
-    figure = Figure(figsize=(wide, 3.5 if alone else 3.8), dpi=dpi, layout="constrained")
+    figure = NotebookFigure(figsize=(wide, 3.5 if alone else 3.8), dpi=dpi, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (label, keys) in zip(axes, panels, strict=True):
         for number, (name, parts) in enumerate(runs.items()):
@@ -95,6 +95,7 @@ def strengths(
     baseline: float | None = None,
     title: str | None = None,
     dpi: int = 160,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw one quantity, such as a perplexity or a logit difference, against the strength of interventions.
 
@@ -107,18 +108,19 @@ def strengths(
         log: a logarithmic axis for the quantity.
         baseline: the frozen model's value, drawn as a line across.
         title: above the picture; None: no title.
+        ax: draw into these axes instead of a new figure; their figure is returned, and written where a path is given.
 
     Raises:
         ValueError: no curve, a curve without values or with more or fewer values than strengths, values that are not
             positive on a logarithmic axis, or a suffix that is not a picture format.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    from .figures import one_axis
 
     if not curves:
         raise ValueError("curves: got none, expected at least one")
-    figure = Figure(figsize=(5.8, 3.7), dpi=dpi, layout="constrained")
-    axis = figure.subplots()
+    figure, axis = one_axis(ax, figsize=(5.8, 3.7), dpi=dpi)
     for number, (name, (x, y)) in enumerate(curves.items()):
         colour, mark = series(number)
         places, values = np.asarray(x, dtype=float), np.atleast_2d(np.asarray(y, dtype=float))
@@ -145,7 +147,8 @@ def strengths(
     if low < 0 < high:
         axis.axvline(0, color=BLANK, linewidth=1.4, zorder=0)
     _finish(axis, ylabel, xlabel, False)
-    headed(figure, title, *(axis.get_legend_handles_labels() if len(curves) > 1 else ()))
+    names = axis.get_legend_handles_labels() if len(curves) > 1 else ()
+    headed(figure, title, *names) if ax is None else headed_axis(axis, title, *names)
     return written(figure, path)
 
 

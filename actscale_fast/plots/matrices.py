@@ -37,8 +37,9 @@ def overlap(
             not a picture format.
     """
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+
+    from .figures import NotebookFigure
 
     values = np.asarray(matrix, dtype=float)
     n = len(labels)
@@ -50,7 +51,7 @@ def overlap(
     cell, long = 0.46, 0.06 * max(map(len, labels))  # inches
     left, top, bottom = long + 0.25, 0.72, (long if long > cell else 0.16) + 0.18
     width, height = max(left + cell * n + 0.2, 0.09 * len(title or "") + 0.3, 3.0), top + cell * n + bottom
-    figure = Figure(figsize=(width, height), dpi=dpi)
+    figure = NotebookFigure(figsize=(width, height), dpi=dpi)
     axis = figure.add_axes((left / width, bottom / height, cell * n / width, cell * n / height))
     for row in range(n):
         for column in range(n):

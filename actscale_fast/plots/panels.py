@@ -51,7 +51,7 @@ def panels_figure(
         columns: panels side by side.
         every_row: label all rows, in cells that leave room for it.
     """
-    from matplotlib.figure import Figure
+    from .figures import NotebookFigure
 
     n_layers, n_rows, n_panels = len(layers), len(rows), len(panels) // columns
     # All lengths here are inches.
@@ -65,7 +65,7 @@ def panels_figure(
     beside = left + max(across, *(0.065 * len(panel.title or "") for panel in panels)) + 0.2
     width = max(beside + right - 0.2, left + 0.065 * len(summary) + 0.1, left + 0.09 * len(title) + 0.1, 4.6)
     height = max(tall, 0.9) + top + bottom
-    figure = Figure(figsize=(width, height), dpi=dpi)
+    figure = NotebookFigure(figsize=(width, height), dpi=dpi)
     index = 0  # of the row of panels
     for quantity, group in itertools.groupby(panels, key=lambda panel: panel.quantity):
         alike = list(group)

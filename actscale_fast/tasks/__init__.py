@@ -1,5 +1,8 @@
 """Ready-made tasks: pairs of training and held-out examples, filtered by the tokenizer at hand."""
 
+from typing import Any
+
+from .._suggestions import unknown_attribute
 from .country_capitals import ALIGNED_CONFLICT_TEMPLATES, CONFLICT_TEMPLATES, country_capital_conflicts
 from .examples import Example, save_examples
 from .greater_than import GREATER_THAN_TEMPLATES, greater_than
@@ -30,3 +33,7 @@ __all__ = [
     "price_tagging",
     "save_examples",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise unknown_attribute(__name__, name, __all__)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
+from .._suggestions import did_you_mean
 from .countries import CAPITALS
 from .examples import Example
 from .split import TaskSplit, answer_tokens, check_sizes, checked_templates, held_out_templates, prompt_lengths
@@ -109,7 +110,10 @@ def country_capital_conflicts(
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction: got {test_fraction}, expected a number between 0 and 1")
     if split not in get_args(Split):
-        raise ValueError(f"split: got {split!r}, expected one of {', '.join(map(repr, get_args(Split)))}")
+        names = get_args(Split)
+        raise ValueError(
+            f"split: got {split!r}, expected one of {', '.join(map(repr, names))}{did_you_mean(split, names)}"
+        )
     texts = checked_templates(CONFLICT_TEMPLATES if templates is None else templates, ("country", "claim"))
     if several_tokens and not whole_names:
         raise ValueError("several_tokens: got True with whole_names=False, expected one of the two")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ....tasks.loading import ExampleSource
 from ..._checks import check_counts, check_not_negative
+from ..._tables import Readable
 from ...architectures.location import Location
 from ...architectures.site_check import skipped
 from ...interventions import ActivScalar
 from ...modules.evaluation_mode import evaluation_mode
 from ...patching.patch import patch
+from ...tasks.loading import ExampleSource
 from ..arguments import checked_location, checked_objective, refuse_inference_mode, refuse_tokenless
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest, check_gradient
@@ -52,8 +53,8 @@ class Place(NamedTuple):
     knock_out: float | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Attribution:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Attribution(Readable):
     """The result of `attribution`. L chosen layers, P position slots, H heads (1 at a whole site)."""
 
     #: fp32 [L, P, H]: the derivative at α = 0 of the mean logit difference (or of the given objective).
@@ -101,6 +102,33 @@ class Attribution:
             measured = None if self.knock_out is None else float(self.knock_out[layer, slot, head])
             places.append(Place(self.location.layers[layer], slot, head, score, measured))
         return places
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(column names, rows) as text: the changes when each of the places with the largest scores is removed."""
+        where, measured = self.location, self.knock_out is not None
+        shown = {"layer": True, "position": where.positions is not None, "head": where.site == "head"}
+        columns = [name for name, is_shown in shown.items() if is_shown]
+        slots = [*map(str, where.positions or ("",)), *(["generated"] * where.generated)]
+        rows = []
+        for place in self.top():
+            cells = {"layer": str(place.layer), "position": slots[place.slot], "head": str(place.head)}
+            figures = [-place.score, *([] if place.knock_out is None else [place.knock_out])]
+            rows.append([cells[name] for name in columns] + [f"{figure:+.3f}" for figure in figures])
+        return [*columns, "predicted", *(["measured"] if measured else [])], rows
+
+    def _heading(self) -> str:
+        return f"Attribution: removing one place at a time ({self.n_examples} prompts)"
+
+    def _notes(self) -> list[str]:
+        what = "the objective" if self.objective is not None else "the mean logit difference z[c] − z[w]"
+        notes = [f"predicted change of {what}; z[c] − z[w] is {self.logit_difference:+.2f} on average"]
+        found = self.agreement
+        if found is not None:
+            notes.append(
+                f"agreement over {self.scores.numel()}: Pearson {found.pearson:.2f}, Spearman {found.spearman:.2f}, "
+                f"{round(found.overlap * found.n_top)} of the {found.n_top} largest are the same"
+            )
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON; undefined correlations are None."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..._suggestions import did_you_mean
 from ...architectures.layout import ModelLayout
 from ...architectures.location import check_layers
 from ...interventions import Intervention
@@ -79,7 +80,10 @@ def points(
             start, chosen = template, dict(named)
         unknown = [name for name in named if name not in _KEYS]
         if unknown:
-            raise ValueError(f"grid: got {', '.join(map(repr, unknown))}, expected among {', '.join(_KEYS)}")
+            raise ValueError(
+                f"grid: got {', '.join(map(repr, unknown))}, expected among {', '.join(_KEYS)}"
+                + did_you_mean(unknown[0], _KEYS)
+            )
         changes = {name: value for name, value in named.items() if name in _OF_OBJECTIVE}
         steps = {name: value for name, value in named.items() if name in _OF_SETTINGS}
         if "layers" in named:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ....tasks.loading import ExampleSource
 from ... import defaults
 from ..._checks import check_counts, finite_number
 from ...interventions import ActivScalar, Intervention
+from ...tasks.loading import ExampleSource
 from ..arguments import checked_location, checked_objective, refuse_inference_mode, refuse_tokenless
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest

@@ -6,6 +6,8 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self, get_args
 
+from ..._suggestions import did_you_mean
+from ..._tables import Readable
 from ...interventions import Intervention
 from ...plots.fronts import Score
 from ..evaluate import Evaluation
@@ -54,7 +56,9 @@ class SweepFit:
             ValueError: an unknown score, or "flips" for a fit that was not evaluated.
         """
         if by not in get_args(Score):
-            raise ValueError(f"by: got {by!r}, expected one of {', '.join(get_args(Score))}")
+            raise ValueError(
+                f"by: got {by!r}, expected one of {', '.join(get_args(Score))}{did_you_mean(by, get_args(Score))}"
+            )
         if by == "effectiveness":
             return -self.history[-1]["effectiveness"]
         if self.evaluation is None:
@@ -80,8 +84,8 @@ class SweepFit:
         }
 
 
-@dataclass(slots=True)
-class SweepResult:
+@dataclass(slots=True, repr=False)
+class SweepResult(Readable):
     """The fits of a sweep, in the grid's order."""
 
     fits: list[SweepFit]
@@ -128,6 +132,13 @@ class SweepResult:
                 row += [f"{value:.2f}" for value in values] or ["", "", ""]
             rows.append(row if fit.error is None else [*row[:2], fit.error, *[""] * (len(columns) - 3)])
         return columns, rows
+
+    def _heading(self) -> str:
+        return f"Sweep of {len(self.fits)} fits in {self.seconds:.1f} s"
+
+    def _notes(self) -> list[str]:
+        front = [fit.label for fit in self.pareto()]
+        return [f"On the Pareto front: {'; '.join(front)}"] if front else []
 
     def _whole(self) -> list[SweepFit]:
         return [fit for fit in self.fits if fit.error is None and fit.history]
