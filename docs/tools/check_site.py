@@ -1,4 +1,4 @@
-"""Check the built site: every link, anchor and picture exists, nothing comes from elsewhere, and the search finds words.
+"""Check the built site: links, anchors and pictures exist, nothing comes from elsewhere, and the search finds words.
 
 The site generator checks the links that it finds in Markdown; this reads the HTML that a browser gets, so it also sees
 the navigation, the API reference and the notebooks.
@@ -52,7 +52,8 @@ def faults(site: Path) -> list[str]:
             fault = _fault(link, path, pages, loaded=link in page.loaded)
             found += [f"{path.relative_to(site)}: {link}: {fault}"] if fault else []
     home = site / "index.html"
-    listed = {(home.parent / link.partition("#")[0]).resolve() for link in pages[home].links} if home in pages else set()
+    links = pages[home].links if home in pages else []
+    listed = {(site / link.partition("#")[0]).resolve() for link in links}
     found += [f"{path.relative_to(site)}: not in the navigation" for path in pages if path not in {home, *listed}]
     items = json.loads((site / "search.json").read_text(encoding="utf-8"))["items"]
     word, place = SEARCHED

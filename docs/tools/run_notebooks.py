@@ -3,7 +3,7 @@
     python docs/tools/run_notebooks.py            # all of them
     python docs/tools/run_notebooks.py first_fit  # one
 
-Timestamps, machine names and the kernel's version are left out, so that a run that changes nothing leaves the files alone.
+Timestamps, machine names and versions are left out, so that a run that changes nothing leaves the files alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def run(path: Path) -> Any:
 
 def stripped(book: Any) -> Any:
     """The notebook without what differs from run to run or from machine to machine."""
-    book.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    book.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for number, cell in enumerate(book.cells):
         cell.metadata = {}
         cell.id = f"cell-{number}"

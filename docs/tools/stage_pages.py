@@ -30,15 +30,17 @@ OUTSIDE = {
 
 _FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.M | re.S)
 _LINK = re.compile(r"(\]\(|<img src=\")([^)\s\"]+)")
+_FILE_NAME = re.compile(r"\[[\w/]+\.md(?=\]\(([^)#\s]+\.md))")
 
 
 def staged_pages() -> dict[Path, Path]:
     """Each page or notebook of the repository, with its Markdown file on the site, relative to the site's root."""
     docs = ROOT / "docs"
     pages = {page: page.relative_to(docs) for page in sorted(docs.rglob("*.md"))}
-    notebooks = {book: book.relative_to(docs).with_suffix(".md") for book in sorted(docs.rglob("*.ipynb"))}
-    outside = {ROOT / source: Path(name) for source, name in OUTSIDE.items()}
-    return {source: name for source, name in {**pages, **notebooks, **outside}.items() if "checkpoints" not in str(source)}
+    notebooks = {
+        book: book.relative_to(docs).with_suffix(".md") for book in sorted((docs / "notebooks").glob("*.ipynb"))
+    }
+    return {**pages, **notebooks, **{ROOT / source: Path(name) for source, name in OUTSIDE.items()}}
 
 
 def with_links(text: str, rewrite: Callable[[str], str]) -> str:
@@ -62,9 +64,15 @@ class Stage:
         shutil.rmtree(self.target, ignore_errors=True)
         for source, name in self.pages.items():
             text = source.read_text(encoding="utf-8") if source.suffix == ".md" else self.notebook(source, name)
+            text = _FILE_NAME.sub(lambda found, s=source: f"[{self.title(s.parent / found[1])}", text)
             page = self.target / name
             page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(with_links(text, lambda link, s=source, n=name: self.link(link, s, n)), encoding="utf-8")
+
+    def title(self, page: Path) -> str:
+        """The heading of a page, which takes the place of a file's name as a link's text."""
+        heading = re.search(r"^# (.+)$", page.read_text(encoding="utf-8"), re.M) if page.is_file() else None
+        return heading[1] if heading else page.name
 
     def link(self, link: str, source: Path, name: Path) -> str:
         """The link of the page `source` as it must be on the page `name` of the site."""
@@ -87,11 +95,12 @@ class Stage:
         from nbconvert import MarkdownExporter
 
         text, resources = MarkdownExporter().from_filename(str(source), {"output_files_dir": f"{name.stem}_files"})
+        folder = self.target / name.parent
+        folder.mkdir(parents=True, exist_ok=True)
         for picture, data in resources["outputs"].items():
-            place = self.target / name.parent / picture
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
-        shutil.copyfile(source, self.target / name.parent / source.name)
+            (folder / picture).parent.mkdir(exist_ok=True)
+            (folder / picture).write_bytes(data)
+        shutil.copyfile(source, folder / source.name)
         title, rest = text.lstrip().split("\n", 1)
         return f"{title}\n\n[Download this notebook]({source.name}){{ .md-button download }}\n{rest}"
 
