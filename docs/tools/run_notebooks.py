@@ -38,8 +38,6 @@ def stripped(book: Any) -> Any:
         if cell.cell_type == "code":
             # Progress and warnings of libraries are no results.
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                output.pop("metadata", None) if output.output_type == "stream" else output.update(metadata={})
     return book
 
 
