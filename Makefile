@@ -3,6 +3,8 @@
 # make test-fast      one case of each test, without the slow ones: for every commit
 # make test-versions  the tests that other libraries' releases can break, with the oldest and the newest of them
 # make check          ruff and mypy
+# make docs           the documentation site, into site; a warning is an error
+# make notebooks      run the notebooks of docs/notebooks and keep their outputs
 # make sanitize       the C++ and the emulated CUDA kernels under the address and undefined-behaviour sanitizers
 # make bench          the benchmark harness, into benchmarks/results
 PYTHON ?= python3
@@ -24,7 +26,7 @@ PINS    = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # pip builds the package in an environment of its own, to which the first option does not apply.
 ALL_PINS = $(PINS) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS))
 
-.PHONY: demo test test-fast test-versions test-oldest test-newest check sanitize bench clean
+.PHONY: demo test test-fast test-versions test-oldest test-newest check docs notebooks sanitize bench clean
 
 demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
@@ -54,6 +56,15 @@ check: $(VENV)/tested
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
+docs: $(VENV)/tested
+	rm -rf site
+	$(RUN)/python docs/tools/stage_pages.py
+	$(RUN)/zensical build --strict --clean
+	$(RUN)/python docs/tools/check_site.py
+
+notebooks: $(VENV)/tested
+	$(RUN)/python docs/tools/run_notebooks.py
+
 sanitize: $(VENV)/tested
 	$(RUN)/pytest -m sanitizer tests/kernels
 
@@ -75,7 +86,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/tested: $(VENV)/torch $(SOURCES)
-	$(RUN)/python -m pip install --quiet '.[test]' $(ALL_PINS)
+	$(RUN)/python -m pip install --quiet '.[docs,test]' $(ALL_PINS)
 	$(RUN)/python -m pip install --quiet --no-deps -r tests/unpinned.txt $(PINS)
 	touch $@ $(VENV)/installed
 
@@ -91,4 +102,4 @@ $(VENV)/tested: $(VENV)/torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .cache build dist site *.egg-info

@@ -112,10 +112,6 @@ class Evaluation(Readable):
         n = self.n_examples - round(self.n_examples * getattr(self.baseline, name))
         return f"… of the {n} prompt{'s' * (n != 1)} where it was not"
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """(label, before, after) of each row of the table."""
-        return [(label, before, after) for label, before, after, _ in self.table()[1]]
-
     def _heading(self) -> str:
         return f"Evaluation on {self.n_examples} prompts"
 

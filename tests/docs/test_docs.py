@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import runpy
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from doc_pages import ROOT, blocks, pages
 
 import actscale_fast as af
+from actscale_fast import defaults
 from actscale_fast.modules.hooks import record_of
 
 EXAMPLES = [(page.relative_to(ROOT), heading, code) for page in pages() for heading, code in blocks(page)]
@@ -28,6 +30,21 @@ def test_readme_is_short_and_its_first_example_has_about_ten_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
     _, code = blocks(ROOT / "README.md")[0]
     assert len([line for line in code.splitlines() if line]) <= 12
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quick_start.md"])
+def test_the_first_example_is_the_demo_and_the_table_has_its_figures(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    report = json.loads((ROOT / "benchmarks/results/demo/demo.json").read_text(encoding="utf-8"))
+    demo, found = report["settings"], report["held_out"]
+    templates = f"af.tasks.CONFLICT_TEMPLATES[:{demo['n_templates']}]"
+    assert f"tokenizer, n_train={demo['n_train']}, n_test={demo['n_test']}, templates={templates}\n" in text
+    assert (demo["steps"], demo["lr"], demo["batch_size"]) == (defaults.STEPS, defaults.LR, defaults.BATCH_SIZE)
+    assert (demo["margin"], demo["faithfulness"]) == (defaults.MARGIN, defaults.FAITHFULNESS)
+    for figure in (found["flip_to_correct"], found["flip_to_wrong"], found["baseline"]["flip_to_correct"]):
+        assert f"{figure:.2f}" in text
+    assert f"**{found['kl']:.3f}**" in text
+    assert f"**{found['n_active']}**" in text
 
 
 @pytest.mark.real_model

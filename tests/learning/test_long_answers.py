@@ -405,9 +405,9 @@ def test_what_reads_the_next_token_alone_refuses_long_answers() -> None:
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     example = replace(EXAMPLES[0], source="The capital of B is")
     das = af.BoundlessDAS.for_model(model, layers=[1], positions=[-1])
-    with pytest.raises(ValueError, match="row 1 of examples has an answer of several .* fit_interchange learns"):
+    with pytest.raises(ValueError, match=r"row 1 of examples has an answer of several .* fit_interchange learns"):
         af.fit_interchange(model, tokenizer, [example], das, steps=1, progress=False)
-    with pytest.raises(ValueError, match="row 1 of examples has an answer of several .* BoundlessDAS is eval"):
+    with pytest.raises(ValueError, match=r"row 1 of examples has an answer of several .* BoundlessDAS is eval"):
         af.evaluate(model, tokenizer, [example], das)
     probe = af.DynScalar.for_model(model)
     with pytest.raises(ValueError, match="several tokens, but sparsity='scalars' is a mean over"):
