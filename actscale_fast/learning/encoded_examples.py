@@ -118,8 +118,8 @@ class EncodedExamples:
 
     def refuse_long_answers(self, what: str) -> None:
         """Raise a ValueError if an example has an answer of several tokens, which `what` cannot use."""
-        for row in self.long_answers:
-            raise ValueError(f"examples: row {row} has an answer of several tokens, but {what}")
+        if self.long_answers:
+            raise ValueError(f"examples: row {min(self.long_answers)} has an answer of several tokens, but {what}")
 
     def batch(self, rows: Sequence[int], multiple: int = 1) -> Batch:
         """The prompts of these rows, padded on the left to the longest of them.

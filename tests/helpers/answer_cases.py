@@ -43,7 +43,7 @@ def factors(
     for token in range(n_tokens):
         slot = None if positions is not None else 0
         for number, position in enumerate(positions or []):
-            if token == (position if position >= 0 else n_prompt + position):
+            if slot is None and token == (position if position >= 0 else n_prompt + position):
                 slot = number
         if token >= n_prompt and positions is not None:
             slot = len(positions) if generated else None

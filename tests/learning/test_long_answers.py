@@ -17,8 +17,9 @@ from torch import Tensor
 import actscale_fast as af
 from actscale_fast.frozen import shortcuts
 from actscale_fast.learning.encoded_examples import EncodedExamples
-from actscale_fast.learning.engine import Engine, FitRequest
+from actscale_fast.learning.engine import Engine, FitRequest, engine
 from actscale_fast.learning.engine.microbatches import MicrobatchPlanner, RequestedPrompt
+from actscale_fast.learning.engine.step_runner import STRATEGIES, Strategy
 from actscale_fast.learning.execution import Execution
 
 #: Prompts and answers of different lengths: several tokens against one and against several, a common beginning, one
@@ -131,6 +132,37 @@ def test_a_head_that_is_not_known_leaves_the_logits(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shortcuts, "read_head", lambda *_: None)
     terms, gradient, _ = engine_step(model, tokenizer, EXAMPLES, scalars, OBJECTIVE)
     agree((terms, gradient), expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:], ids=lambda strategy: strategy.name)
+def test_slower_strategies_give_the_same(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = model_of(), tiny.tokenizer()
+    scalars = scalars_of(model, positions=[-1], generated=True)
+    monkeypatch.setattr(engine, "STRATEGIES", (strategy,))
+    terms, gradient, _ = engine_step(model, tokenizer, EXAMPLES, scalars, OBJECTIVE)
+    expected = plain.step(model, plain.tokens_of(tokenizer, EXAMPLES), scalars.alpha, OBJECTIVE, [-1], True)
+    agree((terms, gradient), expected)
+
+
+def test_a_composite_beside_another_patch_of_the_caller() -> None:
+    model, tokenizer = model_of(), tiny.tokenizer()
+    first, second, other = (scalars_of(model, layers=[layer], positions=[-1, 0][: layer + 1]) for layer in range(3))
+    whole = scalars_of(model, positions=[-1])
+    with torch.no_grad():
+        whole.alpha[0] = first.alpha[0]
+        whole.alpha[1:] = 0.0
+    with af.patch(model, other):
+        composite = af.evaluate(model, tokenizer, EXAMPLES, first + second * 0.0)
+        single = af.evaluate(model, tokenizer, EXAMPLES, whole)
+    assert composite.logit_difference == pytest.approx(single.logit_difference, rel=1e-6)
+    assert single.baseline is not None
+    assert composite.baseline is not None
+    assert composite.baseline.logit_difference == pytest.approx(single.baseline.logit_difference, rel=1e-6)
+    tokens = plain.tokens_of(tokenizer, EXAMPLES)
+    alpha = torch.zeros(3, 2, 4, dtype=torch.float64)
+    alpha[2] = other.alpha.detach()[0]
+    expected = [float(plain.predicted(model, one, alpha, 1.0, [-1, 0])[1]) for one in tokens]
+    assert single.baseline.logit_difference == pytest.approx(sum(expected) / len(expected), rel=1e-6)
 
 
 def test_prompts_of_one_length_where_the_model_cannot_be_padded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,10 @@ class ReferenceCache:
         for rows in self.data.by_length(REFERENCE_ROWS):
             output, constant = self._run(rows)
             outputs.append((rows, output))
-            if constant:
-                self.store.put(rows, constant)
+            kept = [place for place, row in enumerate(rows) if row not in self.data.long_answers]
+            if constant and kept:  # prompts that run with their answers run whole
+                some = constant if len(kept) == len(rows) else {name: value[kept] for name, value in constant.items()}
+                self.store.put([rows[place] for place in kept], some)
         order = torch.tensor([row for rows, _ in outputs for row in rows], device="cpu").argsort()
         output = torch.cat([output for _, output in outputs])[order.to(outputs[0][1].device)]
         if self.data.long_answers:
