@@ -11,10 +11,12 @@ from .. import defaults, learning, plots
 from .._json import write_json
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from ..patching.merge import merge as merge_into_weights
+from .generating import as_result, generate_texts
 from .loading import check_file, check_folder, load_file, load_files, load_model, load_task, output_folder
 from .options import given_paths
-from .output import check_sources, continuations, print_continuations, print_evaluation, say
+from .output import check_sources, print_continuations, print_evaluation, say
 from .record import keep_learned, measure_learned, task_seed, was_aligned
+from .verbosity import shows_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,14 +54,27 @@ def fit(options: argparse.Namespace) -> int:
         lr=options.lr,
         batch_size=options.batch_size,
         seed=options.seed,
+        progress=shows_progress(options),
         schedule=options.schedule,
         accumulate=options.accumulate,
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
     )
     keep_learned(out, options, result)
+    evaluation = None
     if test:
-        measure_learned(out, learning.evaluate(model, tokenizer, test, result.intervention), "Held-out examples")
+        evaluation = learning.evaluate(model, tokenizer, test, result.intervention)
+        measure_learned(out, evaluation, "Held-out examples")
+    options.result = {
+        "out": str(out),
+        "n_active": intervention.n_active,
+        "n_parameters": intervention.n_parameters,
+        "l1": intervention.l1,
+        "steps": len(result.history),
+        "seconds": round(result.seconds, 2),
+        "last": dict(result.history[-1]) if result.history else None,
+        "evaluation": None if evaluation is None else evaluation.to_dict(),
+    }
     what = "scalars" if options.kind == "activ-scalar" else "numbers"
     say(f"{intervention.n_active} of {intervention.n_parameters} {what} are active; saved in {out}")
     return 0
@@ -90,13 +105,14 @@ def evaluate(options: argparse.Namespace) -> int:
         examples, title = load_task(options, tokenizer, seed)[1], f"Held-out examples of the task, seed {seed}"
     evaluation = learning.evaluate(model, tokenizer, examples, intervention, batch_size=options.batch_size)
     print_evaluation(title, evaluation)
+    options.result = evaluation.to_dict()
     if options.out is not None:
-        write_json(Path(options.out), evaluation.to_dict())
+        write_json(Path(options.out), options.result)
     return 0
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Continue prompts greedily under every strength."""
+    """Continue prompts under every strength, greedily or by drawing tokens."""
     if not all(options.prompt):
         raise ValueError("prompt: got '', which has no tokens")
     strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
@@ -106,9 +122,11 @@ def generate(options: argparse.Namespace) -> int:
     check_sources(intervention, sources, len(prompts))
     if options.chat:
         prompts, sources = ([_as_chat(tokenizer, text) for text in texts] for texts in (prompts, sources))
-    texts = continuations(model, tokenizer, intervention, prompts, strengths, options.max_new_tokens, sources=sources)
+    texts = generate_texts(options, model, tokenizer, intervention, prompts, strengths, sources)
     for prompt, answers in zip(options.prompt, texts, strict=True):
-        print_continuations(prompt, strengths, answers)
+        if not options.stream:
+            print_continuations(prompt, strengths, answers)
+    options.result = as_result(options.prompt, strengths, texts)
     return 0
 
 
