@@ -7,9 +7,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from .config_file import WRITERS, with_config, write_config
 from .parser import build_parser
 from .values import joined_signed_lists
+from .verbosity import printing
 
 Command = Callable[..., int]
 #: The modules of commands that are not defined in a module of the same name.
@@ -28,13 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = joined_signed_lists(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
+    command, depth = parser.subparser(words)
+    try:
+        words = with_config(words, parser)
+    except (ValueError, OSError) as error:
+        command.error(_one_line(error))
     options, rest = parser.parse_known_args(words)
     if rest and options.command != "bench":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        (command if depth else parser).refuse(rest)
     try:
         if options.command == "bench":
             return _command("bench")(rest)
-        return _command(options.command)(options)
+        run = _command(options.command)
+        with printing(options):
+            status = run(options)
+            if status == 0 and options.command in WRITERS:
+                write_config(Path(options.out), words, parser)
+        return status
     except KeyboardInterrupt:
         print("\nactscale-fast: interrupted", file=sys.stderr)
         return 130
@@ -56,7 +69,16 @@ def _command(name: str) -> Command:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(_without_number(error).split())
     if not isinstance(error, _EXPECTED):
         return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
     return text or f"{type(error).__name__} (--debug shows where)"
+
+
+def _without_number(error: Exception) -> str:
+    """The error's message; that of the system without its number: "data.jsonl: no such file or directory"."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        reason = error.strerror[:1].lower() + error.strerror[1:]
+        return ": ".join([" -> ".join(names), reason]) if names else reason
+    return str(error)

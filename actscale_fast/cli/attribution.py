@@ -9,7 +9,8 @@ from .._json import write_json
 from ..interventions import ActivScalar
 from .loading import examples_for, load_files, load_model, output_folder
 from .options import given_paths
-from .output import print_table, say
+from .output import print_table, say, show
+from .verbosity import shows_progress
 
 
 def attribution(options: argparse.Namespace) -> int:
@@ -27,9 +28,11 @@ def attribution(options: argparse.Namespace) -> int:
         examples,
         intervention=scalars,
         knock_out=not options.no_knock_out,
+        progress=shows_progress(options),
     )
     _print_top(result, options.top)
-    write_json(out / "attribution.json", result.to_dict())
+    options.result = result.to_dict()
+    write_json(out / "attribution.json", options.result)
     result.heatmap(out / "attribution.png")
     say(f"wrote attribution.json and attribution.png in {out}")
     return 0
@@ -52,10 +55,10 @@ def _print_top(result: learning.Attribution, n: int) -> None:
         [*columns, "predicted", *(["measured"] if measured else [])],
         rows,
     )
-    say(f"change of the mean logit difference z[c] − z[w], which is {result.logit_difference:+.2f}")
+    show(f"change of the mean logit difference z[c] − z[w], which is {result.logit_difference:+.2f}")
     found = result.agreement
     if found is not None:
-        say(
+        show(
             f"agreement over {result.scores.numel()}: Pearson {found.pearson:.2f}, Spearman {found.spearman:.2f}, "
             f"{round(found.overlap * found.n_top)} of the {found.n_top} largest are the same"
         )

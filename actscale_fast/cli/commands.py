@@ -12,6 +12,7 @@ from .._json import write_json
 from ..frozen.chat import user_message
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from ..patching.merge import merge as merge_into_weights
+from .generating import as_result, generate_texts
 from .loading import (
     check_chat_template,
     check_file,
@@ -22,9 +23,10 @@ from .loading import (
     output_folder,
 )
 from .options import given_paths
-from .output import check_sources, continuations, print_continuations, print_evaluation, say
+from .output import check_sources, print_continuations, print_evaluation, say
 from .provenance import provenance, warn_of_other_weights
 from .record import keep_learned, measure_learned, task_seed, was_fitted_with
+from .verbosity import shows_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +65,7 @@ def fit(options: argparse.Namespace) -> int:
         lr=options.lr,
         batch_size=options.batch_size,
         seed=options.seed,
+        progress=shows_progress(options),
         schedule=options.schedule,
         n_active=options.n_active,
         accumulate=options.accumulate,
@@ -70,8 +73,20 @@ def fit(options: argparse.Namespace) -> int:
         checkpoint_every=options.checkpoint_every,
     )
     keep_learned(out, options, result, **provenance(model, train, test, result.objective))
+    evaluation = None
     if test:
-        measure_learned(out, learning.evaluate(model, tokenizer, test, result.intervention), "Held-out examples")
+        evaluation = learning.evaluate(model, tokenizer, test, result.intervention)
+        measure_learned(out, evaluation, "Held-out examples")
+    options.result = {
+        "out": str(out),
+        "n_active": intervention.n_active,
+        "n_parameters": intervention.n_parameters,
+        "l1": intervention.l1,
+        "steps": len(result.history),
+        "seconds": round(result.seconds, 2),
+        "last": dict(result.history[-1]) if result.history else None,
+        "evaluation": None if evaluation is None else evaluation.to_dict(),
+    }
     what = "scalars" if options.kind == "activ-scalar" else "numbers"
     if objective.minimality_share is not None and result.objective is not None:
         weight = result.objective.minimality
@@ -112,13 +127,14 @@ def evaluate(options: argparse.Namespace) -> int:
         examples, title = held_out, f"Held-out examples of the task, seed {seed}"
     evaluation = learning.evaluate(model, tokenizer, examples, intervention, batch_size=options.batch_size)
     print_evaluation(title, evaluation)
+    options.result = evaluation.to_dict()
     if options.out is not None:
-        write_json(Path(options.out), evaluation.to_dict())
+        write_json(Path(options.out), options.result)
     return 0
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Continue prompts greedily under every strength."""
+    """Continue prompts under every strength, greedily or by drawing tokens."""
     if not all(options.prompt):
         raise ValueError("prompt: got '', which has no tokens")
     strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
@@ -130,9 +146,11 @@ def generate(options: argparse.Namespace) -> int:
     if options.chat:
         check_chat_template(tokenizer)
         prompts, sources = ([user_message(text) for text in texts] for texts in (prompts, sources))
-    texts = continuations(model, tokenizer, intervention, prompts, strengths, options.max_new_tokens, sources=sources)
+    texts = generate_texts(options, model, tokenizer, intervention, prompts, strengths, sources)
     for prompt, answers in zip(options.prompt, texts, strict=True):
-        print_continuations(prompt, strengths, answers)
+        if not options.stream:
+            print_continuations(prompt, strengths, answers)
+    options.result = as_result(options.prompt, strengths, texts)
     return 0
 
 

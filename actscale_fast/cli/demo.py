@@ -18,6 +18,7 @@ from .options import N_TEST, N_TRAIN
 from .output import continuations, print_continuations, print_evaluation, say
 from .provenance import provenance
 from .record import save_record
+from .verbosity import shows_progress
 
 _STRENGTHS = (-1.0, 0.0, 1.0)
 #: After "A:" alone this small model often starts a new line; with this beginning, its answer is the next word.
@@ -42,7 +43,16 @@ def demo(options: argparse.Namespace) -> int:
     scalars = ActivScalar.for_model(model)
     say(f"2. learning {scalars.n_parameters} scalars, one for each attention head, in {options.steps} steps")
     objective = learning.Objective()
-    result = learning.fit(model, tokenizer, train, scalars, objective, steps=options.steps, seed=options.seed)
+    result = learning.fit(
+        model,
+        tokenizer,
+        train,
+        scalars,
+        objective,
+        steps=options.steps,
+        seed=options.seed,
+        progress=shows_progress(options),
+    )
 
     evaluation = learning.evaluate(model, tokenizer, test, scalars)
     print_evaluation("3. Held-out countries", evaluation)

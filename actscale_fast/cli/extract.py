@@ -13,6 +13,7 @@ from ..interventions import Intervention, SteerVec, load_intervention
 from .loading import load_model, output_folder
 from .options import given_paths
 from .output import say
+from .verbosity import shows_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,6 +75,7 @@ def _mean_centring(
     return extraction.mean_centring(
         model, tokenizer, given["target"], given["training"], layers=options.layers, site=options.site,
         coefficient=options.coefficient, positions=None if options.every_token else options.positions,
+        progress=shows_progress(options),
         generated=not options.every_token, skip=options.skip, paths=given_paths(options),
     )  # fmt: skip
 
@@ -84,7 +86,13 @@ def _instruction(
     pairs = given["pairs"]
     told, plain = [pair["with"] for pair in pairs], [pair["without"] for pair in pairs]
     vectors = extraction.instruction_vectors(
-        model, tokenizer, told, plain, layers=[options.layer], paths=given_paths(options)
+        model,
+        tokenizer,
+        told,
+        plain,
+        layers=[options.layer],
+        paths=given_paths(options),
+        progress=shows_progress(options),
     )
     (layer,) = vectors.location.layers
     return vectors.add(layer, options.coefficient) if options.mode == "add" else vectors.projection(layer)
@@ -94,7 +102,7 @@ def _latent(
     options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: dict[str, Any]
 ) -> Intervention:
     more: dict[str, Any] = {} if options.steps is None else {"steps": options.steps}
-    more["paths"] = given_paths(options)
+    more |= {"paths": given_paths(options), "seed": options.seed, "progress": shows_progress(options)}
     result = extraction.latent_vectors(model, tokenizer, [options.sentence], layer=options.layer, **more)
     vector: SteerVec = result.vectors[0]
     said = extraction.decode_latent(model, tokenizer, vector)

@@ -12,6 +12,7 @@ from .options import given_paths
 from .output import say
 from .provenance import provenance
 from .record import keep_learned, measure_learned
+from .verbosity import shows_progress
 
 
 def interchange(options: argparse.Namespace) -> int:
@@ -27,7 +28,7 @@ def interchange(options: argparse.Namespace) -> int:
     result = fit_interchange(
         model, tokenizer, train, das, epochs=options.epochs, batch_size=options.batch_size,
         rotation_lr=options.rotation_lr, boundary_lr=options.boundary_lr, boundary_weight=options.boundary_weight,
-        seed=options.seed, checkpoint=options.checkpoint,
+        seed=options.seed, checkpoint=options.checkpoint, progress=shows_progress(options),
     )  # fmt: skip
     keep_learned(out, options, result, **provenance(model, train, test))
     if test:

@@ -16,6 +16,7 @@ from ..demo_model import load_demo_model, quiet_transformers, whole_model
 from ..frozen.chat import has_chat_template, user_message
 from ..tasks.examples import Example
 from ..tasks.loading import load_examples
+from .verbosity import shows_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
         if options.dtype != "auto":
             torch.nn.Module.to(model, getattr(torch, options.dtype))
     else:
-        model, tokenizer = _from_transformers(options.model, options.dtype)
+        model, tokenizer = _from_transformers(options.model, options.dtype, bars=shows_progress(options))
     torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False), tokenizer
 
@@ -166,7 +167,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _from_transformers(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_transformers(name: str, dtype: str, *, bars: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
@@ -175,7 +176,7 @@ def _from_transformers(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrain
     local = folder.is_dir()
     source = str(folder) if local else name
     chosen = "auto" if dtype == "auto" else getattr(torch, dtype)
-    with quiet_transformers(bars=not local):
+    with quiet_transformers(bars=bars and not local):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
             model = whole_model(source, dtype=chosen, local_files_only=local)

@@ -40,6 +40,12 @@ def seed(command: argparse._ActionsContainer, name: str = "--seed", what: str = 
     number(command, name, int, defaults.SEED, what)
 
 
+def as_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json", action="store_true", help="print the result as one JSON document on stdout, and all else on stderr"
+    )
+
+
 def out(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--out", required=True, metavar="FOLDER", help=f"output folder for {what}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from ..extraction.continuations import greedy
 from ..frozen.chat import Messages
 from ..frozen.encoder import TextEncoder
 from ..patching.patch import patch
+from .verbosity import is_quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,9 +22,17 @@ if TYPE_CHECKING:
     from ..interventions import Intervention
     from ..learning import Evaluation
 
+Decode = Callable[..., list[list[int]]]
+
 
 def say(text: str = "") -> None:
-    """Print one line and flush it."""
+    """Print one line that is not a result; nothing with --quiet."""
+    if not is_quiet():
+        show(text)
+
+
+def show(text: str = "") -> None:
+    """Print one line of a result and flush it."""
     print(text, flush=True)
 
 
@@ -59,8 +68,9 @@ def continuations(
     max_new_tokens: int,
     *,
     sources: Sequence[str | Messages] = (),
+    decode: Decode = greedy,
 ) -> list[list[str]]:
-    """The greedy continuations of each prompt, one per strength, in one batch.
+    """The continuations of each prompt, one per strength, in one batch.
 
     Args:
         prompts: texts, or conversations for the chat template.
@@ -87,7 +97,7 @@ def continuations(
                 values = part.source_activations(model, tokenizer, list(sources))
                 stack.enter_context(part.interchange(values.repeat_interleave(times, 0)))
         stack.enter_context(patch(model, intervention, strength=strength))
-        made = greedy(model, tokenizer, batch, max_new_tokens)
+        made = decode(model, tokenizer, batch, max_new_tokens)
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
     return [texts[start : start + times] for start in range(0, len(texts), times)]
 
@@ -103,7 +113,7 @@ def check_sources(intervention: Intervention, sources: Sequence[str | Messages],
 
 def print_continuations(prompt: str, strengths: Sequence[float], texts: Sequence[str]) -> None:
     """Print a prompt and its continuations, one per strength."""
-    say(prompt)
+    show(prompt)
     labels = [f"{strength:+g}" if strength else "0" for strength in strengths]
     rows = [(label, text.strip().replace("\n", "⏎")) for label, text in zip(labels, texts, strict=True)]
     print_table("", ("β", "continuation"), rows, right=False)

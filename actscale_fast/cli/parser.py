@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+from typing import Any
 
 from .. import defaults
+from .._version import __version__
 from . import options, parser_extract, parser_learning
-from .values import positive_int, strength_list
+from .suggesting_parser import SuggestingParser
+from .values import positive_int, share, strength_list, weight
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -15,15 +18,16 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=110)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> SuggestingParser:
     """The parser of the whole command line; `command` names the chosen command."""
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="actscale-fast",
         formatter_class=_Help,
         description="Learn and apply signed scalars on the activations of a frozen language model.",
         epilog="Start with:  actscale-fast demo\n\n"
         "Exit status: 0 success; 1 failure, with one line that says why; 2 wrong usage; 130 interrupted.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     add = functools.partial(_command, commands)
     _demo(add("demo", "[options]", "learn scalars on a small real model and see that they work"))
@@ -40,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser_extract.combine(add("combine", "FOLDER FOLDER … --out FOLDER [--factors LIST]", "add several interventions"))
     examples = "--intervention FOLDER (--data FILE | --task TASK) [options]"
     _evaluate(add("evaluate", examples, "measure an intervention on examples, beside the frozen model"))
+    _info(add("info", "FOLDER [options]", "say what a saved intervention is"))
     prompt = "--intervention FOLDER --prompt TEXT [options]"
     _generate(add("generate", prompt, "continue a prompt under one or several strengths"))
     picture = "(--intervention FOLDER | --history FILE) --out FILE [options]"
@@ -58,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, usage: str, short: str, before: str = ""
+    commands: argparse._SubParsersAction[Any], name: str, usage: str, short: str, before: str = ""
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(
+    command: argparse.ArgumentParser = commands.add_parser(
         name,
         usage=f"actscale-fast {before}{name} {usage}",
         help=short,
@@ -69,6 +74,14 @@ def _command(
         allow_abbrev=False,
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if name not in ("bench", "extract"):  # the recipes of extract have these themselves
+        command.add_argument(
+            "--quiet", action="store_true", help="print results and errors only, without progress and warnings"
+        )
+        command.add_argument(
+            "--config", metavar="FILE",
+            help="take options from this TOML or JSON file; those of the command line replace its own",
+        )  # fmt: skip
     return command
 
 
@@ -94,8 +107,18 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         "--seed", type=int, metavar="N",
         help=f"with --task: random seed of the examples (default: that of the fit, otherwise {defaults.SEED})",
     )  # fmt: skip
+    options.as_json(command)
     options.number(command, "--batch-size", positive_int, 32, "examples per forward pass")
     command.add_argument("--out", metavar="FILE", help="also write the figures to this file, as JSON")
+
+
+def _info(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Prints what a folder saved by demo, fit, interchange, extract or combine holds: the kind of intervention,\n"
+        "the model, site, layers and positions, how many parameters are active, the largest, and how it was learned."
+    )
+    command.add_argument("folder", metavar="FOLDER", help="a folder with a saved intervention")
+    options.as_json(command)
 
 
 def _generate(command: argparse.ArgumentParser) -> None:
@@ -113,6 +136,17 @@ def _generate(command: argparse.ArgumentParser) -> None:
         help="one or several strengths, such as -1,0,1; may be repeated (default: -1,0,1)",
     )  # fmt: skip
     options.number(command, "--max-new-tokens", positive_int, 20, "number of tokens to generate")
+    sampling = command.add_argument_group("sampling")
+    sampling.add_argument(
+        "--temperature", type=weight, metavar="X", help="draw tokens at this temperature; 0 is greedy (default: greedy)"
+    )
+    sampling.add_argument(
+        "--top-p", type=share, metavar="X",
+        help="draw from the most likely tokens whose probabilities add up to X (default with --temperature: 1)",
+    )  # fmt: skip
+    options.seed(sampling, what="random seed of the draws, which all strengths share")
+    command.add_argument("--stream", action="store_true", help="print each token when it is generated")
+    options.as_json(command)
     command.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
 
 

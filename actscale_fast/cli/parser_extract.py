@@ -73,6 +73,7 @@ def _latent(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sentence", required=True, metavar="TEXT", help="the sentence that the model is to say")
     _layer(command)
     command.add_argument("--steps", type=positive_int, metavar="N", help="maximum number of updates")
+    options.seed(command, what="random seed of the restarts")
 
 
 def _layer(command: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ def fit(command: argparse.ArgumentParser) -> None:
     options.paths(command)
     options.test_data(command)
     options.out(command, "the intervention")
+    options.as_json(command)
     what = "activ-scalar h·(1+β·α), steer-vec h+β·v, dyn-scalar h·(1+β·⟨u,h⟩)"
     options.choice(command, "--kind", ("activ-scalar", "steer-vec", "dyn-scalar"), what, "KIND")
     where = command.add_argument_group("where the model is changed")
@@ -83,7 +84,13 @@ def sweep(command: argparse.ArgumentParser) -> None:
     options.model(command)
     options.data(command)
     options.paths(command)
-    options.seed(command, "--task-seed", "with --task: random seed of the examples")
+    command.add_argument(
+        "--seed", type=int, default=defaults.SEED, metavar="N",
+        help=f"random seed of the fits and, with --task, of the examples (default: {defaults.SEED})",
+    )  # fmt: skip
+    command.add_argument(
+        "--task-seed", type=int, metavar="N", help="with --task: random seed of the examples alone (default: --seed)"
+    )
     options.test_data(command)
     options.out(command, "the fits, one folder each; an interrupted sweep resumes from it")
     command.add_argument("--plot", metavar="FILE", help="picture of the Pareto front (default: front.png in --out)")
@@ -99,8 +106,7 @@ def sweep(command: argparse.ArgumentParser) -> None:
     ):
         grid.add_argument(f"--{name}", type=kind, metavar="LIST", help=f"{what} (default: {default})")
     grid.add_argument(
-        "--seeds", type=seed_list, default=[defaults.SEED], metavar="LIST",
-        help=f"random seeds, such as 0-2 (default: {defaults.SEED})",
+        "--seeds", type=seed_list, metavar="LIST", help="random seeds of the fits, such as 0-2 (default: --seed)"
     )  # fmt: skip
     grid.add_argument(
         "--layers", type=layer_list, action="append", metavar="LIST",
@@ -129,6 +135,7 @@ def attribution(command: argparse.ArgumentParser) -> None:
     options.paths(command)
     options.seed(command, what="with --task: random seed of the examples")
     options.out(command, "the figures and the picture")
+    options.as_json(command)
     options.site(command)
     options.layers(command)
     options.positions(command)

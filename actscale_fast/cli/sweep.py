@@ -10,12 +10,17 @@ from ..interventions import ActivScalar
 from .loading import check_file, examples_for, load_files, load_model, output_folder
 from .options import given_paths
 from .output import print_table, say
+from .verbosity import shows_progress
 
 
 def sweep(options: argparse.Namespace) -> int:
     """Fit every combination of the lists, save and evaluate the fits, and draw their Pareto front."""
     if options.path is not None and options.minimality is not None:
         raise ValueError("--path chooses the weights of the ℓ1 norm and cannot be used with --minimality")
+    if options.task_seed is None:
+        options.task_seed = options.seed
+    if options.seeds is None:
+        options.seeds = [options.seed]
     files = load_files(options)
     check_file(options.plot, "plot")
     out = output_folder(options.out)
@@ -53,6 +58,7 @@ def sweep(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         tolerance=options.tolerance,
         warm_start=options.path is not None or options.warm_start,
+        progress=shows_progress(options),
         evaluate_on=test or None,
         folder=out,
         checkpoint_every=options.checkpoint_every,

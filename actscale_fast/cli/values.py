@@ -97,6 +97,14 @@ def minimality(text: str) -> float | str:
     return share
 
 
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    number = _number(text, "a number above 0 and at most 1", least=0.0, open_end=True)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0 and at most 1")
+    return number
+
+
 def joined_signed_lists(arguments: Sequence[str]) -> list[str]:
     """`--strength -1,0,1` as `--strength=-1,0,1`: argparse mistakes a text that begins with a minus for an option."""
     joined: list[str] = []

@@ -1,9 +1,10 @@
-"""Greedy decoding: what a model says after prompts, or from nothing."""
+"""Decoding: what a model says after prompts, or from nothing."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -30,13 +31,39 @@ def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("tokenizer: it has no BOS, EOS or padding token to start from")
 
 
-@torch.no_grad()
+class Sampling(NamedTuple):
+    """How tokens are drawn: from p^(1/temperature), among the most likely ones that together have probability top_p."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
 def greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, max_new_tokens: int
 ) -> list[list[int]]:
     """The ids that follow each prompt under greedy decoding with the KV cache, without the token that ends them.
 
-    Patches on the model stay active. The model's own generation settings (sampling, penalties) are ignored.
+    Patches on the model are in force. The model's own generation settings (sampling, penalties) are ignored.
+    """
+    return generated(model, tokenizer, batch, max_new_tokens)
+
+
+@torch.no_grad()
+def generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    streamer: Any = None,
+) -> list[list[int]]:
+    """`greedy`, or with tokens drawn at random; the process's random numbers are left as they were.
+
+    Args:
+        sampling: how tokens are drawn; None: the most likely one.
+        streamer: a `transformers.TextStreamer`, which takes the tokens of a batch of one while they are made.
     """
     from transformers import GenerationConfig
 
@@ -45,16 +72,24 @@ def greedy(
     ends = own.eos_token_id
     listed = ends if isinstance(ends, list) else [ends]
     stops = [i for i in dict.fromkeys([*listed, tokenizer.eos_token_id]) if i is not None]
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling is not None:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad_id_of(tokenizer)
+        max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad_id_of(tokenizer), **how
     )
-    with evaluation_mode(found):
+    device = batch.input_ids.device
+    with evaluation_mode(found), contextlib.ExitStack() as stack:
+        if sampling is not None:
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            torch.manual_seed(sampling.seed)
         # generate() takes settings that this config leaves open from the model's own, which may hold penalties.
         found.generation_config = GenerationConfig()
         try:
             made: Any = found.generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
-            )
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config,
+                streamer=streamer,
+            )  # fmt: skip
         finally:
             found.generation_config = own
     rows = made[:, batch.input_ids.shape[1] :].tolist()

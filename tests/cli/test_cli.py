@@ -19,8 +19,8 @@ from actscale_fast.interventions import ActivScalar, load_intervention
 from actscale_fast.tasks.examples import Example, save_examples
 
 COMMANDS = (
-    "demo", "fit", "sweep", "attribution", "interchange", "extract", "combine", "evaluate", "generate", "plot", "merge",
-    "reproduce", "bench",
+    "demo", "fit", "sweep", "attribution", "interchange", "extract", "combine", "evaluate", "info", "generate", "plot",
+    "merge", "reproduce", "bench",
 )  # fmt: skip
 
 

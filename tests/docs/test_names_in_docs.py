@@ -14,7 +14,7 @@ from doc_pages import ROOT, pages
 _FOLDERS = ("actscale_fast", "benchmarks", "csrc", "docs", "tests")
 _PATH = re.compile(rf"(?:{'|'.join(_FOLDERS)})/[\w./*-]*\w/?|[\w.-]+\.(?:cff|md|toml|txt|yaml)")
 #: Names of files that are an example's own, and words that only look like a path.
-_OWN = {"report.md", "weddings.txt", "ordinary.txt"}
+_OWN = {"config.toml", "report.md", "weddings.txt", "ordinary.txt"}
 
 
 def spans(text: str) -> Iterator[str]:
