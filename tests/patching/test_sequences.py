@@ -78,7 +78,7 @@ def test_packed_rows_beside_a_cache_are_refused_because_attention_would_mix_them
     with (
         torch.no_grad(),
         af.patch(model, scalars(model, positions=[-1])),
-        pytest.raises(ValueError, match="transformers keeps these apart only without a KV cache; pass use_cache=False"),
+        pytest.raises(ValueError, match="transformers separates these only without a KV cache; pass use_cache=False"),
     ):
         model(packed, position_ids=places, use_cache=use_cache)
 
