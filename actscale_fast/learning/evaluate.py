@@ -116,8 +116,10 @@ class Evaluation(Readable):
         return f"Evaluation on {self.n_examples} prompts"
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, with those of the baseline nested, for JSON."""
-        return asdict(self)
+        """All fields, with those of the baseline nested, for JSON; intervals are lists of two numbers."""
+        baseline = None if self.baseline is None else self.baseline.to_dict()
+        ends = {name: list(both) for name, both in self.intervals.items()}
+        return asdict(self) | {"baseline": baseline, "intervals": ends}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:

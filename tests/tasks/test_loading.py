@@ -332,17 +332,17 @@ def test_parquet_is_read_by_what_is_installed(tmp_path: Path, monkeypatch: pytes
 
 def test_rows_keep_their_names_wherever_they_go(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text(ROW + "\n" + ROW.replace('"c"', '" Paris Rome"'), encoding="utf-8")
+    path.write_text(ROW + "\n" + ROW.replace('"c"', '" Paris Rome"').replace('"w"', '" Paris"'), encoding="utf-8")
     _, second = af.load_examples(path)
     scalars = af.ActivScalar.for_model(tiny.llama())
-    message = rf"row 2 of {path} \(line 3\), correct: ' Paris Rome' is 2 tokens"
+    message = rf"row 2 of {path} \(line 3\): the tokens of correct ' Paris Rome' begin with all"
     for examples in ([second], [af.Example("A", " Paris", " Rome"), second]):
         with pytest.raises(ValueError, match=message):
             af.evaluate(tiny.llama(), tiny.tokenizer(), examples, scalars)
         with pytest.raises(ValueError, match=message):
             af.sweep(tiny.llama(), tiny.tokenizer(), {"a": examples}, {"seed": [0]}, progress=False)
-    sets = {"a": [("A", " Paris", " Rome")], "b": [("A", " Paris", " Rome"), ("A", " Paris Rome", " Rome")]}
-    with pytest.raises(ValueError, match=r"row 2 of examples\['b'\], correct"):
+    sets = {"a": [("A", " Paris", " Rome")], "b": [("A", " Paris", " Rome"), ("A", " Paris Rome", " Paris")]}
+    with pytest.raises(ValueError, match=r"row 2 of examples\['b'\]: the tokens of correct"):
         af.sweep(tiny.llama(), tiny.tokenizer(), sets, {"seed": [0]}, progress=False)
 
 
