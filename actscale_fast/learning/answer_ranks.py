@@ -40,3 +40,20 @@ def answer_ranks(logits: Tensor, answers: Tensor) -> AnswerRanks:
         log_probabilities.append(own.squeeze(-1).double() - wide.logsumexp(-1).double())
     rank = torch.cat(ranks)
     return AnswerRanks((rank == 1).double(), rank.double(), torch.cat(log_probabilities))
+
+
+def whole_ranks(tokens: AnswerRanks, answer: Tensor, is_first: Tensor) -> AnswerRanks:
+    """How the model ranks answers of several tokens, from the ranks of their tokens, each after those before it.
+
+    An answer is on top where all of its tokens are, so that greedy generation begins with the whole answer; its rank is
+    that of its first token, and its probability the product of theirs.
+
+    Args:
+        tokens: of K tokens, ordered by answer.
+        answer: the answer that each token belongs to, int64 [K]: 0, …, R − 1.
+        is_first: whether it is the first one, bool [K].
+    """
+    n = int(is_first.sum())
+    empty = tokens.rank.new_zeros(n)
+    top = (empty + 1).scatter_reduce(0, answer, tokens.top, "amin")
+    return AnswerRanks(top, tokens.rank[is_first], empty.index_add(0, answer, tokens.log_probability))

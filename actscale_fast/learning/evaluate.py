@@ -21,7 +21,7 @@ from ..modules.evaluation_mode import evaluation_mode
 from ..patching.patch import AnyPatch, patch
 from ..tasks.examples import sources_of
 from ..tasks.loading import ExampleSource
-from .answer_ranks import answer_ranks
+from .answer_ranks import AnswerRanks, answer_ranks
 from .answer_scores import first_token_divergence
 from .encoded_examples import EncodedExamples
 from .predictions import Predictions
@@ -39,9 +39,9 @@ class Evaluation(Readable):
     `top_correct` and `top_wrong`. Evaluations that earlier versions saved have None in the fields that they lack.
 
     Where an answer has several tokens, z[c] − z[w] stands for log p(c) − log p(w), the difference of the whole answers'
-    log-probabilities after the prompt, which for one token each is the same. The KL divergence, the most likely other
-    token, ranks and probabilities are those of the next token after the prompt: without the first tokens of both
-    answers, or of an answer's first token.
+    log-probabilities after the prompt, which for one token each is the same. It is the top token if each of its tokens
+    is, after those before; its rank is that of its first token, its probability that of all. The KL divergence and the
+    most likely other token are those of the next token after the prompt, without the first tokens of both answers.
     """
 
     n_examples: int
@@ -219,13 +219,13 @@ def _measure(
             patched = patch(model, interventions[0])
             idle.enter_context(patched)
             patched.paused = True
-        reference, before = predictions.run(rows, patched)
+        reference, before, ranks = predictions.run(rows, patched)
     direction = torch.tensor([1.0, -1.0], dtype=torch.float32, device=data.device).repeat_interleave(len(rows))
     correct, wrong, signs = (t.to(reference.device) for t in (data.correct[rows], data.wrong[rows], direction))
     both = reference.repeat(2, 1)
     answers, top = (correct.repeat(2), wrong.repeat(2)), _top_other(reference, correct, wrong).repeat(2)
     wanted = torch.cat([correct, wrong])  # the answer that each row is steered to
-    frozen = [one.view(2, -1) for one in answer_ranks(both, wanted)]
+    frozen = ranks or answer_ranks(both, wanted)
     found = []
     for intervention in interventions:
         with contextlib.ExitStack() as applied:
@@ -234,17 +234,22 @@ def _measure(
             strength = direction.repeat(2) if long else direction  # one row per answer
             patched = patch(model, intervention, strength=strength)
             applied.enter_context(patched)
-            steered, differences = predictions.run([*rows, *rows], patched)
+            steered, differences, ranks = predictions.run([*rows, *rows], patched)
         if long:  # the answers may begin with the same token
             kl = first_token_divergence(steered, both, *answers, exclude_answers=True, kl="forward", head=None)
         else:
             kl = ops.intervention_loss(steered, both, *answers, direction=signs)[1]
-        differences = differences.view(2, -1)
         kept = _top_other(steered, *answers) == top
-        ranks = [one.view(2, -1) for one in answer_ranks(steered, wanted)]
-        columns = [before[None], differences, kl.view(2, -1), kept.view(2, -1), *ranks, *frozen]
-        found.append(torch.cat([column.double() for column in columns]).T)
+        own = answer_ranks(steered, wanted) if ranks is None else AnswerRanks(*map(_as_steered, ranks))
+        columns = [before, differences, kl, kept, *own, *frozen]
+        found.append(torch.cat([column.double().view(-1, len(rows)) for column in columns]).T)
     return torch.stack(found, 1)
+
+
+def _as_steered(values: Tensor) -> Tensor:
+    """Values of [answer, direction, prompt] for the answer that each direction is for; [2·B]."""
+    correct, wrong = values.view(2, 2, -1)
+    return torch.cat([correct[0], wrong[1]])
 
 
 def _top_other(logits: Tensor, correct: Tensor, wrong: Tensor) -> Tensor:

@@ -79,7 +79,11 @@ def _unreachable(model: nn.Module, data: EncodedExamples, intervention: Interven
     what = f"the gradient is exactly 0 for all {n} parameters at the first step, so the fit cannot move"
     lengths = [len(data.prompts[row]) for row in rows]
     last = layout(model, intervention.paths).n_layers - 1
-    causes = [_cause(factor, part, lengths, last) for factor, part in intervention.pairs]
+    in_answers = any(row in data.long_answers for row in rows)  # their tokens are steered as generated ones
+    causes = [
+        "" if in_answers and part.location.generated else _cause(factor, part, lengths, last)
+        for factor, part in intervention.pairs
+    ]
     known = dict.fromkeys(cause for cause in causes if cause)
     if known and all(causes):
         return f"intervention: {what}: {'; '.join(known)}"

@@ -51,6 +51,46 @@ def test_top_rank_probability_and_new_flips_are_those_of_a_plain_derivation() ->
         assert f"… of the {len(others)} prompts where it was not" in [label for label, _, _ in result.rows()]
 
 
+@torch.no_grad()
+def test_whole_answers_are_on_top_where_each_of_their_tokens_is() -> None:
+    model, tokenizer, drawn = tiny.llama(dtype=torch.float64), tiny.tokenizer(), random.Random(1)
+    pairs = [(" Paris Rome", " Berlin"), (" Oslo", " Madrid A B"), (" Rome A", " Rome B"), (" Rome", " Oslo")]
+    scalars = af.ActivScalar.for_model(model)
+    scalars.alpha.copy_(torch.randn(scalars.alpha.shape, generator=torch.Generator().manual_seed(1)))
+    examples = []
+    for number in range(8):
+        prompt = " ".join(drawn.choices(tiny.WORDS[4:], k=3 + number % 3))
+        correct, wrong = pairs[number % 4]
+        if number % 2:  # what greedy generation gives under β = +1 is on top
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            with af.patch(model, scalars):
+                made = model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=1)
+            correct = "".join(f" {tiny.WORDS[token]}" for token in made[0, ids.shape[1] :].tolist())
+        examples.append(af.Example(prompt, correct, wrong))
+    result = af.evaluate(model, tokenizer, examples, scalars, batch_size=3)
+    for name, beta in (("correct", 1), ("wrong", -1)):
+        for evaluation, strength in ((result, beta), (result.baseline, 0)):
+            tops, ranks, probabilities = [], [], []
+            for example in examples:
+                ids = tokenizer(example.prompt)["input_ids"]
+                top, total, first = True, 0.0, 0
+                for token in tokenizer(getattr(example, name))["input_ids"]:
+                    with af.patch(model, scalars, strength=float(strength)):
+                        z = model(torch.tensor([ids])).logits[0, -1]
+                    top &= bool(z.argmax() == token)
+                    total += float(z.log_softmax(-1)[token])
+                    first = first or 1 + z.argsort(descending=True).tolist().index(token)
+                    ids = [*ids, token]
+                tops.append(top)
+                ranks.append(first)
+                probabilities.append(torch.tensor(total).double().exp())
+            assert getattr(evaluation, f"top_{name}") == pytest.approx(sum(tops) / 8)
+            assert getattr(evaluation, f"rank_{name}") == sorted(ranks)[3]
+            assert getattr(evaluation, f"probability_{name}") == pytest.approx(float(sum(probabilities)) / 8, rel=1e-5)
+    assert result.top_correct is not None
+    assert result.top_correct > 0.2
+
+
 def test_new_flips_have_no_value_where_nothing_was_to_be_flipped() -> None:
     model = tiny.llama()
     always = [example for example in conflicts(30) if _is_correct(model, example)][:4]

@@ -80,7 +80,7 @@ def test_the_command_line_hands_folder_and_size_over(
     monkeypatch.setattr(reproduce, "run", run)
     monkeypatch.setattr(reproduce, "load_model", lambda _: opened)
     assert main(["reproduce", "--quick", "--out", str(tmp_path / "r")]) == 0
-    assert seen == {"quick": True, "folder": tmp_path / "r"}
+    assert seen == {"quick": True, "folder": tmp_path / "r", "progress": False}  # no terminal, no progress bars
     assert "report.md" in capsys.readouterr().out
 
 
