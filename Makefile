@@ -1,10 +1,10 @@
 # make demo           learn, evaluate, save and use activation scalars on a small real model
-# make test           the whole test suite, without the sanitizers
+# make test           the whole test suite, without the sanitizers and the notebooks
 # make test-fast      one case of each test, without the slow ones: for every commit
 # make test-versions  the tests that other libraries' releases can break, with the oldest and the newest of them
 # make check          ruff and mypy
 # make docs           the documentation site, into site; a warning is an error
-# make notebooks      run the notebooks of docs/notebooks and keep their outputs
+# make notebooks      run the notebooks of docs/notebooks and keep their outputs (make test-notebooks: only run them)
 # make sanitize       the C++ and the emulated CUDA kernels under the address and undefined-behaviour sanitizers
 # make bench          the benchmark harness, into benchmarks/results
 PYTHON ?= python3
@@ -26,7 +26,7 @@ PINS    = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # pip builds the package in an environment of its own, to which the first option does not apply.
 ALL_PINS = $(PINS) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS))
 
-.PHONY: demo test test-fast test-versions test-oldest test-newest check docs notebooks sanitize bench clean
+.PHONY: demo test test-fast test-notebooks test-versions test-oldest test-newest check docs notebooks sanitize bench clean
 
 demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
@@ -36,7 +36,7 @@ PYTEST := pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 test test-fast: $(VENV)/tested
-	$(THREADS) $(RUN)/$(PYTEST) -m "not sanitizer" $(if $(filter %fast,$@),--fast)
+	$(THREADS) $(RUN)/$(PYTEST) -m "not notebook and not sanitizer" $(if $(filter %fast,$@),--fast)
 
 # Patches, generation with positions, fits, evaluation, every family, and the package's check of a model on itself.
 VERSION_TESTS := packaging/test_versions architectures/test_families cli/test_systems das/test_boundless_das \
@@ -64,6 +64,9 @@ docs: $(VENV)/tested
 
 notebooks: $(VENV)/tested
 	$(RUN)/python docs/tools/run_notebooks.py
+
+test-notebooks: $(VENV)/tested
+	$(RUN)/pytest -m notebook tests/docs
 
 sanitize: $(VENV)/tested
 	$(RUN)/pytest -m sanitizer tests/kernels

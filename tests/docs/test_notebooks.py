@@ -30,6 +30,7 @@ def test_a_notebook_is_stored_with_its_results(notebook: Path) -> None:
     assert notebook.stat().st_size < 400_000
 
 
+@pytest.mark.notebook
 @pytest.mark.real_model
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
