@@ -7,13 +7,13 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._log import logger
 from .._version import __version__
 from ..learning.weights_digest import weights_digest
 from ..tasks.examples import example_fields
@@ -60,10 +60,9 @@ def warn_of_other_weights(folder: str | Path, model: PreTrainedModel) -> None:
         return
     found = _weights(model)
     if found not in (None, known):
-        print(
-            f"actscale-fast: warning: {folder} was fitted on a model of the same shape with other weights (digest "
-            f"{known}, this model's is {found}), such as another fine-tune; its figures may not hold here",
-            file=sys.stderr,
+        logger.warning(
+            f"{folder} was fitted on a model of the same shape with other weights (digest {known}, this model's is "
+            f"{found}), such as another fine-tune; its figures may not hold here"
         )
 
 
