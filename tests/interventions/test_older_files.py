@@ -95,4 +95,12 @@ def test_a_sweep_loads_and_its_fits_are_not_repeated(tmp_path: Path) -> None:
     )  # fmt: skip
     assert again.fits[0].history == fit.history
     assert torch.equal(again.fits[0].intervention.alpha, fit.intervention.alpha)
-    assert json.loads((root / "sweep.json").read_text()) == told
+    assert older(json.loads((root / "sweep.json").read_text())) == older(told)
+
+
+def older(value: Any) -> Any:
+    """The index of a sweep without the figures that evaluations of that version lack, and without its checksum."""
+    if isinstance(value, dict):
+        kept = {name: older(one) for name, one in value.items() if name != "checksum"}
+        return {name: one for name, one in kept.items() if one not in (None, {})}
+    return [older(one) for one in value] if isinstance(value, list) else value

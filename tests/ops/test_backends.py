@@ -31,7 +31,7 @@ def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProce
 
 def test_an_unknown_backend_name_is_refused_with_the_list_of_names() -> None:
     message = error_of(lambda: ops.set_backend("cpp"), ValueError)  # type: ignore[arg-type]
-    assert message == "backend: got 'cpp', expected one of auto, cpu, triton, cuda, reference"
+    assert message == "backend: got 'cpp', expected one of auto, cpu, triton, cuda, reference; did you mean 'cpu'?"
 
 
 def test_a_backend_that_cannot_run_is_refused_with_the_reason_and_the_choice_stays(
