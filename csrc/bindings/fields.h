@@ -1,5 +1,5 @@
 // How Python fills the structs of calls.h: each field is the keyword argument of its name. A new option of an op is a
-// field there, a line here, and an argument in ops/cpu and ops/cuda.
+// field there, a line here, and a value in ops/calls.py or in ops/cpu and ops/cuda.
 #pragma once
 #include <pybind11/pybind11.h>
 
