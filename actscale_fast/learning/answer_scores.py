@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..architectures.lm_head import OutputHead
 from ..ops.losses.linear_logits import chunks
 from ..ops.losses.linear_softmax import CHUNK_BYTES
+from ..ops.once_differentiable import once_differentiable
 from ..ops.reference import accumulation_dtype, kl_divergence, without_columns
 
 
@@ -108,7 +108,7 @@ class _RowByRow(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("the losses of answers of several tokens")
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (slopes,) = ctx.saved_tensors
         return (upstream[:, None] * slopes).to(slopes.dtype), None, None, None
