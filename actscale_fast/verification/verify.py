@@ -110,7 +110,7 @@ def verify_kernels(
     Example:
         >>> print(af.verify_kernels())
     """
-    chosen = _device(device)
+    chosen = chosen_device(device)
     supervisor = supervisor or Supervisor(str(chosen), quick=quick)
     started = time.perf_counter()
     jobs = [Job(name, op, dtype) for name in kernel_backends(chosen) for op, dtype in ops_and_dtypes()]
@@ -173,7 +173,13 @@ def ops_and_dtypes() -> list[tuple[str, str]]:
     return [(op, dtype) for op in verdicts.OPS for dtype in (DTYPES if op != "proximal_adam_" else DTYPES[:1])]
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def chosen_device(device: torch.device | str | None) -> torch.device:
+    """The device meant, with its index; default: the current GPU, or the CPU if there is none.
+
+    Raises:
+        ValueError: neither a CPU nor a CUDA device.
+        RuntimeError: no such device here.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)

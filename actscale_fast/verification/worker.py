@@ -19,7 +19,7 @@ from .checking import WrongError, check
 from .speed import microseconds
 
 #: Begins the lines that are events; libraries may print others.
-MARK = "\x1eactscale "
+MARK = "@@actscale "
 #: Shown for a device without multiprocessors (a CPU).
 NO_MULTIPROCESSORS = 4
 SEED = 20241004
