@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from actscale_fast import ops
 from actscale_fast.verification.accuracy import accuracy
-from benchmarks import __main__ as command, cases, memory, models, results, runner, timing
+from benchmarks import __main__ as command, cases, gpu_check, memory, models, results, runner, timing
 from benchmarks.case import Case, Problem, Setting, Variant, by_rows, repeated
 from benchmarks.cases import loss, sweep as sweep_case
 from benchmarks.counting import counted
@@ -403,3 +404,32 @@ def test_kernels_and_bytes_are_those_of_the_formula_and_the_kernels_those_that_t
         leaves = [e.name for e in recorded.events() if e.name.startswith("aten::") and not e.cpu_children]
         views = {"aten::empty_strided", "aten::as_strided", "aten::empty", "aten::detach", "detach"}
         assert counted(call).kernels == sum(name not in views for name in leaves), leaves
+
+
+def test_the_gpu_check_keeps_each_parts_outcome_and_goes_on_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = {"fine": "print('well')", "failing": "raise SystemExit('no kernel image')", "late": "input(); input()"}
+    late = "import time; time.sleep(60)"
+    made = [
+        gpu_check.Part(name, [sys.executable, "-c", late if name == "late" else code], 2.0 if name == "late" else 30.0)
+        for name, code in commands.items()
+    ]
+    monkeypatch.setattr(gpu_check, "parts", lambda device, out: made)
+    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("gpu-check-*.json")
+    found = {part["part"]: part for part in json.loads(path.read_text())["parts"]}
+    assert {name: part["status"] for name, part in found.items()} == {
+        "fine": "ok", "failing": "failed (1)", "late": "timed out",
+    }  # fmt: skip
+    assert found["failing"]["output"] == ["no kernel image"]
+
+
+def test_the_gpu_check_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 2
+    assert "PyTorch finds no GPU here" in capsys.readouterr().err
+
+
+def test_all_parts_of_the_gpu_check_fit_into_ten_minutes(tmp_path: Path) -> None:
+    assert sum(part.seconds for part in gpu_check.parts("cuda", tmp_path)) <= 600
