@@ -203,8 +203,10 @@ def _size_of_products(call: _Call, reference: BackendModule) -> Terms:
     """Of a softmax over W·h: the largest sum of magnitudes that makes a logit."""
     hidden, weight, bias, *_, logit_scale, _ = call.arguments
     size = (hidden.abs() @ weight.abs().t()).amax() * logit_scale + (0.0 if bias is None else bias.abs().amax())
-    size = 1 + size
-    return [size, size * weight.abs().amax(), None if bias is None else size, size]
+    size, largest = 1 + size, weight.abs().amax()
+    # The reference rounds its probabilities to the dtype before the product that makes the mean.
+    rounded = torch.finfo(weight.dtype).eps / (ROUNDINGS * torch.finfo(torch.float32).eps)
+    return [size, (size + 2 * rounded) * largest, None if bias is None else size, size]
 
 
 def _nothing(call: _Call, reference: BackendModule) -> Terms:

@@ -25,6 +25,7 @@ def identity(device: torch.device) -> dict[str, Any]:
     Raises:
         ValueError: neither a CPU nor a CUDA device.
     """
+    of_device: dict[str, Any]
     if device.type == "cpu":
         of_device = {"name": processor_name(), "instructions": cpu_level()}
     elif device.type == "cuda":

@@ -144,7 +144,8 @@ class _KLDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream):  # type: ignore[no-untyped-def]
-        gradient = kl_gradient(*ctx.saved_tensors, ctx.reverse, ctx.i)
+        logits, reference_logits = ctx.saved_tensors
+        gradient = kl_gradient(logits, reference_logits, ctx.reverse, ctx.i)
         return upstream.unsqueeze(-1) * gradient, None, None, None
 
 

@@ -66,7 +66,8 @@ class Guard:
 
             return wrapper
 
-        torch.empty, torch.empty_like, torch.empty_strided = map(guarded, (_empty, _empty_like, _empty_strided))  # type: ignore[assignment]
+        torch.empty, torch.empty_like = guarded(_empty), guarded(_empty_like)  # type: ignore[assignment]
+        torch.empty_strided = guarded(_empty_strided)  # type: ignore[assignment]
         Tensor.new_empty = guarded(_new_empty)  # type: ignore[method-assign]
         try:
             yield

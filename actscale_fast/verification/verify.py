@@ -196,7 +196,7 @@ def chosen_device(device: torch.device | str | None) -> torch.device:
 
 
 def _times_wanted(passed: set[tuple[str, str, str]], *, compiled: bool) -> list[tuple[str, str, int, Sequence[str]]]:
-    wanted = []
+    wanted: list[tuple[str, str, int, Sequence[str]]] = []
     for op, dtype in ops_and_dtypes():
         kernels = [name for one_op, one_dtype, name in sorted(passed) if (one_op, one_dtype) == (op, dtype)]
         names = ["reference", *kernels, *([COMPILED] if compiled and op != "proximal_adam_" else [])]

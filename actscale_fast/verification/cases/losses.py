@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ..case import Case, Inputs
+from ..case import Call, Case, Inputs
 
 #: Widths that take every branch of a launch plan: within one block's registers, over a block's shared memory, over
 #: clusters of 2 to 16 blocks, and longer than the shared memory of a whole cluster (then a ring of buffers is used).
@@ -112,12 +112,16 @@ def _intervention_loss(
 
 
 def _intervention_loss_of_ones(*arguments: Any) -> tuple[Tensor, ...]:
-    return _intervention_loss(*arguments[:5], torch.ones_like(arguments[5]), arguments[6])
+    *rows, upstream, settings = arguments
+    call: Call = _intervention_loss
+    return call(*rows, torch.ones_like(upstream), settings)
 
 
 def _without_hinge(*arguments: Any) -> tuple[Tensor, ...]:
-    weights = torch.tensor([[0.0], [1.0]], device=arguments[5].device, dtype=arguments[5].dtype)
-    return _intervention_loss(*arguments[:5], weights.expand_as(arguments[5]), arguments[6])[1:]
+    *rows, upstream, settings = arguments
+    weights = torch.tensor([[0.0], [1.0]], device=upstream.device, dtype=upstream.dtype)
+    call: Call = _intervention_loss
+    return call(*rows, weights.expand_as(upstream), settings)[1:]
 
 
 def _with_scalars(
