@@ -6,6 +6,7 @@
 # make docs           the documentation site, into site; a warning is an error
 # make notebooks      run the notebooks of docs/notebooks and keep their outputs (make test-notebooks: only run them)
 # make sanitize       the C++ and the emulated CUDA kernels under the address and undefined-behaviour sanitizers
+# make gpu-check      verification, tests, compute-sanitizer and harness on a GPU, in ten minutes (GPU=cpu: as far as it goes)
 # make bench          the benchmark harness, into benchmarks/results
 PYTHON ?= python3
 VENV   ?= .venv
@@ -26,7 +27,7 @@ PINS    = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # pip builds the package in an environment of its own, to which the first option does not apply.
 ALL_PINS = $(PINS) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS))
 
-.PHONY: demo test test-fast test-notebooks test-versions test-oldest test-newest check docs notebooks sanitize bench clean
+.PHONY: demo test test-fast test-notebooks test-versions test-oldest test-newest check docs notebooks sanitize bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
@@ -73,6 +74,10 @@ sanitize: $(VENV)/tested
 
 bench: $(VENV)/tested
 	$(RUN)/python -m benchmarks
+
+GPU ?= cuda
+gpu-check: $(VENV)/tested
+	$(RUN)/python -m benchmarks.gpu_check --device $(GPU)
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

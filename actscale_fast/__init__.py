@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .reproduction.reproducing import reproduce as reproduce
     from .tasks.examples import Example as Example, save_examples as save_examples
     from .tasks.loading import load_examples as load_examples
+    from .verification.verify import Verification as Verification, verify_kernels as verify_kernels
 
 # The public names, by the module that each is imported from when it is first used: the command line answers --help
 # without importing torch, which takes 3 s. The block above says the same to type checkers.
@@ -95,6 +96,7 @@ _HOMES = {
     "patching.pretrained": ("ActScaleConfig", "ActScaleModel", "get_actscale_model"),
     "reproduction": ("reproduce",),
     "tasks": ("Example", "load_examples", "save_examples"),
+    "verification.verify": ("Verification", "verify_kernels"),
 }  # fmt: skip
 _MODULES = ("ops", "plots", "tasks")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

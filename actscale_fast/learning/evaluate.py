@@ -21,6 +21,7 @@ from ..modules.evaluation_mode import evaluation_mode
 from ..patching.patch import AnyPatch, patch
 from ..tasks.examples import sources_of
 from ..tasks.loading import ExampleSource
+from ..verification.ensure import ensure_verified
 from .answer_ranks import AnswerRanks, answer_ranks
 from .answer_scores import first_token_divergence
 from .encoded_examples import EncodedExamples
@@ -181,6 +182,7 @@ def evaluate_all(
     paths = interventions[0].paths
     found = layout(model, paths)
     data = EncodedExamples(examples, tokenizer, model, paths)
+    ensure_verified(data.device, progress=progress)
     sources: dict[Intervention, Tensor] = {}
     for part in dict.fromkeys(part for intervention in interventions for part in intervention.singles):
         if part.needs_source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from .. import defaults
 from .._checks import check_counts, check_not_negative
@@ -32,24 +32,28 @@ class Execution:
         spill_bytes: CPU memory for what exceeds `cache_bytes`; what exceeds both is computed again in each step.
         memory_bytes: memory for the activations of one pass; None: half of what is free. Larger batches run in several
             passes.
-        capture: run the passes as CUDA graphs, with one launch each. Not yet run on a GPU.
+        capture: True: run the passes as CUDA graphs, with one launch each. "auto": the same where the model is on one
+            GPU and the first three passes agree with plain ones; otherwise plain passes, with a warning if a capture
+            fails. Not yet run on a GPU.
         distributed: None: share the work with the other processes of an existing group, or of one that torchrun or
             accelerate describes, which then lasts until the end of the call. True: the same, but raise if there is only
             one process. False: work alone.
 
     Raises:
-        ValueError: a count or a budget that is not an integer, or is too small.
+        ValueError: a count or a budget that is not an integer, or is too small; `capture` is something else.
     """
 
     accumulate: int = defaults.ACCUMULATE
     cache_bytes: int = CACHE_BYTES
     spill_bytes: int = SPILL_BYTES
     memory_bytes: int | None = None
-    capture: bool = False
+    capture: bool | Literal["auto"] = False
     distributed: bool | None = None
 
     def __post_init__(self) -> None:
         check_counts(accumulate=self.accumulate)
+        if not isinstance(self.capture, bool) and self.capture != "auto":
+            raise ValueError(f"capture: got {self.capture!r}, expected True, False or 'auto'")
         check_not_negative(cache_bytes=self.cache_bytes, spill_bytes=self.spill_bytes)
         if self.memory_bytes is not None:
             check_not_negative(memory_bytes=self.memory_bytes)
@@ -62,7 +66,7 @@ class ExecutionKeywords(TypedDict, total=False):
     cache_bytes: int
     spill_bytes: int
     memory_bytes: int | None
-    capture: bool
+    capture: bool | Literal["auto"]
     distributed: bool | None
 
 

@@ -17,6 +17,7 @@ from .._tables import Readable
 from ..interventions import Intervention
 from ..patching.patch import patch
 from ..tasks.loading import ExampleSource
+from ..verification.ensure import ensure_verified
 from .arguments import checked_intervention, checked_objective, refuse_idle, refuse_inference_mode, refuse_tokenless
 from .checkpoint import Checkpoint, check_writable_checkpoint
 from .distributed import process_group
@@ -161,6 +162,7 @@ def fit(
         objective = replace(objective, minimality=0.0)
     data = EncodedExamples(examples, tokenizer, model, paths)
     refuse_tokenless(intervention, data)
+    ensure_verified(data.device, progress=progress)
     with process_group(execution.distributed) as processes:
         if checkpoint.path is not None:
             check_writable_checkpoint(checkpoint.path, processes=processes, new=True)

@@ -1,8 +1,8 @@
 """The choice of backend: one name for the process, resolved per tensor.
 
-`auto` picks the C++ kernels for CPU tensors where the extension was built, and a GPU kernel only where its correctness
-run on that architecture family has been recorded (`VERIFIED`); otherwise plain PyTorch. A backend asked for by name is
-used or refused, never replaced.
+`auto` picks, per op and dtype, what passed verification on this very device and is fastest there (see `verdicts`).
+Without a verdict CPU tensors are served by the C++ kernels where the extension was built, and tensors on a GPU by plain
+PyTorch. A backend asked for by name is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
+from .._log import notice
 from .._suggestions import did_you_mean
+from . import verdicts
 
 BackendName = Literal["auto", "cpu", "triton", "cuda", "reference"]
-
-#: (backend, compute-capability major) pairs whose correctness run is recorded in benchmarks/results. None yet.
-VERIFIED: frozenset[tuple[str, int]] = frozenset()
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,30 +62,83 @@ def use_backend(name: BackendName) -> Iterator[None]:
         set_backend(before)  # type: ignore[arg-type]
 
 
-def resolve(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend ("cpu", "triton", "cuda" or "reference") that serves tensors of this device and dtype.
+def serving(op: str, x: Tensor) -> str:
+    """The backend ("cpu", "triton", "cuda" or "reference") that serves a call of `op` whose first argument is `x`.
 
     Raises:
-        RuntimeError: a backend asked for by name does not serve them.
+        RuntimeError: a backend asked for by name does not serve tensors of this device and dtype.
     """
+    if _choice != "auto":
+        return resolve(x.device, x.dtype)
+    # In a trace the number of elements may be a symbol, and a comparison would tie the graph to it.
+    size = verdicts.LARGE if torch.compiler.is_compiling() else verdicts.size_class(x.numel())
+    return resolve(x.device, x.dtype, op, size)
+
+
+def resolve(device: torch.device, dtype: torch.dtype, op: str = "scale_heads", size: int = verdicts.LARGE) -> str:
+    """As `serving`, for any tensor of this device and dtype; `size`: an index into `verdicts.SIZES`."""
     if _choice == "reference":
         return "reference"
     if _choice == "auto":
-        if dtype not in KERNEL_DTYPES:
+        if dtype not in KERNEL_DTYPES or device.type not in ("cpu", "cuda"):
             return "reference"
-        if device.type == "cpu":
-            return "cpu" if has_extension() else "reference"
-        if device.type == "cuda":
-            for name in ("cuda", "triton"):
-                if VERIFIED and (name, _capability_major(device)) in VERIFIED and not unavailable(name):
-                    return name
-        return "reference"
+        return automatic(device.type, device.index, dtype, op, size)
     if dtype not in KERNEL_DTYPES:
         raise RuntimeError(f"backend {_choice!r} takes float32, bfloat16 and float16, got {dtype}; use 'reference'")
     served = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}[_choice]
     if device.type not in served and not (_choice == "triton" and device.type == "cpu" and triton_interpreted()):
         raise RuntimeError(f"backend {_choice!r} takes {' or '.join(served)} tensors, got one on {device}")
     return _choice
+
+
+def automatic(device_type: str, index: int | None, dtype: torch.dtype, op: str, size: int) -> str:
+    """What `auto` takes for a call of that size class."""
+    key = (device_type, index, dtype, op)
+    found = _automatic.get(key)
+    if found is None:
+        found = _automatic[key] = _look_up(device_type, index, dtype, op)
+    return found[size]
+
+
+# Within a process only `reconsider` changes its results; torch.compile takes them as constants.
+automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+_automatic: dict[tuple[str, int | None, torch.dtype, str], tuple[str, str, str]] = {}
+_REFERENCE = ("reference", "reference", "reference")
+
+
+def _look_up(device_type: str, index: int | None, dtype: torch.dtype, op: str) -> tuple[str, str, str]:
+    """By size class (`verdicts.SIZES`)."""
+    if (device_type, index, op, dtype) in verdicts.distrusted:
+        return _REFERENCE
+    table = verdicts.choices(device_type, index)
+    if table is None:
+        if device_type == "cpu" and has_extension():
+            return ("cpu", "cpu", "cpu")
+        if device_type == "cuda":
+            _say_unverified(index)
+        return _REFERENCE
+    choice = table.get((op, dtype))
+    if choice is None:
+        return _REFERENCE
+    small, medium, large = (name if not unavailable(name) else "reference" for name in choice.fastest)
+    return small, medium, large
+
+
+def reconsider() -> None:
+    """Read the verdicts anew: after a verification, or when a kernel has failed its canary."""
+    verdicts.forget()
+    _automatic.clear()
+
+
+@functools.cache
+def _say_unverified(index: int | None) -> None:
+    if not (unavailable("triton") and unavailable("cuda")):
+        device = "cuda" if index is None else f"cuda:{index}"
+        notice(
+            f"the kernels of actscale_fast have not been verified on {device}, so its ops run as plain PyTorch there, "
+            f"several times slower; to verify them (about a minute, once): actscale-fast verify --device {device}"
+        )
 
 
 @functools.cache
@@ -148,11 +201,6 @@ def _extension_error() -> str:
         return "it was not built: no C++ compiler at install time"
     importlib.import_module("actscale_fast.ops._C")
     return ""
-
-
-@functools.cache
-def _capability_major(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
 
 
 def _initial() -> None:

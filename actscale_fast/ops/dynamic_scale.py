@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, checks, outputs, reference
 from .once_differentiable import once_differentiable
-from .registry import LIBRARY, define
+from .registry import LIBRARY, define, pinned
 from .torch_internals import below_autograd
 
 _forward_op = define(
@@ -96,7 +96,7 @@ def dynamic_scale(
             raise ValueError(f"bias: got {bias.shape[0]} groups, expected {n_groups} as weight has")
     group = checks.row_groups(group, n_groups, n_rows, x.device)
     strength, row_strength = checks.strengths(strength, n_rows, x.device, learn="weight")
-    if backends.resolve(x.device, x.dtype) == "reference":
+    if backends.serving("dynamic_scale", x) == "reference":
         if group is not None:
             checks.ids_in_range("group", group, n_groups, "group")
         y, scalars = reference.dynamic_scale(x, weight, bias, strength, row_strength, group)
@@ -141,7 +141,7 @@ class _DynamicScale(torch.autograd.Function):
         with below_autograd():
             y, scalars = _forward_op(x, weight, bias, strength, row_strength, group)
         ctx.save_for_backward(x, weight, scalars, row_strength, group)
-        ctx.strength = strength
+        ctx.strength, ctx.backend = strength, backends.serving("dynamic_scale", x)
         ctx.set_materialize_grads(False)
         return y, scalars
 
@@ -154,7 +154,8 @@ class _DynamicScale(torch.autograd.Function):
         if dy is None:  # only α was used: a zero upstream of one head's memory
             dy = x.new_zeros(x.shape[-1]).expand(x.shape)
         needs = ctx.needs_input_grad[:3]
-        gradients = _backward_op(dy, d_scalars, x, weight, scalars, ctx.strength, row_strength, group, *needs)
+        with pinned(ctx.backend):
+            gradients = _backward_op(dy, d_scalars, x, weight, scalars, ctx.strength, row_strength, group, *needs)
         dx, dweight, dbias = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
         return dx, dweight, dbias, None, None, None
 

@@ -64,7 +64,7 @@ def proximal_adam_(
             f"lr, l1, eps, betas: got {lr}, {l1}, {eps}, {betas}, expected lr, eps > 0, l1 >= 0, betas in [0, 1)"
         )
     tensors = (parameter, gradient, exp_avg, exp_avg_sq)
-    if backends.resolve(parameter.device, parameter.dtype) == "reference":
+    if backends.serving("proximal_adam_", parameter) == "reference":
         reference.proximal_adam_(*tensors, step, lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, l1=l1)
         return
     if not all(tensor.is_contiguous() for tensor in (parameter, exp_avg, exp_avg_sq)):

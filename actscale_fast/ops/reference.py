@@ -36,10 +36,10 @@ def scale_heads(
         beta = strength * row_strength.to(acc)[:, None, None]
     y = x.to(acc)
     if alpha is not None:
-        rows = _rows_of(alpha.to(acc), group)
+        rows = rows_of(alpha.to(acc), group)
         y = y * (1 + beta * rows)[..., None]
     if shift is not None:
-        rows = _rows_of(shift.to(acc), group)
+        rows = rows_of(shift.to(acc), group)
         y = y + (beta[..., None] if isinstance(beta, Tensor) else beta) * rows
     return y.to(x.dtype)
 
@@ -61,16 +61,16 @@ def dynamic_scale(
     """(y, α): α = ⟨w, x⟩ + c [B, T, H] and y = x·(1 + β·α) (arXiv 2410.04962, eq. 10)."""
     acc = accumulation_dtype(x.dtype)
     wide = x.to(acc)
-    scalars = (wide * _rows_of(weight.to(acc), group)[:, None]).sum(-1)
+    scalars = (wide * rows_of(weight.to(acc), group)[:, None]).sum(-1)
     if bias is not None:
-        scalars = scalars + _rows_of(bias.to(acc), group)[:, None]
+        scalars = scalars + rows_of(bias.to(acc), group)[:, None]
     beta: Tensor | float = strength
     if row_strength is not None:
         beta = strength * row_strength.to(acc)[:, None, None]
     return (wide * (1 + beta * scalars)[..., None]).to(x.dtype), scalars
 
 
-def _rows_of(values: Tensor, group: Tensor | None) -> Tensor:
+def rows_of(values: Tensor, group: Tensor | None) -> Tensor:
     """values [G, ...] of each row's group, NaN where there is no such group; all G rows where group is None."""
     if group is None:
         return values
@@ -120,8 +120,17 @@ def _divergence(logits: Tensor, reference_logits: Tensor, reverse: bool, i: floa
     return (weight * difference).sum(-1)
 
 
+def kl_gradient(logits: Tensor, reference_logits: Tensor, reverse: bool, i: float) -> Tensor:
+    """The gradient of each row's divergence in the logits [N, V]: i·(q − p), in reverse i·q·(log q − log p − KL)."""
+    if not reverse:
+        return i * (_log_softmax(logits, i).exp() - _log_softmax(reference_logits, i).exp())
+    weight, difference = _difference(logits, reference_logits, True, i)
+    divergence = (weight * difference).sum(-1, keepdim=True)
+    return i * (weight * (difference - divergence)).masked_fill(weight == 0, 0.0)
+
+
 class _KLDivergence(torch.autograd.Function):
-    """`_divergence` with its gradient by the formula: i·(q − p), in reverse i·q·(log q − log p − KL).
+    """`_divergence` with its gradient by the formula, `kl_gradient`.
 
     Autograd's own, q·Σp − p, is not 0 for equal rows: Σp is 1 up to its rounding. The formula is made of plain PyTorch,
     so it is differentiable in turn.
@@ -136,13 +145,8 @@ class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream):  # type: ignore[no-untyped-def]
         logits, reference_logits = ctx.saved_tensors
-        if ctx.reverse:
-            weight, difference = _difference(logits, reference_logits, True, ctx.i)
-            divergence = (weight * difference).sum(-1, keepdim=True)
-            gradient = (weight * (difference - divergence)).masked_fill(weight == 0, 0.0)
-        else:
-            gradient = _log_softmax(logits, ctx.i).exp() - _log_softmax(reference_logits, ctx.i).exp()
-        return (upstream * ctx.i).unsqueeze(-1) * gradient, None, None, None
+        gradient = kl_gradient(logits, reference_logits, ctx.reverse, ctx.i)
+        return upstream.unsqueeze(-1) * gradient, None, None, None
 
 
 def intervention_loss(

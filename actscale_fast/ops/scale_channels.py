@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends, checks, outputs, reference
 from .once_differentiable import once_differentiable
-from .registry import LIBRARY, define
+from .registry import LIBRARY, define, pinned
 from .torch_internals import below_autograd
 
 _forward_op = define("scale_channels(Tensor x, Tensor weight) -> Tensor", lambda x, weight: x.new_empty(x.shape))
@@ -52,7 +52,7 @@ def scale_channels(x: Tensor, weight: Tensor) -> Tensor:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
     checks.same_device("weight", weight, x.device)
-    if backends.resolve(x.device, x.dtype) == "reference":
+    if backends.serving("scale_channels", x) == "reference":
         return reference.scale_channels(x, weight).contiguous()
     weight = weight.to(torch.float32).contiguous()
     if x.is_contiguous():
@@ -67,7 +67,9 @@ class _ScaleChannels(torch.autograd.Function):
     def forward(ctx: Any, x, weight):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         with below_autograd():
-            return _forward_op(x, weight)
+            y = _forward_op(x, weight)
+        ctx.backend = backends.serving("scale_channels", x)
+        return y
 
     @staticmethod
     @once_differentiable("scale_channels")
@@ -76,7 +78,8 @@ class _ScaleChannels(torch.autograd.Function):
         need_dx, need_dweight = ctx.needs_input_grad[:2]
         if x is None:  # dw is not wanted: only x's shape and dtype are, which are dy's
             x = dy.contiguous()
-        dx, dweight = _backward_op(dy, x, weight, need_dx, need_dweight)
+        with pinned(ctx.backend):
+            dx, dweight = _backward_op(dy, x, weight, need_dx, need_dweight)
         return dx if need_dx else None, dweight if need_dweight else None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, checks, outputs, reference
 from .once_differentiable import once_differentiable
-from .registry import LIBRARY, define
+from .registry import LIBRARY, define, pinned
 from .torch_internals import below_autograd
 
 _forward_op = define(
@@ -83,7 +83,7 @@ def scale_heads(
     assert n_groups is not None
     group = checks.row_groups(group, n_groups, n_rows, x.device)
     strength, row_strength = checks.strengths(strength, n_rows, x.device, learn="alpha")
-    if backends.resolve(x.device, x.dtype) == "reference":
+    if backends.serving("scale_heads", x) == "reference":
         if group is not None:
             checks.ids_in_range("group", group, n_groups, "group")
         return reference.scale_heads(x, alpha, shift, strength, row_strength, group)
@@ -107,7 +107,9 @@ class _ScaleHeads(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, alpha, shift, row_strength, group)
         ctx.strength = strength
         with below_autograd():
-            return _forward_op(x, alpha, shift, strength, row_strength, group)
+            y = _forward_op(x, alpha, shift, strength, row_strength, group)
+        ctx.backend = backends.serving("scale_heads", x)
+        return y
 
     @staticmethod
     @once_differentiable("scale_heads")
@@ -116,7 +118,8 @@ class _ScaleHeads(torch.autograd.Function):
         if x is None:  # dα is not wanted: dy, of x's shape and dtype, says what dx looks like
             x = dy
         needs = ctx.needs_input_grad[:3]
-        gradients = _backward_op(dy, x, alpha, shift, ctx.strength, row_strength, group, *needs)
+        with pinned(ctx.backend):
+            gradients = _backward_op(dy, x, alpha, shift, ctx.strength, row_strength, group, *needs)
         dx, dalpha, dshift = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
         return dx, dalpha, dshift, None, None, None
 

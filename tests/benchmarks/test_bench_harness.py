@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor
 
 from actscale_fast import ops
-from benchmarks import __main__ as command, cases, memory, models, results, runner, timing
+from actscale_fast.verification.accuracy import accuracy
+from benchmarks import __main__ as command, cases, gpu_check, memory, models, results, runner, timing
 from benchmarks.case import Case, Problem, Setting, Variant, by_rows, repeated
 from benchmarks.cases import loss, sweep as sweep_case
 from benchmarks.counting import counted
 from benchmarks.head_gating import HeadGating
 from benchmarks.plain import Exact, Plain, PlainFits
 from benchmarks.steps import Ours, Work, products, twin
-from benchmarks.verify import verdict
 
 CPU = torch.device("cpu")
 
@@ -96,20 +97,20 @@ def test_ratios_bandwidth_and_the_yardstick_follow_from_the_medians() -> None:
 
 def test_the_verdict_allows_twice_the_baseline_and_no_more() -> None:
     exact, base = (torch.ones(3, dtype=torch.float64),), [(torch.full((3,), 1 + 1e-3),)]
-    assert not verdict((torch.full((3,), 1 + 2e-3),), exact, base).reason
-    assert verdict((torch.full((3,), 1 + 3e-3),), exact, base).reason
-    assert verdict((torch.tensor([1.0, torch.nan, 1.0]),), exact, base).reason
-    assert "shape" in verdict((torch.ones(2),), exact, base).reason
-    assert "expected 1" in verdict((), exact, base).reason
-    assert not verdict((torch.full((3,), 1 + 3e-3),), exact, base, (1e4,)).reason  # float32 sums of terms of that size
+    assert not accuracy((torch.full((3,), 1 + 2e-3),), exact, base).reason
+    assert accuracy((torch.full((3,), 1 + 3e-3),), exact, base).reason
+    assert accuracy((torch.tensor([1.0, torch.nan, 1.0]),), exact, base).reason
+    assert "shape" in accuracy((torch.ones(2),), exact, base).reason
+    assert "expected 1" in accuracy((), exact, base).reason
+    assert not accuracy((torch.full((3,), 1 + 3e-3),), exact, base, (1e4,)).reason  # float32 sums of terms of that size
 
 
 def test_the_verdict_counts_the_roundings_of_the_terms_in_their_own_dtype() -> None:
     exact, base = (torch.ones(3, dtype=torch.float64),), [(torch.ones(3),)]
     off = (torch.full((3,), 1.03),)
-    assert verdict(off, exact, base, (1.0,)).reason
-    assert not verdict(off, exact, base, (1.0,), torch.bfloat16).reason  # 4 ulps of 2^-7
-    assert verdict((torch.full((3,), 1.04),), exact, base, (1.0,), torch.bfloat16).reason
+    assert accuracy(off, exact, base, (1.0,)).reason
+    assert not accuracy(off, exact, base, (1.0,), torch.bfloat16).reason  # 4 ulps of 2^-7
+    assert accuracy((torch.full((3,), 1.04),), exact, base, (1.0,), torch.bfloat16).reason
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -218,7 +219,7 @@ def test_a_setting_for_gpus_is_right_at_a_small_size(setting: Setting) -> None:
                 if not variant.checked:
                     assert all(torch.isfinite(result).all() for result in variant.call()), variant.name
                 elif variant.name != "torch.compile, cached reference":
-                    assert not verdict(variant.call(), exact, [baseline], terms, made.dtype).reason, variant.name
+                    assert not accuracy(variant.call(), exact, [baseline], terms, made.dtype).reason, variant.name
     assert made.n_bytes > 0
 
 
@@ -241,8 +242,8 @@ def test_all_ways_of_a_step_give_the_terms_and_gradients_of_float64(layers: tupl
         for together in (False, True):
             ours = Ours(work, resources, together=together)
             for _ in range(2):  # every call starts from the same scalars
-                assert not verdict(ours(), exact.results(), baselines, exact.terms()).reason
-        assert not verdict(baselines[1], exact.results(), baselines[:1], exact.terms()).reason
+                assert not accuracy(ours(), exact.results(), baselines, exact.terms()).reason
+        assert not accuracy(baselines[1], exact.results(), baselines[:1], exact.terms()).reason
     for result, size in zip(exact.results(), exact.terms(), strict=True):
         assert result.abs().max() <= size
     assert exact.results()[2].abs().min() > 0
@@ -312,7 +313,7 @@ def test_a_kernel_that_takes_log_probabilities_is_fed_what_it_wants(monkeypatch:
     for uniform in (True, False):
         made = loss.make(4, 61, torch.float32, uniform, CPU)
         (variant,) = (v for v in made.variants if v.name == "Liger's KL")
-        assert not verdict(variant.call(), made.exact(), [made.variants[0].call()], made.terms and made.terms()).reason
+        assert not accuracy(variant.call(), made.exact(), [made.variants[0].call()], made.terms and made.terms()).reason
 
 
 def test_rows_in_parts_are_joined_and_rows_are_repeated() -> None:
@@ -403,3 +404,32 @@ def test_kernels_and_bytes_are_those_of_the_formula_and_the_kernels_those_that_t
         leaves = [e.name for e in recorded.events() if e.name.startswith("aten::") and not e.cpu_children]
         views = {"aten::empty_strided", "aten::as_strided", "aten::empty", "aten::detach", "detach"}
         assert counted(call).kernels == sum(name not in views for name in leaves), leaves
+
+
+def test_the_gpu_check_keeps_each_parts_outcome_and_goes_on_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = {"fine": "print('well')", "failing": "raise SystemExit('no kernel image')", "late": "input(); input()"}
+    late = "import time; time.sleep(60)"
+    made = [
+        gpu_check.Part(name, [sys.executable, "-c", late if name == "late" else code], 2.0 if name == "late" else 30.0)
+        for name, code in commands.items()
+    ]
+    monkeypatch.setattr(gpu_check, "parts", lambda device, out: made)
+    assert gpu_check.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("gpu-check-*.json")
+    found = {part["part"]: part for part in json.loads(path.read_text())["parts"]}
+    assert {name: part["status"] for name, part in found.items()} == {
+        "fine": "ok", "failing": "failed (1)", "late": "timed out",
+    }  # fmt: skip
+    assert found["failing"]["output"] == ["no kernel image"]
+
+
+def test_the_gpu_check_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 2
+    assert "PyTorch finds no GPU here" in capsys.readouterr().err
+
+
+def test_all_parts_of_the_gpu_check_fit_into_ten_minutes(tmp_path: Path) -> None:
+    assert sum(part.seconds for part in gpu_check.parts("cuda", tmp_path)) <= 600

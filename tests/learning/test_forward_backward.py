@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import actscale_fast as af
 from actscale_fast.learning.encoded_examples import EncodedExamples
 from actscale_fast.learning.engine import Engine, FitRequest, cuda_graphs
-from actscale_fast.learning.engine.cuda_graphs import CudaGraphs, tensors_of, with_tensors
+from actscale_fast.learning.engine.cuda_graphs import CudaGraphs, ProbedGraphs, tensors_of, with_tensors
 from actscale_fast.learning.engine.forward_backward import ForwardBackward, MicrobatchInputs
 from actscale_fast.learning.engine.microbatches import RequestedPrompt
 
@@ -130,6 +130,73 @@ def test_capture_needs_one_gpu() -> None:
     model = tiny.llama()
     with pytest.raises(ValueError, match="capture: got a model on cpu, expected one on one GPU"):
         af.fit(model, tiny.tokenizer(), conflicts(3), af.ActivScalar.for_model(model), capture=True, progress=False)
+
+
+def test_probed_graphs_are_used_once_three_passes_agree(replayed: list[Replay]) -> None:
+    engine, requests = open_engine({"layers": [1, 2]}, 3)
+    with engine:
+        plain = engine.runner.forward_backward
+        graphs = ProbedGraphs(plain)
+        computed = count_calls(plain)
+        for shift in (0, 1, 0, 0):
+            expected = [tensor.clone() for tensor in plain.compute(one_pass(engine, requests, shift))]
+            before = len(computed)
+            for found, right in zip(graphs.compute(one_pass(engine, requests, shift)), expected, strict=True):
+                assert torch.equal(found, right)
+    assert len(computed) - before == 1  # the replay's own; nothing is compared any more
+    assert (graphs.agreed, graphs.given_up) == (3, False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda outputs: outputs[0].mul_(1.01), "a captured pass gives other results"),
+        (lambda outputs: outputs[1].fill_(torch.nan), "a captured pass gives other results"),
+        (lambda outputs: _fail("operation not permitted when stream is capturing"), "operation not permitted when"),
+    ],
+)
+def test_probed_graphs_that_disagree_or_fail_are_given_up_with_a_warning(
+    replayed: list[Replay], monkeypatch: pytest.MonkeyPatch, fault: Any, reason: str
+) -> None:
+    replay = Replay.replay
+    monkeypatch.setattr(Replay, "replay", lambda self: (replay(self), fault(self.outputs)))
+    engine, requests = open_engine({"layers": [1, 2]}, 3)
+    with engine:
+        graphs = ProbedGraphs(engine.runner.forward_backward)
+        inputs = one_pass(engine, requests, 0)
+        expected = engine.runner.forward_backward.compute(inputs)
+        with pytest.warns(RuntimeWarning, match=f"capture='auto': passes are not captured as CUDA graphs .{reason}"):
+            first = graphs.compute(inputs)
+        for found in (first, graphs.compute(inputs)):
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert graphs.given_up
+
+
+def _fail(message: str) -> None:
+    raise RuntimeError(message)
+
+
+def count_calls(plain: Any) -> list[int]:
+    """Notes each call of `compute`."""
+    calls: list[int] = []
+    compute = plain.compute
+    plain.compute = lambda inputs: calls.append(0) or compute(inputs)
+    return calls
+
+
+def test_capture_auto_on_a_cpu_runs_plain_passes() -> None:
+    alphas = []
+    for capture in (False, "auto"):
+        model = tiny.llama()
+        scalars = af.ActivScalar.for_model(model)
+        af.fit(model, tiny.tokenizer(), conflicts(3), scalars, steps=3, capture=capture, progress=False)
+        alphas.append(scalars.alpha.detach().clone())
+    assert torch.equal(*alphas)
+
+
+def test_another_value_of_capture_is_refused() -> None:
+    with pytest.raises(ValueError, match="capture: got 'yes', expected True, False or 'auto'"):
+        af.Execution(capture="yes")  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

@@ -12,14 +12,16 @@ import torch
 from op_cases import error_of
 
 from actscale_fast import ops
-from actscale_fast.ops import backends
+from actscale_fast.ops import backends, verdicts
 
 
 @pytest.fixture(autouse=True)
 def _restored() -> object:
     before = backends.get_backend()
+    backends.reconsider()
     yield
     backends._choice = before
+    backends.reconsider()
 
 
 def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -91,17 +93,41 @@ def test_auto_takes_the_kernels_for_narrow_types_and_plain_pytorch_for_float64(m
     assert [backends.resolve(cpu, d) for d in (torch.float32, torch.bfloat16, torch.float16)] == ["cpu"] * 3
     assert backends.resolve(cpu, torch.float64) == "reference"
     monkeypatch.setattr(backends, "has_extension", lambda: False)
+    backends.reconsider()
     assert backends.resolve(cpu, torch.float32) == "reference"
 
 
-def test_auto_on_a_gpu_takes_only_kernels_verified_on_that_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_gpu_takes_what_passed_there_and_plain_pytorch_without_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     ops.set_backend("auto")
-    monkeypatch.setattr(backends, "_capability_major", lambda device: 9)
-    monkeypatch.setattr(backends, "unavailable", lambda name: "none yet" if name == "cuda" else "")
     device = torch.device("cuda", 0)
-    for verified, expected in (({("triton", 9)}, "triton"), ({("triton", 8)}, "reference"), (set(), "reference")):
-        monkeypatch.setattr(backends, "VERIFIED", frozenset(verified))
-        assert backends.resolve(device, torch.float32) == expected
+    table = {("scale_heads", torch.float32): verdicts.Choice(("reference", "triton", "cuda"), ("cuda", "triton"))}
+    monkeypatch.setattr(backends, "unavailable", lambda name: "")
+    monkeypatch.setattr(verdicts, "choices", CachedChoices(table))
+    assert [backends.resolve(device, torch.float32, "scale_heads", size) for size in range(3)] == [
+        "reference", "triton", "cuda",
+    ]  # fmt: skip
+    assert backends.resolve(device, torch.bfloat16, "scale_heads") == "reference"
+    monkeypatch.setattr(verdicts, "choices", CachedChoices(None))
+    backends.reconsider()
+    backends._say_unverified.cache_clear()
+    with caplog.at_level("INFO", logger="actscale_fast"):
+        assert [backends.resolve(device, torch.float32, op) for op in verdicts.OPS] == ["reference"] * len(verdicts.OPS)
+    assert [record.getMessage().endswith("actscale-fast verify --device cuda:0") for record in caplog.records] == [True]
+
+
+class CachedChoices:
+    """In the place of `verdicts.choices`: one table for every device."""
+
+    def __init__(self, table: verdicts.Choices | None) -> None:
+        self.table = table
+
+    def __call__(self, device_type: str, index: int | None) -> verdicts.Choices | None:
+        return self.table
+
+    def cache_clear(self) -> None:
+        pass
 
 
 def test_a_named_backend_refuses_tensors_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def recorded_needs(x: Tensor, backend: Backend, monkeypatch: pytest.MonkeyPatch)
     """Filled with (need_dx, need_dweight, need_dbias) of each call of the backend's backward function."""
     calls: list[tuple[bool, ...]] = []
     if backend.name != "reference":
-        module: Any = registry.backend_of(x)
+        module: Any = registry.module(backend.name)
         run = module.dynamic_scale_backward
         monkeypatch.setattr(
             module, "dynamic_scale_backward", lambda *given: calls.append(given[-3:]) or run(*given), raising=True
@@ -129,7 +129,7 @@ def test_only_the_gradients_asked_for_are_made_and_they_are_the_same(
 @over(backends=["cpu", "triton", "cuda"])
 def test_outputs_not_asked_for_are_empty(backend: Backend, inputs: Inputs) -> None:
     given = arguments(inputs, Shape(3, 4, 2, 9)).to(backend.device)
-    kernels: Any = registry.backend_of(given.x)
+    kernels: Any = registry.module(backend.name)
     _, scalars = kernels.dynamic_scale(given.x, given.weight, given.bias, 1.0, given.strength, None)
     run = (given.dy, None, given.x, given.weight, scalars, 1.0, given.strength, None)
     full = kernels.dynamic_scale_backward(*run, True, True, True)

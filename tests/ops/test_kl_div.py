@@ -160,7 +160,7 @@ def test_the_gradient_of_every_reduction_is_finished_in_the_forward_pass(
 ) -> None:
     """The pass that scales it gets an upstream of 1 for every row, on which it leaves the gradient alone."""
     upstreams: list[Tensor] = []
-    module = registry._module(backend.name)
+    module = registry.module(backend.name)
     monkeypatch.setattr(module, "intervention_loss_scale_", lambda _grad, _e, f, *_: upstreams.append(f.clone()))
     rows = inputs.rows(6, 40, dtype=dtype).to(backend.device)
     labels, weight = torch.tensor([3, -100, 5, 6, -100, 8]).to(backend.device), inputs.normal(6).abs()

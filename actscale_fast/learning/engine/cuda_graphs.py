@@ -1,11 +1,13 @@
 """Microbatches as CUDA graphs: one launch instead of some thousands.
 
 One graph is captured per shape; prompts are padded to a few widths, so that there are few shapes. Inputs are copied
-into the graph's own memory, and outputs are read from there. Not yet run on a GPU: used only if `capture=True`.
+into the graph's own memory, and outputs are read from there. Not yet run on a GPU: used only if `capture` is True, or
+"auto" and the first passes agree with those that are not captured.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +22,8 @@ from .forward_backward import ForwardBackward, MicrobatchInputs
 WIDTHS = 8
 #: Passes before a capture, in which libraries choose their kernels and allocate their workspaces.
 _WARM_UP = 3
+#: Passes that are compared with plain ones, and the difference allowed, relative to the largest value.
+_PROBED, _CLOSE = 3, 1e-3
 
 
 @dataclass(slots=True)
@@ -64,11 +68,64 @@ class CudaGraphs:
         return _Graph(graph, tensors_of(own), outputs)
 
 
+class ProbedGraphs:
+    """Graphs for `capture="auto"`: used once the first passes agree with plain ones, given up with a warning if not."""
+
+    def __init__(self, forward_backward: ForwardBackward, graphs: CudaGraphs | None = None) -> None:
+        self.forward_backward = forward_backward
+        self.graphs = graphs or CudaGraphs(forward_backward)
+        self.agreed = 0
+        self.given_up = False
+
+    def compute(self, inputs: MicrobatchInputs) -> list[Tensor]:
+        """As `CudaGraphs.compute`."""
+        if self.given_up:
+            return self.forward_backward.compute(inputs)
+        if self.agreed >= _PROBED:
+            try:
+                return self.graphs.compute(inputs)
+            except RuntimeError as error:  # a new shape that cannot be captured
+                self._give_up(str(error))
+                return self.forward_backward.compute(inputs)
+        expected = [tensor.clone() for tensor in self.forward_backward.compute(inputs)]
+        try:
+            captured = self.graphs.compute(inputs)
+        except RuntimeError as error:
+            self._give_up(str(error))
+            return expected
+        if all(_agree(one, other) for one, other in zip(captured, expected, strict=True)):
+            self.agreed += 1
+        else:
+            self._give_up("a captured pass gives other results")
+        return expected
+
+    def _give_up(self, reason: str) -> None:
+        self.given_up = True
+        self.graphs.graphs.clear()
+        text = " ".join(reason.split())[:200]
+        warnings.warn(f"capture='auto': passes are not captured as CUDA graphs ({text})", RuntimeWarning, stacklevel=4)
+
+
+def _agree(captured: Tensor, plain: Tensor) -> bool:
+    """Equal up to the rounding of sums in another order."""
+    size = plain.abs().max() if plain.numel() else plain.new_zeros(())
+    return bool(((captured - plain).abs() <= _CLOSE * size).all())
+
+
+def is_capturable(model: nn.Module) -> bool:
+    """Whether the whole model is on one GPU."""
+    devices = _devices(model)
+    return len(devices) == 1 and devices[0].startswith("cuda")
+
+
 def check_capturable(model: nn.Module) -> None:
     """Raise a ValueError if the model is not on one GPU."""
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) != 1 or not next(iter(devices)).startswith("cuda"):
-        raise ValueError(f"capture: got a model on {', '.join(sorted(devices))}, expected one on one GPU")
+    if not is_capturable(model):
+        raise ValueError(f"capture: got a model on {', '.join(_devices(model))}, expected one on one GPU")
+
+
+def _devices(model: nn.Module) -> list[str]:
+    return sorted({str(parameter.device) for parameter in model.parameters()})
 
 
 def tensors_of(inputs: MicrobatchInputs) -> list[Tensor]:

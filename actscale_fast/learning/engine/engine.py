@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -20,7 +21,7 @@ from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..encoded_examples import EncodedExamples
 from ..execution import Execution
 from ..objective import Objective
-from .cuda_graphs import check_capturable
+from .cuda_graphs import check_capturable, is_capturable
 from .gradient_check import GradientCheck
 from .microbatches import FitRequest, RequestedPrompt
 from .step_runner import STRATEGIES, StepRunner, Strategy, patched_for_steps
@@ -59,7 +60,9 @@ class Engine:
         if penalises_scalars:
             data.refuse_long_answers("sparsity='scalars' is a mean over the tokens of the prompts alone")
         self.execution = execution or Execution()
-        if self.execution.capture:
+        if self.execution.capture == "auto" and (data.long_answers or not is_capturable(model)):
+            self.execution = replace(self.execution, capture=False)
+        if self.execution.capture is True:
             data.refuse_long_answers("capture=True records passes on prompts alone")
             check_capturable(model)
         refuse_sharded(model)

@@ -24,7 +24,7 @@ from ..objective import Objective
 from .active_region import ActiveRegion, active_region
 from .answer_collate import AnswerCollator
 from .collate import Collator
-from .cuda_graphs import CudaGraphs
+from .cuda_graphs import CudaGraphs, ProbedGraphs
 from .forward_backward import ForwardBackward
 from .microbatches import FitRequest, MicrobatchPlanner, PackedRow, RequestedPrompt, tokens
 from .packing_check import may_pack, packing_matches
@@ -100,12 +100,13 @@ class StepRunner:
             self.store = RowStore(len(data), self.execution.cache_bytes, self.execution.spill_bytes)
             cache = ReferenceCache(self.model, self.found, data, self.region, section, patched, self.head, self.store)
             collator = AnswerCollator if data.long_answers else Collator
-            self.collator = collator(data, cache, self.intervention.n_groups is not None, self.execution.capture)
+            self.collator = collator(data, cache, self.intervention.n_groups is not None, bool(self.execution.capture))
             self.forward_backward = ForwardBackward(
                 self.model, section, patched, self.head, self.found.n_layers, self.parameters
             )
-            graphs = CudaGraphs(self.forward_backward) if self.execution.capture else None
-            self.compute = (graphs or self.forward_backward).compute
+            capture = self.execution.capture
+            runs = {True: CudaGraphs, "auto": ProbedGraphs}[capture] if capture else None
+            self.compute = (runs(self.forward_backward) if runs else self.forward_backward).compute
             output = cache.fill(sorted({objective.loss_options.kl for objective in self.objectives}))
             if strategy.prefix and patched.alone:  # another patch may distinguish between rows or positions
                 self.planner.packs = self._packing_matches(cache, output)

@@ -15,6 +15,7 @@ from ...interventions import ActivScalar, Intervention
 from ...patching.patch import patch
 from ...tasks.examples import Example
 from ...tasks.loading import ExampleSource
+from ...verification.ensure import ensure_verified
 from ..arguments import checked_location, checked_objective, refuse_idle, refuse_inference_mode, refuse_tokenless
 from ..checkpoint import check_writable_checkpoint, digest
 from ..distributed import process_group
@@ -122,6 +123,7 @@ def sweep(
     made = points(grid, template, objective, settings, list(sets), layout(model, paths))
     data = EncodedExamples([example for some in sets.values() for example in some], tokenizer, model, paths)
     refuse_tokenless(template, data)
+    ensure_verified(data.device, progress=progress)
     for some in (held_out or {}).values():
         EncodedExamples(some, tokenizer, model, paths)  # refuses a bad one before any work
     root = None if folder is None else Path(folder)

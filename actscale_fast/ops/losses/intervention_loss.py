@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import backends, checks, outputs, reference
 from ..interface import LossArguments
 from ..once_differentiable import once_differentiable
-from ..registry import LIBRARY, backend_of, define
+from ..registry import LIBRARY, define, pinned, run
 from ..torch_internals import below_autograd, graph_is_kept, is_eager
 
 KLDirection = Literal["forward", "reverse"]
@@ -89,7 +89,7 @@ def intervention_loss(
     if inplace_gradient:
         check_overwritable(logits, reference_logits)
     margin, reverse = checks.number("margin", margin), is_reverse(kl)
-    if backends.resolve(logits.device, logits.dtype) == "reference":
+    if backends.serving("intervention_loss", logits) == "reference":
         check_answers(correct, wrong, direction, logits.shape[1])
         losses = reference.intervention_loss(
             logits, reference_logits, correct, wrong, direction,
@@ -186,7 +186,7 @@ def fused_losses(
 def computed_in_place(call: LossArguments) -> tuple[Tensor, ...]:
     """The op's six results without autograd; a gradient may overwrite the logits, except in a trace."""
     if call.need_grad and _all_eager(*call):
-        return backend_of(call.logits).intervention_loss(*call, in_place=True)
+        return run("intervention_loss", *call, in_place=True)
     return _loss_op(*call)  # type: ignore[no-any-return]
 
 
@@ -203,7 +203,7 @@ class _InterventionLoss(torch.autograd.Function):
     def forward(ctx: Any, in_place: bool, *arguments: Any):  # type: ignore[no-untyped-def]
         call = LossArguments(*arguments)
         if in_place:
-            results = backend_of(call.logits).intervention_loss(*call, in_place=True)
+            results = run("intervention_loss", *call, in_place=True)
         else:
             with below_autograd():
                 results = _loss_op(*call)
@@ -214,6 +214,7 @@ class _InterventionLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # or autograd would fill an [N, V] of zeros for the gradient's own gradient
         # Neither the logits nor the reference outlive the forward pass: the gradient is all that the backward needs.
         ctx.grad, ctx.answer_grad, ctx.sign = grad, answer_grad, sign
+        ctx.backend = backends.serving("intervention_loss", call.logits)
         # Not the weights themselves, which the caller may overwrite.
         ctx.ignored = None if call.row_weight is None else call.row_weight == 0
         ctx.save_for_backward(
@@ -239,7 +240,8 @@ class _InterventionLoss(torch.autograd.Function):
             d_faithfulness = zero if d_faithfulness is None else d_faithfulness
             if ctx.ignored is not None:  # their zeros, which an upstream of inf or NaN would make NaN
                 d_faithfulness = d_faithfulness.masked_fill(ctx.ignored, 1.0)
-            _scale_op_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
+            with pinned(ctx.backend):
+                _scale_op_(d_logits, d_effectiveness, d_faithfulness, *answers, ctx.answer_grad)
             gradients[_LOGITS] = d_logits
         if ctx.needs_input_grad[_SCALARS] and d_l1 is not None:
             gradients[_SCALARS] = d_l1 * ctx.sign

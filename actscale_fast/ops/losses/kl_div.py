@@ -97,7 +97,7 @@ def weighted_divergence(
     softcap: float | None, *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """w·KL of each row [N], differentiable with respect to the logits [N, V]."""
-    if backends.resolve(logits.device, logits.dtype) == "reference":
+    if backends.serving("intervention_loss", logits) == "reference":
         return reference.intervention_loss(
             logits, reference_logits, None, None, None, inverse_temperature=inverse_temperature, reverse=reverse,
             row_weight=weights, softcap=softcap,

@@ -186,6 +186,6 @@ _op = define(
 
 def linear_softmax(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The primitive on the backend that serves `hidden`; arguments as in `interface.BackendModule.linear_softmax`."""
-    if backends.resolve(hidden.device, hidden.dtype) == "reference":
+    if backends.serving("linear_softmax", hidden) == "reference":
         return in_chunks(hidden, weight, *arguments)
     return _op(hidden, weight, *arguments)  # type: ignore[no-any-return]

@@ -155,7 +155,7 @@ def check_head(
     check_counts(chunk_bytes=chunk_bytes)
     correct = checks.index_vector("correct", correct, hidden.shape[0], hidden.device)
     wrong = checks.index_vector("wrong", wrong, hidden.shape[0], hidden.device)
-    if backends.resolve(hidden.device, hidden.dtype) == "reference":
+    if backends.serving("linear_softmax", hidden) == "reference":
         checks.ids_in_range("correct", correct, width, "token id")
         checks.ids_in_range("wrong", wrong, width, "token id")
     return correct, wrong

@@ -1,4 +1,4 @@
-"""Correctness before speed: a variant whose error is not that of eager PyTorch is not timed."""
+"""When a result counts as right: its error is that of eager PyTorch, or what rounding explains."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 #: Roundings, half an ulp each, on the way of a term of a sum (as in the tests of the ops).
 ROUNDINGS = 8
-#: A variant may be this many times as far from float64 as the baseline, beside one rounding of its dtype and
-#: the roundings of the terms it sums.
+#: A result may be this many times as far from float64 as eager PyTorch's, beside one rounding of its dtype and the
+#: roundings of the terms that it sums.
 ALLOWED_RATIO = 2.0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Accuracy:
     """The largest error of any result, relative to that result's largest value; `reason` is "" where it is accepted."""
 
     error: float
@@ -26,8 +26,12 @@ class Verdict:
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """max|got − exact| / max|exact|; infinite where one of them is not a number and the other is."""
-    difference = (got.detach().to(exact.device, torch.float64) - exact.detach()).abs()
+    """max|got − exact| / max|exact|; infinite where one of them is not finite and the other one is not the same."""
+    got, exact = got.detach().to(exact.device, torch.float64), exact.detach()
+    finite = exact.isfinite()
+    if not torch.equal(got[~finite].nan_to_num(nan=7.0), exact[~finite].nan_to_num(nan=7.0)):
+        return math.inf
+    difference = (got - exact)[finite].abs()
     if not difference.numel():
         return 0.0
     largest = float(difference.max())
@@ -35,24 +39,34 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 
 def largest_value(exact: Tensor) -> float:
-    return max(float(exact.detach().abs().max()), 1e-300)
+    """max|exact| over its finite values, never 0."""
+    values = exact.detach()[exact.isfinite()]
+    return max(float(values.abs().max()) if values.numel() else 0.0, 1e-300)
 
 
-def verdict(
+def accuracy(
     got: tuple[Tensor, ...],
     exact: tuple[Tensor, ...],
     baselines: Sequence[tuple[Tensor, ...]],
     terms: tuple[float, ...] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Verdict:
-    """Whether each result is as exact as the least exact baseline, by the rule above; the last two are `Problem`'s."""
+) -> Accuracy:
+    """Whether each result is as exact as the least exact baseline, by the rule above.
+
+    Args:
+        got, exact: the results, and those in float64.
+        baselines: the results of plain PyTorch.
+        terms: for each result the size of the terms whose sum or difference it is (Σ of magnitudes, float64), 0 where
+            it is none: adding them in another order moves the result by a rounding at that size.
+        dtype: what those terms are computed in.
+    """
     terms = terms or (0.0,) * len(exact)
     if len(got) != len(exact):
-        return Verdict(math.inf, 0.0, f"{len(got)} results, expected {len(exact)}")
-    worst = Verdict(0.0, math.inf)
+        return Accuracy(math.inf, 0.0, f"{len(got)} results, expected {len(exact)}")
+    worst = Accuracy(0.0, math.inf)
     for index, (value, truth, size) in enumerate(zip(got, exact, terms, strict=True)):
         if value.shape != truth.shape:
-            return Verdict(
+            return Accuracy(
                 math.inf, 0.0, f"result {index} has shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
             )
         error = relative_error(value, truth)
@@ -61,7 +75,7 @@ def verdict(
         if size and truth.numel():
             allowed += ROUNDINGS / 2 * torch.finfo(dtype).eps * size / largest_value(truth)
         if not error <= allowed:
-            return Verdict(error, allowed, f"result {index} is off by {error:.2g}, allowed {allowed:.2g}")
+            return Accuracy(error, allowed, f"result {index} is off by {error:.2g}, allowed {allowed:.2g}")
         if error / allowed >= worst.error / worst.allowed:
-            worst = Verdict(error, allowed)
+            worst = Accuracy(error, allowed)
     return worst

@@ -1,0 +1,232 @@
+"""Canaries: the first call of each kernel in a process is compared with the reference, on a part of its results.
+
+The part is one row or one head, so that the comparison costs little. On a CPU it is made at once; on a GPU nothing
+waits for it: the answer is fetched when it has arrived, at a later call. A kernel that fails is not used again in this
+process: the reference serves its calls, and a warning says so. Nothing is compared while a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, verdicts
+from .interface import BackendModule, LossArguments
+
+Key = tuple[str, str, torch.dtype, torch.device]  # backend, function, dtype and device of the first argument
+
+#: Kernels that need no comparison any more. A GPU's are listed when the comparison has been queued.
+passed: set[Key] = set()
+#: Results of comparisons on their way from a GPU.
+pending: list[_Pending] = []
+
+#: For each result the size of the terms that it is the sum of; None: it means nothing in this call.
+Terms = Sequence[Tensor | float | None]
+
+#: Allowed error: of the largest value, and float32 roundings of the terms that a result is the sum of. A canary looks
+#: for kernels that are wrong; how exact they are is for verification and the tests.
+RELATIVE, ROUNDINGS = 1e-3, 64
+#: Values of a parameter that an optimizer's step is compared on.
+VALUES = 64
+
+
+_switch = {"on": True}
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Within it nothing is compared: verification does that itself, on whole results."""
+    before, _switch["on"] = _switch["on"], False
+    try:
+        yield
+    finally:
+        _switch["on"] = before
+
+
+@dataclass(frozen=True)
+class _Pending:
+    key: Key
+    op: str
+    good: Tensor  # bool [], in pinned memory
+    event: torch.cuda.Event
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where a function's part lies: for each argument and result the axis that is cut to its first entries, or None."""
+
+    arguments: tuple[int | None, ...]
+    results: tuple[int | None, ...]
+    terms: Callable[[_Call, BackendModule], Terms]
+    length: int = 1
+    in_place: bool = False  # the results are the first arguments
+
+    def cut(self, values: Sequence[Any], axes: Sequence[int | None]) -> tuple[Any, ...]:
+        return tuple(
+            value.narrow(axis, 0, min(self.length, value.shape[axis]))
+            if isinstance(value, Tensor) and axis is not None and value.dim() and value.numel()
+            else value
+            for value, axis in zip(values, [*axes, *[None] * (len(values) - len(axes))], strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of `name` on the part."""
+
+    name: str
+    arguments: tuple[Any, ...]
+
+
+def watched(
+    backend: str, name: str, op: str, function: Callable[..., Any], reference: BackendModule,
+    arguments: tuple[Any, ...], options: dict[str, Any],
+) -> Any:  # fmt: skip
+    """The results of the call; compared with the reference where that can be done now.
+
+    Raises:
+        RuntimeError: on a CPU, a kernel that changes its arguments in place gave wrong results.
+    """
+    first = arguments[0]
+    if not _switch["on"] or first.numel() == 0 or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return function(*arguments, **options)
+    key, part = (backend, name, first.dtype, first.device), _PARTS[name]
+    call = _Call(name, part.cut(arguments, part.arguments))
+    terms = part.terms(call, reference)
+    if part.in_place:
+        copies = tuple(value.clone() if isinstance(value, Tensor) else value for value in call.arguments)
+        getattr(reference, name)(*copies)
+        expected = copies[: len(part.results)]
+        results = function(*arguments, **options)
+        got = call.arguments[: len(part.results)]
+    else:
+        expected = _as_tuple(getattr(reference, name)(*call.arguments))
+        results = function(*arguments, **options)
+        got = part.cut(_as_tuple(results), part.results)
+    compared = [one for one in zip(got, expected, terms, strict=True) if one[2] is not None]
+    good = torch.stack([_agree(*one) for one in compared]).all()  # type: ignore[arg-type]
+    if first.is_cuda:
+        passed.add(key)  # so that only the first call is compared
+        kept = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(good, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        pending.append(_Pending(key, op, kept, event))
+        return results
+    if bool(good):
+        passed.add(key)
+        return results
+    distrust(key, op)
+    if part.in_place:
+        raise RuntimeError(f"{name}: the {backend} kernel has changed its arguments wrongly; see the warning")
+    return getattr(reference, name)(*arguments, **options)
+
+
+def collect(*, wait: bool = False) -> None:
+    """Take in the comparisons that have arrived; all of them if `wait`."""
+    for one in list(pending):
+        if wait:
+            one.event.synchronize()
+        if not one.event.query():
+            continue
+        pending.remove(one)
+        if not bool(one.good):
+            distrust(one.key, one.op)
+
+
+def distrust(key: Key, op: str) -> None:
+    """Let the reference serve this op in this dtype on this device from now on, and say so.
+
+    Raises:
+        RuntimeError: the backend was asked for by name, so nothing may take its place.
+    """
+    backend, name, dtype, device = key
+    if backends.get_backend() != "auto":
+        raise RuntimeError(
+            f"{name}: the {backend} kernel disagrees with plain PyTorch for {dtype} on {device}, so backend "
+            f"{backends.get_backend()!r} cannot be used for it; `actscale-fast verify` tests all kernels"
+        )
+    verdicts.distrusted.add((device.type, device.index, op, dtype))
+    backends.reconsider()
+    warnings.warn(
+        f"{name}: the {backend} kernel disagrees with plain PyTorch for {dtype} on {device}, which serves these calls "
+        "from now on; results so far may be wrong. `actscale-fast verify` tests all kernels.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _agree(got: Tensor, expected: Tensor, terms: Tensor | float) -> Tensor:
+    """Whether two results are equal up to rounding, bool []; NaN and ±inf must stand in the same places."""
+    eps = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+    got, expected = got.detach().double(), expected.detach().double()
+    if got.shape != expected.shape or not got.numel():
+        return torch.full((), got.shape == expected.shape, device=got.device)
+    finite = expected.isfinite()
+    special = (got == expected) | (got.isnan() & expected.isnan())
+    size = expected.where(finite, torch.zeros_like(expected)).abs().amax()
+    summed = torch.as_tensor(terms, dtype=torch.float64, device=got.device)
+    allowed = (RELATIVE + 2 * eps) * size + ROUNDINGS * torch.finfo(torch.float32).eps * summed
+    return torch.where(finite, (got - expected).abs() <= allowed, special).all()
+
+
+def _as_tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _largest(value: Tensor) -> Tensor | float:
+    return value.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax() if value.numel() else 0.0
+
+
+def _magnitudes(call: _Call, reference: BackendModule) -> Terms:
+    """Of results that are sums of products: the same call on the arguments' magnitudes."""
+    sizes = (a.abs() if isinstance(a, Tensor) and a.is_floating_point() else a for a in call.arguments)
+    sizes = (abs(a) if isinstance(a, float) else a for a in sizes)
+    return [_largest(value) for value in _as_tuple(getattr(reference, call.name)(*sizes))]
+
+
+def _spread_of_logits(call: _Call, reference: BackendModule) -> Terms:
+    """Of the losses: what a logit's rounding moves them by is its own size times the inverse temperature."""
+    loss = LossArguments(*call.arguments)
+    size = torch.as_tensor(_largest(loss.logits)) + torch.as_tensor(_largest(loss.reference_logits))
+    size = (1 + size) * max(1.0, loss.inverse_temperature)
+    size = size if loss.row_weight is None else size * (1 + torch.as_tensor(_largest(loss.row_weight)))
+    return [size, size, size, None if loss.correct is None else size, 0.0, 0.0]
+
+
+def _size_of_products(call: _Call, reference: BackendModule) -> Terms:
+    """Of a softmax over W·h: the largest sum of magnitudes that makes a logit."""
+    hidden, weight, bias, *_, logit_scale, _ = call.arguments
+    size = (hidden.abs() @ weight.abs().t()).amax() * logit_scale + (0.0 if bias is None else bias.abs().amax())
+    size, largest = 1 + size, weight.abs().amax()
+    # The reference rounds its probabilities to the dtype before the product that makes the mean.
+    rounded = torch.finfo(weight.dtype).eps / (ROUNDINGS * torch.finfo(torch.float32).eps)
+    return [size, (size + 2 * rounded) * largest, None if bias is None else size, size]
+
+
+def _nothing(call: _Call, reference: BackendModule) -> Terms:
+    return [0.0] * len(_PARTS[call.name].results)
+
+
+_ROWS_OF_LOSS = tuple(
+    0 if name in ("logits", "reference_logits", "correct", "wrong", "direction", "row_weight") else None
+    for name in LossArguments._fields
+)
+#: Head 0; the first channels; row 0; the first values of a parameter.
+_PARTS = {
+    "scale_heads": _Part((2, 2, 2), (2,), _magnitudes),
+    "scale_heads_backward": _Part((2, 2, 2, 2), (2, 2, 2), _magnitudes),
+    "dynamic_scale": _Part((2, 1, 1), (2, 2), _magnitudes),
+    "dynamic_scale_backward": _Part((2, 2, 2, 1, 2), (2, 1, 1), _magnitudes),
+    "scale_channels": _Part((-1, 0), (-1,), _magnitudes, length=VALUES),
+    "scale_channels_backward": _Part((-1, -1, 0), (-1, 0), _magnitudes, length=VALUES),
+    "intervention_loss": _Part(_ROWS_OF_LOSS, (0, 0, 0, 0, None, None), _spread_of_logits),
+    "intervention_loss_scale_": _Part((0, 0, 0, 0, 0, 0), (0,), _nothing, in_place=True),
+    "proximal_adam_": _Part((0, 0, 0, 0, None), (0, None, 0, 0), _nothing, length=VALUES, in_place=True),
+    "linear_softmax": _Part((0, None, None, 0, 0), (0, 0, 0, 0), _size_of_products),
+}

@@ -1,0 +1,232 @@
+"""`verify_kernels`: test every kernel on a device, time the backends, and keep the verdict for `auto`."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._tables import Readable
+from ..ops import backends, device_identity, verdicts
+from .speed import COMPILED
+from .supervisor import Outcome, Supervisor
+from .worker import Job
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, repr=False)
+class Verification(Readable):
+    """What `verify_kernels` found on one device.
+
+    Attributes:
+        verdict: the verdict as it was saved: device, date, outcomes, times and choices.
+        path: its file.
+    """
+
+    verdict: dict[str, Any]
+    path: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every kernel that can run on this device passed every case."""
+        return all(outcome["status"] == "ok" for outcome in self.verdict["outcomes"])
+
+    @property
+    def failures(self) -> list[str]:
+        """One line per kernel that did not pass: backend, op, dtype, status and reason."""
+        return [
+            f"{one['backend']} {one['op']} {one['dtype']}: {one['status']} ({one['reason']})"
+            for one in self.verdict["outcomes"]
+            if one["status"] != "ok"
+        ]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Per op and dtype: every backend's outcome with its number of cases, and the choice by size of the call."""
+        outcomes = {(one["op"], one["dtype"], one["backend"]): one for one in self.verdict["outcomes"]}
+        names = list(dict.fromkeys(one["backend"] for one in self.verdict["outcomes"]))
+        rows = []
+        for op, by_dtype in self.verdict["choices"].items():
+            for dtype, choice in by_dtype.items():
+                found = [_shown(outcomes.get((op, dtype, name))) for name in names]
+                rows.append([op, dtype, *found, *(choice["fastest"][size] for size in verdicts.SIZES)])
+        return ["op", "dtype", *names, *verdicts.SIZES], rows
+
+    def _heading(self) -> str:
+        device = self.verdict["device"]
+        keys = ("instructions", "capability", "driver", "torch", "triton", "cuda")
+        facts = [f"{key} {device[key]}" for key in keys if device.get(key)]
+        return f"Kernels on {device['name']} ({', '.join(facts)}), verified on {self.verdict['date']}"
+
+    def _notes(self) -> list[str]:
+        passed = sum(one["status"] == "ok" for one in self.verdict["outcomes"])
+        counts = f"{passed} of {len(self.verdict['outcomes'])} passed, in {self.verdict['seconds']:.0f} s"
+        return [
+            f'{counts}; the last columns show what "auto" uses for small, medium and large calls.',
+            *self.failures,
+        ]
+
+
+def _shown(outcome: dict[str, Any] | None) -> str:
+    if outcome is None:
+        return ""
+    return f"ok, {outcome['cases']} cases" if outcome["status"] == "ok" else str(outcome["status"])
+
+
+def verify_kernels(
+    device: torch.device | str | None = None,
+    quick: bool = True,
+    *,
+    progress: Callable[[float, str], None] | None = None,
+    supervisor: Supervisor | None = None,
+) -> Verification:
+    """Test every kernel that can run on a device, time the backends, and let "auto" use what passed and is fastest.
+
+    The kernels run in processes of their own: one that crashes or hangs fails with that reason. The verdict is kept in
+    `$ACTSCALE_VERDICTS` (default: `verdicts` in the cache folder) and holds for this device, driver, PyTorch, Triton
+    and build of the kernels; this process uses it from now on. An op's results are accepted if their error against
+    float64 is at most twice that of plain PyTorch, beside rounding.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", …; default: the current GPU, or the CPU if there is none.
+        quick: measure speed briefly and without torch.compile (about half a minute on a CPU).
+        progress: called with the share that is done and a line about what runs now.
+        supervisor: how workers are started; for tests.
+
+    Returns:
+        The outcome of every kernel, with its reason, and the choices.
+
+    Raises:
+        ValueError: the device is neither a CPU nor a CUDA device.
+        RuntimeError: no such device here.
+        OSError: the verdict cannot be written.
+
+    Example:
+        >>> print(af.verify_kernels())
+    """
+    chosen = chosen_device(device)
+    supervisor = supervisor or Supervisor(str(chosen), quick=quick)
+    started = time.perf_counter()
+    jobs = [Job(name, op, dtype) for name in kernel_backends(chosen) for op, dtype in ops_and_dtypes()]
+    levels = lower_levels() if chosen.type == "cpu" else []
+    if progress is not None:
+        timings = len(ops_and_dtypes()) * len(verdicts.SIZES)
+        supervisor = dataclasses.replace(supervisor, progress=_Share(progress, len(jobs) * (1 + len(levels)) + timings))
+    outcomes = supervisor.verify(jobs)
+    passed = {(one.job.op, one.job.dtype, one.job.backend) for one in outcomes if one.status == "ok"}
+    times = supervisor.time(_times_wanted(passed, compiled=not quick))
+    for level in levels:
+        at_level = dataclasses.replace(supervisor, environment={"ACTSCALE_CPU_LEVEL": level})
+        outcomes += [
+            dataclasses.replace(one, job=one.job._replace(backend=f"{one.job.backend} {level}"))
+            for one in at_level.verify(jobs)
+        ]
+    verdict = {
+        "format": verdicts.FORMAT,
+        "device": device_identity.identity(chosen),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "quick": quick,
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "outcomes": [_entry(one) for one in outcomes],
+        "times": [{**one, "size": verdicts.SIZES[one["size"]]} for one in times],
+        "choices": _choices(passed, times),
+    }
+    path = verdicts.save(verdict)
+    backends.reconsider()
+    return Verification(verdict, str(path))
+
+
+class _Share:
+    """Turns the number of jobs that have ended into the share of all."""
+
+    def __init__(self, progress: Callable[[float, str], None], total: int) -> None:
+        self._progress, self._total, self._ended = progress, max(total, 1), 0
+
+    def __call__(self, text: str, ended: int) -> None:
+        self._ended += ended
+        self._progress(min(1.0, self._ended / self._total), text)
+
+
+def kernel_backends(device: torch.device) -> list[backends.BackendName]:
+    """The compiled backends that can run on this device."""
+    names: tuple[backends.BackendName, ...] = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
+    return [name for name in names if not backends.unavailable(name)]
+
+
+def lower_levels() -> list[str]:
+    """The instruction sets of the C++ kernels that this processor has, except the one in use."""
+    if not backends.has_extension():
+        return []
+    in_use = device_identity.cpu_level()
+    return [level for level in importlib.import_module("actscale_fast.ops._C").levels() if level != in_use]
+
+
+def ops_and_dtypes() -> list[tuple[str, str]]:
+    """Every op with the dtypes that its kernels take."""
+    return [(op, dtype) for op in verdicts.OPS for dtype in (DTYPES if op != "proximal_adam_" else DTYPES[:1])]
+
+
+def chosen_device(device: torch.device | str | None) -> torch.device:
+    """The device meant, with its index; default: the current GPU, or the CPU if there is none.
+
+    Raises:
+        ValueError: neither a CPU nor a CUDA device.
+        RuntimeError: no such device here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {str(chosen)!r}, expected 'cpu' or a CUDA device such as 'cuda:0'")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device: got {str(chosen)!r}, but PyTorch finds no GPU here")
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
+        raise RuntimeError(f"device: got {str(chosen)!r}, but there are {torch.cuda.device_count()} GPUs here")
+    return torch.device("cuda", index)
+
+
+def _times_wanted(passed: set[tuple[str, str, str]], *, compiled: bool) -> list[tuple[str, str, int, Sequence[str]]]:
+    wanted: list[tuple[str, str, int, Sequence[str]]] = []
+    for op, dtype in ops_and_dtypes():
+        kernels = [name for one_op, one_dtype, name in sorted(passed) if (one_op, one_dtype) == (op, dtype)]
+        names = ["reference", *kernels, *([COMPILED] if compiled and op != "proximal_adam_" else [])]
+        wanted += [(op, dtype, size, names) for size in range(len(verdicts.SIZES)) if kernels]
+    return wanted
+
+
+def _choices(passed: set[tuple[str, str, str]], times: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The fastest backend per op, dtype and size; a kernel without times (its worker died) is not chosen.
+
+    Plain PyTorch is preferred to a kernel only where it is faster beyond the spread of both.
+    """
+    measured = {(one["op"], one["dtype"], one["size"]): one["times"] for one in times}
+    choices: dict[str, dict[str, Any]] = {}
+    for op, dtype in ops_and_dtypes():
+        fastest = {}
+        kernels = sorted(name for one_op, one_dtype, name in passed if (one_op, one_dtype) == (op, dtype))
+        for index, size in enumerate(verdicts.SIZES):
+            found = measured.get((op, dtype, index), {})
+            timed = [name for name in kernels if name in found]
+            best = min(timed, key=lambda name: found[name]["step"]) if timed else "reference"
+            if timed and found["reference"]["high"] < found[best]["low"]:
+                best = "reference"
+            fastest[size] = best
+        choices.setdefault(op, {})[dtype] = {"fastest": fastest, "passed": kernels}
+    return choices
+
+
+def _entry(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "backend": outcome.job.backend, "op": outcome.job.op, "dtype": outcome.job.dtype, "status": outcome.status,
+        "reason": outcome.reason, "cases": outcome.cases, "worst": outcome.worst,
+    }  # fmt: skip
