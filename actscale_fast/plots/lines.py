@@ -88,8 +88,8 @@ def strengths(
         log_axis(axis.yaxis, [value for value in every if value > 0])
     else:
         axis.set_ylim(*padded(min(every), max(every)))
-    low, high = axis.get_xlim()
-    if low < 0 < high:
+    shown = np.concatenate([places for places, _ in rows.values()])
+    if shown.min() < 0 < shown.max():
         axis.axvline(0, color=FAINT, alpha=0.3, linewidth=1.4, zorder=0)
     headed([axis], title, handles, labels, own=ax is None)
     return written(figure, path)

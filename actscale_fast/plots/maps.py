@@ -67,7 +67,7 @@ def heatmap(
     Example::
 
         heatmap(intervention, "heads.png")
-        heatmap(intervention, tokens=[tokenizer.tokenize(example.prompt) for example in train])
+        heatmap(intervention, tokens=[tokenizer(example.prompt).tokens() for example in train])
     """
     parts = _parts(intervention)
     location = parts[0][1].location
