@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,8 @@ def headed(
     options: dict[str, Any] = {"frameon": False, "fontsize": WORDS, "labelcolor": words}
     figure = axis.get_figure(root=True)
     assert figure is not None
+    if title:
+        title = wrapped(title, float((figure if own else axis).get_window_extent().width) / figure.dpi)
     if not own:
         if title:
             there = axis.get_title(loc="left")
@@ -103,6 +106,11 @@ def headed(
         legend.get_title().set_color(words)
     elif title:
         figure.suptitle(title, x=0.012, ha="left", **bold)
+
+
+def wrapped(title: str, width: float) -> str:
+    """A bold title in lines that fit into a width in inches."""
+    return textwrap.fill(title, max(int(width / 0.1), 16))  # a character takes about 0.1
 
 
 def two_lines(figure: Figure, title: str, summary: str, *, left: float, top: float) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .drawing import DASHES, FAINT, FROZEN, INK, NAMES, WORDS, colour_bar, ink, plain, series, written
+from .drawing import DASHES, FAINT, FROZEN, HEADING, INK, NAMES, WORDS, colour_bar, ink, plain, series, wrapped, written
 from .ticks import linear_ticks, log_ticks, padded, short
 
 if TYPE_CHECKING:
@@ -84,8 +84,12 @@ def pareto(
     if FROZEN in labels:
         axis.legend(handles[:1], labels[:1], frameon=False, fontsize=WORDS, labelcolor=ink(axis), loc="lower right")
     words: dict[str, Any] = {"color": ink(axis)}
-    axis.set_title(title or "Effectiveness against minimality", loc="left", fontsize=11.5, fontweight="bold", **words)
-    axis.set_title(f"{len(fits)} fits, {len(front)} on the front", loc="right", fontsize=WORDS, **words)
+    count, width = f"{len(fits)} fits, {len(front)} on the front", axis.get_window_extent().width / figure.dpi
+    heading = wrapped(title or "Effectiveness against minimality", width)
+    if 0.1 * len(heading) + 0.08 * len(count) > width:
+        heading += "\n"  # above the count
+    axis.set_title(heading, loc="left", fontsize=HEADING, fontweight="bold", **words)
+    axis.set_title(count, loc="right", fontsize=WORDS, **words)
     return written(figure, path)
 
 

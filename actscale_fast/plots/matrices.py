@@ -52,7 +52,7 @@ def overlap(
     if ((values < 0) | (values > 1)).any():
         raise ValueError("matrix: got values outside 0 to 1, expected shares")
     heading = title or "Overlap of active scalars"
-    cell, long = 0.5, 0.075 * max(map(len, labels))  # inches
+    cell, long = 0.5, 0.067 * max(map(len, labels))  # inches
     if ax is None:
         left, top, bottom = long + 0.25, 0.78, (long if long > cell else 0.16) + 0.18
         width, height = max(left + cell * n + 0.2, 0.1 * len(heading) + 0.3, 3.0), top + cell * n + bottom

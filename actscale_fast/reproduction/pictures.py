@@ -121,7 +121,7 @@ def _transfer(lab: Laboratory, task: Task, rows: list[Any]) -> None:
     plots.strengths(
         curves, lab.folder / f"{task.name}-transfer.png", xlabel="tokens of the longest prompt", ylim=(0, 1),
         ylabel="steered answer above the other,\nshare of prompts, mean of β = ±1", baseline=(tokens, frozen),
-        title=f"{task.title}: longer prompts than learned on",
+        title=f"{task.title}: longer prompts",
     )  # fmt: skip
 
 

@@ -280,3 +280,16 @@ def test_a_term_that_is_misspelt_is_named() -> None:
 def test_an_effectiveness_below_0_is_drawn() -> None:
     axis = plots.history(records(effectiveness=-2.0), terms="effectiveness").axes[0]
     assert axis.get_ylim()[0] < -2.0
+
+
+def test_a_long_title_is_not_cut() -> None:
+    title = "Indirect object identification: longer prompts than those that it was learned on"
+    for figure in (
+        plots.strengths(CURVES, ylabel="share", title=title),
+        plots.strengths({"a": ([0.0, 1.0], [1.0, 2.0])}, ylabel="share", title=title),
+        plots.pareto(sweep_of((1, 0.5, 2.6), (7, 0.9, 0.05)), title=title),
+        plots.heatmap(scalars(), title=title),
+    ):
+        figure.draw_without_rendering()
+        (found,) = [text for text in words_of(figure) if "Indirect" in text.get_text()]
+        assert found.get_window_extent().x1 <= figure.bbox.x1
