@@ -122,12 +122,12 @@ def two_lines(figure: Figure, title: str, summary: str, *, left: float, top: flo
 
 
 def two_lines_above(axis: Axes, title: str, summary: str) -> None:
-    """The same above the axes of a caller and the title that they have; the parts of a long summary are stacked."""
+    """The same above the axes of a caller and the title that they have; a long summary takes two lines."""
     box = axis.get_window_extent()
     figure = axis.get_figure(root=True)
     assert figure is not None
-    if 0.075 * len(summary) > box.width / figure.dpi:  # inches; a character takes 0.075
-        summary = summary.replace("  ·  ", "\n")
+    if 0.07 * len(summary) > box.width / figure.dpi:  # inches; a character takes 0.07
+        summary = summary.replace("  ·  ", "\n", 1)
     one = 1.3 * WORDS  # points that a line takes
     foot = 4 + 1.2 * one * bool(axis.get_title(loc="left"))
     above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "left", "va": "bottom"}

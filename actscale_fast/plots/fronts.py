@@ -41,8 +41,8 @@ def pareto(
 ) -> Figure:
     """Draw the score of every fit of a sweep against its active scalars, and the front that no fit beats.
 
-    Colours show λ_M where it differs between fits. A dashed line shows the frozen model's score where the fits were
-    evaluated; shares are drawn on an axis from 0 to 1.
+    Colours show λ_M where it differs between fits. The score "flips" has an axis from 0 to 1 and a dashed line for the
+    frozen model.
 
     Args:
         result: the result of `sweep` or `load_sweep`.
