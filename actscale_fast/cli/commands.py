@@ -157,7 +157,7 @@ def generate(options: argparse.Namespace) -> int:
 def plot(options: argparse.Namespace) -> int:
     """Draw an intervention or a history."""
     if options.history is not None:
-        plots.history(options.history, options.out, title=options.title)
+        plots.history(options.history, options.out, title=options.title or "Terms of the objective at each step")
     else:
         plots.heatmap(load_intervention(options.intervention), options.out, title=options.title)  # type: ignore[arg-type]
     say(f"wrote {options.out}")

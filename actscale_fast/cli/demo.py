@@ -59,7 +59,7 @@ def demo(options: argparse.Namespace) -> int:
 
     scalars.save_pretrained(out)
     plots.heatmap(scalars, out / "heads.png")
-    plots.history(result, out / "history.png")
+    plots.history(result, out / "history.png", title="Terms of the objective at each step")
     write_sealed(out / "history.json", result.history)
     settings = {
         "n_train": N_TRAIN,

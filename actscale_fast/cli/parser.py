@@ -171,7 +171,7 @@ def _plot(command: argparse.ArgumentParser) -> None:
     source.add_argument("--intervention", metavar="FOLDER", help="draw its scalars as a signed heat map")
     source.add_argument("--history", metavar="FILE", help="draw the terms of the objective, from a fit's history.json")
     command.add_argument("--out", required=True, metavar="FILE", help="picture file: .png, .pdf or .svg")
-    command.add_argument("--title", metavar="TEXT", help="title above the picture")
+    command.add_argument("--title", metavar="TEXT", help="title above the picture (default: what it shows)")
 
 
 def _merge(command: argparse.ArgumentParser) -> None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+#: Scalars of at most this share of the largest are too small to be seen in a picture.
+VISIBLE = 0.05
+
+
 class ActivScalar(Intervention):
     """A signed scalar for each layer, position slot and head (or whole site): h·(1 + β·α).
 
@@ -104,6 +108,27 @@ class ActivScalar(Intervention):
         rows = scalar_rows(self.alpha, self.location, self.n_groups)
         return sorted((row for row in rows if row.value), key=lambda row: -abs(row.value))[:k]
 
+    def count_above(self, share: float = VISIBLE) -> int:
+        """How many scalars have a magnitude above a share of the largest one; `n_active` also counts tiny ones.
+
+        Args:
+            share: between 0 and 1; 0 counts all that are not 0.
+
+        Returns:
+            The number of scalars with |α| > share · max|α|, in a stack over all its interventions.
+
+        Raises:
+            ValueError: a share that is not between 0 and 1.
+
+        Example:
+            >>> scalars.n_active, scalars.count_above(0.05)
+            (72, 57)
+        """
+        if not is_real(share) or not 0 <= share <= 1:
+            raise ValueError(f"share: got {share!r}, expected a number between 0 and 1")
+        sizes = self.alpha.detach().abs()
+        return int((sizes > share * sizes.max()).sum())
+
     def to_frame(self) -> DataFrame:
         """All scalars as a pandas DataFrame with the columns layer, head, position and value (and group, if stacked).
 
@@ -128,3 +153,9 @@ class ActivScalar(Intervention):
         columns = [name for name, is_shown in place.items() if is_shown]
         cells = [[*(str(getattr(row, name)) for name in columns), f"{row.value:+.3f}"] for row in rows]
         return [*columns, "α"], cells
+
+    def _notes(self) -> list[str]:
+        return [
+            f"{self.n_active} of {self.n_parameters} parameters are active (not 0), {self.count_above()} of them above "
+            f"{VISIBLE:.0%} of the largest; their ℓ1 norm is {self.l1:.4g}"
+        ]

@@ -9,9 +9,10 @@ from .._suggestions import unknown_attribute
 from .curves import history
 from .dots import Measured, comparison
 from .fronts import pareto
-from .lines import PathPoint, path, strengths
+from .lines import strengths
 from .maps import attribution, heatmap
 from .matrices import overlap
+from .paths import PathPoint, path
 
 __all__ = [
     "Measured",

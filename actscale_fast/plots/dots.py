@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .drawing import INK, headed, plain, series, written
+from .drawing import FAINT, FROZEN, headed, ink, panel_title, plain, series, written
+from .ticks import linear_ticks, log_axis, padded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ class Measured:
     metric: str
     values: tuple[float, ...]  # one per seed
     group: str = ""  # for example "training" or "held out"; groups share the system's row
+    baseline: float | None = None  # the frozen model's value on the same prompts, drawn as an upright line
 
 
 def comparison(
@@ -32,40 +34,37 @@ def comparison(
     log: Collection[str] = (),
     title: str | None = None,
     dpi: int = 160,
+    ax: Axes | Sequence[Axes] | None = None,
 ) -> Figure:
     """Draw each system's metrics in a row: the mean, and a line from the smallest to the largest value.
 
-    Systems, metrics and groups keep the order in which they first occur.
+    Systems, metrics and groups keep the order in which they first occur. A row with a `baseline` has an upright line at
+    the frozen model's value.
 
     Args:
         rows: the measurements; a system may lack a metric.
         path, dpi: as in `heatmap`.
         log: the metrics with a logarithmic axis; 0 is drawn at its left end.
         title: above the panels; None: no title.
+        ax: draw into these axes instead of a new figure, one for each metric; see `heatmap`.
+
+    Returns:
+        The figure.
 
     Raises:
+        TypeError: `ax` has something that is not a matplotlib Axes.
         ValueError: no rows, a row without values or with one that is not finite, a metric in `log` that does not occur
-            or has values below 0, or a suffix that is not a picture format.
+            or has values below 0, more or fewer axes than metrics, or a suffix that is not a picture format.
     """
-    from matplotlib.lines import Line2D
+    from .figures import panels
 
-    from .figures import NotebookFigure
-
-    if not rows:
-        raise ValueError("rows: got none, expected at least one")
-    for row in rows:
-        if not row.values or not all(map(math.isfinite, row.values)):
-            raise ValueError(f"rows: {row.system!r}, {row.metric!r} has the values {row.values}, expected finite ones")
-    systems, metrics, groups = (
-        list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("system", "metric", "group")
-    )
-    if not set(log) <= set(metrics):
-        raise ValueError(f"log: got {sorted(log)}, expected some of {metrics}")
+    systems, metrics, groups = _checked(rows, log)
     height = (
-        0.95 + 0.25 * (len(groups) > 1) + 0.25 * (title is not None) + (0.26 + 0.12 * (len(groups) - 1)) * len(systems)
+        1.0 + 0.3 * (len(groups) > 1) + 0.3 * (title is not None) + (0.28 + 0.12 * (len(groups) - 1)) * len(systems)
     )
-    figure = NotebookFigure(figsize=(min(2.2 + 2.4 * len(metrics), 11), height), dpi=dpi, layout="constrained")
-    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    figure, axes = panels(
+        ax, 1, len(metrics), name="metric", figsize=(min(2.4 + 2.4 * len(metrics), 12), height), dpi=dpi
+    )
     for axis, metric in zip(axes, metrics, strict=True):
         of_metric = [row for row in rows if row.metric == metric]
         for row in of_metric:
@@ -73,50 +72,62 @@ def comparison(
             colour, mark = series(number)
             place = systems.index(row.system) + 0.36 * (number - (len(groups) - 1) / 2) / max(len(groups) - 1, 1)
             mean = sum(row.values) / len(row.values)
-            axis.plot([min(row.values), max(row.values)], [place] * 2, color=colour, linewidth=1.6, alpha=0.6)
-            axis.plot([mean], [place], mark, color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.6)
-        _scale(axis, metric, [value for row in of_metric for value in row.values], metric in log)
-        axis.set_title(metric, loc="left", fontsize=9, color=INK)
+            if row.baseline is not None:
+                axis.vlines(row.baseline, place - 0.15, place + 0.15, color=FAINT, linewidth=1.8)
+            axis.plot([min(row.values), max(row.values)], [place] * 2, color=colour, linewidth=1.8, alpha=0.6)
+            axis.plot([mean], [place], mark, color=colour, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
+        shown = [value for row in of_metric for value in row.values]
+        shown += [row.baseline for row in of_metric if row.baseline is not None]
+        _scale(axis, shown, metric in log)
+        panel_title(axis, metric)
         plain(axis, grid="yx")
         axis.spines["left"].set_visible(False)
+        axis.set_yticks(range(len(systems)), systems if axis is axes[0] else [""] * len(systems), color=ink(axis))
         axis.tick_params(axis="y", length=0)
-    axes[0].set_yticks(range(len(systems)), systems, fontsize=8.5)
-    axes[0].set_ylim(len(systems) - 0.45, -0.55)
-    marks = [series(number) for number in range(len(groups))] if len(groups) > 1 else []
-    handles = [Line2D([], [], color=colour, marker=mark, linestyle="", markersize=5) for colour, mark in marks]
-    headed(figure, title, handles, groups if marks else ())
+        axis.set_ylim(len(systems) - 0.45, -0.55)
+    headed(axes, title, *_names(rows, groups), own=ax is None, beneath=True)
     return written(figure, path)
 
 
-def _scale(axis: Axes, metric: str, values: list[float], log: bool) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+def _checked(rows: Sequence[Measured], log: Collection[str]) -> tuple[list[str], list[str], list[str]]:
+    """The systems, metrics and groups of the rows."""
+    if not rows:
+        raise ValueError("rows: got none, expected at least one")
+    for row in rows:
+        if not row.values or not all(map(math.isfinite, row.values)):
+            raise ValueError(f"rows: {row.system!r}, {row.metric!r} has the values {row.values}, expected finite ones")
+        if row.baseline is not None and not math.isfinite(row.baseline):
+            raise ValueError(
+                f"rows: {row.system!r}, {row.metric!r} has the baseline {row.baseline}, expected a finite one"
+            )
+        if row.metric in log and min(*row.values, row.baseline or 0) < 0:
+            raise ValueError(f"log: {row.metric!r} has values below 0, which a logarithmic axis cannot show")
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    if not set(log) <= set(metrics):
+        raise ValueError(f"log: got {sorted(log)}, expected some of {metrics}")
+    return list(dict.fromkeys(row.system for row in rows)), metrics, list(dict.fromkeys(row.group for row in rows))
 
-    low, high = min(values), max(values)
-    if not log:
-        axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.margins(x=0.08)
-        if low >= 0:
-            axis.set_xlim(left=-0.04 * (high or 1))
+
+def _scale(axis: Axes, values: list[float], log: bool) -> None:
+    if log:
+        log_axis(axis.xaxis, values)
         return
-    if low < 0:
-        raise ValueError(f"log: {metric!r} has values below 0, which a logarithmic axis cannot show")
-    positive = [value for value in values if value > 0] or [1.0]
-    decade = 10.0 ** math.floor(math.log10(min(positive)))
-    if low == 0:
-        axis.set_xscale("symlog", linthresh=decade, linscale=0.5)
-        axis.set_xlim(-0.25 * decade, 2 * max(positive))
-    else:
-        axis.set_xscale("log")
-        axis.set_xlim(min(positive) / 1.6, 1.6 * max(positive))
-    axis.xaxis.set_major_formatter(FuncFormatter(_short))
-    if decade * 1e4 < max(positive):  # room for every second decade only
-        powers = range(round(math.log10(decade)), math.floor(math.log10(max(positive))) + 1, 2)
-        axis.xaxis.set_major_locator(FixedLocator([0.0] * (low == 0) + [10.0**power for power in powers]))
+    low, high = min(values), max(values)
+    axis.set_xlim(*padded(min(low, 0.0), max(high, 0.0), 0.06))
+    linear_ticks(axis.xaxis, 5)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
 
 
-def _short(value: float, _: object = None) -> str:
-    """1000 as 1k, 0.01 unchanged."""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
+def _names(rows: Sequence[Measured], groups: list[str]) -> tuple[list[object], list[str]]:
+    """The handles and labels of the legend: the groups if there are several, and the frozen model."""
+    from matplotlib.lines import Line2D
+
+    labels = list(groups) if len(groups) > 1 else []
+    handles: list[object] = []
+    for number in range(len(labels)):
+        colour, mark = series(number)
+        handles.append(Line2D([], [], color=colour, marker=mark, linestyle="", markersize=5.5))
+    if any(row.baseline is not None for row in rows):
+        handles.append(Line2D([], [], color=FAINT, marker="|", linestyle="", markersize=9, markeredgewidth=2.2))
+        labels.append(FROZEN)
+    return handles, labels

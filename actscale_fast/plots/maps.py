@@ -10,10 +10,12 @@ import torch
 
 from ..architectures.location import Location
 from ..interventions import ActivScalar, Intervention
+from ..interventions.scalar import VISIBLE
 from .drawing import written
-from .panels import Panel, panels_figure
+from .panels import Names, Panel, panels_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PLACES = {
@@ -28,61 +30,75 @@ def heatmap(
     intervention: Intervention | Sequence[Intervention],
     path: str | os.PathLike[str] | None = None,
     *,
-    tokens: Sequence[str] | None = None,
+    tokens: Sequence[str] | Sequence[Sequence[str]] | None = None,
     title: str | None = None,
     limit: float | None = None,
     dpi: int = 160,
+    ax: Axes | Sequence[Axes] | None = None,
 ) -> Figure:
     """Draw the scalars of an ActivScalar, layers from left to right: red amplifies, blue suppresses, blank is 0.
 
     Rows are heads (with a panel per position) or, at a whole site, positions. Every scalar that is not exactly 0 has an
-    outline, which distinguishes a small one from none. Several interventions are drawn side by side in one colour
-    scale.
+    outline, dotted where its magnitude is at most 5 % of the largest one, which is too pale to be seen; the second line
+    counts both. Several interventions are drawn side by side in one colour scale.
 
     Args:
         intervention: an ActivScalar that is not a stack; or several with the same layers and positions, as a list or a
             Composite (whose factors multiply the scalars).
         path: where to write the picture, atomically and in the format of its suffix (.png, .pdf, .svg); None: no file.
-        tokens: the token at each position of the intervention, as a label of its row (or panel); as text, or as
-            `convert_ids_to_tokens` returns them.
+        tokens: what is at each position of the intervention, as a label of its row (or panel): the tokens of several
+            prompts, a list for each, which name a position only where all prompts share the token; or a single list of
+            words that are right for all prompts. As text, or as `convert_ids_to_tokens` returns them.
         title: the first line of the title; default "Activation scalars".
         limit: the |α| shown in full colour; None: the largest one.
         dpi: dots per inch of a .png file.
+        ax: draw into these axes instead of a new figure: a matplotlib Axes, or where the picture has several maps, one
+            for each in a list or an array. Their figure is returned, and written where a path is given.
 
     Returns:
-        The figure.
+        The figure, which shows itself in a notebook.
 
     Raises:
-        TypeError: not an ActivScalar.
+        TypeError: not an ActivScalar, or `ax` has something that is not a matplotlib Axes.
         ValueError: a stack, interventions with different layers, positions or heads, more or fewer tokens than
-            positions, a limit that is not positive, or a suffix that is not a picture format.
+            positions, a limit that is not positive, more or fewer axes than maps, or a suffix that is not a picture
+            format.
 
     Example::
 
         heatmap(intervention, "heads.png")
+        heatmap(intervention, tokens=[tokenizer(example.prompt).tokens() for example in train])
     """
     parts = _parts(intervention)
     location = parts[0][1].location
     labels = _labels(location, tokens)
+    scaled = [factor * part.alpha.detach() for factor, part in parts]
+    seen = VISIBLE * max(float(values.abs().max()) for values in scaled)
     columns = []
-    for factor, part in parts:
+    for whole, (_, part) in zip(scaled, parts, strict=True):
         place = _PLACES[part.location.site] if len(parts) > 1 else None
-        named = _maps(factor * part.alpha.detach(), location, labels)
         columns.append(
-            [Panel(values, "α", "  ·  ".join(filter(None, (place, name))) or None) for name, values in named]
+            [
+                Panel(values, "α", "  ·  ".join(filter(None, (place, name))) or None, faint=abs(values) <= seen)
+                for name, values in _maps(whole, location, labels)
+            ]
         )
     l1 = sum(abs(factor) * part.l1 for factor, part in parts)
     n_active = sum(part.n_active for factor, part in parts if factor)
-    summary = f"{n_active} of {sum(part.n_parameters for _, part in parts)} active  ·  ‖α‖₁ = {l1:.2f}"
+    summary = f"{n_active} of {sum(part.n_parameters for _, part in parts)} active (not 0)"
+    if n_active:
+        above = sum(int((values.abs() > seen).sum()) for values in scaled)
+        summary += f", {above} of them above {VISIBLE:.0%} of the largest"
+    summary += f"  ·  ‖α‖₁ = {l1:.2f}"
     figure = panels_figure(
         [panel for row in zip(*columns, strict=True) for panel in row],
-        **_axes_of(location, labels),
+        _names(location, labels, every_row=tokens is not None and location.site != "head"),
         title=title or "Activation scalars",
         summary=summary if len(parts) > 1 else f"{summary}  ·  {_PLACES[location.site]}",
         limit=_checked(limit),
         dpi=dpi,
         columns=len(parts),
-        every_row=tokens is not None and location.site != "head",
+        ax=ax,
     )
     return written(figure, path)
 
@@ -114,6 +130,7 @@ def attribution(
     title: str | None = None,
     limit: float | None = None,
     dpi: int = 160,
+    ax: Axes | Sequence[Axes] | None = None,
 ) -> Figure:
     """Draw the predicted change when each head is removed, −score, above the measured change.
 
@@ -126,13 +143,15 @@ def attribution(
         path, dpi: as in `heatmap`.
         title: the first line of the title; default "Removing one head at a time".
         limit: the magnitude shown in full colour; None: the largest one.
+        ax: draw into these axes instead of a new figure, one for each map; see `heatmap`.
 
     Returns:
         The figure.
 
     Raises:
-        TypeError: not an Attribution.
-        ValueError: a limit that is not positive, or a suffix that is not a picture format.
+        TypeError: not an Attribution, or `ax` has something that is not a matplotlib Axes.
+        ValueError: a limit that is not positive, more or fewer axes than maps, or a suffix that is not a picture
+            format.
     """
     if not hasattr(result, "knock_out"):
         raise TypeError(f"result: got {type(result).__name__}, expected an Attribution")
@@ -150,11 +169,12 @@ def attribution(
     thing = "head" if location.site == "head" else "layer's " + _PLACES[location.site].removesuffix("s")
     figure = panels_figure(
         panels,
-        **_axes_of(location, slots),
+        _names(location, slots),
         title=title or f"Removing one {thing} at a time",
         summary=_agreement(result),
         limit=_checked(limit),
         dpi=dpi,
+        ax=ax,
     )
     return written(figure, path)
 
@@ -168,30 +188,37 @@ def _maps(values: Any, location: Location, slots: Sequence[str]) -> list[tuple[s
     return [(name, array[:, slot].T) for slot, name in enumerate(names)]
 
 
-def _axes_of(location: Location, slots: Sequence[str]) -> dict[str, Any]:
+def _names(location: Location, slots: Sequence[str], every_row: bool = False) -> Names:
     if location.site == "head":
-        rows, row_label = [str(head) for head in range(location.n_heads)], "head"
-    else:
-        rows, row_label = list(slots), "position"
-    return {"layers": location.layers, "rows": rows, "row_label": row_label}
+        return Names(location.layers, [str(head) for head in range(location.n_heads)], "head")
+    return Names(location.layers, list(slots), "position", every_row)
 
 
-def _labels(location: Location, tokens: Sequence[str] | None = None) -> list[str]:
-    """The name of each slot: the position's number, after its token where tokens are given."""
+def _labels(location: Location, tokens: Any = None) -> list[str]:
+    """The name of each slot: the position's number, after its token where the prompts share it."""
     if location.positions is None:
         if tokens is not None:
             raise ValueError("tokens: the intervention has no positions, expected none")
         return ["all"]
     names = [str(position) for position in location.positions]
     if tokens is not None:
-        if isinstance(tokens, str) or len(tokens) != len(names):
-            raise ValueError(
-                f"tokens: got {tokens if isinstance(tokens, str) else len(tokens)}, expected a list of one for each of "
-                f"the {len(names)} positions"
-            )
+        shared = _shared(tokens, len(names))
         wide = max(map(len, names), default=0)
-        names = [f"{_readable(token)}  {name:\u2007>{wide}}" for token, name in zip(tokens, names, strict=True)]
+        names = [f"{token}  {name:\u2007>{wide}}" for token, name in zip(shared, names, strict=True)]
     return names + ["generated"] * location.generated
+
+
+def _shared(tokens: Any, number: int) -> list[str]:
+    """The readable token of each slot, or "(varies)" where the prompts have different ones."""
+    prompts = [tokens] if isinstance(tokens, str) or all(isinstance(token, str) for token in tokens) else list(tokens)
+    for prompt in prompts:
+        if isinstance(prompt, str) or len(prompt) != number:
+            raise ValueError(
+                f"tokens: got {prompt if isinstance(prompt, str) else len(prompt)}, expected a list of one for each of "
+                f"the {number} positions"
+            )
+    slots = (set(map(_readable, slot)) for slot in zip(*prompts, strict=True))
+    return [slot.pop() if len(slot) == 1 else "(varies)" for slot in slots]
 
 
 def _readable(token: str) -> str:

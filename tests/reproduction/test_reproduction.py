@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from actscale_fast.reproduction import SYSTEMS, TASKS, Size
 from actscale_fast.reproduction.claims import judged
 from actscale_fast.reproduction.comparing import Laboratory
 from actscale_fast.reproduction.measuring import by_attribution, jaccard, places, shuffled
+from actscale_fast.reproduction.pictures import slots
 from actscale_fast.reproduction.stages import Stages
+from actscale_fast.tasks import Example
 
 TINY = Size(
     seeds=(0, 1), n_train=8, n_test=4, steps=2, n_path=2, path_steps=2, n_attributed=2, n_sentences=1, max_new_tokens=4
@@ -194,3 +197,20 @@ def test_places_are_the_vectors_that_are_changed(opened: tuple[Any, Any]) -> Non
         scalars.alpha[0] = 0.1
     assert places(vectors + scalars) == [("head", 1, 1, 2), ("mlp_out", 0, 0, 0)]
     assert jaccard([{1, 2}, {2, 3}, set()]) == [[1.0, 1 / 3, 0.0], [1 / 3, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+def test_a_slot_that_holds_an_answer_is_named_by_its_role() -> None:
+    words = ["The", " capital", " is", " Rome", " Paris", ";", " it"]
+
+    class Words:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return self(text)["input_ids"]
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [words.index(word) for word in re.findall(r" ?\w+|;", text)]}
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [words[i] for i in ids]
+
+    example = Example("The capital is Paris; it is", " Rome", " Paris")
+    assert slots(Words(), example) == ["The", " capital", " is", "(wrong answer)", ";", " it", " is"]  # type: ignore[arg-type]
