@@ -76,7 +76,7 @@ def _command(
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if name not in ("bench", "extract"):  # the recipes of extract have these themselves
         command.add_argument(
-            "--quiet", action="store_true", help="print results and errors only, without progress and warnings"
+            "--quiet", action="store_true", help="print results, warnings and errors only, without progress"
         )
         command.add_argument(
             "--config", metavar="FILE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -14,6 +15,7 @@ from .._files import write_bytes
 from .._tables import Readable, ranges
 from ..architectures.locate import locate
 from ..architectures.location import Location, check_positions, check_site
+from ..architectures.model_origin import ModelOrigin
 from . import saving
 from .description import Description, read_description
 from .placement import Placement
@@ -245,6 +247,11 @@ class Intervention(Readable, nn.Module):
     def l1(self) -> float:
         """The sum of the parameters' absolute values."""
         return sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in self.parameters())
+
+    def set_origin(self, origin: ModelOrigin) -> None:
+        """Note which model the intervention is for; `save_pretrained` writes it into `intervention.json`."""
+        for part in self.singles:
+            part.location = replace(part.location, origin=origin)
 
     def check_finite(self) -> None:
         """Raise a ValueError that names a parameter with NaN or infinite values."""
