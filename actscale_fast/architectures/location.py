@@ -89,6 +89,16 @@ class Location:
         """P: one for every token alike, or one a listed position, and one more for the generated tokens."""
         return 1 if self.positions is None else len(self.positions) + self.generated
 
+    @property
+    def slots(self) -> list[int | str]:
+        """The name of each slot, a position or "generated"; there are none where every token is alike."""
+        return [*(self.positions or ()), *(["generated"] * self.generated)]
+
+    @property
+    def tokens(self) -> str:
+        """The edited tokens in words: "every token" or "0, -1, generated"."""
+        return "every token" if self.positions is None else ", ".join(map(str, self.slots))
+
     def first_changed(self, layer: int) -> int:
         """The lowest layer whose computation an edit at `layer` changes: the site residual is that layer's output."""
         return layer + (self.site == "residual")

@@ -45,8 +45,8 @@ class ModelOrigin:
         return cls(**data)
 
     def __str__(self) -> str:
-        known = [*([f"digest {self.weights}"] if self.weights else []), *([self.name] if self.name else [])]
-        return ", ".join(known) or "unknown"
+        known = [self.name or self.architecture, None if self.weights is None else f"digest {self.weights}"]
+        return ", ".join(filter(None, known)) or "unknown"
 
 
 def origin_of(model: nn.Module) -> ModelOrigin:

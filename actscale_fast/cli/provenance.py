@@ -43,7 +43,7 @@ def provenance(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "dtype": origin.dtype,
         "weights": origin.weights,
-        "examples": {"train": _examples(train), "test": _examples(test)},
+        "examples": {"train": examples_record(train), "test": examples_record(test)},
         "objective": None if objective is None else asdict(objective) | {"directions": list(objective.directions)},
     }
 
@@ -59,6 +59,7 @@ def load_saved(folder: str | Path) -> Intervention:
     return intervention
 
 
-def _examples(examples: Sequence[Example]) -> dict[str, Any]:
+def examples_record(examples: Sequence[Example]) -> dict[str, Any]:
+    """The number of some examples, and a digest of them."""
     content = json.dumps([example_fields(example) for example in examples], ensure_ascii=False)
     return {"n": len(examples), "sha256": hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()}

@@ -324,7 +324,7 @@ class Intervention(Readable, nn.Module):
             values = values if self.n_groups is not None else values[None]
             norms.append(values.flatten(3).norm(dim=-1).cpu().flatten())  # of [G, L, P]
         n_slots = 1 if self.shares_positions else self.location.n_slots
-        slots = [*(self.location.positions or ()), *(["generated"] * self.location.generated)]
+        slots = self.location.slots
         rows = []
         for flat in norms[0].argsort(descending=True, stable=True)[:_SHOWN].tolist():
             if not float(norms[0][flat]):
@@ -338,9 +338,7 @@ class Intervention(Readable, nn.Module):
 
     def _heading(self) -> str:
         where = self.location
-        tokens = "every token"
-        if where.positions is not None:
-            tokens = "positions " + ", ".join([*map(str, where.positions), *(["generated"] * where.generated)])
+        tokens = where.tokens if where.positions is None else f"positions {where.tokens}"
         stacked = "" if self.n_groups is None else f" ({self.n_groups} stacked)"
         layers = f"layer{'s' * (len(where.layers) > 1)} {ranges(where.layers)}"
         return f"{type(self).__name__}{stacked} at {where.site} of {where.model.model_type}, {layers}, {tokens}"
@@ -353,7 +351,7 @@ class Intervention(Readable, nn.Module):
 
     def extra_repr(self) -> str:
         where = self.location
-        positions = "all" if where.positions is None else [*where.positions, *(["generated"] * where.generated)]
+        positions = "all" if where.positions is None else where.slots
         return (
             f"site={where.site!r}, layers={list(where.layers)}, positions={positions}, model={where.model.model_type!r}"
         )

@@ -111,7 +111,7 @@ def test_files_without_the_model_load_and_bad_ones_are_refused(tmp_path: Path) -
     assert af.load_intervention(tmp_path).location.origin is None
     for bad in (7, {"name": 7}, {"name": "x" * 5000}, {"unheard": "x"}):
         write_sealed(path, told | {"model": bad})
-        with pytest.raises(ValueError, match="intervention.json: damaged or not an intervention .model: got"):
+        with pytest.raises(ValueError, match=r"intervention\.json: damaged or not an intervention \(model: got"):
             af.load_intervention(tmp_path)
 
 
