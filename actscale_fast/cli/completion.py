@@ -16,7 +16,7 @@ from .suggesting_parser import SuggestingParser
 #: With `-o default`, bash completes file names where this finds no words.
 _BASH = """\
 _actscale_fast() {
-    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="" words="" i
+    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="" offered="" i
     if [[ $before == "=" ]]; then  # --option=word
         before="${COMP_WORDS[COMP_CWORD-2]}"
     elif [[ $word == "=" ]]; then
@@ -30,13 +30,13 @@ _actscale_fast() {
     case "$command/$before" in
 @VALUES@
     esac
-    if [[ -z $words ]]; then
+    if [[ -z $offered ]]; then
         case "$command" in
 @WORDS@
         esac
-        if [[ $word == -* ]]; then words="${words%%|*}"; else words="${words#*|}"; fi
+        if [[ $word == -* ]]; then offered="${offered%%|*}"; else offered="${offered#*|}"; fi
     fi
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    COMPREPLY=($(compgen -W "$offered" -- "$word"))
 }
 complete -o default -F _actscale_fast actscale-fast
 """
@@ -86,9 +86,9 @@ def _bash(commands: list[_Command]) -> str:
             steps.append(f'            "{command.name}/{name}") command="{after}" ;;')
         for option, action in command.options.items():
             if _choices(action):
-                values.append(f'        "{command.name}/{option}") words="{" ".join(_choices(action))}" ;;')
+                values.append(f'        "{command.name}/{option}") offered="{" ".join(_choices(action))}" ;;')
         names = " ".join([*command.below, *command.words])
-        words.append(f'            "{command.name}") words="{" ".join(command.options)}|{names}" ;;')
+        words.append(f'            "{command.name}") offered="{" ".join(command.options)}|{names}" ;;')
     parts = {"@COMMANDS@": steps, "@VALUES@": values, "@WORDS@": words}
     script = _BASH
     for mark, lines in parts.items():
