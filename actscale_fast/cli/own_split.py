@@ -42,16 +42,17 @@ class OwnSplit:
         self.folder, self.expected = folder, known["test"]
         if not self.expected["n"]:
             raise ValueError(f"{folder} was fitted without held-out examples (--test-data); {_ELSE}")
-        self.is_changed = any(_is_given(options, name) for name in _CHOOSING)
+        self.is_changed = any(
+            _is_given(options, name) and getattr(options, name) != record.get(name) for name in _CHOOSING
+        )
         options.task, options.data = record["task"], record.get("test_data")
         options.n_templates = record.get("n_templates")  # of the demo
         for name in _CHOOSING:
             if not _is_given(options, name):
                 setattr(options, name, record.get(name))
         if isinstance(options.columns, dict):
-            options.columns = [options.columns]
+            options.columns = [options.columns] if options.columns else None
         if options.task is not None:
-            options.columns = None
             self.source = f"{options.task}, seed {options.seed}"
         else:
             self.source = str(options.data)

@@ -57,6 +57,7 @@ def test_the_held_out_examples_of_a_task_are_found_again(
     figures, title = evaluated(capsys, "--intervention", out, "--n-test", 2)
     assert figures["n_examples"] == 2
     assert "seed 5, changed by the options given (2 prompts)" in title
+    assert "--columns cannot be used with --task" in refused(capsys, out, "--columns", "correct=answer")
 
 
 def test_the_held_out_file_is_found_again_with_its_columns(
