@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -15,6 +15,7 @@ from .families import FAMILIES
 from .heads import ConfigHeads, heads_of
 from .hugging_face import text_config, unwrap
 from .location import Location, ModelFingerprint, check_layers
+from .model_origin import origin_of
 from .parts import config_value, has, part, positive_int, submodule, takes_hidden_states
 
 
@@ -95,7 +96,8 @@ class ModelLayout:
         for layer in chosen:
             self.site_module(site, layer)
         heads = self.unusual_heads(site, chosen)
-        return Location(site, chosen, positions, generated, self.fingerprint, dict(paths or {}), heads)
+        where = Location(site, chosen, positions, generated, self.fingerprint, dict(paths or {}), heads)
+        return replace(where, origin=origin_of(self.model))
 
     def unusual_heads(self, site: str, layers: Iterable[int]) -> dict[int, tuple[int, int]]:
         """(heads, their width) of those of the layers that differ from most; see `Location.heads`."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from .._json import shown
 from .._suggestions import closest, did_you_mean
+from .model_origin import ModelOrigin
 
 Site = Literal["head", "attn_out", "mlp_out", "residual"]
 SITES: tuple[str, ...] = get_args(Site)
@@ -48,6 +49,8 @@ class Location:
     paths: dict[str, str] = field(default_factory=dict)
     #: (heads, their width) of the layers that differ from the model's n_heads and head_dim, by the layer's number.
     heads: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: The model that the intervention was made for; two locations are equal whatever it is. None: it is not known.
+    origin: ModelOrigin | None = field(default=None, compare=False, repr=False)
 
     @property
     def n_heads(self) -> int:
@@ -86,13 +89,24 @@ class Location:
         """P: one for every token alike, or one a listed position, and one more for the generated tokens."""
         return 1 if self.positions is None else len(self.positions) + self.generated
 
+    @property
+    def slots(self) -> list[int | str]:
+        """The name of each slot, a position or "generated"; there are none where every token is alike."""
+        return [*(self.positions or ()), *(["generated"] * self.generated)]
+
+    @property
+    def tokens(self) -> str:
+        """The edited tokens in words: "every token" or "0, -1, generated"."""
+        return "every token" if self.positions is None else ", ".join(map(str, self.slots))
+
     def first_changed(self, layer: int) -> int:
         """The lowest layer whose computation an edit at `layer` changes: the site residual is that layer's output."""
         return layer + (self.site == "residual")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, for JSON."""
+        """Plain numbers, strings and lists, for JSON; without the origin."""
         data = asdict(self)
+        del data["origin"]
         if not data["heads"]:
             del data["heads"]
         else:
@@ -162,7 +176,7 @@ def _check_keys(name: str, data: Any, cls: type[Any]) -> None:
     """Raise a ValueError unless JSON data has the fields of a dataclass; those with a default may be missing."""
     if not isinstance(data, dict):
         raise ValueError(f"{name}: got {shown(data)}, expected an object")
-    known = {item.name for item in fields(cls)}
+    known = {item.name for item in fields(cls) if item.compare}
     needed = {item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING}
     needed |= {"paths"} & known
     if missing := needed - data.keys():

@@ -24,7 +24,8 @@ from .loading import (
 )
 from .options import given_paths
 from .output import check_sources, print_continuations, print_evaluation, say
-from .provenance import provenance, warn_of_other_weights
+from .own_split import OwnSplit, fill_defaults, take_model_of_fit
+from .provenance import load_saved, provenance
 from .record import keep_learned, measure_learned, task_seed, was_fitted_with
 from .verbosity import shows_progress
 
@@ -109,22 +110,26 @@ def _at_rest(options: argparse.Namespace, model: PreTrainedModel) -> Interventio
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Print the figures before and after; with --task, on examples that the fit held out."""
+    """Print the figures before and after, on the examples that the fit held out unless others are named."""
+    folder = Path(options.folder or options.intervention)
     check_file(options.out, "out")
+    intervention = load_saved(folder)
+    own = OwnSplit(options, folder) if options.data is None and options.task is None else None
+    take_model_of_fit(options, folder)
+    fill_defaults(options)
     files = load_files(options)
-    intervention = load_intervention(options.intervention)
-    seed = task_seed(Path(options.intervention), options.task, options.seed)
+    seed = task_seed(folder, options.task, options.seed)
     for name in ("aligned", "chat"):
-        setattr(
-            options, name, getattr(options, name) or was_fitted_with(name, Path(options.intervention), options.task)
-        )
+        setattr(options, name, getattr(options, name) or was_fitted_with(name, folder, options.task))
     model, tokenizer = load_model(options)
-    warn_of_other_weights(options.intervention, model)
     in_file, held_out = examples_for(options, tokenizer, seed, files)
     if options.task is None:
         examples, title = in_file, str(options.data)
     else:
         examples, title = held_out, f"Held-out examples of the task, seed {seed}"
+    if own is not None:
+        own.check(examples)
+        title = own.title
     evaluation = learning.evaluate(model, tokenizer, examples, intervention, batch_size=options.batch_size)
     print_evaluation(title, evaluation)
     options.result = evaluation.to_dict()
@@ -138,9 +143,9 @@ def generate(options: argparse.Namespace) -> int:
     if not all(options.prompt):
         raise ValueError("prompt: got '', which has no tokens")
     strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
-    intervention = load_intervention(options.intervention)
+    intervention = load_saved(options.intervention)
+    take_model_of_fit(options, Path(options.intervention))
     model, tokenizer = load_model(options)
-    warn_of_other_weights(options.intervention, model)
     prompts, sources = options.prompt, options.source or []
     check_sources(intervention, sources, len(prompts))
     if options.chat:
@@ -167,9 +172,9 @@ def plot(options: argparse.Namespace) -> int:
 def merge(options: argparse.Namespace) -> int:
     """Save a model with the intervention in its weights."""
     check_folder(Path(options.out))
-    intervention = load_intervention(options.intervention)
+    intervention = load_saved(options.intervention)
+    take_model_of_fit(options, Path(options.intervention))
     model, tokenizer = load_model(options)
-    warn_of_other_weights(options.intervention, model)
     merge_into_weights(model, intervention, strength=options.strength)
     out = output_folder(options.out)
     model.save_pretrained(out)

@@ -56,18 +56,18 @@ def _place(intervention: Intervention) -> list[list[str]]:
     if len(parts) > 1:
         return [[f"part {number}", part._heading()] for number, part in enumerate(parts, 1)]
     where = parts[0].location
-    positions = "every token"
-    if where.positions is not None:
-        positions = ", ".join([*map(str, where.positions), *(["generated"] * where.generated)])
     model = where.model
     shape = f"{model.model_type}, {model.n_layers} layers, {model.n_heads} heads of {model.head_dim}"
-    return [["architecture", shape], ["site", where.site], ["layers", ranges(where.layers)], ["positions", positions]]
+    rows = [["architecture", shape], *([] if where.origin is None else [["made for", str(where.origin)]])]
+    return [*rows, ["site", where.site], ["layers", ranges(where.layers)], ["positions", where.tokens]]
 
 
 def _as_json(factor: float, part: Intervention) -> dict[str, Any]:
     found: dict[str, Any] = {"factor": factor, "kind": type(part).__name__, "n_groups": part.n_groups}
     largest = [row._asdict() for row in part.top()] if isinstance(part, ActivScalar) else None
-    return found | {"location": part.location.to_dict(), "n_active": part.n_active, "largest": largest}
+    origin = part.location.origin
+    found |= {"location": part.location.to_dict(), "model": None if origin is None else origin.to_dict()}
+    return found | {"n_active": part.n_active, "largest": largest}
 
 
 def _record(folder: Path) -> dict[str, Any]:

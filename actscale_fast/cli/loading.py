@@ -14,6 +14,7 @@ import torch
 from .. import tasks
 from ..demo_model import load_demo_model, quiet_transformers, whole_model
 from ..frozen.chat import has_chat_template, user_message
+from ..learning.prompt_spaces import without_needless_space
 from ..tasks.examples import Example
 from ..tasks.loading import load_examples
 from .verbosity import shows_progress
@@ -86,7 +87,10 @@ def examples_for(
     if not options.chat:
         return train, test
     check_chat_template(tokenizer)
-    return [_as_message(example) for example in train], [_as_message(example) for example in test]
+    in_chat = [[_as_message(example) for example in some] for some in (train, test)]
+    if options.task is not None:
+        in_chat = [[without_needless_space(example, tokenizer) for example in some] for some in in_chat]
+    return in_chat[0], in_chat[1]
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,6 +123,8 @@ def load_task(
         given["aligned"] = options.aligned
         if options.aligned and options.task == "country-capital":
             given["templates"] = tasks.ALIGNED_CONFLICT_TEMPLATES
+    if getattr(options, "n_templates", None) is not None:
+        given["templates"] = tasks.CONFLICT_TEMPLATES[: options.n_templates]
     if options.split is not None:
         given["split"] = options.split
     train, test = makers[options.task](tokenizer, **given)

@@ -10,11 +10,13 @@ from .. import defaults
 from .values import column_names, layer_list, position_list, positive_int
 
 DEMO_MODEL = "SmolLM2-135M-Instruct, downloaded once from the Python package index"
+MODEL_OF_FIT = "that of the fit, otherwise the demo model"
+SHELLS = ("bash", "zsh", "fish")
 SITES = ("head", "attn_out", "mlp_out", "residual")
 TASKS = ("country-capital", "indirect-object", "greater-than", "name-order", "price-tagging")
 #: How many examples of a task the commands and the demo use, chosen for SmolLM2-135M-Instruct on two cores.
 N_TRAIN, N_TEST = 192, 96
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def number(
@@ -90,15 +92,21 @@ def checkpoint(group: argparse._ArgumentGroup) -> None:
     )
 
 
+SAVED = "a folder saved by demo, fit, interchange, extract or combine"
+
+
 def intervention(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--intervention", required=True, metavar="FOLDER",
-        help="a folder saved by demo, fit, interchange, extract or combine",
-    )  # fmt: skip
+    command.add_argument("--intervention", required=True, metavar="FOLDER", help=SAVED)
 
 
-def data(command: argparse.ArgumentParser, n_train: int = N_TRAIN) -> None:
-    source = command.add_mutually_exclusive_group(required=True)
+def data(command: argparse.ArgumentParser, n_train: int = N_TRAIN, *, required: bool = True) -> None:
+    """The options that choose examples.
+
+    Args:
+        n_train: the default number of training examples of a task.
+        required: whether examples must be named; otherwise those of a fit's record are the default.
+    """
+    source = command.add_mutually_exclusive_group(required=required)
     source.add_argument(
         "--data", metavar="FILE",
         help="file of examples: JSONL, JSON, CSV or Parquet with the columns prompt (or messages), correct and wrong",
@@ -122,17 +130,20 @@ def data(command: argparse.ArgumentParser, n_train: int = N_TRAIN) -> None:
         "--split", choices=("country", "template", "both"), metavar="WHAT",
         help="with --task country-capital: hold out country, template or both (default: country)",
     )  # fmt: skip
-    number(command, "--n-train", positive_int, n_train, "with --task: number of training examples")
-    number(command, "--n-test", positive_int, N_TEST, "with --task: number of held-out examples")
+    for name, what, default in (("--n-train", "training", n_train), ("--n-test", "held-out", N_TEST)):
+        command.add_argument(
+            name, type=positive_int, default=default if required else None, metavar="N",
+            help=f"with --task: number of {what} examples (default: {default})",
+        )  # fmt: skip
 
 
-def model(command: argparse.ArgumentParser) -> None:
+def model(command: argparse.ArgumentParser, default: str = DEMO_MODEL) -> None:
     group = command.add_argument_group("model")
     group.add_argument(
-        "--model", metavar="NAME_OR_PATH", help=f"name on the Hugging Face hub, or a folder (default: {DEMO_MODEL})"
+        "--model", metavar="NAME_OR_PATH", help=f"name on the Hugging Face hub, or a folder (default: {default})"
     )
     group.add_argument(
-        "--dtype", choices=_DTYPES, default="auto", metavar="TYPE", help=", ".join(_DTYPES) + " (default: as saved)"
+        "--dtype", choices=DTYPES, default="auto", metavar="TYPE", help=", ".join(DTYPES) + " (default: as saved)"
     )
     group.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"

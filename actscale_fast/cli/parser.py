@@ -42,7 +42,7 @@ def build_parser() -> SuggestingParser:
         functools.partial(_command, before="extract "),
     )
     parser_extract.combine(add("combine", "FOLDER FOLDER … --out FOLDER [--factors LIST]", "add several interventions"))
-    examples = "--intervention FOLDER (--data FILE | --task TASK) [options]"
+    examples = "FOLDER [--data FILE | --task TASK] [options]"
     _evaluate(add("evaluate", examples, "measure an intervention on examples, beside the frozen model"))
     _info(add("info", "FOLDER [options]", "say what a saved intervention is"))
     prompt = "--intervention FOLDER --prompt TEXT [options]"
@@ -55,6 +55,7 @@ def build_parser() -> SuggestingParser:
         add("reproduce", "--out FOLDER [options]", "compare all systems on a model, in one report")
     )
     _verify(add("verify", "[options]", "test the kernels on this machine and choose the fastest"))
+    _completion(add("completion", "SHELL", "print a script that completes commands and options with the TAB key"))
     bench = add("bench", "[-- ARGUMENTS]", "run the benchmarks of a source checkout")
     bench.description = (
         "Runs `python -m benchmarks` in the checkout with all further arguments, for example\n"
@@ -75,9 +76,9 @@ def _command(
         allow_abbrev=False,
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if name not in ("bench", "extract"):  # the recipes of extract have these themselves
+    if name not in ("bench", "completion", "extract"):  # the recipes of extract have these themselves
         command.add_argument(
-            "--quiet", action="store_true", help="print results and errors only, without progress and warnings"
+            "--quiet", action="store_true", help="print results, warnings and errors only, without progress"
         )
         command.add_argument(
             "--config", metavar="FILE",
@@ -101,9 +102,15 @@ def _demo(command: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(command: argparse.ArgumentParser) -> None:
-    options.intervention(command)
-    options.model(command)
-    options.data(command)
+    command.description = (
+        "Measures an intervention on examples, beside the frozen model. By default these are the examples that the\n"
+        "fit held out, which are found again from its record (fit.json) and must be the same, on the model of the fit."
+    )
+    saved = command.add_mutually_exclusive_group(required=True)
+    saved.add_argument("folder", nargs="?", metavar="FOLDER", help=options.SAVED)
+    saved.add_argument("--intervention", metavar="FOLDER", help="the same as FOLDER")
+    options.model(command, options.MODEL_OF_FIT)
+    options.data(command, required=False)
     command.add_argument(
         "--seed", type=int, metavar="N",
         help=f"with --task: random seed of the examples (default: that of the fit, otherwise {defaults.SEED})",
@@ -113,12 +120,23 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", metavar="FILE", help="also write the figures to this file, as JSON")
 
 
+def _completion(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Prints a script that completes commands, options and their values with the TAB key. For the running shell:\n"
+        '  eval "$(actscale-fast completion bash)"\n'
+        '  eval "$(actscale-fast completion zsh)"\n'
+        "  actscale-fast completion fish | source\n"
+        "The same line in ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish serves all later ones."
+    )
+    command.add_argument("shell", choices=options.SHELLS, metavar="SHELL", help=", ".join(options.SHELLS))
+
+
 def _info(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Prints what a folder saved by demo, fit, interchange, extract or combine holds: the kind of intervention,\n"
         "the model, site, layers and positions, how many parameters are active, the largest, and how it was learned."
     )
-    command.add_argument("folder", metavar="FOLDER", help="a folder with a saved intervention")
+    command.add_argument("folder", metavar="FOLDER", help=options.SAVED)
     options.as_json(command)
 
 
@@ -139,7 +157,7 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 def _generate(command: argparse.ArgumentParser) -> None:
     options.intervention(command)
-    options.model(command)
+    options.model(command, options.MODEL_OF_FIT)
     command.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="the text to continue; may be repeated"
     )
@@ -176,6 +194,6 @@ def _plot(command: argparse.ArgumentParser) -> None:
 
 def _merge(command: argparse.ArgumentParser) -> None:
     options.intervention(command)
-    options.model(command)
+    options.model(command, options.MODEL_OF_FIT)
     options.number(command, "--strength", float, 1.0, "strength β to merge with", "X")
     options.out(command, "the merged model and its tokenizer")

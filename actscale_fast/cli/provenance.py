@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._log import logger
 from .._version import __version__
-from ..learning.weights_digest import weights_digest
+from ..architectures.model_origin import ModelOrigin, origin_of
+from ..interventions import Intervention, load_intervention
 from ..tasks.examples import example_fields
 from .record import read_record
 
@@ -36,48 +36,30 @@ def provenance(
         train, test: the examples that were learned from, and those that were held out.
         objective: as it was used, with numbers where shares were given; None: there is none.
     """
+    origin = origin_of(model)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     return {
         "versions": {"actscale_fast": __version__, "python": platform.python_version(), **versions},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dtype": _dtype(model),
-        "weights": _weights(model),
-        "examples": {"train": _examples(train), "test": _examples(test)},
+        "dtype": origin.dtype,
+        "weights": origin.weights,
+        "examples": {"train": examples_record(train), "test": examples_record(test)},
         "objective": None if objective is None else asdict(objective) | {"directions": list(objective.directions)},
     }
 
 
-def warn_of_other_weights(folder: str | Path, model: PreTrainedModel) -> None:
-    """Print a warning if an intervention was learned on other weights, such as those of another fine-tune.
-
-    Weights that are loaded in another dtype cannot be compared. Without an intact record nothing is printed.
-    """
-    record: dict[str, Any] = {}
-    with contextlib.suppress(ValueError):
-        record = read_record(Path(folder))
-    known = record.get("weights")
-    if known is None or record.get("dtype") != _dtype(model):
-        return
-    found = _weights(model)
-    if found not in (None, known):
-        logger.warning(
-            f"{folder} was fitted on a model of the same shape with other weights (digest {known}, this model's is "
-            f"{found}), such as another fine-tune; its figures may not hold here"
-        )
+def load_saved(folder: str | Path) -> Intervention:
+    """`load_intervention`; what was saved before `intervention.json` named the model takes it from the fit's record."""
+    intervention = load_intervention(folder)
+    if any(part.location.origin is None for part in intervention.singles):
+        with contextlib.suppress(ValueError):  # a damaged record is no reason to refuse the intervention
+            record = read_record(Path(folder))
+            known = {"name": record.get("model"), "dtype": record.get("dtype"), "weights": record.get("weights")}
+            intervention.set_origin(ModelOrigin.from_dict(known))
+    return intervention
 
 
-def _examples(examples: Sequence[Example]) -> dict[str, Any]:
+def examples_record(examples: Sequence[Example]) -> dict[str, Any]:
+    """The number of some examples, and a digest of them."""
     content = json.dumps([example_fields(example) for example in examples], ensure_ascii=False)
     return {"n": len(examples), "sha256": hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()}
-
-
-def _dtype(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
-def _weights(model: PreTrainedModel) -> str | None:
-    """The digest of the model's weights; None: they cannot be read."""
-    try:
-        return weights_digest(model)
-    except ValueError:
-        return None

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 FILE, EVALUATION = "fit.json", "evaluation.json"
 _KEPT = (
-    "model", "data", "test_data", "columns", "chat", "task", "n_train", "n_test", "seed", "steps", "lr", "batch_size",
-    "schedule", "accumulate", "kind", "aligned", "margin", "faithfulness", "minimality", "n_active", "kl",
+    "model", "data", "test_data", "columns", "chat", "task", "aligned", "split", "n_train", "n_test", "seed",
+    "steps", "lr", "batch_size",
+    "schedule", "accumulate", "kind", "margin", "faithfulness", "minimality", "n_active", "kl",
     "include_answers",
     "one_direction", "sparsity", "epochs", "rotation_lr", "boundary_lr", "boundary_weight",
 )  # fmt: skip

@@ -18,7 +18,7 @@ _quiet: list[bool] = [False]
 
 
 def is_quiet() -> bool:
-    """Whether only results and errors are printed."""
+    """Whether only results, warnings and errors are printed."""
     return _quiet[-1]
 
 
@@ -31,19 +31,19 @@ def shows_progress(options: argparse.Namespace) -> bool:
 def printing(options: argparse.Namespace) -> Iterator[None]:
     """Print as the options say while the block runs; with --json, `options.result` is printed when it ends well.
 
-    Everything else that the command prints goes to stderr then, so that stdout holds one JSON document.
+    Everything else that the command prints goes to stderr then, so that stdout holds one JSON document. Each warning is
+    one line on stderr.
     """
     quiet, as_json = getattr(options, "quiet", False), getattr(options, "json", False)
     handler, level = StderrHandler(), logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
     _quiet.append(quiet)
     options.result = None
     try:
         with contextlib.ExitStack() as stack:
-            if quiet:
-                stack.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
+            stack.enter_context(warnings.catch_warnings())
+            warnings.showwarning = _as_one_line
             if as_json:
                 elsewhere = stack.enter_context(open(os.devnull, "w")) if quiet else sys.stderr  # noqa: PTH123
                 stack.enter_context(contextlib.redirect_stdout(elsewhere))
@@ -54,6 +54,13 @@ def printing(options: argparse.Namespace) -> Iterator[None]:
         _quiet.pop()
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def _as_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Show a warning without the line of code that it comes from."""
+    logger.warning(" ".join(str(message).split()))
 
 
 def _finite(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._checks import check_counts
+from ..architectures.model_origin import origin_of
 from ..learning import checkpoint as checkpoints
 from ..learning.arguments import refuse_inference_mode
 from ..learning.encoded_examples import EncodedExamples
@@ -117,6 +118,7 @@ def fit_interchange(
     if checkpoint is not None:
         checkpoints.check_writable_checkpoint(checkpoint, new=True)
     Patch(model, das).remove()  # refuses another model's interchange, and moves the parameters to this model's device
+    das.set_origin(origin_of(model))
     begun = time.perf_counter()
     identity: dict[str, Any] = {}
     if checkpoint is not None:

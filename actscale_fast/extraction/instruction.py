@@ -181,7 +181,7 @@ class InstructionVectors(Readable):
         number = check_layers([layer], where.model.n_layers)[0]
         if number not in where.layers:
             raise ValueError(f"layer: got {layer}, expected one of {list(where.layers)}, which have a vector")
-        location = Location(where.site, (number,), None, False, where.model, where.paths)
+        location = Location(where.site, (number,), None, False, where.model, where.paths, origin=where.origin)
         return where.layers.index(number), location
 
 

@@ -102,10 +102,19 @@ def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[i
         yield order[start : start + batch_size]
 
 
-def check_texts(texts: Any, name: str) -> Sequence[str]:
-    """`texts` if it is a list that is not empty; otherwise raise a TypeError or ValueError."""
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
+def check_texts(texts: Any, name: str, *, plain: bool = False) -> Sequence[str]:
+    """`texts` if it is a list that is not empty; otherwise raise a TypeError or ValueError.
+
+    Args:
+        texts: what a caller gave.
+        name: what an error message calls it.
+        plain: the list may be empty and of any type that has a length, but its rows must be strings, not messages.
+    """
+    if isinstance(texts, str) or not (plain or isinstance(texts, Sequence)):
         raise TypeError(f"{name}: got {type(texts).__name__}, expected a list of strings")
-    if not texts:
+    if not plain and not texts:
         raise ValueError(f"{name}: got none, expected at least one")
-    return texts
+    for row, text in enumerate(texts if plain else (), 1):
+        if not isinstance(text, str):
+            raise TypeError(f"row {row} of {name}: got {type(text).__name__}, expected a string")
+    return texts  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from ..architectures.arguments import accepted_arguments
 from ..architectures.layout import layout
 from ..modules.evaluation_mode import evaluation_mode
 from .batching import forward_arguments
-from .encoder import TextEncoder, by_length
+from .encoder import TextEncoder, by_length, check_texts
 from .shortcuts import open_frozen_model
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def perplexity(
         perplexity(model, tokenizer, [" a lovely day for a walk."], ["It is"])
     """
     check_counts(batch_size=batch_size)
-    _check_strings("texts", texts)
+    check_texts(texts, "texts", plain=True)
     if prompts is not None:
-        _check_strings("prompts", prompts)
+        check_texts(prompts, "prompts", plain=True)
         if len(prompts) != len(texts):
             raise ValueError(f"prompts: got {len(prompts)}, expected one for each of the {len(texts)} texts")
     found = layout(model, paths)
@@ -145,11 +145,3 @@ def _row(encoder: TextEncoder, text: str, prompt: str, name: str) -> _Row:
         raise ValueError(f"{name}: {text!r} is one token, which nothing predicts; expected two, or a prompt")
     encoder.check_length(len(ids), name)
     return _Row(ids, n_scored)
-
-
-def _check_strings(name: str, values: Sequence[str]) -> None:
-    if isinstance(values, str):
-        raise TypeError(f"{name}: got a string, expected a list of strings")
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, str):
-            raise TypeError(f"row {number} of {name} is a {type(value).__name__}, expected a string")

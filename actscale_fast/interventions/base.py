@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -14,6 +15,7 @@ from .._files import write_bytes
 from .._tables import Readable, ranges
 from ..architectures.locate import locate
 from ..architectures.location import Location, check_positions, check_site
+from ..architectures.model_origin import ModelOrigin
 from . import saving
 from .description import Description, read_description
 from .placement import Placement
@@ -246,6 +248,11 @@ class Intervention(Readable, nn.Module):
         """The sum of the parameters' absolute values."""
         return sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in self.parameters())
 
+    def set_origin(self, origin: ModelOrigin) -> None:
+        """Note which model the intervention is for; `save_pretrained` writes it into `intervention.json`."""
+        for part in self.singles:
+            part.location = replace(part.location, origin=origin)
+
     def check_finite(self) -> None:
         """Raise a ValueError that names a parameter with NaN or infinite values."""
         for name, parameter in self.named_parameters():
@@ -317,7 +324,7 @@ class Intervention(Readable, nn.Module):
             values = values if self.n_groups is not None else values[None]
             norms.append(values.flatten(3).norm(dim=-1).cpu().flatten())  # of [G, L, P]
         n_slots = 1 if self.shares_positions else self.location.n_slots
-        slots = [*(self.location.positions or ()), *(["generated"] * self.location.generated)]
+        slots = self.location.slots
         rows = []
         for flat in norms[0].argsort(descending=True, stable=True)[:_SHOWN].tolist():
             if not float(norms[0][flat]):
@@ -331,9 +338,7 @@ class Intervention(Readable, nn.Module):
 
     def _heading(self) -> str:
         where = self.location
-        tokens = "every token"
-        if where.positions is not None:
-            tokens = "positions " + ", ".join([*map(str, where.positions), *(["generated"] * where.generated)])
+        tokens = where.tokens if where.positions is None else f"positions {where.tokens}"
         stacked = "" if self.n_groups is None else f" ({self.n_groups} stacked)"
         layers = f"layer{'s' * (len(where.layers) > 1)} {ranges(where.layers)}"
         return f"{type(self).__name__}{stacked} at {where.site} of {where.model.model_type}, {layers}, {tokens}"
@@ -346,7 +351,7 @@ class Intervention(Readable, nn.Module):
 
     def extra_repr(self) -> str:
         where = self.location
-        positions = "all" if where.positions is None else [*where.positions, *(["generated"] * where.generated)]
+        positions = "all" if where.positions is None else where.slots
         return (
             f"site={where.site!r}, layers={list(where.layers)}, positions={positions}, model={where.model.model_type!r}"
         )

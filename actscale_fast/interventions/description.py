@@ -1,7 +1,7 @@
 """`intervention.json`, which describes a saved intervention. It is read as data that a stranger may have written.
 
-It names the class, the location and the tensors file with its checksum, and has a checksum of its own bytes. Format 1,
-which has none, is still read.
+It names the class, the location, the model that the intervention was made for and the tensors file with its checksum,
+and has a checksum of its own bytes. Format 1, which has none, is still read.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .._json import LARGE, parsed_sealed, read_limited, sealed, shown
 from ..architectures.location import Location
+from ..architectures.model_origin import ModelOrigin
 
 T = TypeVar("T")
 
@@ -28,6 +29,8 @@ TENSORS_1 = "intervention.safetensors"
 ENTRY_POINTS = __name__.rpartition(".")[0]  # actscale_fast.interventions
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMON = {"format", "class"}
+#: What a file of format 2 may lack: the strength of an ActScaleModel, and the model, which earlier versions left out.
+_OPTIONAL = {"strength", "model"}
 _KEYS = {
     (1, False): _COMMON | {"module", "n_groups", "location", "sha256"},
     (1, True): _COMMON | {"parts"},
@@ -58,7 +61,11 @@ class Description:
 
     def place(self) -> tuple[Location, int | None]:
         """The location and the number of groups of an intervention at a single location."""
-        return self.checked(lambda: (Location.from_dict(self.fields["location"]), _n_groups(self.fields["n_groups"])))
+        return self.checked(lambda: (self._location(), _n_groups(self.fields["n_groups"])))
+
+    def _location(self) -> Location:
+        origin = ModelOrigin.from_dict(self.fields["model"]) if "model" in self.fields else None
+        return replace(Location.from_dict(self.fields["location"]), origin=origin)
 
     def tensors_file(self) -> tuple[str, str]:
         """The name and the SHA-256 of the tensors file."""
@@ -133,7 +140,7 @@ def _checked_fields(raw: bytes) -> dict[str, Any]:
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError("no class" if name is None else f"class: got {shown(name)}, expected a name")
     expected = _KEYS[version, name == "Composite"]
-    unknown, missing = fields.keys() - expected - ({"strength"} if version > 1 else set()), expected - fields.keys()
+    unknown, missing = fields.keys() - expected - (_OPTIONAL if version > 1 else set()), expected - fields.keys()
     if unknown or missing:
         words = [f"missing: {', '.join(sorted(missing))}"] if missing else []
         words += [f"unknown: {shown(sorted(unknown))}"] if unknown else []

@@ -72,13 +72,15 @@ def encode(cls: type, location: Location, n_groups: int | None, tensors: dict[st
     payload = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(payload).hexdigest()
     name = f"intervention-{digest[:16]}.safetensors"
-    description = {
+    description: dict[str, Any] = {
         "class": cls.__name__,
         "module": cls.__module__,
         "n_groups": n_groups,
         "location": location.to_dict(),
         "tensors": {"file": name, "sha256": digest},
     }
+    if location.origin is not None:
+        description["model"] = location.origin.to_dict()
     return Encoded(name, payload, description)
 
 

@@ -150,9 +150,7 @@ class Selection:
 
 def positions_of(location: Location) -> list[Position]:
     """The name of each slot: its position, "generated", or None where all tokens share one."""
-    if location.positions is None:
-        return [None]
-    return [*location.positions, *(["generated"] * location.generated)]
+    return [None] if location.positions is None else [*location.slots]
 
 
 def scalar_rows(alpha: Tensor, location: Location, n_groups: int | None) -> list[ScalarRow]:

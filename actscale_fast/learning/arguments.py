@@ -12,6 +12,7 @@ from ..architectures.layout import layout
 from ..architectures.location import Location
 from ..architectures.site_after_norm import offer_of_site_after_norm
 from ..architectures.site_check import idle_layers
+from ..architectures.weights_digest import sharded_error
 from ..interventions import Composite, Intervention, Projection
 from .objective import Objective
 
@@ -87,11 +88,3 @@ def refuse_sharded(model: nn.Module) -> None:
     name = next((name for name, value in model.named_parameters() if type(value).__name__ == "DTensor"), None)
     if name is not None:
         raise sharded_error(name)
-
-
-def sharded_error(name: str) -> ValueError:
-    """The error about the weight of that name, which is sharded."""
-    return ValueError(
-        f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights in "
-        "each process; patch, generate and evaluate take such a model"
-    )

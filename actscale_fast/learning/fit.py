@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import defaults
 from .._tables import Readable
+from ..architectures.model_origin import origin_of
 from ..interventions import Intervention
 from ..patching.patch import patch
 from ..tasks.loading import ExampleSource
@@ -168,6 +169,7 @@ def fit(
             check_writable_checkpoint(checkpoint.path, processes=processes, new=True)
         # Refuses another model's intervention before any work, and moves the parameters to this model's device.
         patch(model, intervention).remove()
+        intervention.set_origin(origin_of(model))
         refuse_idle(model, intervention)
         rows = range(len(data))
         identity = fit_identity(intervention, objective) | examples_identity(data, rows)

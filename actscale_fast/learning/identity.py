@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.weights_digest import weights_digest
 from ..interventions import Composite, Intervention
 from ..tasks.examples import example_fields
 from .checkpoint import digest
 from .distributed import SINGLE_PROCESS, ProcessGroup
 from .encoded_examples import EncodedExamples
 from .objective import Objective
-from .weights_digest import weights_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..frozen.chat import chat_text
@@ -24,13 +25,25 @@ def warn_of_spaces(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
             stacklevel=4,
         )
     beginning = [example for example in examples if _opens_turn(example) and example.correct[0] == " "]
-    if beginning and chat_text(tokenizer, beginning[0].messages or (), str(beginning[0].where))[-1:].isspace():
+    if beginning and _begins_without_space(beginning[0], tokenizer):
         have = "have answers that begin" if len(beginning) > 1 else "has answers that begin"
         warnings.warn(
             f"{_counted(beginning)} {have} with a space, but the chat template ends with a line break or space, after "
             "which models begin without one: write the answers without it ('Berlin')",
             stacklevel=4,
         )
+
+
+def without_needless_space(example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """The example with answers as a model begins them: after a line break of the chat template, without a space."""
+    if not _opens_turn(example) or not _begins_without_space(example, tokenizer):
+        return example
+    return replace(example, correct=example.correct.lstrip(" "), wrong=example.wrong.lstrip(" "))
+
+
+def _begins_without_space(example: Example, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template ends with a line break or space, after which models begin without one."""
+    return chat_text(tokenizer, example.messages or (), str(example.where))[-1:].isspace()
 
 
 def _written_end(example: Example) -> str:

@@ -11,6 +11,7 @@ from ..architectures import site_check
 from ..architectures.families import FAMILIES
 from ..architectures.hugging_face import unwrap
 from ..architectures.layout import ModelLayout, layout
+from ..architectures.model_origin import warn_of_other_weights
 from ..interventions import ActivScalar, Intervention, SteerVec
 from .edits import one_strength
 
@@ -52,6 +53,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
     updates: dict[str, tuple[nn.Parameter, Tensor]] = {}
     for factor, part in parts:
         part.location.model.require(found.fingerprint)
+        warn_of_other_weights(found.model, part.location.origin, stacklevel=2)
         part.check_finite()
         own = layout(model, part.paths)
         site_check.require_site(own, part.location.site, part.location.layers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..architectures import site_check
 from ..architectures.hugging_face import execution_device
 from ..architectures.layout import ModelLayout, layout
+from ..architectures.model_origin import warn_of_other_weights
 from ..interventions import Composite, Intervention
 from ..modules import hooks
 from ..modules.handle import Handle
@@ -45,6 +46,9 @@ def patch(
 
     Returns:
         The handle: a context manager with `.remove()`, `.strength` and `.prompt()`.
+
+    Warns:
+        UserWarning: once for each model, where it has other weights than the one that the intervention was made for.
 
     Raises:
         TypeError, ValueError: an intervention for another model, non-finite parameters, or a bad strength or group. The
@@ -154,6 +158,7 @@ class Patch(ReadablePatch, Steering, AttachedPatch):
         location = intervention.location
         found = layout(model, location.paths)
         location.model.require(found.fingerprint)
+        warn_of_other_weights(found.model, location.origin, stacklevel=3)
         modules = {layer: found.site_module(location.site, layer) for layer in location.layers}
         super().__init__(intervention, execution_device(modules[location.layers[0]]), strength, group)
         self.counted = tuple(sorted(location.layers))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..architectures.layout import layout
+from ..architectures.weights_digest import weights_digest
 from ..learning.checkpoint import digest
-from ..learning.weights_digest import weights_digest
 from ..modules.evaluation_mode import evaluation_mode
 from . import locating, recipes, transferring
 from .comparing import Laboratory

@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "build" / "docs"
+STYLE = ROOT / "docs" / "tools" / "site.css"
 
 #: Pages from outside docs/, with their names on the site.
 OUTSIDE = {
@@ -68,6 +69,7 @@ class Stage:
             page = self.target / name
             page.parent.mkdir(parents=True, exist_ok=True)
             page.write_text(with_links(text, lambda link, s=source, n=name: self.link(link, s, n)), encoding="utf-8")
+        shutil.copyfile(STYLE, self.target / STYLE.name)
 
     def title(self, page: Path) -> str:
         """The heading of a page, which takes the place of a file's name as a link's text."""

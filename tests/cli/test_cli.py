@@ -20,7 +20,7 @@ from actscale_fast.tasks.examples import Example, save_examples
 
 COMMANDS = (
     "demo", "fit", "sweep", "attribution", "interchange", "extract", "combine", "evaluate", "info", "generate", "plot",
-    "merge", "reproduce", "bench",
+    "merge", "reproduce", "completion", "bench",
 )  # fmt: skip
 
 
@@ -555,7 +555,7 @@ def test_a_record_tells_where_a_fit_comes_from_and_another_fine_tune_is_warned_o
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from actscale_fast import __version__
-    from actscale_fast.learning.weights_digest import weights_digest
+    from actscale_fast.architectures.weights_digest import weights_digest
 
     out, other = tmp_path / "out", tmp_path / "other"
     assert main(["fit", "--model", model, "--data", data, "--test-data", data, "--steps", "1", "--out", str(out)]) == 0
@@ -580,7 +580,7 @@ def test_a_record_tells_where_a_fit_comes_from_and_another_fine_tune_is_warned_o
         assert main([*words, model]) == 0
         assert capsys.readouterr().err == ""
         assert main([*words, str(other)]) == 0
-        assert "was fitted on a model of the same shape with other weights" in capsys.readouterr().err
+        assert "was made for a model of the same shape with other weights" in capsys.readouterr().err
         assert main([*words, str(other), "--dtype", "bfloat16"]) == 0
         assert "other weights" not in capsys.readouterr().err
 

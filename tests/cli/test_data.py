@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import actscale_fast as af
 from actscale_fast.cli import main
+from actscale_fast.cli.loading import examples_for
+from actscale_fast.cli.parser import build_parser
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}Q: {{ message['content'] }} {% endfor %}"
@@ -120,11 +122,25 @@ def test_a_task_in_a_chat_is_evaluated_as_it_was_learned(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = ["--model", model, "--task", "country-capital", "--n-train", "4", "--n-test", "4"]
-    with pytest.warns(UserWarning, match="row 1 of examples and 3 more rows have answers that begin with a space"):
-        run("fit", *task, "--chat", "--steps", "1", "--out", tmp_path / "fitted")
+    run("fit", *task, "--chat", "--steps", "1", "--out", tmp_path / "fitted")
+    assert "begin with a space" not in capsys.readouterr().err
     run("evaluate", *task, "--intervention", tmp_path / "fitted", "--out", tmp_path / "evaluation.json")
     learned = json.loads((tmp_path / "fitted" / "evaluation.json").read_text(encoding="utf-8"))
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == learned
+
+
+def test_the_answers_of_a_task_begin_as_the_chat_template_has_it(model: str) -> None:
+    words = ["--task", "country-capital", "--n-train", "4", "--n-test", "4", "--out", "o"]
+    plain, chat = (build_parser().parse_args(["fit", *words, *more]) for more in ([], ["--chat"]))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    (written, _), (begun, _) = (examples_for(options, tokenizer, 0, ([], [])) for options in (plain, chat))
+    assert all(example.correct[0] == example.wrong[0] == " " for example in written)
+    assert [(example.correct, example.wrong) for example in begun] == [
+        (example.correct.strip(), example.wrong.strip()) for example in written
+    ]
+    tokenizer.chat_template = TEMPLATE.replace("A:\n", "A:")  # a word follows after a space
+    spaced, _ = examples_for(chat, tokenizer, 0, ([], []))
+    assert [example.correct for example in spaced] == [example.correct for example in written]
 
 
 def test_generate_writes_the_prompt_in_the_chat_template(

@@ -96,6 +96,20 @@ def test_quiet_prints_results_only(folder: Path, tmp_path: Path, capsys: pytest.
     assert shown.err == ""
 
 
+def test_quiet_leaves_warnings_each_on_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Example("The capital of Italy is ", "Rome", "Oslo"), Example("The capital of A is ", "Rome", "Paris")]
+    save_examples(tmp_path / "spaces", rows)
+    words = in_folder(folder, "attribution --model MODEL --no-knock-out")
+    for more in ([], ["--quiet"]):
+        capsys.readouterr()
+        assert main([*words, "--data", str(tmp_path / "spaces"), "--out", str(tmp_path / "o"), *more]) == 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("actscale-fast: warning: row 1 of ")
+        assert "end with a space" in line
+
+
 def test_no_progress_bar_is_drawn_where_stderr_is_no_terminal(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,9 +113,9 @@ def test_no_texts_have_no_perplexities(model: Any, tokenizer: Any) -> None:
     [
         ({"texts": ["A Q", ""]}, ValueError, "row 2 of texts: '' has no tokens"),
         ({"texts": ["A Q", "A"]}, ValueError, "row 2 of texts: 'A' is one token, which nothing predicts"),
-        ({"texts": "A Q"}, TypeError, "texts: got a string, expected a list"),
-        ({"texts": ["A Q", None]}, TypeError, "row 2 of texts is a NoneType"),
-        ({"texts": ["A"], "prompts": [3]}, TypeError, "row 1 of prompts is a int"),
+        ({"texts": "A Q"}, TypeError, "texts: got str, expected a list of strings"),
+        ({"texts": ["A Q", None]}, TypeError, "row 2 of texts: got NoneType, expected a string"),
+        ({"texts": ["A"], "prompts": [3]}, TypeError, "row 1 of prompts: got int, expected a string"),
         ({"texts": ["A"], "prompts": []}, ValueError, "prompts: got 0, expected one for each of the 1 texts"),
         ({"texts": ["A " * 65]}, ValueError, "row 1 of texts has 65 tokens, expected at most the model's 64"),
         ({"texts": ["A Q"], "batch_size": 0}, ValueError, "batch_size: got 0"),

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...interventions import Intervention
+from ...ops.once_differentiable import once_differentiable
 
 
 def shared_below(intervention: Intervention, groups: Sequence[int], n_layers: int) -> int:
@@ -48,7 +48,7 @@ class SignedRows(torch.autograd.Function):
         return x[expand]
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("the layers that all directions share")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         expand, sign = ctx.saved_tensors
         signed = dy * sign.to(dy.dtype).view(-1, *[1] * (dy.dim() - 1))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ... import defaults
 from ..._checks import check_counts
 from ...architectures.layout import layout
+from ...architectures.model_origin import ModelOrigin, origin_of
 from ...interventions import ActivScalar, Intervention
 from ...patching.patch import patch
 from ...tasks.examples import Example
@@ -131,8 +132,9 @@ def sweep(
     with process_group(execution.distributed) as processes:
         if root is not None:
             check_writable_checkpoint(root / INDEX, processes=processes)
+        origin = origin_of(model)
         for point in made:
-            _check_point(model, point, data)
+            _check_point(model, origin, point, data)
         resolve_shares(model, data, made, rows_of, execution)
         chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
         _identify(model, data, chains, rows_of, execution.accumulate, saved=root is not None)
@@ -156,13 +158,14 @@ def sweep(
         return result
 
 
-def _check_point(model: PreTrainedModel, point: Point, data: EncodedExamples) -> None:
+def _check_point(model: PreTrainedModel, origin: ModelOrigin, point: Point, data: EncodedExamples) -> None:
     """Refuse, before any work, an intervention that cannot be learned here."""
     checked_location(point.intervention)
     refuse_tokenless(point.intervention, data)
     if point.intervention.n_groups is not None:
         raise ValueError("grid: got a stack of interventions, expected single ones")
     patch(model, point.intervention).remove()  # refuses another model's
+    point.intervention.set_origin(origin)
     refuse_idle(model, point.intervention)
 
 

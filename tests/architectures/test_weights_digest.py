@@ -15,7 +15,7 @@ from model_zoo import randomised, tiny_model
 from torch import Tensor, nn
 
 import actscale_fast as af
-from actscale_fast.learning.weights_digest import weights_digest
+from actscale_fast.architectures.weights_digest import weights_digest
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

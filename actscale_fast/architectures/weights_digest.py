@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures.hugging_face import unwrap
-from .arguments import sharded_error
+from .hugging_face import unwrap
 
 _WHOLE = 1 << 14  # elements of a tensor that counts with all of them; norms, biases, scales
 _SAMPLE = 384  # elements of a larger one; SmolLM2-135M: 272 tensors in 15 ms on one core
@@ -45,6 +44,14 @@ def weights_digest(model: nn.Module) -> str:
         for values in _on_host(samples):
             found.update(values)
     return found.hexdigest()[:16]
+
+
+def sharded_error(name: str) -> ValueError:
+    """The error about the weight of that name, which is sharded."""
+    return ValueError(
+        f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights in "
+        "each process; patch, generate and evaluate take such a model"
+    )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
