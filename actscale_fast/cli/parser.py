@@ -54,6 +54,7 @@ def build_parser() -> SuggestingParser:
     parser_learning.reproduce(
         add("reproduce", "--out FOLDER [options]", "compare all systems on a model, in one report")
     )
+    _doctor(add("doctor", "[options]", "say which kernels were built, which run here, and why the others do not"))
     bench = add("bench", "[-- ARGUMENTS]", "run the benchmarks of a source checkout")
     bench.description = (
         "Runs `python -m benchmarks` in the checkout with all further arguments, for example\n"
@@ -118,6 +119,14 @@ def _info(command: argparse.ArgumentParser) -> None:
         "the model, site, layers and positions, how many parameters are active, the largest, and how it was learned."
     )
     command.add_argument("folder", metavar="FOLDER", help="a folder with a saved intervention")
+    options.as_json(command)
+
+
+def _doctor(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Prints the versions, what the compiled extension holds (SIMD levels, CUDA architectures and those that were\n"
+        "left out at installation), the devices, and each backend with the reason if it cannot run. Nothing is changed."
+    )
     options.as_json(command)
 
 

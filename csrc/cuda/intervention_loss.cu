@@ -173,20 +173,14 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
     if (blocks > 1) cluster_wait();
 }
 
-template <class T> Error launch_loss(Call call, const Limits& limits, T) {
+template <class T> Error launch_loss(Call call, Limits limits, T) {
     const InterventionLoss& c = call.loss;
     const auto kernel = c.softcap > 0 ? intervention_loss_kernel<T, true> : intervention_loss_kernel<T, false>;
-    auto shape = [&] {
-        const int64_t clusters = c.rows + (c.l1 != nullptr);
-        return Shape{clusters * call.plan.cluster, THREADS, call.plan.cluster, call.plan.shared};
-    };
+    limits.max_cluster = widest_cluster(kernel, THREADS, limits);
     call.plan = plan_loss(c.rows, c.vocab, sizeof(T), limits);
-    if (call.plan.cluster > PORTABLE_CLUSTER && !fits(kernel, shape())) {
-        Limits portable = limits;
-        portable.max_cluster = PORTABLE_CLUSTER;
-        call.plan = plan_loss(c.rows, c.vocab, sizeof(T), portable);
-    }
-    return launch(kernel, shape(), c.stream, call);
+    const int64_t clusters = c.rows + (c.l1 != nullptr);
+    return launch(kernel, Shape{clusters * call.plan.cluster, THREADS, call.plan.cluster, call.plan.shared}, c.stream,
+                  call);
 }
 
 }  // namespace

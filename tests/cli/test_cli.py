@@ -20,7 +20,7 @@ from actscale_fast.tasks.examples import Example, save_examples
 
 COMMANDS = (
     "demo", "fit", "sweep", "attribution", "interchange", "extract", "combine", "evaluate", "info", "generate", "plot",
-    "merge", "reproduce", "bench",
+    "merge", "reproduce", "doctor", "bench",
 )  # fmt: skip
 
 

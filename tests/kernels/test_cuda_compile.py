@@ -22,6 +22,8 @@ KERNELS = {
     "scale_heads_backward_kernel": (65536 // (2 * 256), TYPES),
     "dynamic_scale_kernel": (65536 // (4 * 256), TYPES),
     "dynamic_scale_backward_kernel": (65536 // (2 * 256), TYPES),
+    "scale_channels_kernel": (65536 // (4 * 256), TYPES),
+    "scale_channels_backward_kernel": (65536 // (2 * 256), TYPES),
     "sum_groups_kernel": (65536 // (2 * 512), ("",)),
     "proximal_adam_kernel": (65536 // 512, ("",)),
     "count_step_kernel": (65536 // 32, ("",)),
@@ -98,7 +100,7 @@ def test_every_kernel_compiles_without_a_spill_and_within_its_registers(
 def test_rows_are_copied_read_and_written_16_bytes_at_a_time(compiled: dict[int, Compiled], arch: int) -> None:
     ptx = compiled[arch].ptx
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 16;", ptx["intervention_loss"])
-    for file in ("intervention_loss", "intervention_loss_scale", "scale_heads", "dynamic_scale"):
+    for file in ("intervention_loss", "intervention_loss_scale", "scale_heads", "scale_channels", "dynamic_scale"):
         assert "ld.global.v4" in ptx[file], file
         assert "st.global.v4" in ptx[file], file
 
