@@ -36,6 +36,7 @@ struct Call {
     ScaleChannels scale;
     Geometry at;
     bool aligned;  // 16-byte accesses
+    bool floats_aligned;
 };
 
 Geometry geometry(const ScaleChannels& c, int64_t multiprocessors) {
@@ -70,11 +71,6 @@ template <class T> struct Place {
     }
 
     DEVICE int64_t row(int i) const { return first + int64_t(i) * stride; }
-
-    DEVICE void factors(const float* weight, float (&w)[WIDTH<T>]) const {
-#pragma unroll
-        for (int e = 0; e < WIDTH<T>; e++) w[e] = e < left ? weight[channel + e] : 0.0f;
-    }
 };
 
 template <class T> __global__ void __launch_bounds__(THREADS, 4) scale_channels_kernel(const Call call) {
@@ -84,7 +80,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, 4) scale_channels_
     const T* x = static_cast<const T*>(c.x) + place.channel;
     T* y = static_cast<T*>(c.out) + place.channel;
     float w[W];
-    place.factors(c.weight, w);
+    load_floats(c.weight + place.channel, place.left, call.floats_aligned, w);
     for (int begin = 0; begin < place.count; begin += UNROLL) {
         Vector values[UNROLL];
 #pragma unroll
@@ -111,7 +107,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, 2) scale_channels_
     const T* x = static_cast<const T*>(c.x) + place.channel;
     T* dx = static_cast<T*>(c.out) + place.channel;
     float w[W], dw[W] = {};
-    place.factors(c.weight, w);
+    load_floats(c.weight + place.channel, place.left, call.floats_aligned, w);
     for (int begin = 0; begin < place.count; begin += UNROLL) {
         Vector grads[UNROLL], values[UNROLL];
 #pragma unroll
@@ -168,7 +164,7 @@ bool empty(const ScaleChannels& c) { return !c.rows || !c.width; }
 
 Error scale_channels(const ScaleChannels& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false};
+    Call call = {scale, {}, false, floats_on_grid(scale.weight, scale.width)};
     if (Error error = prepare(call)) return error;
     call.aligned = on_grid(scale, scale.x, scale.x_stride) && on_grid(scale, scale.out, scale.width);
     return with_type(scale.type, [&](auto zero) {
@@ -177,7 +173,7 @@ Error scale_channels(const ScaleChannels& scale) {
 }
 
 Error scale_channels_parts(const ScaleChannels& scale, int64_t* parts) {
-    Call call = {scale, {}, false};
+    Call call = {scale, {}, false, floats_on_grid(scale.weight, scale.width)};
     if (Error error = prepare(call)) return error;
     *parts = call.at.chunks * call.at.rows;
     return nullptr;
@@ -185,7 +181,7 @@ Error scale_channels_parts(const ScaleChannels& scale, int64_t* parts) {
 
 Error scale_channels_backward(const ScaleChannels& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false};
+    Call call = {scale, {}, false, floats_on_grid(scale.weight, scale.width)};
     if (Error error = prepare(call)) return error;
     call.aligned = on_grid(scale, scale.dy, scale.dy_stride) &&
                    (!scale.dweight_partial || on_grid(scale, scale.x, scale.x_stride)) &&

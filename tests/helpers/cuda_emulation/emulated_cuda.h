@@ -221,6 +221,16 @@ inline uint16_t bf16_bits(float value) { emulation::bf16 out; emulation::narrow(
 inline uint32_t pair_bits(float low, float high, half16) { return half_bits(low) | uint32_t(half_bits(high)) << 16; }
 inline uint32_t pair_bits(float low, float high, bf16) { return bf16_bits(low) | uint32_t(bf16_bits(high)) << 16; }
 
+inline float value_of(half16 value) { return half_value(value.bits); }
+inline float value_of(bf16 value) { return emulation::widen(emulation::bf16{value.bits}); }
+template <class T> inline uint32_t pair_max(uint32_t a, uint32_t b, T) {
+    auto larger = [](uint16_t p, uint16_t q) {
+        const float x = value_of(T{p}), y = value_of(T{q});
+        return y > x || x != x ? q : p;
+    };
+    return larger(uint16_t(a), uint16_t(b)) | uint32_t(larger(uint16_t(a >> 16), uint16_t(b >> 16))) << 16;
+}
+
 inline char* dynamic_shared() { return emulated::block().shared.get(); }
 
 inline void copy_async(Vector* shared, const void* global) {
