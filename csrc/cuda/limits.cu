@@ -12,7 +12,7 @@ namespace cuda {
 namespace {
 
 constexpr int DEVICES = 64;
-constexpr int OLDEST = 80;  // cp.async
+constexpr int OLDEST = 80;      // cp.async
 thread_local std::string said;  // until this thread asks again
 
 #ifdef __CUDA_ARCH_LIST__

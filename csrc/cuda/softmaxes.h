@@ -88,14 +88,16 @@ template <int N, class T> DEVICE float top_of(const Vector (&values)[N], T zero)
 template <int N>
 DEVICE void scan(Sums& s, const float (&w)[N], const float (&o)[N], float top_w, float top_o, float scale) {
     move(s, fmaxf(s.top_w, top_w), fmaxf(s.top_o, top_o), scale);
-    const float base_w = finite(s.top_w), base_o = finite(s.top_o);
+    // Differences times SHRINK, rounded as the differences would be: it is a power of 2.
+    const float base_w = finite(s.top_w) * SHRINK, base_o = finite(s.top_o) * SHRINK, grown = scale * GROWTH;
     Sums here = {0, 0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const float x = w[i] - base_w, y = o[i] - base_o, e = exp2_approximate(x * scale);
+        const float x = fmaf(w[i], SHRINK, -base_w), y = fmaf(o[i], SHRINK, -base_o);
+        const float e = exp2_approximate(x * grown);
         here.sum_w += e;
-        here.sum_o += exp2_approximate(y * scale);
-        if (e != 0) here.a = fmaf(e, (x - y) * SHRINK, here.a);
+        here.sum_o += exp2_approximate(y * grown);
+        if (e != 0) here.a = fmaf(e, x - y, here.a);
     }
     add(s, here);
 }
