@@ -161,10 +161,12 @@ template <class T> __global__ void __launch_bounds__(CHANNEL_THREADS, 4) dynamic
     }
 }
 
-template <class T>
+// WHOLE: a head is one tile, so that what a token needs stays in registers.
+template <class T, bool WHOLE>
 __global__ void __launch_bounds__(CHANNEL_THREADS, BACKWARD_BLOCKS) dynamic_scale_backward_kernel(const Call call) {
     constexpr int W = WIDTH<T>;
     const DynamicScale& c = call.scale;
+    const int tiles = WHOLE ? 1 : call.at.tiles;
     Place<T> place(call);
     const int width = place.here ? int(c.width) : 0;
     const float* weight = c.weight + place.probe * c.width;
@@ -191,7 +193,7 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, BACKWARD_BLOCKS) dynamic_scal
             next_dy = load(dy + start, width - start, call.aligned);
         }
         float sum = 0;
-        for (int tile = call.at.tiles - 1; tile > 0; tile--) {
+        for (int tile = tiles - 1; tile > 0; tile--) {
             const int channel = place.channel(call.at, tile), left = width - channel;
             unpack(load(from_x + channel, left, call.aligned), v, T());
             unpack(load(from_dy + channel, left, call.aligned), g, T());
@@ -205,21 +207,21 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, BACKWARD_BLOCKS) dynamic_scal
         if (c.d_scalars) a += c.d_scalars[place.offset(c.d_scalars_stride)];
         dbias += a;
         const float factor = c.out ? 1 + beta * c.scalars[place.token(c)] : 0.0f;  // NaN where there is no such group
-        for (int tile = 0; tile < call.at.tiles; tile++) {
+        for (int tile = 0; tile < tiles; tile++) {
             const int channel = place.channel(call.at, tile), left = width - channel;
             if (left <= 0) continue;
             if (tile > 0) {
                 unpack(load(from_x + channel, left, call.aligned), v, T());
                 unpack(load(from_dy + channel, left, call.aligned), g, T());
             }
-            if (call.at.tiles > 1) load_floats(weight + channel, left, call.weight_aligned, w);
+            if (!WHOLE) load_floats(weight + channel, left, call.weight_aligned, w);
             if (c.out) {
 #pragma unroll
                 for (int e = 0; e < W; e++) g[e] = g[e] * factor + a * w[e];
                 T* dx = static_cast<T*>(c.out) + place.offset(c.out_stride) + channel;
                 store_channels(dx, left, call.aligned, pack(g, T()));
             }
-            if (call.at.tiles == 1) {
+            if (WHOLE) {
 #pragma unroll
                 for (int e = 0; e < W; e++) dw[e] += a * v[e];
             } else if (dweight) {  // this thread's own channels: no other one reads them
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, BACKWARD_BLOCKS) dynamic_scal
         }
     }
     if (!place.here) return;
-    if (dweight && call.at.tiles == 1) {
+    if (WHOLE && dweight) {
 #pragma unroll
         for (int e = 0; e < W; e++)
             if (e < width - start) dweight[start + e] = dw[e];
@@ -277,7 +279,10 @@ Error dynamic_scale_backward(const DynamicScale& scale) {
     call.aligned = on_grid(scale, scale.dy, scale.dy_stride) && on_grid(scale, scale.x, scale.x_stride) &&
                    (!scale.out || on_grid(scale, scale.out, scale.out_stride));
     Error error = with_type(scale.type, [&](auto zero) {
-        return launch(dynamic_scale_backward_kernel<decltype(zero)>, shape_of(call), scale.stream, call);
+        using T = decltype(zero);
+        const auto kernel =
+            call.at.tiles == 1 ? dynamic_scale_backward_kernel<T, true> : dynamic_scale_backward_kernel<T, false>;
+        return launch(kernel, shape_of(call), scale.stream, call);
     });
     if (error) return error;
     const GroupSums sums = {{{scale.dweight, scale.dweight_partial, 1, call.at.chunks, scale.heads * scale.width},
