@@ -24,7 +24,7 @@ namespace cuda {
 namespace {
 
 constexpr int64_t MAX_STEPS = 64;  // float32 sums of that many tokens stay as exact as PyTorch's
-// Blocks a multiprocessor over the whole grid: many forward, where the last wave is then a small part; backward those
+// Blocks of 256 threads a multiprocessor over the whole grid: many forward, where the last wave is then a small part; backward those
 // that run at once, since fewer blocks leave fewer partial sums.
 constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 3;
 
@@ -55,11 +55,12 @@ Geometry geometry(const DynamicScale& c, bool by_group, int64_t multiprocessors,
     g.heads = int(least(c.heads, CHANNEL_THREADS / g.span));
     g.head_tiles = int(ceil_div(c.heads, g.heads));
     g.tokens = c.rows * c.positions / spans;
-    const int64_t wanted = ceil_div(c.rows * c.positions * g.head_tiles, blocks_a_processor * multiprocessors);
+    g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
+    const int64_t wanted = ceil_div(c.rows * c.positions * g.head_tiles * g.threads,
+                                    CHANNEL_THREADS * blocks_a_processor * multiprocessors);
     g.steps = int(least(least(most(wanted, 1), MAX_STEPS), g.tokens));
     g.chunks = int(ceil_div(g.tokens, g.steps));
     g.blocks = spans * g.chunks * g.head_tiles;
-    g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
     return g;
 }
 

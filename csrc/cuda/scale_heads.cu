@@ -25,9 +25,9 @@ namespace {
 constexpr int THREADS = CHANNEL_THREADS;
 constexpr int UNROLL = 4;  // positions a thread reads before it writes: 16 KB of each tensor under way a block
 constexpr int MAX_STEPS = 64;
-// Blocks a multiprocessor over the whole grid: many forward, where the last wave is then a small part; backward those
+// Blocks of THREADS a multiprocessor over the whole grid: many forward, where the last wave is then a small part; backward those
 // that run at once, since fewer blocks leave fewer partial sums.
-constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 3;
+constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 2;
 
 // How the grid covers [B, T, H, D]; a closed form of the shape.
 struct Geometry {
@@ -53,12 +53,12 @@ Geometry geometry(const ScaleHeads& c, int64_t multiprocessors, int64_t blocks_a
     g.heads = int(least(c.heads, THREADS / g.span));
     g.head_tiles = int(ceil_div(c.heads, g.heads));
     const int64_t tiles = c.rows * c.positions * g.head_tiles * g.channel_tiles;
-    const int64_t wanted = most(ceil_div(tiles, blocks_a_processor * multiprocessors), 1);
+    g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
+    const int64_t wanted = most(ceil_div(tiles * g.threads, THREADS * blocks_a_processor * multiprocessors), 1);
     // Then each position has a partial of its own.
     const bool by_position = c.alpha_positions > 1 || c.shift_positions > 1;
     g.steps = by_position ? 1 : int(least(least(wanted, MAX_STEPS), c.positions));
     g.chunks = int(ceil_div(c.positions, g.steps));
-    g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
     return g;
 }
 

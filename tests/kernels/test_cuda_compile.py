@@ -15,7 +15,7 @@ KERNELS = {
     "intervention_loss_kernel": (65536 // (2 * 256), TYPES),
     "intervention_loss_scale_kernel": (65536 // (4 * 256), TYPES),
     "scale_heads_kernel": (65536 // (4 * 256), TYPES),
-    "scale_heads_backward_kernel": (65536 // (3 * 256), TYPES),
+    "scale_heads_backward_kernel": (65536 // (2 * 256), TYPES),
     "dynamic_scale_kernel": (65536 // (4 * 256), TYPES),
     "dynamic_scale_backward_kernel": (65536 // (3 * 256), TYPES),
     "scale_channels_kernel": (65536 // (4 * 256), TYPES),
