@@ -24,8 +24,8 @@ namespace cuda {
 namespace {
 
 constexpr int64_t MAX_STEPS = 64;  // float32 sums of that many tokens stay as exact as PyTorch's
-// Blocks of 256 threads a multiprocessor over the whole grid: many forward, where the last wave is then a small part; backward those
-// that run at once, since fewer blocks leave fewer partial sums.
+// Blocks of 256 threads a multiprocessor over the whole grid: many forward, where the last wave is then a small part;
+// backward those that run at once, since fewer blocks leave fewer partial sums.
 constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 3;
 
 // How the grid covers [B, T, H, D]; a closed form of the shape.

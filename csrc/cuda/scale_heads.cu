@@ -25,8 +25,8 @@ namespace {
 constexpr int THREADS = CHANNEL_THREADS;
 constexpr int UNROLL = 4;  // positions a thread reads before it writes: 16 KB of each tensor under way a block
 constexpr int MAX_STEPS = 64;
-// Blocks of THREADS a multiprocessor over the whole grid: many forward, where the last wave is then a small part; backward those
-// that run at once, since fewer blocks leave fewer partial sums.
+// Blocks of THREADS a multiprocessor over the whole grid: many forward, where the last wave is then a small part;
+// backward those that run at once, since fewer blocks leave fewer partial sums.
 constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 2;
 
 // How the grid covers [B, T, H, D]; a closed form of the shape.
