@@ -1,18 +1,22 @@
 """Builds `actscale_fast.ops._C` from csrc with ninja; everything else about the package stands in pyproject.toml.
 
 Environment: CXX (the compiler), ACTSCALE_BUILD_CUDA=auto|0|1, ACTSCALE_CUDA_ARCHS (default "80;90;100"), MAX_JOBS,
-ACTSCALE_WERROR=1 (the C++ compiler's warnings are errors; for CI)."""
+ACTSCALE_WERROR=1 (the C++ compiler's warnings are errors; for CI). Architectures that nvcc does not know are left out,
+with a warning and in the record that `actscale-fast doctor` prints."""
 
-import contextlib
+import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -27,38 +31,100 @@ FLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 gives them for
 FLAGS += " -Werror" if os.environ.get("ACTSCALE_WERROR") == "1" else ""
 NO_COMPILER = """warning: actscale-fast has no C++ kernels: no C++17 compiler that finds Python.h in {} (tried: {}).
 Plain PyTorch is several times slower on a CPU. Install a C++17 compiler (or set CXX) and Python's headers."""
-ARCHS = os.environ.get("ACTSCALE_CUDA_ARCHS", "80;90;100")
-CUDA = [f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]" for arch in ARCHS.split(";")]
-CUDA += ["-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+ARCHS = re.findall(r"[^\s;,]+", os.environ.get("ACTSCALE_CUDA_ARCHS", "80;90;100").replace(".", ""))
+CUDA = ["-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+PROBE = """#include <Python.h>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error the kernels need sm_80 or later
+#endif
+int main() { return 0; }
+"""
+
+
+def complaint(*command: str) -> str:
+    """What the compiler says of an empty program, in one line; "" where it compiles it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "probe.cpp").write_text(PROBE)
+        command = (*command, "-std=c++17", f"-I{PYTHON_HEADERS}", "probe.cpp", "-o", "probe")
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        except OSError as error:
+            return str(error)
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    said = [line for line in lines if "error" in line or "fatal" in line] or lines or ["it fails without a message"]
+    return said[0] if done.returncode else ""
 
 
 def compiles(*command: str) -> bool:
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError):
-        Path(folder, "probe.cpp").write_text("#include <Python.h>\nint main() { return 0; }\n")
-        command = (*command, "-std=c++17", f"-I{PYTHON_HEADERS}", "probe.cpp", "-o", "probe")
-        return not subprocess.run(command, cwd=folder, capture_output=True).returncode
-    return False
+    return not complaint(*command)
 
 
 def escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def nvcc(cxx: str) -> str:
-    """The CUDA compiler where CUDA kernels are to be built, else ""."""
+def targets(archs: Iterable[str]) -> list[str]:
+    """Options of nvcc: for each architecture a binary, and PTX for the GPUs that come later."""
+    return [f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]" for arch in archs]
+
+
+class Cuda(NamedTuple):
+    """How the CUDA kernels are built; the extension keeps it, for `actscale-fast doctor`."""
+
+    nvcc: str = ""
+    archs: tuple[str, ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()  # architectures, and what nvcc says of each
+    missing: str = ""  # why no CUDA kernels are built
+
+
+def cuda(cxx: str) -> Cuda:
+    """The CUDA compiler and the architectures that it knows."""
     choice, home = os.environ.get("ACTSCALE_BUILD_CUDA", "auto"), os.environ.get("CUDA_HOME")
     if choice not in ("auto", "0", "1"):
         raise CompileError(f"ACTSCALE_BUILD_CUDA: got {choice!r}, expected auto, 0 or 1")
-    path = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None) if choice != "0" else ""
-    if choice == "1" and not path:
-        raise CompileError("ACTSCALE_BUILD_CUDA=1, but nvcc was found neither in CUDA_HOME/bin nor on PATH")
-    if not path or compiles(path, "-x", "cu", "-ccbin", cxx, *CUDA):
-        return path or ""
-    reason = f"{path} with the host compiler {cxx} does not compile for ACTSCALE_CUDA_ARCHS={ARCHS}"
+    if choice == "0":
+        return Cuda(missing="ACTSCALE_BUILD_CUDA=0 at installation")
+    path = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+    if not path:
+        if choice == "1":
+            raise CompileError("ACTSCALE_BUILD_CUDA=1, but nvcc was found neither in CUDA_HOME/bin nor on PATH")
+        return Cuda(missing=f"no nvcc at installation ({f'CUDA_HOME={home}' if home else 'not on PATH'})")
+    probe = (path, "-x", "cu", "-ccbin", cxx, *CUDA)
+    found = Cuda(path, tuple(ARCHS))
+    if not ARCHS or not compiles(*probe, *targets(ARCHS)):
+        said = {arch: complaint(*probe, *targets([arch])) for arch in ARCHS}
+        dropped = tuple((arch, reason) for arch, reason in said.items() if reason)
+        found = Cuda(path, tuple(arch for arch in said if not said[arch]), dropped)
+    if found.archs:
+        for arch, reason in found.dropped:
+            print(f"warning: actscale-fast: no CUDA kernels for architecture {arch}: {reason}", file=sys.stderr)
+        return found
+    reason = f"{path} with the host compiler {cxx} does not compile for ACTSCALE_CUDA_ARCHS={';'.join(ARCHS)}"
+    reason += "".join(f"; {arch}: {said}" for arch, said in found.dropped)
     if choice == "1":
         raise CompileError(f"ACTSCALE_BUILD_CUDA=1, but {reason}")
     print(f"warning: actscale-fast: {reason}: installed without the CUDA kernels", file=sys.stderr)
-    return ""
+    return Cuda(missing=reason, dropped=found.dropped)
+
+
+def record(compiler: str, openmp: bool, built: Cuda) -> str:
+    """A header with what the extension says of its own build."""
+    texts = {"COMPILER": compiler, "NVCC": built.nvcc, "NO_CUDA": built.missing}
+    lines = [f"#define ACTSCALE_{name} {json.dumps(text)}" for name, text in texts.items()]
+    pairs = ", ".join(f"{{{json.dumps(arch)}, {json.dumps(reason)}}}" for arch, reason in built.dropped)
+    return "\n".join([*lines, f"#define ACTSCALE_OPENMP {int(openmp)}", f"#define ACTSCALE_DROPPED {pairs}", ""])
+
+
+def version_of(cxx: list[str]) -> str:
+    """The first line of the compiler's own description."""
+    said = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout.splitlines()
+    return said[0] if said else shlex.join(cxx)
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Writes the file unless it holds this already: ninja compiles what is newer."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 class BuildWithNinja(build_ext):
@@ -69,7 +135,7 @@ class BuildWithNinja(build_ext):
         if not self.cxx:
             print(NO_COMPILER.format(PYTHON_HEADERS, ", ".join(dict.fromkeys(names))), file=sys.stderr)
             self.extensions = []
-        self.nvcc = nvcc(self.cxx[0] if self.cxx else "c++")
+        self.cuda = cuda(self.cxx[0] if self.cxx else "c++")
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -78,12 +144,14 @@ class BuildWithNinja(build_ext):
         folder, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(ext.name)).resolve()
         self.mkpath(str(folder)), self.mkpath(str(target.parent))
         cxx, openmp = shlex.join(self.cxx), "-fopenmp" if compiles(*self.cxx, "-fopenmp") else "-Wno-unknown-pragmas"
-        flags = shlex.join(f"-I{h}" for h in (pybind11.get_include(), PYTHON_HEADERS))
+        write_if_changed(folder / "build_record.h", record(version_of(self.cxx), openmp == "-fopenmp", self.cuda))
+        flags = shlex.join(f"-I{h}" for h in (pybind11.get_include(), PYTHON_HEADERS, str(folder)))
         rules = {".cpp": f"{cxx} {FLAGS} {openmp} {flags} $simd"}
         link = f"{cxx} {'-bundle -undefined dynamic_lookup' if sys.platform == 'darwin' else '-shared'} {openmp}"
-        if self.nvcc:
-            link = shlex.join([self.nvcc, "-ccbin", self.cxx[0]])
-            rules = {".cpp": f"{rules['.cpp']} -DACTSCALE_CUDA", ".cu": f"{link} -std=c++17 {shlex.join(CUDA)}"}
+        if self.cuda.nvcc:
+            link = shlex.join([self.cuda.nvcc, "-ccbin", self.cxx[0]])
+            options = shlex.join([*CUDA, *targets(self.cuda.archs)])
+            rules = {".cpp": f"{rules['.cpp']} -DACTSCALE_CUDA", ".cu": f"{link} -std=c++17 {options}"}
             link += f" -shared -cudart static -Xcompiler {openmp}"
         skipped = () if platform.machine().lower() in ("x86_64", "amd64") else SIMD
         sources = [p for p in sorted(CSRC.rglob("*")) if p.suffix in rules and p.stem not in skipped]

@@ -59,7 +59,9 @@ struct ScaleChannels {  // y = x·w, one factor per channel, and its gradients
     int64_t x_stride, dy_stride;  // between rows
     const float* weight;          // [d]
     float* dweight;               // [d]
+    float* dweight_partial;       // CUDA backward: partial sums
     int threads;
+    void* stream;
 };
 
 struct InterventionLoss {

@@ -56,6 +56,7 @@ def build_parser() -> SuggestingParser:
     )
     _verify(add("verify", "[options]", "test the kernels on this machine and choose the fastest"))
     _completion(add("completion", "SHELL", "print a script that completes commands and options with the TAB key"))
+    _doctor(add("doctor", "[options]", "say which kernels were built, which run here, and why the others do not"))
     bench = add("bench", "[-- ARGUMENTS]", "run the benchmarks of a source checkout")
     bench.description = (
         "Runs `python -m benchmarks` in the checkout with all further arguments, for example\n"
@@ -152,6 +153,14 @@ def _verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     command.add_argument("--full", action="store_true", help="time for longer, with torch.compile beside the kernels")
     command.add_argument("--report", action="store_true", help="print the verdict that is there, for a bug report")
+    options.as_json(command)
+
+
+def _doctor(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Prints the versions, what the compiled extension holds (SIMD levels, CUDA architectures and those that were\n"
+        "left out at installation), the devices, and each backend with the reason if it cannot run. Nothing is changed."
+    )
     options.as_json(command)
 
 

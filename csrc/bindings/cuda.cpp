@@ -1,6 +1,8 @@
 // The CUDA launchers as Python calls them, in the submodule `cuda` of an extension that was built with them.
 // Nothing is read through a pointer here: ids and factors are values on the device, and the kernels check them.
 #ifdef ACTSCALE_CUDA
+#include <pybind11/stl.h>
+
 #include "../cuda/kernels.h"
 #include "bindings.h"
 
@@ -11,15 +13,29 @@ void raise(const char* op, cuda::Error error) {
     if (error) throw std::runtime_error(std::string(op) + ": CUDA says: " + error);
 }
 
+// Without the interpreter's lock: a launch waits where the queue of its stream is full.
+template <class Call> void launch(const char* op, cuda::Error (*run)(const Call&), const Call& call) {
+    cuda::Error error = nullptr;
+    {
+        py::gil_scoped_release release;
+        error = run(call);
+    }
+    raise(op, error);
+}
+
 #define LAUNCH(op, Call) \
-    void launch_##op(const Arguments& given) { raise(#op, cuda::op(read_##Call(given))); }
+    void launch_##op(const Arguments& given) { launch(#op, cuda::op, read_##Call(given)); }
 LAUNCH(scale_heads, ScaleHeads)
 LAUNCH(scale_heads_backward, ScaleHeads)
 LAUNCH(dynamic_scale, DynamicScale)
 LAUNCH(dynamic_scale_backward, DynamicScale)
+LAUNCH(scale_channels, ScaleChannels)
+LAUNCH(scale_channels_backward, ScaleChannels)
 LAUNCH(intervention_loss, InterventionLoss)
 LAUNCH(intervention_loss_scale, InterventionLossScale)
 LAUNCH(proximal_adam, ProximalAdam)
+
+std::string text(cuda::Error reason) { return reason ? reason : ""; }
 
 template <class Call> Call shape_of(int type, const py::tuple& sizes) {
     Call c = {};
@@ -33,14 +49,29 @@ template <class Call> Call shape_of(int type, const py::tuple& sizes) {
 
 void bind_cuda(py::module_& parent) {
     py::module_ module = parent.def_submodule("cuda", "CUDA kernels; called by actscale_fast.ops.cuda.");
-    module.def("unavailable", [] {
-        const char* reason = cuda::unavailable();
-        return std::string(reason ? reason : "");
+    module.def("unavailable", [] { return text(cuda::unavailable()); });
+    module.def("unavailable_on", [](int device) { return text(cuda::unavailable_on(device)); });
+    // The architectures that this build has binaries and PTX of, as 10·major + minor, and the version of its toolkit.
+    module.def("archs", [] {
+        py::list archs;
+        for (int i = 0; i < cuda::built().count; i++) archs.append(cuda::built().archs[i] / 10);
+        return archs;
+    });
+    module.def("toolkit", [] {
+        const int version = cuda::built().toolkit;
+        return std::to_string(version / 1000) + "." + std::to_string(version / 10 % 100);
+    });
+    // Why such a build would have no code for such a device, or "".
+    module.def("missing_code", [](const std::vector<int>& archs, int toolkit, int capability, int driver) {
+        const cuda::DeviceModel model = {capability, driver, "this GPU"};
+        return text(cuda::missing_code(model, archs.data(), int(archs.size()), toolkit));
     });
     define<launch_scale_heads>(module, "scale_heads");
     define<launch_scale_heads_backward>(module, "scale_heads_backward");
     define<launch_dynamic_scale>(module, "dynamic_scale");
     define<launch_dynamic_scale_backward>(module, "dynamic_scale_backward");
+    define<launch_scale_channels>(module, "scale_channels");
+    define<launch_scale_channels_backward>(module, "scale_channels_backward");
     define<launch_intervention_loss>(module, "intervention_loss");
     define<launch_intervention_loss_scale>(module, "intervention_loss_scale_");
     define<launch_proximal_adam>(module, "proximal_adam_");
@@ -59,6 +90,14 @@ void bind_cuda(py::module_& parent) {
         raise("dynamic_scale_backward",
               cuda::dynamic_scale_chunks(shape_of<DynamicScale>(type, sizes), by_group, &chunks));
         return chunks;
+    });
+    // Partial sums of the backward pass, on the current device.
+    module.def("scale_channels_parts", [](int type, int64_t rows, int64_t width) {
+        ScaleChannels c = {};
+        c.type = Type(type), c.rows = rows, c.width = width;
+        int64_t parts = 0;
+        raise("scale_channels_backward", cuda::scale_channels_parts(c, &parts));
+        return parts;
     });
     // (blocks per row, vectors held, whether the rows stay on chip, bytes of shared memory), as a launch would choose.
     module.def("loss_plan", [](int64_t rows, int64_t vocab, int64_t element_bytes, const py::tuple& limits) {

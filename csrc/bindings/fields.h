@@ -134,7 +134,8 @@ FIELDS_OF(DynamicScale, FIELD(type), FIELD(rows), FIELD(positions), FIELD(heads)
           OPTIONAL(dbias_partial), OPTIONAL(threads), OPTIONAL(stream))
 
 FIELDS_OF(ScaleChannels, FIELD(type), FIELD(rows), FIELD(width), FIELD(x), FIELD(x_stride), FIELD(out), FIELD(weight),
-          FIELD(threads), OPTIONAL(dy), OPTIONAL(dy_stride), OPTIONAL(dweight))
+          OPTIONAL(dy), OPTIONAL(dy_stride), OPTIONAL(dweight), OPTIONAL(dweight_partial), OPTIONAL(threads),
+          OPTIONAL(stream))
 
 FIELDS_OF(InterventionLoss, FIELD(type), FIELD(rows), FIELD(vocab), FIELD(logits), FIELD(logits_stride),
           FIELD(reference), FIELD(reference_stride), FIELD(correct), FIELD(wrong), FIELD(direction), FIELD(margin),

@@ -1,5 +1,6 @@
 // The module: which level of the kernels is in use, and the memory that they share.
 #include "bindings.h"
+#include "build_record.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -7,6 +8,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace actscale {
@@ -101,6 +103,21 @@ PYBIND11_MODULE(_C, module) {
     });
     module.def("level", [] { return kernels().level; });
     module.def("set_level", &set_level);
+
+    // How this extension was built; written by setup.py.
+    module.def("build_record", [] {
+        py::dict record, dropped;
+        const std::vector<std::pair<const char*, const char*>> archs = {ACTSCALE_DROPPED};
+        for (const auto& [arch, reason] : archs) dropped[arch] = reason;
+#if defined(__x86_64__)
+        record["simd_levels"] = py::make_tuple("portable", "avx2", "avx512");
+#else
+        record["simd_levels"] = py::make_tuple("portable");
+#endif
+        record["compiler"] = ACTSCALE_COMPILER, record["openmp"] = bool(ACTSCALE_OPENMP);
+        record["nvcc"] = ACTSCALE_NVCC, record["no_cuda"] = ACTSCALE_NO_CUDA, record["dropped_archs"] = dropped;
+        return record;
+    });
 
     bind_scale_heads(module);
     bind_dynamic_scale(module);

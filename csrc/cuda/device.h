@@ -93,6 +93,18 @@ DEVICE uint32_t pair_bits(float low, float high, bf16) {
     return pair;
 }
 
+// The larger of each half; NaN only where both are.
+DEVICE uint32_t pair_max(uint32_t a, uint32_t b, half16) {
+    uint32_t pair;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+DEVICE uint32_t pair_max(uint32_t a, uint32_t b, bf16) {
+    uint32_t pair;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
 DEVICE char* dynamic_shared() {
     extern __shared__ Vector actscale_shared[];
     return reinterpret_cast<char*>(actscale_shared);
@@ -129,6 +141,12 @@ template <class T> DEVICE const T* in_block(const T* shared, int rank) {
 #endif
 }
 #endif
+
+// A vector of -inf.
+template <class T> DEVICE Vector nothing(T) {
+    const uint32_t bits = minus_infinity(T()).bits, word = sizeof(T) == 2 ? bits | bits << 16 : bits;
+    return {{word, word, word, word}};
+}
 
 DEVICE float widen(float32 value) { return bits_to_float(value.bits); }
 DEVICE float widen(bf16 value) { return bits_to_float(uint32_t(value.bits) << 16); }

@@ -24,9 +24,9 @@ namespace cuda {
 namespace {
 
 constexpr int64_t MAX_STEPS = 64;  // float32 sums of that many tokens stay as exact as PyTorch's
-// Blocks a multiprocessor over the whole grid: many forward, where the last wave is then a small part; backward one
-// wave, since fewer blocks leave fewer partial sums.
-constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 4;
+// Blocks of 256 threads a multiprocessor over the whole grid: many forward, where the last wave is then a small part;
+// backward those that run at once, since fewer blocks leave fewer partial sums.
+constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 3;
 
 // How the grid covers [B, T, H, D]; a closed form of the shape.
 struct Geometry {
@@ -42,6 +42,7 @@ struct Call {
     DynamicScale scale;
     Geometry at;
     bool aligned;
+    bool weight_aligned;
 };
 
 // `by_group`: rows have probes of their own.
@@ -54,11 +55,12 @@ Geometry geometry(const DynamicScale& c, bool by_group, int64_t multiprocessors,
     g.heads = int(least(c.heads, CHANNEL_THREADS / g.span));
     g.head_tiles = int(ceil_div(c.heads, g.heads));
     g.tokens = c.rows * c.positions / spans;
-    const int64_t wanted = ceil_div(c.rows * c.positions * g.head_tiles, blocks_a_processor * multiprocessors);
+    g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
+    const int64_t wanted = ceil_div(c.rows * c.positions * g.head_tiles * g.threads,
+                                    CHANNEL_THREADS * blocks_a_processor * multiprocessors);
     g.steps = int(least(least(most(wanted, 1), MAX_STEPS), g.tokens));
     g.chunks = int(ceil_div(g.tokens, g.steps));
     g.blocks = spans * g.chunks * g.head_tiles;
-    g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
     return g;
 }
 
@@ -106,16 +108,9 @@ template <class T> DEVICE float product(const float (&p)[WIDTH<T>], const float 
     return sum;
 }
 
-// This thread's channels of one tile as floats, 0 beyond the head's end.
-template <class T> DEVICE void load(const T* from, int left, bool aligned, float (&out)[WIDTH<T>]) {
-    if (left > 0) unpack(load_channels(from, left, aligned), out, T());
-    else
-#pragma unroll
-        for (int e = 0; e < WIDTH<T>; e++) out[e] = 0;
-}
-template <class T> DEVICE void load_floats(const float* from, int left, float (&out)[WIDTH<T>]) {
-#pragma unroll
-    for (int e = 0; e < WIDTH<T>; e++) out[e] = e < left ? from[e] : 0.0f;
+// This thread's channels of one tile, 0 beyond the head's end.
+template <class T> DEVICE Vector load(const T* from, int left, bool aligned) {
+    return left > 0 ? load_channels(from, left, aligned) : Vector{};
 }
 
 template <class T> __global__ void __launch_bounds__(CHANNEL_THREADS, 4) dynamic_scale_kernel(const Call call) {
@@ -126,25 +121,40 @@ template <class T> __global__ void __launch_bounds__(CHANNEL_THREADS, 4) dynamic
     const float* weight = c.weight + place.probe * c.width;
     const float bias = !place.known ? not_a_number() : c.bias ? c.bias[place.probe] : 0.0f;
     float* scratch = reinterpret_cast<float*>(dynamic_shared());
+    const int start = place.channel(call.at, 0);
     float w[W], v[W];
-    load_floats<T>(weight + place.channel(call.at, 0), width - place.channel(call.at, 0), w);
-    for (int i = 0; i < place.count; i++, place.next(c)) {
-        const T* x = static_cast<const T*>(c.x) + place.offset(c.x_stride);
+    load_floats(weight + start, width - start, call.weight_aligned, w);
+    // The next token's first tile is under way while this one is summed up.
+    const T* x = static_cast<const T*>(c.x) + place.offset(c.x_stride);
+    Vector next = load(x + start, place.count ? width - start : 0, call.aligned);
+    for (int i = 0; i < place.count; i++) {
+        const Vector now = next;
+        const T* now_x = x;
         T* y = static_cast<T*>(c.out) + place.offset(c.out_stride);
-        float sum = 0;
-        for (int tile = call.at.tiles - 1; tile >= 0; tile--) {  // tile 0 last: it stays in registers
-            const int channel = place.channel(call.at, tile), left = width - channel;
-            if (call.at.tiles > 1) load_floats<T>(weight + channel, left, w);
-            load(x + channel, left, call.aligned, v);
-            sum += product<T>(v, w);
+        const int64_t token = place.token(c);
+        const float strength = place.strength(c);
+        place.next(c);
+        if (i + 1 < place.count) {
+            x = static_cast<const T*>(c.x) + place.offset(c.x_stride);
+            next = load(x + start, width - start, call.aligned);
         }
+        float sum = 0;
+        for (int tile = call.at.tiles - 1; tile > 0; tile--) {
+            const int channel = place.channel(call.at, tile), left = width - channel;
+            float other[W];
+            load_floats(weight + channel, left, call.weight_aligned, other);
+            unpack(load(now_x + channel, left, call.aligned), v, T());
+            sum += product<T>(v, other);
+        }
+        unpack(now, v, T());
+        sum += product<T>(v, w);
         const float alpha = over_head(sum, call.at.span, scratch + i % 2 * CHANNEL_THREADS) + bias;
-        const float factor = 1 + place.strength(c) * alpha;
-        if (place.here && place.lane == 0) c.scalars[place.token(c)] = alpha;
+        const float factor = 1 + strength * alpha;
+        if (place.here && place.lane == 0) c.scalars[token] = alpha;
         for (int tile = 0; tile < call.at.tiles; tile++) {
             const int channel = place.channel(call.at, tile), left = width - channel;
             if (left <= 0) continue;
-            if (tile > 0) load(x + channel, left, call.aligned, v);
+            if (tile > 0) unpack(load(now_x + channel, left, call.aligned), v, T());
 #pragma unroll
             for (int e = 0; e < W; e++) v[e] *= factor;
             store_channels(y + channel, left, call.aligned, pack(v, T()));
@@ -152,49 +162,67 @@ template <class T> __global__ void __launch_bounds__(CHANNEL_THREADS, 4) dynamic
     }
 }
 
-template <class T>
-__global__ void __launch_bounds__(CHANNEL_THREADS, 2) dynamic_scale_backward_kernel(const Call call) {
+// WHOLE: a head is one tile, so that what a token needs stays in registers.
+template <class T, bool WHOLE>
+__global__ void __launch_bounds__(CHANNEL_THREADS, BACKWARD_BLOCKS) dynamic_scale_backward_kernel(const Call call) {
     constexpr int W = WIDTH<T>;
     const DynamicScale& c = call.scale;
+    const int tiles = WHOLE ? 1 : call.at.tiles;
     Place<T> place(call);
     const int width = place.here ? int(c.width) : 0;
     const float* weight = c.weight + place.probe * c.width;
     float* dweight = c.dweight_partial;
     if (dweight) dweight += (place.chunk * c.heads + (place.here ? place.head : 0)) * c.width;
     float* scratch = reinterpret_cast<float*>(dynamic_shared());
+    const int start = place.channel(call.at, 0);
     float w[W], v[W], g[W], dw[W] = {}, dbias = 0;
-    load_floats<T>(weight + place.channel(call.at, 0), width - place.channel(call.at, 0), w);
+    load_floats(weight + start, width - start, call.weight_aligned, w);
+    // The next token's first tile is under way while this one is summed up.
+    const T* x = static_cast<const T*>(c.x) + place.offset(c.x_stride);
+    const T* dy = static_cast<const T*>(c.dy) + place.offset(c.dy_stride);
+    Vector next_x = load(x + start, place.count ? width - start : 0, call.aligned);
+    Vector next_dy = load(dy + start, place.count ? width - start : 0, call.aligned);
     for (int i = 0; i < place.count; i++, place.next(c)) {
-        const T* x = static_cast<const T*>(c.x) + place.offset(c.x_stride);
-        const T* dy = static_cast<const T*>(c.dy) + place.offset(c.dy_stride);
+        const Vector now_x = next_x, now_dy = next_dy;
+        const T *from_x = x, *from_dy = dy;
+        if (i + 1 < place.count) {
+            Place<T> after = place;
+            after.next(c);
+            x = static_cast<const T*>(c.x) + after.offset(c.x_stride);
+            dy = static_cast<const T*>(c.dy) + after.offset(c.dy_stride);
+            next_x = load(x + start, width - start, call.aligned);
+            next_dy = load(dy + start, width - start, call.aligned);
+        }
         float sum = 0;
-        for (int tile = call.at.tiles - 1; tile >= 0; tile--) {
+        for (int tile = tiles - 1; tile > 0; tile--) {
             const int channel = place.channel(call.at, tile), left = width - channel;
-            load(x + channel, left, call.aligned, v);
-            load(dy + channel, left, call.aligned, g);
+            unpack(load(from_x + channel, left, call.aligned), v, T());
+            unpack(load(from_dy + channel, left, call.aligned), g, T());
             sum += product<T>(v, g);
         }
+        unpack(now_x, v, T()), unpack(now_dy, g, T());
+        sum += product<T>(v, g);
         const float beta = place.strength(c);
         float a = beta * over_head(sum, call.at.span, scratch + i % 2 * CHANNEL_THREADS);
         if (!place.here) continue;
         if (c.d_scalars) a += c.d_scalars[place.offset(c.d_scalars_stride)];
         dbias += a;
         const float factor = c.out ? 1 + beta * c.scalars[place.token(c)] : 0.0f;  // NaN where there is no such group
-        for (int tile = 0; tile < call.at.tiles; tile++) {
+        for (int tile = 0; tile < tiles; tile++) {
             const int channel = place.channel(call.at, tile), left = width - channel;
             if (left <= 0) continue;
             if (tile > 0) {
-                load(x + channel, left, call.aligned, v);
-                load(dy + channel, left, call.aligned, g);
+                unpack(load(from_x + channel, left, call.aligned), v, T());
+                unpack(load(from_dy + channel, left, call.aligned), g, T());
             }
-            if (call.at.tiles > 1) load_floats<T>(weight + channel, left, w);
+            if (!WHOLE) load_floats(weight + channel, left, call.weight_aligned, w);
             if (c.out) {
 #pragma unroll
                 for (int e = 0; e < W; e++) g[e] = g[e] * factor + a * w[e];
                 T* dx = static_cast<T*>(c.out) + place.offset(c.out_stride) + channel;
                 store_channels(dx, left, call.aligned, pack(g, T()));
             }
-            if (call.at.tiles == 1) {
+            if (WHOLE) {
 #pragma unroll
                 for (int e = 0; e < W; e++) dw[e] += a * v[e];
             } else if (dweight) {  // this thread's own channels: no other one reads them
@@ -205,11 +233,10 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 2) dynamic_scale_backward_ker
         }
     }
     if (!place.here) return;
-    if (dweight && call.at.tiles == 1) {
-        const int channel = place.channel(call.at, 0);
+    if (WHOLE && dweight) {
 #pragma unroll
         for (int e = 0; e < W; e++)
-            if (e < width - channel) dweight[channel + e] = dw[e];
+            if (e < width - start) dweight[start + e] = dw[e];
     }
     if (c.dbias_partial && place.lane == 0) c.dbias_partial[place.chunk * c.heads + place.head] = dbias;
 }
@@ -231,7 +258,7 @@ bool empty(const DynamicScale& c) { return !c.rows || !c.positions || !c.heads; 
 
 Error dynamic_scale(const DynamicScale& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false};
+    Call call = {scale, {}, false, floats_on_grid(scale.weight, scale.width)};
     if (Error error = prepare(call, scale.group, FORWARD_BLOCKS)) return error;
     call.aligned = on_grid(scale, scale.x, scale.x_stride) && on_grid(scale, scale.out, scale.out_stride);
     return with_type(scale.type, [&](auto zero) {
@@ -240,7 +267,7 @@ Error dynamic_scale(const DynamicScale& scale) {
 }
 
 Error dynamic_scale_chunks(const DynamicScale& scale, bool by_group, int64_t* chunks) {
-    Call call = {scale, {}, false};
+    Call call = {scale, {}, false, floats_on_grid(scale.weight, scale.width)};
     if (Error error = prepare(call, by_group, BACKWARD_BLOCKS)) return error;
     *chunks = call.at.blocks / call.at.head_tiles;
     return nullptr;
@@ -248,12 +275,15 @@ Error dynamic_scale_chunks(const DynamicScale& scale, bool by_group, int64_t* ch
 
 Error dynamic_scale_backward(const DynamicScale& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false};
+    Call call = {scale, {}, false, floats_on_grid(scale.weight, scale.width)};
     if (Error error = prepare(call, scale.group, BACKWARD_BLOCKS)) return error;
     call.aligned = on_grid(scale, scale.dy, scale.dy_stride) && on_grid(scale, scale.x, scale.x_stride) &&
                    (!scale.out || on_grid(scale, scale.out, scale.out_stride));
     Error error = with_type(scale.type, [&](auto zero) {
-        return launch(dynamic_scale_backward_kernel<decltype(zero)>, shape_of(call), scale.stream, call);
+        using T = decltype(zero);
+        const auto kernel =
+            call.at.tiles == 1 ? dynamic_scale_backward_kernel<T, true> : dynamic_scale_backward_kernel<T, false>;
+        return launch(kernel, shape_of(call), scale.stream, call);
     });
     if (error) return error;
     const GroupSums sums = {{{scale.dweight, scale.dweight_partial, 1, call.at.chunks, scale.heads * scale.width},

@@ -27,6 +27,21 @@ template <class T> DEVICE void store_channels(T* to, int left, bool aligned, con
         if (e < left) to[e].bits = decltype(T::bits)(value.word[e * sizeof(T) / 4] >> (e * sizeof(T) * 8 % 32));
 }
 
+// This thread's factors or terms as floats, 0 beyond the last channel. `aligned`: rows of them lie on the 16-byte grid.
+template <int W> DEVICE void load_floats(const float* from, int left, bool aligned, float (&out)[W]) {
+    if (aligned && left >= W) {
+#pragma unroll
+        for (int i = 0; i < W / 4; i++) {
+            const Vector four = reinterpret_cast<const Vector*>(from)[i];
+#pragma unroll
+            for (int e = 0; e < 4; e++) out[4 * i + e] = bits_to_float(four.word[e]);
+        }
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < W; e++) out[e] = e < left ? from[e] : 0.0f;
+}
+
 // The sum over a head's threads, in a fixed order: parts of a warp or whole warps by a butterfly, their sums one after
 // the other. For every thread of the head. `scratch`: a float per thread, not written again before all have read it.
 DEVICE float over_head(float value, int span, float* scratch) {
@@ -39,6 +54,11 @@ DEVICE float over_head(float value, int span, float* scratch) {
     value = scratch[first];
     for (int i = lanes; i < span && first + i < int(blockDim.x); i += lanes) value += scratch[first + i];
     return value;
+}
+
+// Host: whether rows of `width` floats lie on the 16-byte grid.
+inline bool floats_on_grid(const float* p, int64_t width) {
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && width % 4 == 0;
 }
 
 // Host: whether every head's vector of [B, T, H, D] begins on the grid and ends on it.

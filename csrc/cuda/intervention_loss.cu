@@ -54,7 +54,8 @@ DEVICE void norm_of_scalars(const InterventionLoss& c, float* scratch) {
     }
 }
 
-template <class T> DEVICE Share<T> share_of(const Call& call, int64_t row, int rank, const int64_t (&answers)[2]) {
+template <class T> DEVICE Share<T> share_of(const Call& call, int64_t row, int rank) {
+    constexpr int W = WIDTH<T>;
     const InterventionLoss& c = call.loss;
     const T* logits = static_cast<const T*>(c.logits) + row * c.logits_stride;
     const T* reference = static_cast<const T*>(c.reference) + row * c.reference_stride;
@@ -64,22 +65,29 @@ template <class T> DEVICE Share<T> share_of(const Call& call, int64_t row, int r
     s.vocab = int(c.vocab);
     const int shift = off_grid(c.grad ? s.grad : logits);
     s.w_on_grid = off_grid(s.w) == shift, s.o_on_grid = off_grid(s.o) == shift;
-    const int vectors = c.vocab ? (s.vocab + shift + WIDTH<T> - 1) / WIDTH<T> : 0;
+    const int vectors = c.vocab ? (s.vocab + shift + W - 1) / W : 0;
     const int each = (vectors + call.plan.cluster - 1) / call.plan.cluster, first = rank * each;
-    s.first_column = first * WIDTH<T> - shift;
+    s.first_column = first * W - shift;
     s.count = vectors - first < each ? vectors - first : each;  // may be below 0
     s.steps = s.count > 0 ? (s.count + STEP<T> - 1) / STEP<T> : 0;
-    s.ring = call.plan.kept ? s.steps + 1 : AHEAD + 1;
+    const int whole = s.count > 0 ? (s.vocab - s.first_column) / W : 0;  // the row's last vector may be a part
+    s.inside_from = s.first_column < 0;
+    s.inside_to = s.w_on_grid && s.o_on_grid ? (whole < s.count ? whole : s.count) / STEP<T> : 0;
     s.slots_w = reinterpret_cast<Vector*>(dynamic_shared() + SCRATCH);
     s.slots_o = s.slots_w + call.plan.capacity;
+    return s;
+}
+
+template <class T> DEVICE void find_answers(Share<T>& s, const int64_t (&answers)[2], bool exclude) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int from_first = int(answers[i]) - s.first_column;
         const bool here = answers[i] >= 0 && from_first >= 0 && from_first < s.count * WIDTH<T>;
         s.answers[i] = here ? from_first / WIDTH<T> : -1;
         s.columns[i] = here ? from_first % WIDTH<T> : 0;
+        s.answers_in[i] = here ? s.answers[i] / STEP<T> : -1;
+        s.hidden_in[i] = exclude ? s.answers_in[i] : -1;
     }
-    return s;
 }
 
 template <class T, bool CAPPED>
@@ -96,17 +104,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
         row--;
     }
 
-    int64_t answers[2] = {-1, -1};
-    bool valid = true;
-    if (c.correct) {
-        answers[0] = c.correct[row], answers[1] = c.wrong[row];
-        valid = answers[0] >= 0 && answers[0] < c.vocab && answers[1] >= 0 && answers[1] < c.vocab;
-        if (!valid) answers[0] = answers[1] = -1;
-    }
-    const bool exclude = c.exclude_answers && c.correct;
-    const Share<T> share = share_of<T>(call, row, rank, answers);
     const float scale = c.inverse_temperature * LOG2E, weight = c.row_weight ? c.row_weight[row] : 1.0f;
     const Cap cap = {2 * LOG2E / c.softcap, c.softcap};
+    Share<T> share = share_of<T>(call, row, rank);
     if (weight == 0) {  // in all blocks of the cluster
         if (c.grad) put_zeros(share);
         if (rank == 0 && threadIdx.x == 0) c.effectiveness[row] = c.faithfulness[row] = 0;
@@ -115,15 +115,28 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
     }
 
     Sums sums = no_sums();
-    for (int step = 0; step < AHEAD; step++) share.stage(step, step);
-    float w_at[2] = {}, o_at[2] = {};  // read while the first copies are under way
-    if (c.correct && valid)
+    for (int step = 0; step < AHEAD; step++) share.stage(step, step * STEP<T>);
+    // Read while the first copies are under way.
+    int64_t answers[2] = {-1, -1};
+    float w_at[2] = {}, o_at[2] = {}, direction = 0;
+    bool valid = true;
+    if (c.correct) {
+        answers[0] = c.correct[row], answers[1] = c.wrong[row], direction = c.direction[row];
+        valid = answers[0] >= 0 && answers[0] < c.vocab && answers[1] >= 0 && answers[1] < c.vocab;
+        if (!valid) answers[0] = answers[1] = -1;
+        if (valid)
 #pragma unroll
-        for (int i = 0; i < 2; i++) w_at[i] = widen(share.w[answers[i]]), o_at[i] = widen(share.o[answers[i]]);
-    for (int step = 0; step < share.steps; step++) {
-        share.stage(step + AHEAD, step + AHEAD);
+            for (int i = 0; i < 2; i++) w_at[i] = widen(share.w[answers[i]]), o_at[i] = widen(share.o[answers[i]]);
+    }
+    const bool exclude = c.exclude_answers && c.correct;
+    find_answers(share, answers, exclude);
+    const int ring = call.plan.kept ? int(MOST_COLUMNS) : (AHEAD + 1) * STEP<T>;  // slots until the first one again
+    for (int step = 0, read = 0, write = AHEAD * STEP<T>; step < share.steps; step++) {
+        share.stage(step + AHEAD, write);
         copy_async_wait<AHEAD>();
-        scan_step<T, CAPPED>(share, step, exclude, scale, cap, sums);
+        scan_step<T, CAPPED>(share, step, read, scale, cap, sums);
+        read = read + STEP<T> == ring ? 0 : read + STEP<T>;
+        write = write + STEP<T> == ring ? 0 : write + STEP<T>;
     }
     sums = over_block<WARPS>(sums, scale, scratch + WARPS_AT);
     if (blocks > 1) sums = over_cluster(sums, blocks, scale, scratch + MINE_AT, scratch + ALL_AT);
@@ -138,12 +151,10 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
                    log2f(sums.sum_o),
                    divergence,
                    scale,
-                   c.inverse_temperature * weight,
-                   c.reverse};
+                   c.inverse_temperature * weight};
     if (call.nothing_left) s.divergence = 0, s.log_w = s.log_o = infinity();
     s.divergence += poison, s.log_w += poison, s.log_o += poison;
 
-    const float direction = c.correct ? c.direction[row] : 0.0f;
     const float difference = c.reverse ? w_at[0] - w_at[1] : o_at[0] - o_at[1];
     const float missing = c.margin - direction * difference + poison;
     const float hinge = (missing > 0 && answers[0] != answers[1] ? -direction : 0.0f) + poison;
@@ -154,39 +165,26 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
             float* out = c.answer_grad + 3 * row;
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                out[i] = !c.correct ? 0.0f : exclude ? poison : kl_gradient(w_at[i], o_at[i], s);
+                out[i] = !c.correct  ? 0.0f
+                         : exclude   ? poison
+                         : c.reverse ? kl_gradient<true>(w_at[i], o_at[i], s)
+                                     : kl_gradient<false>(w_at[i], o_at[i], s);
             out[2] = c.correct ? hinge : 0.0f;
         }
     }
-    if (c.grad && call.plan.kept)
-        for (int step = share.steps - 1; step >= 0; step--)
-            gradient_step<T, CAPPED>(share, step, step, exclude, hinge, cap, s);
-    if (c.grad && !call.plan.kept) {  // backwards: what was read last lies in L2
-        const int last = share.steps - 1;
-        for (int turn = 0; turn < AHEAD; turn++) share.stage(last - turn, turn);
-        for (int turn = 0; turn <= last; turn++) {
-            share.stage(last - turn - AHEAD, turn + AHEAD);
-            copy_async_wait<AHEAD>();
-            gradient_step<T, CAPPED>(share, last - turn, turn, exclude, hinge, cap, s);
-        }
-    }
+    if (c.grad && c.reverse) gradient<T, CAPPED, true>(share, call.plan.kept, hinge, cap, s);
+    if (c.grad && !c.reverse) gradient<T, CAPPED, false>(share, call.plan.kept, hinge, cap, s);
     if (blocks > 1) cluster_wait();
 }
 
-template <class T> Error launch_loss(Call call, const Limits& limits, T) {
+template <class T> Error launch_loss(Call call, Limits limits, T) {
     const InterventionLoss& c = call.loss;
     const auto kernel = c.softcap > 0 ? intervention_loss_kernel<T, true> : intervention_loss_kernel<T, false>;
-    auto shape = [&] {
-        const int64_t clusters = c.rows + (c.l1 != nullptr);
-        return Shape{clusters * call.plan.cluster, THREADS, call.plan.cluster, call.plan.shared};
-    };
+    limits.max_cluster = widest_cluster(kernel, THREADS, limits);
     call.plan = plan_loss(c.rows, c.vocab, sizeof(T), limits);
-    if (call.plan.cluster > PORTABLE_CLUSTER && !fits(kernel, shape())) {
-        Limits portable = limits;
-        portable.max_cluster = PORTABLE_CLUSTER;
-        call.plan = plan_loss(c.rows, c.vocab, sizeof(T), portable);
-    }
-    return launch(kernel, shape(), c.stream, call);
+    const int64_t clusters = c.rows + (c.l1 != nullptr);
+    return launch(kernel, Shape{clusters * call.plan.cluster, THREADS, call.plan.cluster, call.plan.shared}, c.stream,
+                  call);
 }
 
 }  // namespace

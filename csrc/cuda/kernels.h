@@ -8,7 +8,7 @@ namespace cuda {
 
 using Error = const char*;
 
-constexpr int PORTABLE_CLUSTER = 8;  // blocks that every device with clusters can put into one
+constexpr int PORTABLE_CLUSTER = 8;  // blocks of a cluster that need no permission; a part of a GPU may hold fewer
 
 struct Limits {
     int multiprocessors;
@@ -44,9 +44,31 @@ Error dynamic_scale_backward(const DynamicScale& call);
 
 Error proximal_adam(const ProximalAdam& call);
 
-// Null where kernels can be launched; else why not: no GPU, no driver, or one that is too old.
+// Partial sums of the backward: this many of dweight's [d].
+Error scale_channels(const ScaleChannels& call);
+Error scale_channels_parts(const ScaleChannels& call, int64_t* parts);
+Error scale_channels_backward(const ScaleChannels& call);
+
+// Null where kernels can be launched, on one device at least; else why not: no GPU, no driver, one that is too old, or
+// no code for the device in this build. What is said holds until this thread asks again.
 Error unavailable();
+Error unavailable_on(int device);
+Error unavailable_on_current();
 Error device_limits(Limits* limits);
+
+// As far as the choice of code depends on them: 10·major + minor; the CUDA version of the driver, 1000·major + 10·minor.
+struct DeviceModel {
+    int capability, driver;
+    char name[256];
+};
+// Why a build for these architectures (800, 900, …) by a toolkit of that version has no code for the device, or null.
+Error missing_code(const DeviceModel& at, const int* built, int count, int toolkit);
+
+struct Built {
+    const int* archs;
+    int count, toolkit;
+};
+Built built();
 
 }  // namespace cuda
 }  // namespace actscale

@@ -6,6 +6,8 @@
 
 #ifndef ACTSCALE_EMULATE_CUDA
 #include <cuda_runtime.h>
+
+#include <atomic>
 #endif
 
 namespace actscale {
@@ -28,26 +30,7 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #ifndef ACTSCALE_EMULATE_CUDA
-constexpr int DEVICES = 64;
 constexpr int64_t SHARED_WITHOUT_ASKING = 48 << 10;
-
-// The current device's limits, asked once per process.
-inline Error limits_of_device(Limits* out) {
-    static Limits known[DEVICES];  // two threads may both ask, and write the same
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error) return cudaGetErrorString(error);
-    if (device < DEVICES && known[device].multiprocessors) return *out = known[device], nullptr;
-    int value[5] = {};
-    const cudaDeviceAttr attributes[5] = {
-        cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-        cudaDevAttrReservedSharedMemoryPerBlock, cudaDevAttrClusterLaunch, cudaDevAttrMultiProcessorCount};
-    for (int i = 0; i < 5 && !error; i++) error = cudaDeviceGetAttribute(&value[i], attributes[i], device);
-    if (error) return cudaGetErrorString(error);
-    *out = {value[4], value[0], value[1], value[2], value[3] ? 16 : 1};
-    if (device < DEVICES) known[device] = *out;
-    return nullptr;
-}
 
 struct Configured {
     cudaLaunchConfig_t config = {};
@@ -74,13 +57,24 @@ template <class Call> Error permit(void (*kernel)(Call), const Shape& shape) {
     return error ? cudaGetErrorString(error) : nullptr;
 }
 
-// Whether the device has room for a cluster of this shape: not every one has 16 multiprocessors that can form one.
-template <class Call> bool fits(void (*kernel)(Call), const Shape& shape) {
-    int clusters = 0;
-    Configured at(shape, nullptr);
-    const bool asked = !permit(kernel, shape) && !cudaOccupancyMaxActiveClusters(&clusters, kernel, &at.config);
-    if (!asked) cudaGetLastError();
-    return asked && clusters > 0;
+// The largest cluster that the current device has room for, if each block takes a multiprocessor for itself: not every
+// device has 16 multiprocessors that can form one, and a part of a GPU (MIG) may have fewer than 8. Asked once for each
+// kernel and device.
+template <class Call> int widest_cluster(void (*kernel)(Call), int threads, const Limits& limits) {
+    constexpr int DEVICES = 64;
+    static std::atomic<int> known[DEVICES];
+    int device = 0;
+    if (limits.max_cluster == 1 || cudaGetDevice(&device)) return 1;
+    if (device < DEVICES && known[device]) return known[device];
+    Shape shape = {limits.max_cluster, threads, limits.max_cluster, limits.shared_per_block};
+    for (; shape.cluster > 1; shape.cluster /= 2, shape.blocks = shape.cluster) {
+        int clusters = 0;
+        Configured at(shape, nullptr);
+        if (!permit(kernel, shape) && !cudaOccupancyMaxActiveClusters(&clusters, kernel, &at.config) && clusters) break;
+        cudaGetLastError();  // the runtime's own record
+    }
+    if (device < DEVICES) known[device] = shape.cluster;
+    return shape.cluster;
 }
 
 // Null, or the error's text. The runtime's own record of the error is cleared: the caller raises it.
@@ -89,7 +83,9 @@ template <class Call> Error launch(void (*kernel)(Call), const Shape& shape, voi
     Configured at(shape, stream);
     const cudaError_t error = cudaLaunchKernelEx(&at.config, kernel, call);
     const cudaError_t last = cudaGetLastError();
-    return error ? cudaGetErrorString(error) : last ? cudaGetErrorString(last) : nullptr;
+    if (!error && !last) return nullptr;
+    if (Error reason = unavailable_on_current()) return reason;  // no code for this device: says what to do
+    return cudaGetErrorString(error ? error : last);
 }
 #endif
 

@@ -25,7 +25,9 @@ namespace {
 constexpr int THREADS = CHANNEL_THREADS;
 constexpr int UNROLL = 4;  // positions a thread reads before it writes: 16 KB of each tensor under way a block
 constexpr int MAX_STEPS = 64;
-constexpr int BLOCKS_PER_PROCESSOR = 16;  // over the whole grid: the last wave is a small part of it
+// Blocks of THREADS a multiprocessor over the whole grid: many forward, where the last wave is then a small part;
+// backward those that run at once, since fewer blocks leave fewer partial sums.
+constexpr int FORWARD_BLOCKS = 16, BACKWARD_BLOCKS = 2;
 
 // How the grid covers [B, T, H, D]; a closed form of the shape.
 struct Geometry {
@@ -40,9 +42,10 @@ struct Call {
     ScaleHeads scale;
     Geometry at;
     bool aligned;  // 16-byte accesses
+    bool shift_aligned;
 };
 
-Geometry geometry(const ScaleHeads& c, int64_t multiprocessors) {
+Geometry geometry(const ScaleHeads& c, int64_t multiprocessors, int64_t blocks_a_processor) {
     const int64_t width = c.type == Type::float32 ? 4 : 8, vectors = ceil_div(c.width, width);
     Geometry g;
     g.span = int(least(vectors, THREADS));
@@ -50,14 +53,12 @@ Geometry geometry(const ScaleHeads& c, int64_t multiprocessors) {
     g.heads = int(least(c.heads, THREADS / g.span));
     g.head_tiles = int(ceil_div(c.heads, g.heads));
     const int64_t tiles = c.rows * c.positions * g.head_tiles * g.channel_tiles;
+    g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
+    const int64_t wanted = most(ceil_div(tiles * g.threads, THREADS * blocks_a_processor * multiprocessors), 1);
     // Then each position has a partial of its own.
     const bool by_position = c.alpha_positions > 1 || c.shift_positions > 1;
-    g.steps =
-        by_position
-            ? 1
-            : int(least(least(most(tiles / (BLOCKS_PER_PROCESSOR * multiprocessors), 1), MAX_STEPS), c.positions));
+    g.steps = by_position ? 1 : int(least(least(wanted, MAX_STEPS), c.positions));
     g.chunks = int(ceil_div(c.positions, g.steps));
-    g.threads = int(ceil_div(g.heads * g.span, 32) * 32);
     return g;
 }
 
@@ -103,6 +104,14 @@ template <class T> __global__ void __launch_bounds__(THREADS, 4) scale_heads_ker
     const int left = int(c.width) - place.channel;
     const T* x = static_cast<const T*>(c.x) + place.offset(c.x_stride);
     T* y = static_cast<T*>(c.out) + place.offset(c.out_stride);
+    const bool shifts = c.shift && place.known;
+    float shift[W];
+    auto load_shift = [&](int64_t t) {
+        const int64_t at = place.group * c.shift_positions + t;
+        const float* from = c.shift + (at * c.heads + place.head) * c.width + place.channel;
+        load_floats(from, left, call.shift_aligned, shift);
+    };
+    if (shifts && c.shift_positions <= 1) load_shift(0);
     for (int begin = 0; begin < place.count; begin += UNROLL) {
         Vector values[UNROLL];
 #pragma unroll
@@ -118,19 +127,18 @@ template <class T> __global__ void __launch_bounds__(THREADS, 4) scale_heads_ker
             unpack(values[u], out, T());
 #pragma unroll
             for (int e = 0; e < W; e++) out[e] *= factor;
-            if (c.shift && place.known) {
-                const int64_t at = place.group * c.shift_positions + (c.shift_positions > 1 ? t : 0);
-                const float* shift = c.shift + (at * c.heads + place.head) * c.width + place.channel;
+            if (shifts) {
+                if (c.shift_positions > 1) load_shift(t);
 #pragma unroll
-                for (int e = 0; e < W; e++)
-                    if (e < left) out[e] += place.beta * shift[e];
+                for (int e = 0; e < W; e++) out[e] += place.beta * shift[e];
             }
             store_channels(y + t * c.out_stride[1], left, call.aligned, pack(out, T()));
         }
     }
 }
 
-template <class T> __global__ void __launch_bounds__(THREADS, 2) scale_heads_backward_kernel(const Call call) {
+template <class T> __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
+    scale_heads_backward_kernel(const Call call) {
     constexpr int W = WIDTH<T>;
     const ScaleHeads& c = call.scale;
     const Place<T> place(call);
@@ -185,13 +193,13 @@ template <class T> __global__ void __launch_bounds__(THREADS, 2) scale_heads_bac
     }
 }
 
-Error prepare(Call& call) {
+Error prepare(Call& call, int64_t blocks_a_processor) {
     const ScaleHeads& c = call.scale;
     const int64_t most = int64_t(1) << 30;
     if (c.width > most || c.heads > most || c.positions > most) return "more than 2^30 channels, heads or positions";
     Limits limits;
     if (Error error = device_limits(&limits)) return error;
-    call.at = geometry(c, limits.multiprocessors);
+    call.at = geometry(c, limits.multiprocessors, blocks_a_processor);
     return nullptr;
 }
 
@@ -206,8 +214,8 @@ bool empty(const ScaleHeads& c) { return !c.rows || !c.positions || !c.heads || 
 
 Error scale_heads(const ScaleHeads& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false};
-    if (Error error = prepare(call)) return error;
+    Call call = {scale, {}, false, floats_on_grid(scale.shift, scale.width)};
+    if (Error error = prepare(call, FORWARD_BLOCKS)) return error;
     call.aligned = on_grid(scale, scale.x, scale.x_stride) && on_grid(scale, scale.out, scale.out_stride);
     return with_type(scale.type, [&](auto zero) {
         return launch(scale_heads_kernel<decltype(zero)>, shape_of(call), scale.stream, call);
@@ -215,8 +223,8 @@ Error scale_heads(const ScaleHeads& scale) {
 }
 
 Error scale_heads_partials(const ScaleHeads& scale, PartialSums* floats) {
-    Call call = {scale, {}, false};
-    if (Error error = prepare(call)) return error;
+    Call call = {scale, {}, false, floats_on_grid(scale.shift, scale.width)};
+    if (Error error = prepare(call, BACKWARD_BLOCKS)) return error;
     const int64_t blocks = scale.rows * call.at.chunks;
     *floats = {blocks * call.at.channel_tiles * scale.heads, blocks * scale.heads * scale.width};
     return nullptr;
@@ -224,8 +232,8 @@ Error scale_heads_partials(const ScaleHeads& scale, PartialSums* floats) {
 
 Error scale_heads_backward(const ScaleHeads& scale) {
     if (empty(scale)) return nullptr;
-    Call call = {scale, {}, false};
-    if (Error error = prepare(call)) return error;
+    Call call = {scale, {}, false, floats_on_grid(scale.shift, scale.width)};
+    if (Error error = prepare(call, BACKWARD_BLOCKS)) return error;
     call.aligned = on_grid(scale, scale.dy, scale.dy_stride) &&
                    (!scale.dalpha_partial || on_grid(scale, scale.x, scale.x_stride)) &&
                    (!scale.out || on_grid(scale, scale.out, scale.out_stride));

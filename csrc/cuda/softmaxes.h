@@ -64,19 +64,40 @@ DEVICE void move(Sums& s, float top_w, float top_o, float scale) {
 
 DEVICE void add(Sums& s, const Sums& other) { s.sum_w += other.sum_w, s.sum_o += other.sum_o, s.a += other.a; }
 
-template <int N> DEVICE void scan(Sums& s, const float (&w)[N], const float (&o)[N], float scale) {
-    float top_w = s.top_w, top_o = s.top_o;
+template <int N> DEVICE float top_of(const float (&values)[N]) {
+    float top = values[0];
 #pragma unroll
-    for (int i = 0; i < N; i++) top_w = fmaxf(top_w, w[i]), top_o = fmaxf(top_o, o[i]);
-    move(s, top_w, top_o, scale);
-    const float base_w = finite(top_w), base_o = finite(top_o);
+    for (int i = 1; i < N; i++) top = fmaxf(top, values[i]);
+    return top;
+}
+template <int N> DEVICE float top_of(const Vector (&values)[N], float32) {
+    float top = minus_infinity();
+#pragma unroll
+    for (int i = 0; i < 4 * N; i++) top = fmaxf(top, bits_to_float(values[i / 4].word[i % 4]));
+    return top;
+}
+// Two at a time.
+template <int N, class T> DEVICE float top_of(const Vector (&values)[N], T zero) {
+    uint32_t pair = values[0].word[0];
+#pragma unroll
+    for (int i = 1; i < 4 * N; i++) pair = pair_max(pair, values[i / 4].word[i % 4], zero);
+    return fmaxf(widen(T{uint16_t(pair)}), widen(T{uint16_t(pair >> 16)}));
+}
+
+// Adds N columns of each side, whose maxima are given.
+template <int N>
+DEVICE void scan(Sums& s, const float (&w)[N], const float (&o)[N], float top_w, float top_o, float scale) {
+    move(s, fmaxf(s.top_w, top_w), fmaxf(s.top_o, top_o), scale);
+    // Differences times SHRINK, rounded as the differences would be: it is a power of 2.
+    const float base_w = finite(s.top_w) * SHRINK, base_o = finite(s.top_o) * SHRINK, grown = scale * GROWTH;
     Sums here = {0, 0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const float x = w[i] - base_w, y = o[i] - base_o, e = exp2_approximate(x * scale);
+        const float x = fmaf(w[i], SHRINK, -base_w), y = fmaf(o[i], SHRINK, -base_o);
+        const float e = exp2_approximate(x * grown);
         here.sum_w += e;
-        here.sum_o += exp2_approximate(y * scale);
-        here.a += e == 0 ? 0.0f : e * ((x - y) * SHRINK);
+        here.sum_o += exp2_approximate(y * grown);
+        if (e != 0) here.a = fmaf(e, x - y, here.a);
     }
     add(s, here);
 }
@@ -125,16 +146,14 @@ DEVICE Sums over_cluster(const Sums& s, int blocks, float scale, float* mine, fl
 // weight.
 struct Softmaxes {
     float base_w, log_w, base_o, log_o, divergence, scale, factor;
-    bool reverse;
 };
 
-DEVICE float kl_gradient(float w, float o, const Softmaxes& s) {
+template <bool REVERSE> DEVICE float kl_gradient(float w, float o, const Softmaxes& s) {
     const float x = w - s.base_w, y = o - s.base_o, q = exp2_approximate(fmaf(x, s.scale, -s.log_w));
-    if (!s.reverse) return s.factor * (exp2_approximate(fmaf(y, s.scale, -s.log_o)) - q);
-    if (q == 0) return 0.0f;
+    if (!REVERSE) return s.factor * (exp2_approximate(fmaf(y, s.scale, -s.log_o)) - q);
     // In nats: to base 2, differences of 3e38 would overflow.
     const float ratio = fmaf(x - y, rounded_product(s.scale, LN2), -rounded_product(s.log_w - s.log_o, LN2));
-    return s.factor * q * (ratio - s.divergence);
+    return q == 0 ? 0.0f : s.factor * q * (ratio - s.divergence);
 }
 
 }  // namespace cuda

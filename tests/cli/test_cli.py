@@ -20,7 +20,7 @@ from actscale_fast.tasks.examples import Example, save_examples
 
 COMMANDS = (
     "demo", "fit", "sweep", "attribution", "interchange", "extract", "combine", "evaluate", "info", "generate", "plot",
-    "merge", "reproduce", "completion", "bench",
+    "merge", "reproduce", "completion", "doctor", "verify", "bench",
 )  # fmt: skip
 
 

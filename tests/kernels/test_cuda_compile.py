@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from cubins import compiled
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = (80, 90, 100)
 TYPES = ("float32", "bf16", "half16")
 #: Kernel -> (registers a thread at most: 65536 over the threads that its launch constants want on a multiprocessor at
@@ -21,47 +17,15 @@ KERNELS = {
     "scale_heads_kernel": (65536 // (4 * 256), TYPES),
     "scale_heads_backward_kernel": (65536 // (2 * 256), TYPES),
     "dynamic_scale_kernel": (65536 // (4 * 256), TYPES),
-    "dynamic_scale_backward_kernel": (65536 // (2 * 256), TYPES),
+    "dynamic_scale_backward_kernel": (65536 // (3 * 256), TYPES),
+    "scale_channels_kernel": (65536 // (4 * 256), TYPES),
+    "scale_channels_backward_kernel": (65536 // (2 * 256), TYPES),
     "sum_groups_kernel": (65536 // (2 * 512), ("",)),
     "proximal_adam_kernel": (65536 // 512, ("",)),
     "count_step_kernel": (65536 // 32, ("",)),
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CSRC.is_dir(), reason="needs the source tree")]
-
-
-class Compiled(NamedTuple):
-    report: str  # of ptxas -v
-    ptx: dict[str, str]  # by file
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Compiled]:
-    """By architecture; each is one run of nvcc over all files, two at a time."""
-    nvcc = shutil.which("nvcc")
-    if not nvcc:
-        pytest.skip("nvcc is not on PATH")
-    sources = [str(path) for path in sorted((CSRC / "cuda").glob("*.cu"))]
-    results = {}
-    running: dict[int, tuple[Path, subprocess.Popen[str]]] = {}
-
-    def collect(arch: int) -> None:
-        folder, process = running.pop(arch)
-        _, report = process.communicate(timeout=900)
-        assert process.returncode == 0, report
-        ptx = {path.name.partition(".")[0]: path.read_text() for path in folder.glob("*.ptx")}
-        results[arch] = Compiled(report, ptx)
-
-    for arch in ARCHITECTURES:
-        folder = tmp_path_factory.mktemp(f"sm_{arch}")
-        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "--keep"]
-        command += ["--keep-dir", str(folder), "--output-directory", str(folder), "-cubin", *sources]
-        running[arch] = (folder, subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        if len(running) == 2:
-            collect(next(iter(running)))
-    for arch in list(running):
-        collect(arch)
-    return results
+pytestmark = pytest.mark.slow
 
 
 def kernels_of(report: str) -> dict[tuple[str, str], tuple[int, int, int]]:
@@ -83,10 +47,8 @@ def kernels_of(report: str) -> dict[tuple[str, str], tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_kernel_compiles_without_a_spill_and_within_its_registers(
-    compiled: dict[int, Compiled], arch: int
-) -> None:
-    found = kernels_of(compiled[arch].report)
+def test_every_kernel_compiles_without_a_spill_and_within_its_registers(arch: int) -> None:
+    found = kernels_of(compiled(arch).report)
     assert set(found) == {(name, kind) for name, (_, kinds) in KERNELS.items() for kind in kinds}
     for (name, kind), (registers, stack, spills) in found.items():
         print(f"sm_{arch} {name} {kind}: {registers} registers")
@@ -95,14 +57,14 @@ def test_every_kernel_compiles_without_a_spill_and_within_its_registers(
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_rows_are_copied_read_and_written_16_bytes_at_a_time(compiled: dict[int, Compiled], arch: int) -> None:
-    ptx = compiled[arch].ptx
+def test_rows_are_copied_read_and_written_16_bytes_at_a_time(arch: int) -> None:
+    ptx = compiled(arch).ptx
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 16;", ptx["intervention_loss"])
-    for file in ("intervention_loss", "intervention_loss_scale", "scale_heads", "dynamic_scale"):
+    for file in ("intervention_loss", "intervention_loss_scale", "scale_heads", "scale_channels", "dynamic_scale"):
         assert "ld.global.v4" in ptx[file], file
         assert "st.global.v4" in ptx[file], file
 
 
-def test_clusters_are_used_from_sm_90_on(compiled: dict[int, Compiled]) -> None:
-    used = {arch: "barrier.cluster" in compiled[arch].ptx["intervention_loss"] for arch in ARCHITECTURES}
+def test_clusters_are_used_from_sm_90_on() -> None:
+    used = {arch: "barrier.cluster" in compiled(arch).ptx["intervention_loss"] for arch in ARCHITECTURES}
     assert used == {80: False, 90: True, 100: True}

@@ -43,7 +43,7 @@ class Step:
         return [t.detach().clone() for t in (*self.results, self.alpha, *self.state)]
 
 
-@over(backends=["reference", "triton"])
+@over(backends=["reference", "triton", "cuda"])
 def test_a_captured_step_replays_the_bits_of_the_eager_one(backend: Backend, inputs: Inputs) -> None:
     device = torch.device("cuda")
     step = Step(inputs, device)

@@ -44,6 +44,11 @@ def probed(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, beta: Tensor, gr
     return [y, scalars, *cuda.dynamic_scale_backward(dy, scalars, x, weight, scalars, -1.5, beta, group, *[True] * 3)]
 
 
+def channelled(x: Tensor, dy: Tensor, weight: Tensor) -> list[Tensor]:
+    x, dy = x.flatten(0, 2), dy.flatten(0, 2)
+    return [cuda.scale_channels(x, weight), *cuda.scale_channels_backward(dy, x, weight, True, True)]
+
+
 def cases(inputs: Inputs, shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[tuple[Any, tuple[Tensor, ...]]]:
     B, _, H, D = shape
     x, dy = (inputs.normal(*shape, dtype=dtype) for _ in range(2))
@@ -51,6 +56,7 @@ def cases(inputs: Inputs, shape: tuple[int, int, int, int], dtype: torch.dtype) 
     return [
         (scaled, (x, dy, inputs.normal(2, 1, H), inputs.normal(2, 1, H, D), *rows)),
         (probed, (x, dy, inputs.normal(2, H, D, scale=D**-0.5), inputs.normal(2, H), *rows)),
+        (channelled, (x, dy, inputs.normal(D))),
     ]
 
 
@@ -110,6 +116,11 @@ def test_a_forward_is_one_launch_and_a_backward_two_at_most(inputs: Inputs, devi
     rest = (x, None, x, probe, scalars, 1.0, None, None)
     assert launches(cuda.dynamic_scale_backward, *rest, True, True, True) == 2
     assert launches(cuda.dynamic_scale_backward, *rest, True, False, False) == 1
+    channels = inputs.normal(8)
+    assert launches(cuda.scale_channels, x, channels) == 1
+    assert launches(cuda.scale_channels_backward, x, x, channels, True, True) == 2
+    assert launches(cuda.scale_channels_backward, x, x, channels, True, False) == 1
+    assert launches(cuda.scale_channels, x[:0], channels) == 0
     for size, expected in ((3, 1), (16 << 10, 1), ((16 << 10) + 1, 2)):
         tensors = [inputs.normal(size), inputs.normal(size), torch.zeros(size), torch.zeros(size)]
         step = torch.zeros(())

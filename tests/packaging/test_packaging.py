@@ -224,3 +224,29 @@ def test_an_unknown_cuda_choice_is_refused(tree: Path) -> None:
     done = build_extension(tree, ACTSCALE_BUILD_CUDA="yes")
     assert done.returncode != 0
     assert "ACTSCALE_BUILD_CUDA: got 'yes', expected auto, 0 or 1" in done.stderr
+
+
+def test_architectures_that_nvcc_does_not_know_are_left_out_and_said(tree: Path, tmp_path: Path) -> None:
+    """The others are built; the record in the extension keeps what was left out."""
+    compiler, called = tmp_path / "cuda" / "bin" / "nvcc", tmp_path / "called"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text(
+        f'#!/bin/sh\necho "$@" >> {called}\ncase "$*" in *compute_100*) '
+        "echo \"nvcc fatal   : Unsupported gpu architecture 'compute_100'\" >&2; exit 1;; esac\n"
+    )
+    compiler.chmod(0o755)
+    for source in [*(tree / "csrc").rglob("*.cpp"), *(tree / "csrc").rglob("*.cu")]:
+        source.unlink()  # nothing is left to build
+    done = build_extension(
+        tree, ACTSCALE_BUILD_CUDA="auto", CUDA_HOME=str(tmp_path / "cuda"), ACTSCALE_CUDA_ARCHS="8.0, 9.0;100"
+    )
+    message = "nvcc fatal   : Unsupported gpu architecture 'compute_100'"
+    assert f"warning: actscale-fast: no CUDA kernels for architecture 100: {message}\n" in done.stderr
+    assert "installed without the CUDA kernels" not in done.stderr
+    (header,) = (tree / "build").rglob("build_record.h")
+    text = header.read_text()
+    assert f'#define ACTSCALE_DROPPED {{"100", "{message}"}}\n' in text
+    assert f'#define ACTSCALE_NVCC "{compiler}"\n' in text
+    (rules,) = (tree / "build").rglob("build.ninja")
+    assert "compute_90" in rules.read_text()
+    assert "compute_100" not in rules.read_text()

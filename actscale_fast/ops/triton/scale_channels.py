@@ -71,7 +71,7 @@ def scale_channels_fwd_kernel(
         tl.store(p_y + (n * stride_y)[:, None] + d[None, :], (b_x * b_weight).to(p_y.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["N", "steps"])
+@triton.jit(do_not_specialize=["N", "steps", "dy_step"])
 def scale_channels_bwd_kernel(
     p_dx,  # [N, D], or None
     p_dweight,  # partial sums [chunks, D], or None
@@ -83,6 +83,7 @@ def scale_channels_bwd_kernel(
     steps,
     stride_dx,
     stride_dy,
+    dy_step,  # 0: all rows of dy are its first one, else 1
     stride_x,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -94,7 +95,7 @@ def scale_channels_bwd_kernel(
     for i in range(steps):
         n = first + i * BLOCK_N + tl.arange(0, BLOCK_N)
         here = (n < N)[:, None] & (d < D)[None, :]
-        b_dy = tl.load(p_dy + (n * stride_dy)[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
+        b_dy = tl.load(p_dy + (n * dy_step * stride_dy)[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
         if p_dweight is not None:
             b_x = tl.load(p_x + (n * stride_x)[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
             b_sum += b_dy * b_x
@@ -130,11 +131,14 @@ def scale_channels_backward(
     if x.numel() == 0 or not (need_dx or need_dweight):
         return dx, dweight.zero_()
     dy, dy_stride = strides.gradient_rows(dy.to(x.dtype))
+    # A stride of 0 would be compiled as one that 16 divides, whose sums are laid out, and so rounded, in another way.
+    dy_step, dy_stride = (1, dy_stride) if dy_stride else (0, width)
     geometry = Geometry.of(N, width, processors(x.device))
     partial = weight.new_empty(1, 1, geometry.chunks, width) if need_dweight else None
     with on_device_of(x):
         scale_channels_bwd_kernel[geometry.chunks, geometry.channel_tiles](
-            dx if need_dx else None, partial, dy, x, weight, N, width, geometry.steps, width, dy_stride, stride,
+            dx if need_dx else None, partial, dy, x, weight, N, width, geometry.steps, width, dy_stride, dy_step,
+            stride,
             BLOCK_N=geometry.rows, BLOCK_D=geometry.channels, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
         if partial is not None:

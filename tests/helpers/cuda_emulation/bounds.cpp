@@ -88,10 +88,25 @@ template <class T> void heads(Type type, int64_t B, int64_t P, int64_t H, int64_
     check(cuda::dynamic_scale_backward(d));
 }
 
+template <class T> void channels(Type type, int64_t rows, int64_t width, int64_t off) {
+    Buffer<T> x(rows * width, T(1), off), dy(rows * width, T(2), off), out(rows * width, T(3), off);
+    Buffer<float> weight(width, 0.5f), dweight(width);
+    ScaleChannels c = {};
+    c.type = type, c.rows = rows, c.width = width, c.x_stride = c.dy_stride = width;
+    c.x = x.at(), c.dy = dy.at(), c.out = out.at(), c.weight = weight.at(), c.dweight = dweight.at();
+    check(cuda::scale_channels(c));
+    int64_t parts = 0;
+    check(cuda::scale_channels_parts(c, &parts));
+    Buffer<float> partial(parts * width);
+    c.dweight_partial = partial.at();
+    check(cuda::scale_channels_backward(c));
+}
+
 template <class T> void all(Type type) {
     for (int64_t vocab : {1, 2, 3, 31, 257})
         for (int64_t off : {0, 1, 3}) losses<T>(type, 2, vocab, off, off % 2);
     for (int64_t off : {0, 1}) {
+        channels<T>(type, 7, 16, off), channels<T>(type, 200, 5, off), channels<T>(type, 2, 2099, off);
         heads<T>(type, 2, 3, 2, 16, 1, off);
         heads<T>(type, 2, 3, 3, 5, 3, off);
         heads<T>(type, 1, 2, 1, 2099, 1, off);

@@ -7,12 +7,14 @@
 #pragma once
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,10 +36,14 @@ namespace emulated {
 
 struct Device {
     actscale::cuda::Limits limits = {4, 232448, 233472, 1024, 16};
+    int cluster_room = 16;  // blocks of a cluster that fit, whatever the device says that it supports
+    int count = 1, capability = 90, driver = 13000;
     bool reversed = false;  // the order in which the threads run
     long launches = 0;
+    void (*observer)(void* stream) = nullptr;  // called before each launch
 };
 inline Device device;
+inline std::mutex one_launch;  // at a time: launches run without the interpreter's lock
 
 constexpr size_t STACK = 128 << 10;
 constexpr int LANES = 32;
@@ -215,6 +221,16 @@ inline uint16_t bf16_bits(float value) { emulation::bf16 out; emulation::narrow(
 inline uint32_t pair_bits(float low, float high, half16) { return half_bits(low) | uint32_t(half_bits(high)) << 16; }
 inline uint32_t pair_bits(float low, float high, bf16) { return bf16_bits(low) | uint32_t(bf16_bits(high)) << 16; }
 
+inline float value_of(half16 value) { return half_value(value.bits); }
+inline float value_of(bf16 value) { return emulation::widen(emulation::bf16{value.bits}); }
+template <class T> inline uint32_t pair_max(uint32_t a, uint32_t b, T) {
+    auto larger = [](uint16_t p, uint16_t q) {
+        const float x = value_of(T{p}), y = value_of(T{q});
+        return y > x || x != x ? q : p;
+    };
+    return larger(uint16_t(a), uint16_t(b)) | uint32_t(larger(uint16_t(a >> 16), uint16_t(b >> 16))) << 16;
+}
+
 inline char* dynamic_shared() { return emulated::block().shared.get(); }
 
 inline void copy_async(Vector* shared, const void* global) {
@@ -240,19 +256,34 @@ template <class T> inline const T* in_block(const T* shared, int rank) {
     return reinterpret_cast<const T*>(emulated::running->blocks[rank].shared.get() + offset);
 }
 
-inline const char* limits_of_device(Limits* out) { return *out = emulated::device.limits, nullptr; }
+// What this build says that it was compiled for.
+#define __CUDA_ARCH_LIST__ 800, 900, 1000
+constexpr int TOOLKIT = 13000;
 
-template <class Call, class Shape> bool fits(void (*)(Call), const Shape& shape) {
-    return shape.cluster <= emulated::device.limits.max_cluster;
+inline Error count_devices(int* count) { return *count = emulated::device.count, nullptr; }
+inline Error current_device(int* device) { return *device = 0, nullptr; }
+inline Error ask_model(int device, DeviceModel* out) {
+    out->capability = emulated::device.capability, out->driver = emulated::device.driver;
+    snprintf(out->name, sizeof(out->name), "emulated device %d", device);
+    return nullptr;
+}
+
+template <class Call> int widest_cluster(void (*)(Call), int, const Limits& limits) {
+    int cluster = limits.max_cluster;
+    while (cluster > emulated::device.cluster_room) cluster /= 2;
+    return cluster;
 }
 
 template <class Call, class Shape>
-const char* launch(void (*kernel)(Call), const Shape& shape, void*, const Call& call) {
+const char* launch(void (*kernel)(Call), const Shape& shape, void* stream, const Call& call) {
     const Limits& limits = emulated::device.limits;
+    std::lock_guard<std::mutex> alone(emulated::one_launch);
+    if (emulated::device.observer) emulated::device.observer(stream);
     if (shape.blocks < 1 || shape.blocks > 0x7fffffff || shape.blocks_y < 1 || shape.blocks_y > 65535 ||
         shape.threads < 1 || shape.threads > 1024 || shape.cluster > limits.max_cluster ||
         shape.blocks % shape.cluster || shape.shared > limits.shared_per_block)
         return "invalid argument";
+    if (shape.cluster > emulated::device.cluster_room) return "cluster out of resources";
     static void (*body)(Call);
     body = kernel;
     emulated::device.launches++;

@@ -107,8 +107,9 @@ def emulated_backend(limits: Limits = SMALL) -> Iterator[ModuleType]:
     kernels = emulated_kernels()
     from actscale_fast.ops.cuda import launch
 
-    scale_heads, dynamic_scale = (
-        importlib.import_module(f"actscale_fast.ops.cuda.{op}") for op in ("scale_heads", "dynamic_scale")
+    scale_heads, dynamic_scale, scale_channels = (
+        importlib.import_module(f"actscale_fast.ops.cuda.{op}")
+        for op in ("scale_heads", "dynamic_scale", "scale_channels")
     )
 
     unavailable, resolve = backends.unavailable, backends.resolve
@@ -121,8 +122,9 @@ def emulated_backend(limits: Limits = SMALL) -> Iterator[ModuleType]:
         patch.setattr(backends, "unavailable", lambda name: "" if name == "cuda" else unavailable(name))
         patch.setattr(backends, "resolve", resolved)
         patch.setattr(launch, "kernels", kernels.cuda)
-        kernels.set_limits(*limits)
+        kernels.set_limits(*limits), kernels.set_cluster_room(16)
         scale_heads._partials.cache_clear(), dynamic_scale._chunks.cache_clear()  # sizes for another device
+        scale_channels._parts.cache_clear()
         kernels.run_threads_backwards(False)
         with backends.use_backend("cuda"):
             yield kernels

@@ -1,0 +1,162 @@
+"""`actscale-fast doctor`: what was built, what runs on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, get_args
+
+import torch
+
+from .._version import __version__
+from ..ops import backends
+from .output import print_table
+
+_LIBRARIES = ("torch", "triton", "transformers", "safetensors", "numpy")
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class Section(NamedTuple):
+    """One part of the report: its name in the JSON document, and what is printed."""
+
+    key: str
+    title: str
+    facts: Any
+    rows: list[list[str]]
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print the report, one table for each section; with --json, one object of the same content."""
+    sections = [installed(), compiled(), devices(), available()]
+    for section in sections:
+        print_table(section.title, ("", ""), section.rows, right=False)
+    options.result = {section.key: section.facts for section in sections}
+    return 0
+
+
+def installed() -> Section:
+    """The versions of this package, of Python and of the libraries that the kernels depend on."""
+    facts: dict[str, str | None] = {"actscale_fast": __version__, "python": platform.python_version()}
+    facts["system"] = platform.platform()
+    for name in _LIBRARIES:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = None
+    facts["torch_cuda"] = torch.version.cuda
+    rows = [[name, version or "not installed"] for name, version in facts.items() if name != "torch_cuda"]
+    return Section("installed", "Installed", facts, [*rows, ["PyTorch's CUDA", torch.version.cuda or "none"]])
+
+
+def compiled() -> Section:
+    """What the extension holds: the compiler, the SIMD levels, and the CUDA architectures with those left out."""
+    module = extension()
+    if module is None:
+        reason = backends.unavailable("cpu")
+        return Section("compiled", "Compiled kernels", {"extension": None, "reason": reason}, [["extension", reason]])
+    built = module.build_record()
+    cuda = getattr(module, "cuda", None)
+    facts = {
+        "extension": str(module.__file__),
+        "compiler": built["compiler"],
+        "openmp": built["openmp"],
+        "simd_built": list(built["simd_levels"]),
+        "simd_levels": module.levels(),
+        "simd_level": module.level(),
+        "cuda_archs": [] if cuda is None else cuda.archs(),
+        "cuda_toolkit": None if cuda is None else cuda.toolkit(),
+        "cuda_dropped_archs": built["dropped_archs"],
+        "cuda_reason": built["no_cuda"] or None,
+    }
+    notes = {name: " (not on this processor)" for name in built["simd_levels"] if name not in module.levels()}
+    notes[module.level()] = " (in use)"
+    kernels = f"none: {built['no_cuda']}"
+    if cuda is not None:
+        archs = ", ".join(f"sm_{arch}" for arch in cuda.archs()) or "architectures that nvcc did not report"
+        kernels = f"{archs}, with PTX for later GPUs; CUDA {cuda.toolkit()} ({built['nvcc']})"
+    rows = [
+        ["extension", str(module.__file__)],
+        ["compiler", built["compiler"]],
+        ["threads", "OpenMP" if built["openmp"] else "one: the compiler has no OpenMP"],
+        ["SIMD levels", ", ".join(name + notes.get(name, "") for name in built["simd_levels"])],
+        ["CUDA kernels", kernels],
+        *([f"left out: sm_{arch}", reason] for arch, reason in built["dropped_archs"].items()),
+    ]
+    return Section("compiled", "Compiled kernels", facts, rows)
+
+
+def devices() -> Section:
+    """The processor and each GPU, and whether the CUDA kernels were built for it."""
+    facts: dict[str, Any] = {
+        "cpu": {"name": processor(), "threads": torch.get_num_threads()},
+        "driver": driver(),
+        "gpus": [gpu(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
+    }
+    rows = [["CPU", facts["cpu"]["name"]], ["threads", str(facts["cpu"]["threads"])]]
+    rows += [["NVIDIA driver", facts["driver"] or "none was found"]]
+    for found in facts["gpus"]:
+        about = f"{found['name']}, capability {found['capability']}, {found['multiprocessors']} multiprocessors"
+        rows += [[f"GPU {found['index']}", f"{about}, {found['memory_gib']} GiB"]]
+        rows += [["  CUDA kernels", found["cuda_reason"]]] if found["cuda_reason"] else []
+    rows += [] if facts["gpus"] else [["GPU", "none that this build of PyTorch can use"]]
+    return Section("devices", "Devices", facts, rows)
+
+
+def available() -> Section:
+    """Which backends can run here, why the others cannot, and which one an op takes."""
+    names = [name for name in get_args(backends.BackendName) if name != "auto"]
+    reasons = {name: backends.unavailable(name) for name in names}
+    chosen = backends.get_backend()
+    taken = {}
+    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+        try:
+            taken[device] = backends.resolve(torch.device(device), torch.float32)
+        except RuntimeError as error:
+            taken[device] = f"none: {error}"
+    rows = [[name, f"cannot run: {reason}" if reason else "can run"] for name, reason in reasons.items()]
+    rows += [["chosen (ACTSCALE_BACKEND)", chosen]]
+    rows += [[f"used for float32 tensors on {device}", name] for device, name in taken.items()]
+    facts = {"chosen": chosen, "unavailable": {n: r or None for n, r in reasons.items()}, "used_for_float32": taken}
+    return Section("backends", "Backends", facts, rows)
+
+
+def extension() -> ModuleType | None:
+    """The compiled extension, or None where it was not built."""
+    return importlib.import_module("actscale_fast.ops._C") if backends.has_extension() else None
+
+
+def gpu(index: int) -> dict[str, Any]:
+    """What PyTorch says of a GPU, and why the CUDA kernels of this build have no code for it, if so."""
+    found = torch.cuda.get_device_properties(index)
+    kernels = getattr(extension(), "cuda", None)
+    return {
+        "index": index,
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "cuda_reason": (kernels.unavailable_on(index) or None) if kernels is not None else None,
+    }
+
+
+def processor() -> str:
+    """The processor's name: on Linux the model, elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def driver() -> str | None:
+    """The version of the NVIDIA driver as its kernel module states it, or None."""
+    try:
+        words = _DRIVER.read_text(encoding="utf-8", errors="replace").split("\n")[0].split()
+    except OSError:
+        return None
+    return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)
