@@ -6,18 +6,16 @@ import argparse
 import importlib
 import importlib.metadata
 import platform
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, get_args
 
 import torch
 
 from .._version import __version__
-from ..ops import backends
+from ..ops import backends, device_identity, verdicts
 from .output import print_table
 
 _LIBRARIES = ("torch", "triton", "transformers", "safetensors", "numpy")
-_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class Section(NamedTuple):
@@ -31,7 +29,7 @@ class Section(NamedTuple):
 
 def doctor(options: argparse.Namespace) -> int:
     """Print the report, one table for each section; with --json, one object of the same content."""
-    sections = [installed(), compiled(), devices(), available()]
+    sections = [installed(), compiled(), devices(), available(), verified()]
     for section in sections:
         print_table(section.title, ("", ""), section.rows, right=False)
     options.result = {section.key: section.facts for section in sections}
@@ -92,8 +90,8 @@ def compiled() -> Section:
 def devices() -> Section:
     """The processor and each GPU, and whether the CUDA kernels were built for it."""
     facts: dict[str, Any] = {
-        "cpu": {"name": processor(), "threads": torch.get_num_threads()},
-        "driver": driver(),
+        "cpu": {"name": device_identity.processor_name(), "threads": torch.get_num_threads()},
+        "driver": device_identity.driver_version(),
         "gpus": [gpu(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
     }
     rows = [["CPU", facts["cpu"]["name"]], ["threads", str(facts["cpu"]["threads"])]]
@@ -124,6 +122,25 @@ def available() -> Section:
     return Section("backends", "Backends", facts, rows)
 
 
+def verified() -> Section:
+    """For each device the verdict on its kernels: when it was made, and what did not pass."""
+    facts: dict[str, Any] = {}
+    rows = []
+    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+        verdict = verdicts.load(torch.device(device))
+        facts[device] = verdict
+        if verdict is None:
+            rows += [[device, f"none yet; made by: actscale-fast verify --device {device}"]]
+            continue
+        failed = [one for one in verdict["outcomes"] if one["status"] != "ok"]
+        passed = len(verdict["outcomes"]) - len(failed)
+        rows += [[device, f"{passed} of {len(verdict['outcomes'])} kernels passed on {verdict['date']}"]]
+        rows += [
+            [f"  {one['backend']} {one['op']} {one['dtype']}", f"{one['status']}: {one['reason']}"] for one in failed
+        ]
+    return Section("verdicts", "Verdicts on kernels", facts, rows)
+
+
 def extension() -> ModuleType | None:
     """The compiled extension, or None where it was not built."""
     return importlib.import_module("actscale_fast.ops._C") if backends.has_extension() else None
@@ -141,22 +158,3 @@ def gpu(index: int) -> dict[str, Any]:
         "memory_gib": round(found.total_memory / 2**30, 1),
         "cuda_reason": (kernels.unavailable_on(index) or None) if kernels is not None else None,
     }
-
-
-def processor() -> str:
-    """The processor's name: on Linux the model, elsewhere what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def driver() -> str | None:
-    """The version of the NVIDIA driver as its kernel module states it, or None."""
-    try:
-        words = _DRIVER.read_text(encoding="utf-8", errors="replace").split("\n")[0].split()
-    except OSError:
-        return None
-    return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)

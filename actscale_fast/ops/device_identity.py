@@ -36,7 +36,7 @@ def identity(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "mig": "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", "") or " MIG " in f" {properties.name} ",
-            "driver": _driver(),
+            "driver": driver_version(),
             "cuda": torch.version.cuda or torch.version.hip,
         }
     else:
@@ -78,7 +78,7 @@ def cpu_level() -> str | None:
     return os.environ.get("ACTSCALE_CPU_LEVEL") or str(importlib.import_module("actscale_fast.ops._C").level())
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
     """The version of NVIDIA's driver; None where the system does not tell it in this way."""
     try:
         line = _DRIVER.read_text().splitlines()[0]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faked_supervisor import Faked
 
+import actscale_fast as af
 from actscale_fast.cli import doctor, main
-from actscale_fast.ops import backends
+from actscale_fast.ops import backends, device_identity
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
@@ -24,7 +27,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
 
 def test_it_says_what_this_machine_has(capsys: pytest.CaptureFixture[str]) -> None:
     facts, printed = report(capsys)
-    assert set(facts) == {"installed", "compiled", "devices", "backends"}
+    assert set(facts) == {"installed", "compiled", "devices", "backends", "verdicts"}
     assert facts["installed"]["torch"] == torch.__version__
     assert facts["backends"]["chosen"] == backends.get_backend()
     for name, reason in facts["backends"]["unavailable"].items():
@@ -56,7 +59,7 @@ def test_an_architecture_that_was_left_out_and_a_gpu_without_code_are_named(
     module = fake_extension(archs=lambda: [80, 90], toolkit=lambda: "12.4", unavailable_on=lambda index: reason)
     gpu = types.SimpleNamespace(name="Tesla T4", major=7, minor=5, multi_processor_count=40, total_memory=15 << 30)
     monkeypatch.setattr(doctor, "extension", lambda: module)
-    monkeypatch.setattr(doctor, "driver", lambda: "550.54.15")
+    monkeypatch.setattr(device_identity, "driver_version", lambda: "550.54.15")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
@@ -77,6 +80,19 @@ def test_an_architecture_that_was_left_out_and_a_gpu_without_code_are_named(
         "SIMD levels portable, avx2 (in use), avx512 (not on this processor)",
     ):
         assert words in printed, printed
+
+
+def test_it_says_what_did_not_pass_verification(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACTSCALE_VERDICTS", str(tmp_path))
+    assert "cpu none yet; made by: actscale-fast verify --device cpu" in report(capsys)[1]
+    af.verify_kernels("cpu", supervisor=Faked("cpu", failing={"scale_channels": "odd: off"}))
+    facts, printed = report(capsys)
+    backends.reconsider()
+    assert facts["verdicts"]["cpu"]["choices"]
+    if not backends.unavailable("cpu"):
+        assert "cpu scale_channels float32 wrong: odd: off" in printed
 
 
 def test_an_extension_without_cuda_kernels_says_why(
