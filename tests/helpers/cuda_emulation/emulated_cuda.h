@@ -12,6 +12,7 @@
 #include <ucontext.h>
 
 #include <deque>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -32,10 +33,14 @@ inline Dimensions threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
+// A launch as another device would run it: the kernel by its address, and its parameter as it lies in memory.
+struct Launch { const void* kernel; int64_t blocks, blocks_y; int threads, cluster; int64_t shared; std::string call; };
+
 struct Device {
     actscale::cuda::Limits limits = {4, 232448, 233472, 1024, 16};
     bool reversed = false;  // the order in which the threads run
     long launches = 0;
+    std::function<void(const Launch&)> instead;  // runs the launches in place of the fibers
 };
 inline Device device;
 
@@ -256,6 +261,12 @@ const char* launch(void (*kernel)(Call), const Shape& shape, void*, const Call& 
     static void (*body)(Call);
     body = kernel;
     emulated::device.launches++;
+    if (emulated::device.instead) {
+        const std::string bytes(reinterpret_cast<const char*>(&call), sizeof call);
+        emulated::device.instead({reinterpret_cast<const void*>(kernel), shape.blocks, shape.blocks_y, shape.threads,
+                                  shape.cluster, shape.shared, bytes});
+        return nullptr;
+    }
     gridDim = {unsigned(shape.blocks), unsigned(shape.blocks_y)}, blockDim = {unsigned(shape.threads), 1};
     for (unsigned y = 0; y < gridDim.y; y++)
         for (unsigned block = 0; block < gridDim.x; block += shape.cluster) {
