@@ -127,11 +127,11 @@ def test_a_barrier_makes_what_others_wrote_visible() -> None:
 
 def test_reading_what_another_warp_wrote_without_a_barrier_is_a_race() -> None:
     assert "a race: warp" in error(EXCHANGE.replace("bar.sync 0;", "") + STORE)
-    assert "written and no barrier" in error(EXCHANGE.replace("bar.sync 0;", "") + STORE)
+    assert "wrote, with no barrier" in error(EXCHANGE.replace("bar.sync 0;", "") + STORE)
 
 
 def test_writing_what_another_warp_still_reads_is_a_race() -> None:
-    assert "read and no barrier" in error(EXCHANGE + "st.shared.u32 [%r2], %r0;" + STORE)
+    assert "read, with no barrier" in error(EXCHANGE + "st.shared.u32 [%r2], %r0;" + STORE)
     assert np.array_equal(run(EXCHANGE + "bar.sync 0; st.shared.u32 [%r2], %r0;" + STORE), 63 - np.arange(64))
 
 

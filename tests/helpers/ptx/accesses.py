@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .clusters import LANES, Active
-from .memory import RAW, SHARED_WINDOW, Indices, KernelError, check_alignment
+from .memory import RAW, SHARED_WINDOW, check_alignment
 from .operands import dtype_of, reader, writer
 from .parse import WIDTHS, Address, Instruction, Kernel, Literal, Operand
+from .races import Indices, KernelError
 
 if TYPE_CHECKING:
     from .execute import Threads
@@ -72,7 +73,7 @@ def load_shared(s: Threads, addresses: Indices, active: Active, width: int, coun
 
 
 def load_global(s: Threads, addresses: Indices, active: Active, width: int, count: int) -> NDArray:
-    return s.memory.load(addresses, width, count)
+    return s.memory.load(addresses, width, count, s.clusters.who(active))
 
 
 def load_generic(s: Threads, addresses: Indices, active: Active, width: int, count: int) -> NDArray:
@@ -103,7 +104,7 @@ def store(kernel: Kernel, i: Instruction) -> Run:
             places = s.clusters.shared_places(s.shared, addresses, active, width * len(reads))
             s.shared.store(places, values, s.clusters.who(active))
         else:
-            s.memory.store(addresses, values)
+            s.memory.store(addresses, values, s.clusters.who(active))
 
     return run
 
@@ -129,8 +130,9 @@ class Copy:
             if kept % 4:
                 raise KernelError("a copy of a part of a word is not implemented")
             these = self.kept == kept
-            words = s.memory.load((self.addresses[these, None] + np.arange(0, kept, 4)).ravel(), 4, 1)
-            values[these, :kept] = words.view(np.uint8).reshape(-1, kept)
+            who = s.clusters.who(self.threads[these])
+            for k in range(0, kept, 4):
+                values[these, k : k + 4] = s.memory.load(self.addresses[these] + k, 4, 1, who).view(np.uint8)
         s.shared.store(self.places, values.view(np.uint32), s.clusters.who(self.threads))
 
 
@@ -158,7 +160,7 @@ def asynchronous(kernel: Kernel, i: Instruction) -> Run:
         if (kept > 0).any():
             s.memory.owners(addresses[kept > 0], 4)
         places = s.clusters.shared_places(s.shared, to(s, active), active, size.bits)
-        s.shared.reads.check(s.shared.granules(places, size.bits), who, "read")
+        s.shared.check_unread(places, size.bits, who)
         threads = s.everyone if active is None else active
         s.copies.append(Copy(threads, s.groups[threads].copy(), places, addresses.copy(), kept, size.bits))
 

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .clusters import Active
-from .memory import RAW, SHARED_WINDOW, KernelError
+from .memory import RAW, SHARED_WINDOW
 from .operands import PACKED, dtype_of, reader, writer
 from .parse import WIDTHS, Instruction, Kernel
+from .races import KernelError
 
 Run = Callable[[Any, Active], None]
 SMALLEST_NORMAL = np.float32(2.0**-126)

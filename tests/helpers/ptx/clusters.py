@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .memory import RANK_AT, SHARED_WINDOW, Indices, KernelError, SharedMemory, Who
+from .memory import RANK_AT, SHARED_WINDOW, SharedMemory
+from .races import Indices, KernelError, Who
 
 LANES = 32
 #: The threads that run an instruction, ascending; None: all of them.
@@ -35,6 +36,7 @@ class Clusters:
         warps = -(-threads // LANES)
         self.lane = self.thread % LANES
         self.warp = self.block * warps + self.thread // LANES
+        self.before = (first * size * warps, first * size)  # warps and blocks of the grid that ran earlier
         self.rank = self.block % size
         #: Of each block: the latest phase in which another block touched its memory, the earliest in which it ended.
         self.touched, self.ended = np.full(self.blocks, -1), np.full(self.blocks, np.iinfo(np.int64).max)
@@ -51,7 +53,9 @@ class Clusters:
         }  # fmt: skip
 
     def who(self, active: Active) -> Who:
-        return Who(*(pick(a, active) for a in (self.warp, self.block, self.passed, self.arrived, self.waited)))
+        """With warps and blocks counted over the whole grid."""
+        warp, block = (pick(a, active) + b for a, b in zip((self.warp, self.block), self.before, strict=True))
+        return Who(warp, block, *(pick(a, active) for a in (self.passed, self.arrived, self.waited)))
 
     def exit(self, active: Active) -> None:
         if (pick(self.arrived, active) != pick(self.waited, active)).any():

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from .accesses import matrices
 from .clusters import LANES, Active, Clusters
-from .memory import Indices, KernelError
 from .operands import reader, writer
 from .parse import Instruction, Kernel, Literal
+from .races import Indices, KernelError
 
 if TYPE_CHECKING:
     from .execute import Threads

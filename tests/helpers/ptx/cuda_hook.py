@@ -65,6 +65,12 @@ def kernel_of(name: str) -> Kernel:
     raise KeyError(f"nvcc compiled no kernel {name}")
 
 
+def titles() -> set[str]:
+    """The functions that are kernels, whatever the types that they were compiled for."""
+    names = [name for text in modules() for name in re.findall(r"\.entry\s+([\w$]+)", text)]
+    return {Kernel(name, {}, {}, {}).title for name in names}
+
+
 @functools.cache
 def symbols(path: str) -> dict[int, str]:
     lines = subprocess.check_output(["nm", path], text=True).splitlines()
@@ -78,7 +84,7 @@ def install() -> None:
     given: list[tuple[str, int, int]] = []
 
     def launch(address: int, grid: tuple[int, int], threads: int, cluster: int, shared: int, call: bytes) -> None:
-        run(kernel_of(names[address]), call, given, Launch(grid, threads, cluster, shared))
+        run("cuda", kernel_of(names[address]), call, given, Launch(grid, threads, cluster, shared))
 
     def with_its_tensors(function: Any) -> Any:
         @functools.wraps(function)

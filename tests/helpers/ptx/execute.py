@@ -17,9 +17,10 @@ from .accesses import Copy, access, space_of
 from .arithmetic import arithmetic
 from .clusters import Active, Clusters, pick
 from .control import Gate, arrive_at_cluster, gate, is_gate, predicate_of
-from .memory import GlobalMemory, Indices, KernelError, SharedMemory
+from .memory import GlobalMemory, SharedMemory
 from .operands import dtype_of
 from .parse import WIDTHS, Instruction, Kernel
+from .races import Indices, KernelError
 
 Run = Callable[[Any, Active], None]
 
@@ -40,6 +41,7 @@ class Launch(NamedTuple):
     threads: int
     cluster: int = 1
     dynamic_shared: int = 0
+    global_races: bool = True  # whether they are errors; races in shared memory always are
 
 
 class Program:
@@ -55,7 +57,7 @@ class Program:
             for pc, i in enumerate(self.instructions)
         ]
         self.gates: dict[int, Gate] = {}
-        touches = [i for i in kernel.instructions if i.name in ("ld", "st") and space_of(i) in ("shared", "generic")]
+        touches = [i for i in kernel.instructions if i.name in ("ld", "st") and space_of(i) != "param"]
         matrices = [2 for i in kernel.instructions if i.name in ("ldmatrix", "stmatrix")]
         self.granule = min([4, *matrices, *(WIDTHS[i.type] for i in touches)])
         self.constants = {name: np.frombuffer(value, np.uint8) for name, value in kernel.constants.items()}
@@ -81,7 +83,8 @@ class Program:
             allocations: (name, address, bytes) of all that the kernel may read or write.
         """
         tables = [(name, table.ctypes.data, len(table)) for name, table in self.constants.items()]
-        memory = GlobalMemory([*allocations, *tables])
+        granule = self.granule if launch.global_races else 0
+        memory = GlobalMemory([*allocations, *tables], granule, launch.cluster)
         given = np.zeros(self.kernel.parameter_bytes, np.uint8)
         given[: len(parameters)] = np.frombuffer(parameters, np.uint8)[: len(given)]
         clusters = launch.grid[0] * launch.grid[1] // launch.cluster
@@ -124,7 +127,7 @@ class Threads:
         self.program, self.clusters, self.memory, self.parameters = program, clusters, memory, parameters
         self.constants = program.constants
         shared = program.kernel.static_shared_bytes + dynamic_shared
-        self.shared = SharedMemory(clusters.blocks, shared, program.granule)
+        self.shared = SharedMemory(clusters.blocks, shared, program.granule, clusters.size)
         self.registers: dict[str, NDArray] = {}
         self.views: dict[tuple[str, np.dtype], NDArray] = {}
         self.copies: list[Copy] = []
@@ -251,4 +254,4 @@ class Threads:
 
     def error(self, pc: int, message: str) -> PtxError:
         i = self.program.instructions[pc]
-        return PtxError(f"{self.program.kernel.name}, PTX line {i.line}: {i.text}: {message}")
+        return PtxError(f"{self.program.kernel.title}, PTX line {i.line}: {i.text}: {message}")

@@ -1,8 +1,8 @@
 """The memory of a device: allocations that every access must lie in, on its own boundary, and shared memory.
 
 Global addresses are those of the CPU tensors that a launch was given; nothing else can be read or written. Shared
-memory starts as NaN in every type, and an access is a race where no barrier lies between it and another warp's write,
-or its write and another warp's access: threads run in lockstep here, so a missing barrier would not show in the values.
+memory starts as NaN in every type. In both, an access is a race where no barrier lies between it and another warp's
+write, or between its write and another warp's access.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from .races import Accesses, Indices, KernelError, Who
+
 #: Where the window of shared memory begins among generic addresses. In it, and in 32-bit shared addresses, the bits
 #: from RANK_AT on name a block of the cluster by its rank + 1; 0 is the thread's own block.
 SHARED_WINDOW = 1 << 44
 RANK_AT = 24
 RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-Indices = NDArray[np.int64]
-
-
-class KernelError(Exception):
-    """What a kernel must not do; the interpreter adds the kernel's name and the instruction."""
 
 
 def check_alignment(addresses: Indices, width: int) -> None:
@@ -32,10 +28,63 @@ def check_alignment(addresses: Indices, width: int) -> None:
         raise KernelError(f"address {int(addresses[off][0]):#x} is not on a boundary of {width} bytes")
 
 
-class GlobalMemory:
-    """Allocations as [start, end) of real addresses, under the names of the arguments that they came from."""
+class Region:
+    """Bytes, and who touched each `granule` of them last; a granule of 0 looks for no races."""
 
-    def __init__(self, allocations: Iterable[tuple[str, int, int]]) -> None:
+    def __init__(self, what: str, memory: NDArray[np.uint8], granule: int, cluster: int) -> None:
+        self.what, self.bytes, self.granule = what, memory, granule
+        self.writes, self.reads = (Accesses(len(memory) // granule if granule else 0, cluster) for _ in range(2))
+
+    def load(self, places: Indices, width: int, count: int, who: Who) -> NDArray[np.unsignedinteger]:
+        """[places, count] elements of `width` bytes, which lie behind one another."""
+        if self.granule:
+            granules = self.granules(places, width * count)
+            self.writes.check(granules, who, self.what, "wrote")
+            self.reads.record(granules, who)
+        return self.elements(width, count)[places // (width * count)]
+
+    def store(self, places: Indices, values: NDArray[np.unsignedinteger], who: Who) -> None:
+        """Warps may write the same value to the same place, as they do with what a layout replicates.
+
+        Of the lanes of one warp the last one writes: the hardware chooses one of them, and Triton's sums over lanes
+        may differ in their last bit where a product is contracted into an addition.
+        """
+        width, count = values.dtype.itemsize, values.shape[1]
+        elements, at = self.elements(width, count), places // (width * count)
+        if self.granule:
+            granules = self.granules(places, width * count)
+            self.writes.check(granules, who, self.what, "wrote", (elements[at] != values).any(1))
+            self.reads.check(granules, who, self.what, "read")
+            self.writes.record(granules, who)
+        elements[at] = values
+        if self.granule and (elements[at] != values).any():
+            warp = who.warp[:, 0] - who.warp.min()
+            _, latest = np.unique((places * (int(warp.max()) + 1) + warp)[::-1], return_index=True)
+            latest = len(places) - 1 - latest
+            if (elements[at[latest]] != values[latest]).any():
+                raise KernelError(f"a race: threads write different values to the same place of {self.what}")
+
+    def check_unread(self, places: Indices, width: int, who: Who) -> None:
+        self.reads.check(self.granules(places, width), who, self.what, "read")
+
+    def elements(self, width: int, count: int) -> NDArray[np.unsignedinteger]:
+        return self.bytes.view(RAW[width]).reshape(-1, count)
+
+    def granules(self, places: Indices, width: int) -> Indices:
+        first = places // self.granule
+        return first[:, None] + np.arange(max(1, width // self.granule))
+
+
+class GlobalMemory:
+    """Allocations as [start, end) of real addresses, under the names of the arguments that they came from.
+
+    Args:
+        allocations: (name, address, bytes) of each.
+        granule: bytes of the kernel's narrowest access; 0: races are not looked for.
+        cluster: blocks per cluster.
+    """
+
+    def __init__(self, allocations: Iterable[tuple[str, int, int]], granule: int, cluster: int) -> None:
         merged: dict[tuple[int, int], list[str]] = {}
         for name, start, size in allocations:
             if size:
@@ -45,13 +94,16 @@ class GlobalMemory:
         self.starts = np.array([start for start, _ in spans], np.int64)
         self.ends = np.array([end for _, end in spans], np.int64)
         self.first = self.starts & ~31
-        # Whole 32-byte units around each allocation, so that any element has an index; bounds are checked before.
-        self.bytes = [
-            np.frombuffer(
-                (ctypes.c_uint8 * (-(-end // 32) * 32 - start // 32 * 32)).from_address(start // 32 * 32), "u1"
-            )
-            for start, end in spans
-        ]
+        self.granule, self.cluster = granule, cluster
+        self.regions: dict[int, Region] = {}
+
+    def region(self, k: int) -> Region:
+        """Whole 32-byte units around an allocation, so that any element has an index; bounds are checked before."""
+        if k not in self.regions:
+            first, end = int(self.first[k]), -(-int(self.ends[k]) // 32) * 32
+            memory = np.frombuffer((ctypes.c_uint8 * (end - first)).from_address(first), np.uint8)
+            self.regions[k] = Region(self.names[k], memory, self.granule, self.cluster)
+        return self.regions[k]
 
     def owners(self, addresses: Indices, width: int) -> Indices:
         """The allocation of each access, all of whose bytes must lie in it."""
@@ -73,22 +125,17 @@ class GlobalMemory:
             f"{self.ends[near] - self.starts[near]} bytes, at byte {address - int(self.starts[near])} of it"
         )
 
-    def load(self, addresses: Indices, width: int, count: int) -> NDArray[np.unsignedinteger]:
-        """[accesses, count] elements of `width` bytes, which lie behind one another."""
+    def load(self, addresses: Indices, width: int, count: int, who: Who) -> NDArray[np.unsignedinteger]:
         owner = self.owners(addresses, width * count)
         out = np.empty((len(addresses), count), RAW[width])
         for k, these in parts(owner):
-            out[these] = self.elements(k, width, count)[(addresses[these] - self.first[k]) // (width * count)]
+            out[these] = self.region(k).load(addresses[these] - self.first[k], width, count, who.of(these))
         return out
 
-    def store(self, addresses: Indices, values: NDArray[np.unsignedinteger]) -> None:
-        width, count = values.dtype.itemsize, values.shape[1]
-        owner = self.owners(addresses, width * count)
+    def store(self, addresses: Indices, values: NDArray[np.unsignedinteger], who: Who) -> None:
+        owner = self.owners(addresses, values.dtype.itemsize * values.shape[1])
         for k, these in parts(owner):
-            self.elements(k, width, count)[(addresses[these] - self.first[k]) // (width * count)] = values[these]
-
-    def elements(self, allocation: int, width: int, count: int) -> NDArray[np.unsignedinteger]:
-        return self.bytes[allocation].view(RAW[width]).reshape(-1, count)
+            self.region(k).store(addresses[these] - self.first[k], values[these], who.of(these))
 
 
 def parts(owner: Indices) -> Iterable[tuple[int, slice | NDArray[np.bool_]]]:
@@ -98,14 +145,13 @@ def parts(owner: Indices) -> Iterable[tuple[int, slice | NDArray[np.bool_]]]:
     return [(int(k), owner == k) for k in np.unique(owner)]
 
 
-class SharedMemory:
-    """[blocks, bytes], and who touched each `granule` of it last."""
+class SharedMemory(Region):
+    """That of several blocks, one behind another."""
 
-    def __init__(self, blocks: int, size: int, granule: int) -> None:
+    def __init__(self, blocks: int, size: int, granule: int, cluster: int) -> None:
         self.size, self.stride = size, -(-max(size, 1) // 16) * 16
-        self.bytes = np.full(blocks * self.stride, 0xFF, np.uint8)  # NaN as float32, bfloat16 and float16
-        self.granule = granule
-        self.writes, self.reads = (Accesses(blocks * self.stride // granule) for _ in range(2))
+        fresh = np.full(blocks * self.stride, 0xFF, np.uint8)  # NaN as float32, bfloat16 and float16
+        super().__init__("shared memory", fresh, granule, cluster)
 
     def places(self, blocks: Indices, offsets: Indices, width: int) -> Indices:
         """Bytes from the beginning of all shared memory; checks bounds and alignment."""
@@ -116,103 +162,3 @@ class SharedMemory:
                 f"{width} bytes at {int(offsets[outside][0])} lie outside of the {self.size} bytes of shared memory"
             )
         return blocks * self.stride + offsets
-
-    def load(self, places: Indices, width: int, count: int, who: Who) -> NDArray[np.unsignedinteger]:
-        granules = self.granules(places, width * count)
-        self.writes.check(granules, who, "written")
-        self.reads.record(granules, who)
-        return self.elements(width, count)[places // (width * count)]
-
-    def store(self, places: Indices, values: NDArray[np.unsignedinteger], who: Who) -> None:
-        """Warps may write the same value to the same place, as they do with what a layout replicates.
-
-        Of the lanes of one warp the last one writes: the hardware chooses one of them, and Triton's sums over lanes
-        may differ in their last bit where a product is contracted into an addition.
-        """
-        width, count = values.dtype.itemsize, values.shape[1]
-        elements, at = self.elements(width, count), places // (width * count)
-        granules = self.granules(places, width * count)
-        self.writes.check(granules, who, "written", (elements[at] != values).any(1))
-        self.reads.check(granules, who, "read")
-        self.writes.record(granules, who)
-        elements[at] = values
-        warp = who.warp[:, 0]
-        if (elements[at] != values).any():
-            _, latest = np.unique((places * (int(warp.max()) + 1) + warp)[::-1], return_index=True)
-            latest = len(places) - 1 - latest
-            if not (elements[at[latest]] != values[latest]).any():
-                return
-            raise KernelError("a race: threads write different values to the same place of shared memory")
-
-    def elements(self, width: int, count: int) -> NDArray[np.unsignedinteger]:
-        return self.bytes.view(RAW[width]).reshape(-1, count)
-
-    def granules(self, places: Indices, width: int) -> Indices:
-        first = places // self.granule
-        if width <= self.granule:
-            return first[:, None]
-        return first[:, None] + np.arange(width // self.granule)
-
-
-class Who:
-    """The warps, blocks and barriers of the threads that make an access: arrays of one element per thread.
-
-    `passed` counts a block's barriers. `arrived` and `waited` count a cluster's, whose two halves are apart.
-    """
-
-    def __init__(self, warp: Indices, block: Indices, passed: Indices, arrived: Indices, waited: Indices) -> None:
-        self.warp, self.block, self.passed, self.arrived, self.waited = (
-            a[:, None] for a in (warp, block, passed, arrived, waited)
-        )
-
-
-class Accesses:
-    """The last access of each granule: the warp and block, and how many barriers that thread had passed before.
-
-    An access of a warp is ordered before another warp's if the latter has passed a barrier at which the former arrived
-    after its own.
-    """
-
-    NOBODY, MANY = -1, -2
-
-    def __init__(self, granules: int) -> None:
-        self.warp = np.full(granules, self.NOBODY, np.int64)  # MANY: several warps since the last barrier
-        self.block = np.zeros(granules, np.int64)  # MANY: of several blocks
-        self.passed, self.arrived = np.zeros(granules, np.int64), np.zeros(granules, np.int64)
-
-    def unordered(self, granules: Indices, who: Who) -> NDArray[np.bool_]:
-        """Which accesses nothing orders behind the last one of another warp."""
-        warp = self.warp[granules]
-        other = (warp != self.NOBODY) & (warp != who.warp)
-        if other.any():
-            other &= (self.block[granules] != who.block) | (self.passed[granules] >= who.passed)
-            other &= self.arrived[granules] >= who.waited
-        return other
-
-    def check(self, granules: Indices, who: Who, verb: str, where: NDArray[np.bool_] | None = None) -> None:
-        races = self.unordered(granules, who)
-        if where is not None:
-            races &= where[:, None]
-        if races.any():
-            thread, k = (int(i) for i in np.argwhere(races)[0])
-            former = int(self.warp[granules[thread, k]])
-            others = "several warps" if former == self.MANY else f"warp {former}"
-            raise KernelError(
-                f"a race: warp {int(who.warp[thread, 0])} touches shared memory that {others} {verb} and no barrier "
-                "lies between"
-            )
-
-    def record(self, granules: Indices, who: Who) -> None:
-        shape = granules.shape
-        crowded = self.unordered(granules, who)
-        several_blocks = crowded & (self.block[granules] != who.block)
-        self.passed[granules], self.arrived[granules] = who.passed, who.arrived
-        self.block[granules] = np.where(several_blocks, self.MANY, np.broadcast_to(who.block, shape))
-        warp = np.broadcast_to(who.warp, shape)
-        self.warp[granules] = np.where(crowded, self.MANY, warp)
-        # Threads of one instruction that touch the same granule: the last one stands there, so the others see it.
-        shared = (self.warp[granules] != warp) & ~crowded
-        if shared.any():
-            apart = shared & (self.block[granules] != who.block)
-            self.warp[granules[shared]] = self.MANY
-            self.block[granules[apart]] = self.MANY

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .clusters import Active, pick
-from .memory import RAW, KernelError
+from .memory import RAW
 from .parse import WIDTHS, Kernel, Literal, Operand
+from .races import KernelError
 
 if TYPE_CHECKING:
     from .execute import Threads

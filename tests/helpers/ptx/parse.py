@@ -65,6 +65,12 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
 
     @property
+    def title(self) -> str:
+        """The name of the function, without what a C++ compiler puts around it."""
+        found = re.search(r"([a-z][a-z_]*_kernel)", self.name)
+        return found[1] if found else self.name
+
+    @property
     def parameter_bytes(self) -> int:
         return max((v.offset + v.size for v in self.parameters.values()), default=0)
 

@@ -14,9 +14,13 @@ import pytest
 #: Apart from other runs' cache: what is kept here has no machine code.
 os.environ["TRITON_CACHE_DIR"] = str(Path(__file__).resolve().parents[3] / "build" / "ptx" / "triton")
 
+#: Triton's own functions are defined for the compiler or the interpreter when it is imported.
+os.environ["TRITON_INTERPRET"] = "0"
+
 from . import triton_hook
 
-triton_hook.install()  # before tests/conftest.py turns the interpreter on, which lets the backend take CPU tensors
+triton_hook.install()
+os.environ["TRITON_INTERPRET"] = "1"  # read by the package alone from now on: its Triton backend takes CPU tensors
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,33 +12,28 @@ from .parse import Kernel
 
 Edit = Callable[[Kernel], Kernel]
 
-#: Kernel -> launches of this process.
+#: "triton/scale_heads_fwd_kernel" -> launches of this process.
 launches: Counter[str] = Counter()
 _programs: dict[tuple[int, Edit | None], tuple[Kernel, Program]] = {}
 _edit: tuple[str, Edit] | None = None
 
 
-def plain_name(name: str) -> str:
-    """Of a mangled name, the function's; a Triton kernel has that name already."""
-    found = re.search(r"([a-z][a-z_]*_kernel)", name)
-    return found[1] if found else name
-
-
 @contextlib.contextmanager
 def edited(kernel: str, edit: Edit) -> Iterator[None]:
-    """Within the `with` block, the kernel of that name is run as `edit` leaves it."""
+    """Within the `with` block, the kernel of that name, as in `launches`, is run as `edit` leaves it."""
     global _edit
-    _edit = (kernel, edit)
-    before = launches[kernel]
+    before, _edit = launches[kernel], (kernel, edit)
     try:
         yield
     finally:
         _edit = None
-    assert launches[kernel] > before, f"{kernel} was not launched"
+        assert launches[kernel] > before, f"{kernel} was not launched"
 
 
-def run(kernel: Kernel, parameters: bytes, allocations: Iterable[tuple[str, int, int]], launch: Launch) -> None:
-    name = plain_name(kernel.name)
+def run(
+    backend: str, kernel: Kernel, parameters: bytes, allocations: Iterable[tuple[str, int, int]], launch: Launch
+) -> None:
+    name = f"{backend}/{kernel.title}"
     edit = _edit[1] if _edit and _edit[0] == name else None
     key = (id(kernel), edit)
     if key not in _programs:  # the kernel is kept with its program, so that the id stays its own
