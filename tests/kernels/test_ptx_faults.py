@@ -5,8 +5,10 @@ Needs the launches of real PTX: pytest -p ptx.plugin (make test-ptx).
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,6 +29,7 @@ from ptx.faults import (
     always,
     edit,
     guarded,
+    increased,
     left_out,
     moved,
     opcode,
@@ -132,13 +135,16 @@ def hidden_states(inputs: Inputs, dtype: torch.dtype) -> None:
     linear_cases.check(head, loss_cases.upstreams(inputs, 5, torch.device("cpu")))
 
 
-def optimiser(inputs: Inputs, _: torch.dtype) -> None:
+def optimiser(inputs: Inputs, dtype: torch.dtype) -> None:
+    """In float32 whatever the dtype of the model."""
     start, gradient, results = inputs.normal(1500, scale=0.1), inputs.normal(1500), []
     options = {"lr": 0.03, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "l1": 0.6}
     kernel = backend_module().proximal_adam_
     for wide in (False, True):
-        dtype = torch.float64 if wide else torch.float32
-        state = [t.to(dtype) for t in (start.clone(), gradient, *torch.zeros(2, 1500), torch.tensor(0.0))]
+        state = [
+            t.to(torch.float64 if wide else torch.float32)
+            for t in (start.clone(), gradient, *torch.zeros(2, 1500), torch.tensor(0.0))
+        ]
         for _ in range(2):
             if wide:
                 reference.proximal_adam_(*state, **options)
@@ -201,9 +207,9 @@ FAULTS = [
     Fault("no_last_wait_of_the_cluster", LOSS, CLUSTER, edit(WAIT, left_out, 1)),
     Fault("no_arrival_at_the_cluster", LOSS, CLUSTER, edit(ARRIVE, left_out, 0)),
     Fault("no_barrier_before_a_block_ends", LOSS, CLUSTER, both(edit(ARRIVE, left_out, 1), edit(WAIT, left_out, 1))),
-    Fault("own_memory_for_another_blocks", LOSS, CLUSTER, edit(opcode("mapa"), with_operand(2, 0))),
+    Fault("one_block_for_all", LOSS, CLUSTER, edit(opcode("mapa"), with_operand(2, 0))),
     Fault("no_wait_for_a_copy", LOSS, ONE_BLOCK, edit(opcode("cp", "wait_group"), left_out)),
-    Fault("one_copy_too_few_awaited", LOSS, RING, edit(opcode("cp", "wait_group"), with_operand(0, 3))),
+    Fault("one_copy_too_few_awaited", LOSS, RING, edit(opcode("cp", "wait_group"), increased(0))),
     Fault("no_commit_of_a_copy", LOSS, ONE_BLOCK, edit(opcode("cp", "commit_group"), left_out)),
     Fault("no_barrier_before_the_step_is_counted", ADAM, "cuda/optimiser", edit(BARRIER, left_out)),
     Fault("no_barrier_in_dalpha", HEADS_BACKWARD, "cuda/scale", edit(BARRIER, left_out)),
@@ -223,10 +229,10 @@ FAULTS = [
     Fault("a_store_without_its_mask", HEADS, "triton/scale", edit(guarded(access("st", "global")), always)),
     Fault("a_load_without_its_mask", SCAN, "triton/loss", edit(guarded(access("ld", "global")), always)),
     Fault("a_mask_the_wrong_way", CHANNELS, "triton/channels", edit(guarded(access("ld", "global")), otherwise)),
-    Fault("a_step_without_its_mask", TRITON_ADAM, "triton/optimiser", edit(guarded(access("st", "global")), always)),
+    Fault("an_update_without_its_mask", TRITON_ADAM, "triton/optimiser", edit(guarded(access("st", "global")), always)),
     Fault("a_tail_one_longer", HEADS, "triton/scale", edit(opcode("setp", "lt", "s32"), renamed("lt", "le"))),
     Fault("a_row_one_longer", FINISH, "triton/loss", edit(opcode("setp", "lt", "s32"), renamed("lt", "le"))),
-    Fault("columns_one_fewer", LOSS, ONE_BLOCK, edit(opcode("setp", "ge", "s32"), renamed("ge", "gt"))),
+    Fault("a_column_too_many", LOSS, ONE_BLOCK, edit(opcode("setp", "ge", "s32"), renamed("ge", "gt"))),
     # Addresses
     Fault("stores_one_vector_further", HEADS_CUDA, "cuda/scale", edit(access("st", "global"), moved(16))),
     Fault("loads_one_element_before", HEADS_CUDA, "cuda/scale", edit(access("ld", "global"), moved(-4))),
@@ -250,6 +256,12 @@ def require(backend: str) -> None:
 def test_without_a_fault_the_claim_holds(inputs: Inputs, claim: str, dtype: torch.dtype) -> None:
     require(claim.partition("/")[0])
     CLAIMS[claim](inputs, dtype)
+
+
+def test_the_documentation_lists_every_fault() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text()
+    assert {fault.name.replace("_", " ") for fault in FAULTS} == set(re.findall(r"^\| ([a-z ]+) \| `", text, re.M))
+    assert f"{len(FAULTS)} of {len(FAULTS)}" in text
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])

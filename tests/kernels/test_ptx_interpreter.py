@@ -135,6 +135,15 @@ def test_writing_what_another_warp_still_reads_is_a_race() -> None:
     assert np.array_equal(run(EXCHANGE + "bar.sync 0; st.shared.u32 [%r2], %r0;" + STORE), 63 - np.arange(64))
 
 
+def test_global_memory_that_another_warp_still_reads_is_not_written_without_a_barrier() -> None:
+    """As the first thread may count a step that all have read; between blocks no barrier helps."""
+    body = "ld.global.u32 %r0, [%out]; bar.sync 0; setp.eq.u32 %p0, %t, 0; @%p0 st.global.u32 [%out], 5;"
+    run(body)
+    assert "touches out that several warps read" in error(body.replace("bar.sync 0;", ""))
+    assert "touches out that several warps read" in error(body, launch=Launch((2, 1), 64))
+    run(body.replace("bar.sync 0;", ""), launch=Launch((1, 1), 64, global_races=False))
+
+
 def test_warps_may_write_the_same_value_to_one_place_but_not_different_ones() -> None:
     run("mov.u32 %r1, dynamic; st.shared.u32 [%r1], %n;")
     assert "different values" in error("mov.u32 %r1, dynamic; st.shared.u32 [%r1], %t;")

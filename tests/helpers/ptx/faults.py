@@ -75,6 +75,17 @@ def with_operand(index: int, value: int) -> How:
     return changed
 
 
+def increased(index: int) -> How:
+    """A constant operand by one."""
+
+    def changed(i: Instruction) -> Instruction:
+        constant = i.operands[index]
+        assert isinstance(constant, Literal)
+        return with_operand(index, constant.bits + 1)(i)
+
+    return changed
+
+
 def renamed(before: str, after: str) -> How:
     """A part of the opcode."""
     return lambda i: dataclasses.replace(i, opcode=tuple(after if part == before else part for part in i.opcode))
