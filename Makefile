@@ -5,6 +5,7 @@
 # make check          ruff and mypy
 # make docs           the documentation site, into site; a warning is an error
 # make notebooks      run the notebooks of docs/notebooks and keep their outputs (make test-notebooks: only run them)
+# make test-ptx       the kernels' tests on the PTX that a GPU would get (make test: a part of them)
 # make sanitize       the C++ and the emulated CUDA kernels under the address and undefined-behaviour sanitizers
 # make gpu-check      verification, tests, compute-sanitizer and harness on a GPU, in ten minutes (GPU=cpu: as far as it goes)
 # make bench          the benchmark harness, into benchmarks/results
@@ -27,7 +28,8 @@ PINS    = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # pip builds the package in an environment of its own, to which the first option does not apply.
 ALL_PINS = $(PINS) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS))
 
-.PHONY: demo test test-fast test-notebooks test-versions test-oldest test-newest check docs notebooks sanitize bench gpu-check clean
+.PHONY: demo test test-fast test-ptx test-notebooks test-versions test-oldest test-newest check docs notebooks sanitize \
+	bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
@@ -37,7 +39,15 @@ PYTEST := pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 test test-fast: $(VENV)/tested
-	$(THREADS) $(RUN)/$(PYTEST) -m "not notebook and not sanitizer" $(if $(filter %fast,$@),--fast)
+	$(THREADS) $(RUN)/$(PYTEST) -m "not notebook and not sanitizer and not ptx" $(if $(filter %fast,$@),--fast)
+
+# Those of the ops that a Triton or CUDA kernel serves; torch.compile would run the kernels of another process.
+PTX_TESTS := tests/ops $(addprefix tests/kernels/test_,$(addsuffix .py,ptx_faults triton_loss triton_scaling \
+	triton_kernels cuda_kernels cuda_scaling))
+
+test-ptx: $(VENV)/tested
+	$(THREADS) PYTHONPATH=$(CURDIR)/tests/helpers $(RUN)/$(PYTEST) -p ptx.plugin $(PTX_TESTS) \
+		-k "(triton or cuda or ptx) and not compile" -m "not gpu and not large and not real_model"
 
 # Patches, generation with positions, fits, evaluation, every family, and the package's check of a model on itself.
 VERSION_TESTS := packaging/test_versions architectures/test_families cli/test_systems das/test_boundless_das \

@@ -45,7 +45,8 @@ def compiled() -> Reports:
     pytest.importorskip("triton.backends.nvidia", reason="Triton is not installed, or not for NVIDIA GPUs")
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "ACTSCALE_BACKEND": "auto"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found_in = [str(root), str(root / "tests" / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(found_in)
     processes = {
         arch: subprocess.Popen(
             [sys.executable, __file__, str(arch)],
@@ -162,40 +163,6 @@ def launches(multiprocessors: int) -> list[tuple[Any, tuple[Any, ...], dict[str,
     return recorded
 
 
-def source_of(kernel: Any, arguments: tuple[Any, ...], rest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What Triton would specialise this launch into: types, constants, what is divisible by 16; and the options."""
-    import torch
-    from triton.compiler import ASTSource
-
-    names = {
-        torch.float64: "fp64",
-        torch.float32: "fp32",
-        torch.bfloat16: "bf16",
-        torch.float16: "fp16",
-        torch.int64: "i64",
-        torch.int32: "i32",
-    }
-    values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **rest}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = values.pop(parameter.name)
-        whole = isinstance(value, int) and not isinstance(value, bool) and not parameter.is_constexpr
-        if parameter.is_constexpr or value is None or (whole and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + names[value.dtype]
-        elif whole:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-        else:
-            signature[parameter.name] = "fp32"
-        aligned = isinstance(value, torch.Tensor) or (whole and value % 16 == 0)
-        if aligned and not parameter.do_not_specialize:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), values
-
-
 def report_of(kernel: Any, cubin: bytes, ptx: str) -> dict[str, Any]:
     """Registers and stack of a cubin, as the cuobjdump that comes with Triton tells them."""
     import triton.backends.nvidia
@@ -223,10 +190,11 @@ def report_of(kernel: Any, cubin: bytes, ptx: str) -> dict[str, Any]:
 def main(arch: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton_sources import source_of
 
     reports = {}
     for kernel, arguments, rest in launches(PROCESSORS[arch]):
-        source, options = source_of(kernel, arguments, rest)
+        source, options, _ = source_of(kernel, arguments, rest)
         key = (source.hash(), str(options))
         if key not in reports:
             result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -13,6 +13,7 @@
 #include <ucontext.h>
 
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -34,6 +35,9 @@ inline Dimensions threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
+// A launch as another device would run it: the kernel by its address, and its parameter as it lies in memory.
+struct Launch { const void* kernel; int64_t blocks, blocks_y; int threads, cluster; int64_t shared; std::string call; };
+
 struct Device {
     actscale::cuda::Limits limits = {4, 232448, 233472, 1024, 16};
     int cluster_room = 16;  // blocks of a cluster that fit, whatever the device says that it supports
@@ -41,6 +45,7 @@ struct Device {
     bool reversed = false;  // the order in which the threads run
     long launches = 0;
     void (*observer)(void* stream) = nullptr;  // called before each launch
+    std::function<void(const Launch&)> instead;  // runs the launches in place of the fibers
 };
 inline Device device;
 inline std::mutex one_launch;  // at a time: launches run without the interpreter's lock
@@ -287,6 +292,12 @@ const char* launch(void (*kernel)(Call), const Shape& shape, void* stream, const
     static void (*body)(Call);
     body = kernel;
     emulated::device.launches++;
+    if (emulated::device.instead) {
+        const std::string bytes(reinterpret_cast<const char*>(&call), sizeof call);
+        emulated::device.instead({reinterpret_cast<const void*>(kernel), shape.blocks, shape.blocks_y, shape.threads,
+                                  shape.cluster, shape.shared, bytes});
+        return nullptr;
+    }
     gridDim = {unsigned(shape.blocks), unsigned(shape.blocks_y)}, blockDim = {unsigned(shape.threads), 1};
     for (unsigned y = 0; y < gridDim.y; y++)
         for (unsigned block = 0; block < gridDim.x; block += shape.cluster) {

@@ -1,4 +1,6 @@
 // The CUDA bindings over the emulation, as a module of its own, and the emulated device's settings.
+#include <dlfcn.h>
+
 #include "cuda/device.h"
 #include "bindings/bindings.h"
 
@@ -36,4 +38,17 @@ PYBIND11_MODULE(emulated_kernels, module) {
     });
     module.def("run_threads_backwards", [](bool reversed) { emulated::device.reversed = reversed; });
     module.def("launches", [] { return emulated::device.launches; });
+    // run(address of the kernel in this file, (blocks, blocks_y), threads, cluster, shared, parameter); None: the fibers
+    module.def("run_launches_with", [](py::object run) {
+        if (run.is_none()) return void(emulated::device.instead = nullptr);
+        const py::handle kept = py::object(run).release();  // for good: at the process's end Python is gone first
+        emulated::device.instead = [kept](const emulated::Launch& launch) {
+            py::gil_scoped_acquire locked;
+            Dl_info file;
+            dladdr(launch.kernel, &file);
+            const auto address = static_cast<const char*>(launch.kernel) - static_cast<const char*>(file.dli_fbase);
+            kept(int64_t(address), py::make_tuple(launch.blocks, launch.blocks_y), launch.threads, launch.cluster,
+                 launch.shared, py::bytes(launch.call));
+        };
+    });
 }
