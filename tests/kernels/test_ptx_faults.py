@@ -166,6 +166,7 @@ CLAIMS: dict[str, Claim] = {
     "cuda/loss_read_twice": cuda_loss(0),
     "cuda/scale": on_backend("cuda", scale),
     "cuda/dynamic": on_backend("cuda", dynamic),
+    "cuda/channels": on_backend("cuda", channels),
     "cuda/optimiser": on_backend("cuda", optimiser),
     "triton/loss": triton_loss,
     "triton/scale": on_backend("triton", scale),
