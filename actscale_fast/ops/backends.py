@@ -121,7 +121,10 @@ def _look_up(device_type: str, index: int | None, dtype: torch.dtype, op: str) -
     choice = table.get((op, dtype))
     if choice is None:
         return _REFERENCE
-    small, medium, large = (name if not unavailable(name) else "reference" for name in choice.fastest)
+    small, medium, large = (
+        name if name == "reference" or not unavailable_on(name, device_type, index) else "reference"
+        for name in choice.fastest
+    )
     return small, medium, large
 
 
@@ -149,9 +152,10 @@ def unavailable(name: str) -> str:
     if name == "cuda":
         if not has_extension():
             return f"the C++ extension was not built ({_extension_error()})"
-        kernels = getattr(importlib.import_module("actscale_fast.ops._C"), "cuda", None)
+        extension = importlib.import_module("actscale_fast.ops._C")
+        kernels = getattr(extension, "cuda", None)
         if kernels is None:
-            return "the extension was built without CUDA kernels: no nvcc at install time, or ACTSCALE_BUILD_CUDA=0"
+            return f"the extension was built without CUDA kernels: {extension.build_record()['no_cuda']}"
         if not torch.cuda.is_available():
             return "no GPU was found" if torch.version.cuda else "this build of PyTorch has no CUDA"
         reason = kernels.unavailable()
@@ -164,6 +168,16 @@ def unavailable(name: str) -> str:
                 "no GPU was found (with TRITON_INTERPRET=1 set before Python starts, its interpreter runs on the CPU)"
             )
     return ""
+
+
+@functools.cache
+def unavailable_on(name: str, device_type: str, index: int | None) -> str:
+    """As `unavailable`, for one of several GPUs: the CUDA kernels may have code for some of them."""
+    reason = unavailable(name)
+    if reason or name != "cuda" or device_type != "cuda":
+        return reason
+    kernels = importlib.import_module("actscale_fast.ops._C").cuda
+    return str(kernels.unavailable_on(torch.cuda.current_device() if index is None else index))
 
 
 def triton_interpreted() -> bool:

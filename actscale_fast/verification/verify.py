@@ -157,7 +157,7 @@ class _Share:
 def kernel_backends(device: torch.device) -> list[backends.BackendName]:
     """The compiled backends that can run on this device."""
     names: tuple[backends.BackendName, ...] = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
-    return [name for name in names if not backends.unavailable(name)]
+    return [name for name in names if not backends.unavailable_on(name, device.type, device.index)]
 
 
 def lower_levels() -> list[str]:

@@ -49,7 +49,7 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason_and_the_choice_sta
 @pytest.mark.parametrize(
     ("built", "cuda_version", "gpu", "driver", "reason"),
     [
-        (False, "13.0", True, "", "the extension was built without CUDA kernels: no nvcc at install time, or "),
+        (False, "13.0", True, "", "the extension was built without CUDA kernels: no nvcc was found"),
         (True, None, False, "", "this build of PyTorch has no CUDA"),
         (True, "13.0", False, "", "no GPU was found"),
         (True, "13.0", True, "driver too old", "CUDA says: driver too old"),
@@ -60,6 +60,7 @@ def test_the_cuda_backend_says_why_it_cannot_run(
     monkeypatch: pytest.MonkeyPatch, built: bool, cuda_version: str | None, gpu: bool, driver: str, reason: str
 ) -> None:
     extension = types.ModuleType("actscale_fast.ops._C")
+    extension.build_record = lambda: {"no_cuda": "" if built else "no nvcc was found"}
     if built:
         extension.cuda = types.SimpleNamespace(unavailable=lambda: driver)
     monkeypatch.setitem(sys.modules, "actscale_fast.ops._C", extension)
@@ -103,6 +104,7 @@ def test_auto_on_a_gpu_takes_what_passed_there_and_plain_pytorch_without_a_verdi
     ops.set_backend("auto")
     device = torch.device("cuda", 0)
     table = {("scale_heads", torch.float32): verdicts.Choice(("reference", "triton", "cuda"), ("cuda", "triton"))}
+    monkeypatch.setattr(backends, "unavailable_on", lambda name, device_type, index: "")
     monkeypatch.setattr(backends, "unavailable", lambda name: "")
     monkeypatch.setattr(verdicts, "choices", CachedChoices(table))
     assert [backends.resolve(device, torch.float32, "scale_heads", size) for size in range(3)] == [
