@@ -70,9 +70,10 @@ def demo(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "lr": defaults.LR,
         "batch_size": defaults.BATCH_SIZE,
-        **asdict(objective),
+        **asdict(result.objective or objective),
     }
-    save_record(out, options, task="country-capital", **settings, **provenance(model, train, test, objective))
+    source = provenance(model, train, test, result.objective)
+    save_record(out, options, task="country-capital", **settings, **source)
     begun_answers = split(n_train=1, n_test=_SHOWN, templates=[templates[0] + _ANSWER]).test
     texts = {
         example.prompt: continuations(model, tokenizer, scalars, [example.prompt], _STRENGTHS, _MAX_NEW_TOKENS)[0]

@@ -1,4 +1,4 @@
-"""Points of a grid whose λ_M is a share of λ_max: the shares become numbers before the fits begin."""
+"""Points of a grid with shares: what they are shares of, λ_max and sizes of activations, is found before the fits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from ..activation_size import activation_sizes
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine
 from ..execution import Execution
@@ -39,3 +41,18 @@ def resolve_shares(
                 except ZeroGradientError as error:
                     raise ValueError(f"grid: {point.label}: {error}") from None
         point.objective = replace(point.objective, minimality=float(f"{share * largest[key]:.4g}"))
+
+
+def measure_sizes(
+    model: PreTrainedModel, data: EncodedExamples, made: Sequence[Point], rows_of: dict[str | None, range]
+) -> None:
+    """Measure the activations of which learning rates are shares, once for all points that agree in where they are."""
+    found: dict[Any, list[Tensor | None]] = {}
+    for point in made:
+        if not point.settings.is_relative:
+            continue
+        place = point.intervention.location
+        key = (point.task, place.site, place.layers, place.positions)
+        if key not in found:
+            found[key] = activation_sizes(model, data, point.intervention, rows_of[point.task])
+        point.sizes = found[key]
