@@ -11,7 +11,7 @@ from typing import Final
 MARGIN: Final = 4.0
 FAITHFULNESS: Final = 0.8
 # Shares of λ_max: for scalars, and for vectors and probes, where many numbers move one activation.
-MINIMALITY: Final = "6%"
+MINIMALITY: Final = "5%"
 VECTOR_MINIMALITY: Final = "0.3%"
 # Numbers where there is no λ_max: with sparsity="scalars", and for projections.
 NUMBER_MINIMALITY: Final = 0.12

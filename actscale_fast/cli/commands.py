@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import learning, plots
+from .. import defaults, learning, plots
 from .._json import write_json
 from ..frozen.chat import user_message
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
@@ -36,6 +36,7 @@ def fit(options: argparse.Namespace) -> int:
     """Learn an intervention, save it with its history, and evaluate it if there are held-out examples."""
     if options.n_active is not None and options.minimality is not None:
         raise ValueError("--n-active chooses the weight of the ℓ1 norm and cannot be used with --minimality")
+    options.lr = options.lr or defaults.LR
     objective = learning.Objective(
         margin=options.margin,
         faithfulness=options.faithfulness,

@@ -74,7 +74,7 @@ def fit(command: argparse.ArgumentParser) -> None:
     )
     steps = options.steps(command)
     steps.add_argument(
-        "--lr", type=rate, default=defaults.LR, metavar="X",
+        "--lr", type=rate, metavar="X",
         help="learning rate: a share such as 5%% of the activation's size, or a number in the parameters' units "
         f"(default: {_LR})",
     )  # fmt: skip

@@ -183,8 +183,8 @@ def fit(
         if state.done():
             return _result(state, begun)
         engine = Engine(model, data, intervention, [objective], execution, processes)
-        if state.needs_sizes:
-            state.set_sizes(processes.all_gather(activation_sizes(model, data, intervention, rows))[0])
+        if not state.full_steps.are_known:
+            state.full_steps.set_sizes(processes.all_gather(activation_sizes(model, data, intervention, rows))[0])
         watch = ZeroGradientWatch(model, data, state)
         path: list[dict[str, float]] = []
         kept: list[Tensor] | None = None

@@ -17,6 +17,7 @@ from ..interventions import Intervention
 from . import checkpoint as checkpoints
 from .distributed import SINGLE_PROCESS, ProcessGroup
 from .fit_settings import FitSettings
+from .full_steps import FullSteps
 from .objective import Objective
 
 #: Number of steps whose figures may still be on a GPU before the host waits for them.
@@ -64,9 +65,8 @@ class FitState:
         self.taken = 0  # number of steps, including those whose figures have not arrived
         #: λ_M [] where the objective gives a share of λ_max, kept in the checkpoint; NaN: not known yet.
         self._resolved = torch.tensor(torch.nan, dtype=torch.float64, device="cpu")
-        #: What a learning rate of 100% is, float32 [L, 1, …], for each parameter whose unit depends on the activation's
-        #: size; kept in the checkpoint; NaN: not known yet. Empty where the rate is a number.
-        self._full_steps = self._unknown_steps() if settings.is_relative else {}
+        #: Where the learning rate is a share; kept in the checkpoint.
+        self.full_steps = FullSteps(intervention, self.named if settings.is_relative else {})
         self._l1 = intervention.l1
         self._pending: deque[_Step] = deque()
         self._whole = True  # whether parameters, moments and counters belong to the same step
@@ -81,31 +81,6 @@ class FitState:
     def resolve_minimality(self, weight: float) -> None:
         """Set λ_M where the objective gives a share."""
         self._resolved.fill_(weight)
-
-    @property
-    def needs_sizes(self) -> bool:
-        """Whether the learning rate is a share of sizes of activations that are not known yet."""
-        return any(bool(step.isnan().any()) for step in self._full_steps.values())
-
-    def set_sizes(self, sizes: Sequence[Tensor | None]) -> None:
-        """Set the sizes of the activations that the intervention's parts edit, as `activation_sizes` returns them."""
-        for single, own in zip(self.intervention.singles, sizes, strict=True):
-            for value in single.parameters():
-                name = next((name for name, other in self.named.items() if other is value), None)
-                if name in self._full_steps and own is not None:
-                    step = self._full_steps[name]
-                    step.copy_(single.full_step(own).view_as(step))
-
-    def _unknown_steps(self) -> dict[str, Tensor]:
-        steps = {}
-        for single in self.intervention.singles:
-            for value in single.parameters() if single.activation_power else ():
-                name = next((name for name, other in self.named.items() if other is value), None)
-                if name is not None:
-                    n_layers = len(single.location.layers)
-                    shape = (n_layers, *[1] * (value.dim() - 1 - (single.n_groups is not None)))
-                    steps[name] = torch.full(shape, torch.nan, dtype=torch.float32, device=value.device)
-        return steps
 
     def done(self) -> bool:
         """Whether all steps are taken, or the fit has converged according to `tolerance` and `patience`."""
@@ -130,7 +105,7 @@ class FitState:
             state |= {name: value.data, f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": step}
         if self.objective.minimality_share is not None:
             state["objective.minimality"] = self._resolved
-        state |= {f"{name}.full_step": step for name, step in self._full_steps.items()}
+        state |= {f"{name}.full_step": step for name, step in self.full_steps.of.items()}
         return state
 
     def update(self, terms: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -153,13 +128,12 @@ class FitState:
         self._whole = False
         learned = zip(self.named.items(), gradients, self.moments, self.counters, strict=True)
         for (name, value), gradient, moments, counter in learned:
-            full = self._full_steps.get(name)
-            # Adam's step and threshold do not depend on the scale of the gradient, only on that of the parameter.
+            full = self.full_steps.of.get(name)
+            # Adam's step and threshold depend on the parameter's scale alone, not on the gradient's.
+            scaled = value.data if full is None else value.data / full
+            ops.proximal_adam_(scaled, gradient, *moments, counter, lr=lr, l1=l1, betas=self.settings.betas)
             if full is not None:
-                value.data.div_(full)
-            ops.proximal_adam_(value.data, gradient, *moments, counter, lr=lr, l1=l1, betas=self.settings.betas)
-            if full is not None:
-                value.data.mul_(full)
+                torch.mul(scaled, full, out=value.data)
         values = torch.cat([value.detach().flatten().to(home) for value in self.values]).double()
         moved = values - torch.cat([before[name].flatten().to(home) for name in self.named])
         effectiveness, faithfulness, produced = terms.to(values.device).double().unbind()

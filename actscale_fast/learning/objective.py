@@ -40,7 +40,7 @@ class Objective:
             number, or a share such as "10%" of λ_max, the smallest weight that keeps every parameter at 0: the largest
             |gradient| of E + λ_F·F at 0 over the training examples (64 of them if there are more). A share means the
             same on models whose activations or logits have other scales; `fit` and `sweep` compute λ_max first, and
-            return the objective with the number. "default": the default for the intervention, 6% for an ActivScalar
+            return the objective with the number. "default": the default for the intervention, 5% for an ActivScalar
             and 0.3% for a SteerVec, a DynScalar or a sum with one. For others and with sparsity="scalars", where λ_max
             may not exist, it is the number 0.12.
         sparsity: whose ℓ1 norm is penalised. "parameters": that of the learned parameters. "scalars", for a DynScalar:

@@ -189,8 +189,8 @@ class SweepLoop:
             checkpoint=path, identity=point.identity, name=point.label,
         )  # fmt: skip
         slot.state.resume()
-        if slot.state.needs_sizes:
-            slot.state.set_sizes(point.sizes)
+        if not slot.state.full_steps.are_known:
+            slot.state.full_steps.set_sizes(point.sizes)
         slot.watch = ZeroGradientWatch(self.model, self.data, slot.state)
 
     def _state_file(self, point: Point) -> Path:
