@@ -49,7 +49,10 @@ def resolved_minimality(engine: Engine, objective: Objective, rows: Sequence[int
         terms, gradients = engine.gradients([FitRequest(looked_at, alone)])
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     if not math.isfinite(largest):
-        raise FloatingPointError("objective: the gradient at 0 is not finite, so λ_max is not known")
+        figures = dict(zip(("effectiveness", "faithfulness"), terms[0].tolist(), strict=False))
+        bad = [f"the {name} term is {value}" for name, value in figures.items() if not math.isfinite(value)]
+        what = bad[0] if bad else "the gradient at 0 is not finite"
+        raise FloatingPointError(f"before step 0: {what}, so λ_max is not known")
     if largest == 0:
         refuse_zero(engine.found.model, engine.data, engine.intervention, objective, looked_at, float(terms[0, 0]))
     return float(f"{share * largest:.4g}")

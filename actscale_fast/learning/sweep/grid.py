@@ -40,6 +40,7 @@ class Point:
     intervention: Intervention
     after: Point | None = None  # the point whose result it starts from
     identity: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None  # why it cannot begin
     sizes: list[Tensor | None] = field(default_factory=list)  # of the activations, where the learning rate is a share
 
     @property
