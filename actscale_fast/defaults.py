@@ -1,8 +1,8 @@
 """Defaults that the library, the command line and the demo share; importing them does not import torch.
 
 Rates and weights of the ℓ1 norm are shares of a scale that `fit` measures, so that they mean the same on models whose
-activations or logits have other sizes. They were chosen on SmolLM2-135M-Instruct; docs/fit.md has the figures on it and
-on Gemma 3 270M.
+activations or logits have other sizes. They were chosen on SmolLM2-135M-Instruct; docs/evidence.md has figures on Gemma
+3 270M.
 """
 
 from typing import Final
