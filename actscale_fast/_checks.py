@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from typing import TypeGuard
+
+_SHARE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
 
 
 def is_real(value: object) -> TypeGuard[float]:
@@ -26,6 +29,13 @@ def finite_number(value: object) -> float | None:
     except OverflowError:  # an integer that no float can hold
         return None
     return number if math.isfinite(number) else None
+
+
+def share_of(text: str) -> float | None:
+    """A share such as "10%" as a number, here 0.1; None if the text is not one from 0% to 100%."""
+    found = _SHARE.fullmatch(text)
+    share = float(found[1]) / 100 if found else -1.0
+    return share if 0 <= share <= 1 else None
 
 
 def is_finite(value: object) -> bool:

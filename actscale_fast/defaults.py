@@ -1,6 +1,8 @@
 """Defaults that the library, the command line and the demo share; importing them does not import torch.
 
-They were chosen for SmolLM2-135M-Instruct on country-capital conflicts and are a starting point for other models.
+Rates and weights of the ℓ1 norm are shares of a scale that `fit` measures, so that they mean the same on models whose
+activations or logits have other sizes. They were chosen on SmolLM2-135M-Instruct; docs/evidence.md has figures on Gemma
+3 270M.
 """
 
 from typing import Final
@@ -8,14 +10,16 @@ from typing import Final
 # The objective.
 MARGIN: Final = 4.0
 FAITHFULNESS: Final = 0.8
-MINIMALITY: Final = 0.12
+# Shares of λ_max: for scalars, and for vectors and probes, where many numbers move one activation.
+MINIMALITY: Final = "5%"
+VECTOR_MINIMALITY: Final = "0.3%"
+# Numbers where there is no λ_max: with sparsity="scalars", and for projections.
+NUMBER_MINIMALITY: Final = 0.12
 
 # The fit.
 STEPS: Final = 45
-LR: Final = 0.05
-# For vectors and probes, where many numbers move one activation.
-VECTOR_LR: Final = 0.01
-VECTOR_MINIMALITY: Final = 0.02
+# A share of the activation's size per step.
+LR: Final = "5%"
 BATCH_SIZE: Final = 16
 SEED: Final = 0
 SCHEDULE: Final = "cosine"

@@ -35,16 +35,13 @@ if TYPE_CHECKING:
 
 def fit(options: argparse.Namespace) -> int:
     """Learn an intervention, save it with its history, and evaluate it if there are held-out examples."""
-    few = options.kind == "activ-scalar"
     if options.n_active is not None and options.minimality is not None:
         raise ValueError("--n-active chooses the weight of the ℓ1 norm and cannot be used with --minimality")
-    options.lr = options.lr or (defaults.LR if few else defaults.VECTOR_LR)
-    if options.minimality is None:
-        options.minimality = defaults.MINIMALITY if few else defaults.VECTOR_MINIMALITY
+    options.lr = options.lr or defaults.LR
     objective = learning.Objective(
         margin=options.margin,
         faithfulness=options.faithfulness,
-        minimality=options.minimality,
+        minimality="default" if options.minimality is None else options.minimality,
         exclude_answers=not options.include_answers,
         kl=options.kl,
         directions=(1,) if options.one_direction else (1, -1),
@@ -56,6 +53,7 @@ def fit(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options)
     train, test = examples_for(options, tokenizer, options.seed, files)
     intervention = _at_rest(options, model)
+    options.minimality = objective.for_intervention(intervention).minimality  # for the record
     result = learning.fit(
         model,
         tokenizer,
@@ -89,9 +87,9 @@ def fit(options: argparse.Namespace) -> int:
         "evaluation": None if evaluation is None else evaluation.to_dict(),
     }
     what = "scalars" if options.kind == "activ-scalar" else "numbers"
-    if objective.minimality_share is not None and result.objective is not None:
+    if isinstance(options.minimality, str) and options.n_active is None and result.objective is not None:
         weight = result.objective.minimality
-        say(f"--minimality {objective.minimality} is {weight}: 100% is the smallest weight with no active {what}")
+        say(f"--minimality {options.minimality} is {weight}: 100% is the smallest weight with no active {what}")
     say(f"{intervention.n_active} of {intervention.n_parameters} {what} are active; saved in {out}")
     return 0
 

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 
 from .. import defaults, learning, plots, tasks
+from .._checks import share_of
 from .._json import write_json, write_sealed
 from ..interventions import ActivScalar
 from .loading import load_model, output_folder
@@ -68,11 +69,12 @@ def demo(options: argparse.Namespace) -> int:
         "max_new_tokens": _MAX_NEW_TOKENS,
         "steps": options.steps,
         "seed": options.seed,
-        "lr": defaults.LR,
+        "lr": share_of(defaults.LR),  # scalars are factors: the share is the step
         "batch_size": defaults.BATCH_SIZE,
-        **asdict(objective),
+        **asdict(result.objective or objective),
     }
-    save_record(out, options, task="country-capital", **settings, **provenance(model, train, test, objective))
+    source = provenance(model, train, test, result.objective)
+    save_record(out, options, task="country-capital", **settings, **source)
     begun_answers = split(n_train=1, n_test=_SHOWN, templates=[templates[0] + _ANSWER]).test
     texts = {
         example.prompt: continuations(model, tokenizer, scalars, [example.prompt], _STRENGTHS, _MAX_NEW_TOKENS)[0]

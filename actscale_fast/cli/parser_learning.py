@@ -12,12 +12,16 @@ from .values import (
     minimality_list,
     positive_float,
     positive_int,
+    rate,
     rate_list,
     seed_list,
     site_list,
     weight,
     weight_list,
 )
+
+#: For help texts, where % is written twice.
+_MINIMALITY, _VECTOR_MINIMALITY, _LR = (f"{s}%" for s in (defaults.MINIMALITY, defaults.VECTOR_MINIMALITY, defaults.LR))
 
 
 def fit(command: argparse.ArgumentParser) -> None:
@@ -46,7 +50,7 @@ def fit(command: argparse.ArgumentParser) -> None:
     objective.add_argument(
         "--minimality", type=minimality, metavar="X",
         help="weight of the ℓ1 norm, or a share such as 10%% of the smallest weight that keeps every parameter at 0 "
-        f"(default: {defaults.MINIMALITY}; {defaults.VECTOR_MINIMALITY} for steer-vec and dyn-scalar)",
+        f"(default: {_MINIMALITY}; {_VECTOR_MINIMALITY} for steer-vec and dyn-scalar)",
     )  # fmt: skip
     objective.add_argument(
         "--n-active", type=positive_int, metavar="N",
@@ -70,8 +74,9 @@ def fit(command: argparse.ArgumentParser) -> None:
     )
     steps = options.steps(command)
     steps.add_argument(
-        "--lr", type=positive_float, metavar="X",
-        help=f"learning rate (default: {defaults.LR}; {defaults.VECTOR_LR} for steer-vec and dyn-scalar)",
+        "--lr", type=rate, metavar="X",
+        help="learning rate: a share such as 5%% of the activation's size, or a number in the parameters' units "
+        f"(default: {_LR})",
     )  # fmt: skip
     what = "learning-rate schedule: constant, or cosine or linear decay to 0"
     options.choice(steps, "--schedule", (defaults.SCHEDULE, "linear", "constant"), what, "KIND")
@@ -99,10 +104,10 @@ def sweep(command: argparse.ArgumentParser) -> None:
     options.positions(where)
     grid = command.add_argument_group("grid: every combination of these lists is fitted")
     for name, kind, what, default in (
-        ("minimality", minimality_list, "weights of the ℓ1 norm, or shares such as 50%%,10%%", defaults.MINIMALITY),
+        ("minimality", minimality_list, "weights of the ℓ1 norm, or shares such as 50%%,10%%", _MINIMALITY),
         ("faithfulness", weight_list, "weights of the KL divergence", defaults.FAITHFULNESS),
         ("margin", weight_list, "desired logit differences", defaults.MARGIN),
-        ("lr", rate_list, "learning rates", defaults.LR),
+        ("lr", rate_list, "learning rates, as shares of the activation's size or numbers", _LR),
     ):
         grid.add_argument(f"--{name}", type=kind, metavar="LIST", help=f"{what} (default: {default})")
     grid.add_argument(

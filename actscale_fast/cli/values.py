@@ -49,9 +49,9 @@ def minimality_list(text: str) -> list[float | str]:
     return [minimality(part) for part in text.split(",")]
 
 
-def rate_list(text: str) -> list[float]:
-    """ "0.05,0.02" as numbers above 0."""
-    return [positive_float(part) for part in text.split(",")]
+def rate_list(text: str) -> list[float | str]:
+    """ "0.05,2%" as numbers above 0 and shares."""
+    return [rate(part) for part in text.split(",")]
 
 
 def seed_list(text: str) -> list[int]:
@@ -94,6 +94,16 @@ def minimality(text: str) -> float | str:
     share = "".join(text.split())
     if not 0 <= _number(share.removesuffix("%"), "a share such as 10%", least=0.0, open_end=False) <= 100:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a share from 0% to 100%")
+    return share
+
+
+def rate(text: str) -> float | str:
+    """A finite number above 0, or a share such as "5%"."""
+    if "%" not in text:
+        return _number(text, "a number above 0, or a share such as 5%", least=0.0, open_end=True)
+    share = "".join(text.split())
+    if _number(share.removesuffix("%"), "a share such as 5%", least=0.0, open_end=True) > 100:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share of at most 100%")
     return share
 
 

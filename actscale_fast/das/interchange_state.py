@@ -71,7 +71,7 @@ class InterchangeState:
         self.named = dict(das.named_parameters())
         rotations = [value for name, value in self.named.items() if name != "boundary"]
         self.adam = torch.optim.Adam(
-            [{"params": rotations, "lr": plan.steps.lr}, {"params": [das.boundary], "lr": plan.boundary_lr}]
+            [{"params": rotations, "lr": plan.steps.full_rate}, {"params": [das.boundary], "lr": plan.boundary_lr}]
         )
         for value in self.named.values():  # as Adam itself begins
             moments = {name: torch.zeros_like(value) for name in ("exp_avg", "exp_avg_sq")}
@@ -104,7 +104,7 @@ class InterchangeState:
         figures = torch.stack(
             [entropy + plan.boundary_weight * boundary.detach(), entropy, hits / len(rows), boundary.detach()]
         )
-        rates = plan.steps.lr, plan.boundary_lr
+        rates = plan.steps.full_rate, plan.boundary_lr
         for group, rate in zip(self.adam.param_groups, rates, strict=True):
             group["lr"] = factor * rate
         finite = torch.stack([figures.isfinite().all(), *(value.grad.isfinite().all() for value in self._learned())])

@@ -36,6 +36,7 @@ class Reader:
         site: "head", "attn_out", "mlp_out" or "residual", as `Intervention.for_model` takes it.
         layers: numbers of layers, negative ones from the end; None: all layers.
         paths: module paths for a model of an unlisted family.
+        split_heads: whether activations at the site "head" are split by heads; else H = 1.
 
     Raises:
         TypeError, ValueError: an unknown site or layer, or a family whose parts cannot be told apart.
@@ -46,13 +47,14 @@ class Reader:
     """
 
     def __init__(
-        self, model: PreTrainedModel, site: str, layers: Iterable[int] | None, paths: dict[str, str] | None = None
-    ) -> None:
+        self, model: PreTrainedModel, site: str, layers: Iterable[int] | None, paths: dict[str, str] | None = None, *,
+        split_heads: bool = True,
+    ) -> None:  # fmt: skip
         self.found = layout(model, paths)
         self.site = check_site(site)
         self.layers = check_layers(layers, self.found.n_layers)
         self._modules = [self.found.site_module(site, layer) for layer in self.layers]
-        self._n_heads = self.found.n_heads if site == "head" else 1
+        self._n_heads = self.found.n_heads if site == "head" and split_heads else 1
         self._section: PartialForward | None = None
         self._noted: dict[int, Tensor] | None = None  # by index among the chosen layers; None: not reading
         self._n_rows = 0

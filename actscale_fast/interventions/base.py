@@ -49,6 +49,9 @@ class Intervention(Readable, nn.Module):
     #: Whether an edit takes activations from a second prompt for each row. Such a class implements
     #: `source_activations`, `interchange` and `check_source`.
     needs_source: ClassVar[bool] = False
+    #: The power of the activation's size that the parameters have in their units: 0 for factors, 1 for what is added to
+    #: an activation, −1 for probes that are multiplied with one. It converts learning rates such as "5%".
+    activation_power: ClassVar[int] = 0
     _wanted: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -145,6 +148,17 @@ class Intervention(Readable, nn.Module):
             placement: which slot each token uses, and which group each row.
         """
         raise NotImplementedError
+
+    def full_step(self, sizes: Tensor) -> Tensor:
+        """The change of an entry in each layer that changes the activation by its own size, a learning rate of 100%.
+
+        Args:
+            sizes: the root mean square of the activation in each layer, float32 [L].
+
+        Returns:
+            float32 [L], in the parameters' units.
+        """
+        return sizes**self.activation_power
 
     def source_activations(
         self, model: Any, tokenizer: Any, texts: Sequence[Any], *, batch_size: int = 32, progress: bool = False

@@ -35,6 +35,7 @@ class DynScalar(Intervention):
 
     shares_positions: ClassVar[bool] = True
     multiplies: ClassVar[bool] = True
+    activation_power: ClassVar[int] = -1
     probes: nn.Parameter
     _produced: list[Produced] | None = None
 
@@ -52,6 +53,9 @@ class DynScalar(Intervention):
         if self._produced is not None:
             self._produced.append(Produced(scalars, steered))
         return y if steered is None else torch.where(steered[:, :, None, None], y, x)
+
+    def full_step(self, sizes: Tensor) -> Tensor:
+        return 1 / (sizes * self.location.width)  # ⟨u, h⟩ sums over as many entries
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[list[Produced]]:

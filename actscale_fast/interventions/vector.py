@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class SteerVec(Intervention):
     site H is 1 and D the hidden size.
     """
 
+    activation_power: ClassVar[int] = 1
     vectors: nn.Parameter
 
     @classmethod

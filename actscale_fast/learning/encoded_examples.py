@@ -22,6 +22,9 @@ from .prompt_spaces import warn_of_spaces
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: Number of examples on which a fit measures the scales that its defaults are shares of.
+_N_MEASURED = 64
+
 
 class EncodedExamples:
     """Examples as token ids on one device, checked once so that no step has to.
@@ -80,9 +83,9 @@ class EncodedExamples:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def by_length(self, batch_size: int) -> list[list[int]]:
-        """All rows in batches of similar length, so that there is little padding."""
-        order = sorted(range(len(self)), key=lambda row: len(self.prompts[row]))
+    def by_length(self, batch_size: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+        """These rows (None: all) in batches of similar length, so that there is little padding."""
+        order = sorted(range(len(self)) if rows is None else rows, key=lambda row: len(self.prompts[row]))
         batches: list[list[int]] = []
         for row in order:
             alike = self.pads or (batches and len(self.prompts[batches[-1][0]]) == len(self.prompts[row]))
@@ -138,3 +141,9 @@ class EncodedExamples:
         if multiple > 1:
             length = min(-(-length // multiple) * multiple, max(map(len, self.prompts)))
         return left_padded(prompts, self.pad_id, self.device, length)
+
+
+def evenly_spaced(rows: Sequence[int]) -> list[int]:
+    """At most 64 of these rows, for what a fit measures before its first step."""
+    n = min(len(rows), _N_MEASURED)
+    return [rows[index * len(rows) // n] for index in range(n)]

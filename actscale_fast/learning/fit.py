@@ -19,6 +19,7 @@ from ..interventions import Intervention
 from ..patching.patch import patch
 from ..tasks.loading import ExampleSource
 from ..verification.ensure import ensure_verified
+from .activation_size import activation_sizes
 from .arguments import checked_intervention, checked_objective, refuse_idle, refuse_inference_mode, refuse_tokenless
 from .checkpoint import Checkpoint, check_writable_checkpoint
 from .distributed import process_group
@@ -45,8 +46,9 @@ class FitResult(Readable):
     intervention: Intervention
     #: One record per step: step, loss, effectiveness, faithfulness, minimality, n_active, moved, lr. The loss and the
     #: first two terms belong to the parameters before the step; minimality (‖α‖₁) and n_active to those after it, so
-    #: that the last record describes the fitted intervention. `moved` is the largest change of a scalar. With
-    #: sparsity="scalars", minimality is the norm of the scalars that were produced before the step.
+    #: that the last record describes the fitted intervention. `moved` is the largest change of a parameter, and `lr`
+    #: the learning rate, as a number or a share between 0 and 1. With sparsity="scalars", minimality is the norm of the
+    #: scalars that were produced before the step.
     history: list[dict[str, float]] = field(repr=False)
     #: Duration of this call; a resumed fit counts only its own steps.
     seconds: float
@@ -81,7 +83,7 @@ def fit(
     objective: Objective | None = None,
     *,
     steps: int = defaults.STEPS,
-    lr: float = defaults.LR,
+    lr: float | str = defaults.LR,
     batch_size: int = defaults.BATCH_SIZE,
     seed: int = defaults.SEED,
     schedule: Schedule = defaults.SCHEDULE,
@@ -116,7 +118,10 @@ def fit(
         intervention: for example `ActivScalar.for_model(model)`; its parameters are the starting point.
         objective: the weights of the three terms; None: `Objective()`.
         steps: number of updates.
-        lr: Adam's learning rate, in units of the scalars.
+        lr: Adam's learning rate. A share such as "5%": how far a step may change an activation, relative to its size,
+            which is measured on the frozen model for each layer, so that it holds on models whose activations have
+            other sizes: scalars move by 0.05, entries of a vector by 0.05·RMS, those of a probe of D entries by
+            0.05/(D·RMS). A number: in the parameters' units, for all layers alike.
         batch_size: number of prompts per update; at most all examples.
         seed: determines the order of the examples.
         schedule: "cosine" or "linear" decay of the learning rate to 0, or "constant".
@@ -158,6 +163,7 @@ def fit(
     execution = with_keywords(execution, keywords, "fit")
     refuse_inference_mode("fit")
     paths = checked_intervention(intervention).paths
+    objective, settings = objective.for_intervention(intervention), settings.for_intervention(intervention)
     if n_active is not None:
         check_n_active(n_active, intervention, checkpoint.path)
         objective = replace(objective, minimality=0.0)
@@ -181,6 +187,8 @@ def fit(
         if state.done():
             return _result(state, begun)
         engine = Engine(model, data, intervention, [objective], execution, processes)
+        if not state.full_steps.are_known:
+            state.full_steps.set_sizes(processes.all_gather(activation_sizes(model, data, intervention, rows))[0])
         watch = ZeroGradientWatch(model, data, state)
         path: list[dict[str, float]] = []
         kept: list[Tensor] | None = None

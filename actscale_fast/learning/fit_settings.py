@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from .. import defaults
-from .._checks import check_counts, finite_number, is_integer
+from .._checks import check_counts, finite_number, is_integer, share_of
+from ..interventions import Intervention
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -20,7 +21,7 @@ class FitSettings:
     """The arguments of `fit` that determine its steps; see there."""
 
     steps: int = defaults.STEPS
-    lr: float = defaults.LR
+    lr: float | str = defaults.LR
     batch_size: int = defaults.BATCH_SIZE
     seed: int = defaults.SEED
     schedule: Schedule = defaults.SCHEDULE
@@ -30,9 +31,11 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         check_counts(steps=self.steps, batch_size=self.batch_size, patience=self.patience)
-        lr = finite_number(self.lr)
-        if lr is None or lr <= 0:
-            raise ValueError(f"lr: got {self.lr!r}, expected a positive number")
+        rate = share_of(self.lr) if isinstance(self.lr, str) else finite_number(self.lr)
+        if rate is None or rate <= 0:
+            expected = "a positive number, or a share of the activation's size such as '5%', at most '100%'"
+            raise ValueError(f"lr: got {self.lr!r}, expected {expected}")
+        lr = "".join(self.lr.split()) if isinstance(self.lr, str) else rate
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule: got {self.schedule!r}, expected 'constant', 'linear' or 'cosine'")
         betas = [finite_number(beta) for beta in self.betas] if isinstance(self.betas, Sequence) else []
@@ -48,12 +51,24 @@ class FitSettings:
         for name, value in (("lr", lr), ("betas", tuple(betas)), ("tolerance", tolerance)):
             object.__setattr__(self, name, value)
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether the learning rate is a share of the activation's size."""
+        return isinstance(self.lr, str)
+
+    @property
+    def full_rate(self) -> float:
+        """The learning rate before any decay: in the parameters' units, or a share of the activation's size."""
+        share = share_of(self.lr) if isinstance(self.lr, str) else self.lr
+        assert share is not None
+        return share
+
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        done = step / self.steps
+        """The learning rate of a step, in the same units."""
+        done, rate = step / self.steps, self.full_rate
         if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
-        return self.lr * (1 - done) if self.schedule == "linear" else self.lr
+            return rate * 0.5 * (1 + math.cos(math.pi * done))
+        return rate * (1 - done) if self.schedule == "linear" else rate
 
     def rows(self, n_examples: int, step: int) -> list[int]:
         """The rows of a step: consecutive pieces of one permutation per epoch."""
@@ -67,6 +82,12 @@ class FitSettings:
             order = torch.randperm(n_examples, generator=generator, device="cpu").tolist()
             rows += order[offset : offset + self.batch_size - len(rows)]
         return rows
+
+    def for_intervention(self, intervention: Intervention) -> FitSettings:
+        """These settings; a share as the number that it is where parameters are factors of activations already."""
+        if self.is_relative and not any(single.activation_power for single in intervention.singles):
+            return replace(self, lr=self.full_rate)
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""

@@ -17,6 +17,7 @@ from ..interventions import Intervention
 from . import checkpoint as checkpoints
 from .distributed import SINGLE_PROCESS, ProcessGroup
 from .fit_settings import FitSettings
+from .full_steps import FullSteps
 from .objective import Objective
 
 #: Number of steps whose figures may still be on a GPU before the host waits for them.
@@ -64,6 +65,8 @@ class FitState:
         self.taken = 0  # number of steps, including those whose figures have not arrived
         #: λ_M [] where the objective gives a share of λ_max, kept in the checkpoint; NaN: not known yet.
         self._resolved = torch.tensor(torch.nan, dtype=torch.float64, device="cpu")
+        #: Where the learning rate is a share; kept in the checkpoint.
+        self.full_steps = FullSteps(intervention, self.named if settings.is_relative else {})
         self._l1 = intervention.l1
         self._pending: deque[_Step] = deque()
         self._whole = True  # whether parameters, moments and counters belong to the same step
@@ -102,6 +105,7 @@ class FitState:
             state |= {name: value.data, f"{name}.exp_avg": first, f"{name}.exp_avg_sq": second, f"{name}.step": step}
         if self.objective.minimality_share is not None:
             state["objective.minimality"] = self._resolved
+        state |= {f"{name}.full_step": step for name, step in self.full_steps.of.items()}
         return state
 
     def update(self, terms: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -122,8 +126,14 @@ class FitState:
         home = self.values[0].device  # the parts of a composite may be on several devices
         finite = torch.stack([gradient.isfinite().all().to(home) for gradient in gradients]).all()
         self._whole = False
-        for value, gradient, moments, counter in zip(self.values, gradients, self.moments, self.counters, strict=True):
-            ops.proximal_adam_(value.data, gradient, *moments, counter, lr=lr, l1=l1, betas=self.settings.betas)
+        learned = zip(self.named.items(), gradients, self.moments, self.counters, strict=True)
+        for (name, value), gradient, moments, counter in learned:
+            full = self.full_steps.of.get(name)
+            # Adam's step and threshold depend on the parameter's scale alone, not on the gradient's.
+            scaled = value.data if full is None else value.data / full
+            ops.proximal_adam_(scaled, gradient, *moments, counter, lr=lr, l1=l1, betas=self.settings.betas)
+            if full is not None:
+                torch.mul(scaled, full, out=value.data)
         values = torch.cat([value.detach().flatten().to(home) for value in self.values]).double()
         moved = values - torch.cat([before[name].flatten().to(home) for name in self.named])
         effectiveness, faithfulness, produced = terms.to(values.device).double().unbind()

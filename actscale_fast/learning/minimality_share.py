@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from ..interventions import Intervention, Projection
+from .encoded_examples import evenly_spaced
 from .engine import Engine, FitRequest
 from .objective import Objective
 from .zero_gradient import refuse_zero
@@ -18,11 +19,12 @@ from .zero_gradient import refuse_zero
 def resolved_minimality(engine: Engine, objective: Objective, rows: Sequence[int]) -> float:
     """λ_M in numbers, with four digits, so that it does not depend on how passes are rounded.
 
-    λ_max is the largest absolute value of the gradient of E at 0 over all examples (that of the KL is 0 there). With
+    λ_max is the largest absolute value of the gradient of E at 0 over the examples (that of the KL is 0 there). With
     λ_M ≥ λ_max, 0 is a local minimum of the objective, as at the beginning of a lasso's path (Friedman, Hastie and
     Tibshirani 2010, section 2.5). It does not depend on the batch size, the seed or where the fit starts. A fit in
     small batches, whose gradients scatter, may still leave 0 at somewhat larger weights; `minimality_path` begins above
-    them. This takes one forward and backward pass of every example.
+    them. This takes one forward and backward pass of at most 64 examples, evenly spaced, because a fit on many examples
+    does not run all of them either.
 
     Args:
         engine: an open engine of a single intervention.
@@ -42,13 +44,17 @@ def resolved_minimality(engine: Engine, objective: Objective, rows: Sequence[int
             "is no λ_max to take a share of"
         )
     alone = replace(objective, minimality=0.0, faithfulness=0.0)
+    looked_at = evenly_spaced(rows)
     with _at_zero(engine.intervention), torch.enable_grad():
-        terms, gradients = engine.gradients([FitRequest(rows, alone)])
+        terms, gradients = engine.gradients([FitRequest(looked_at, alone)])
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     if not math.isfinite(largest):
-        raise FloatingPointError("objective: the gradient at 0 is not finite, so λ_max is not known")
+        figures = dict(zip(("effectiveness", "faithfulness"), terms[0].tolist(), strict=False))
+        bad = [f"the {name} term is {value}" for name, value in figures.items() if not math.isfinite(value)]
+        what = bad[0] if bad else "the gradient at 0 is not finite"
+        raise FloatingPointError(f"before step 0: {what}, so λ_max is not known")
     if largest == 0:
-        refuse_zero(engine.found.model, engine.data, engine.intervention, objective, rows, float(terms[0, 0]))
+        refuse_zero(engine.found.model, engine.data, engine.intervention, objective, looked_at, float(terms[0, 0]))
     return float(f"{share * largest:.4g}")
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from .. import defaults
-from .._checks import finite_number
-
-_SHARE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
+from .._checks import finite_number, share_of
+from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec
 
 
 class KLOptions(NamedTuple):
@@ -40,9 +38,11 @@ class Objective:
         faithfulness: λ_F, the weight of the KL divergence from the frozen model.
         minimality: λ_M, the weight of the ℓ1 norm, which is applied as a proximal step, so that zeros are exact. A
             number, or a share such as "10%" of λ_max, the smallest weight that keeps every parameter at 0: the largest
-            |gradient| of E + λ_F·F at 0 over all training examples. A share means the same on models whose activations
-            or logits have other scales; `fit` and `sweep` compute λ_max first, and return the objective with the
-            number.
+            |gradient| of E + λ_F·F at 0 over the training examples (64 of them if there are more). A share means the
+            same on models whose activations or logits have other scales; `fit` and `sweep` compute λ_max first, and
+            return the objective with the number. "default": the default for the intervention, 5% for an ActivScalar
+            and 0.3% for a SteerVec, a DynScalar or a sum with one. For others and with sparsity="scalars", where λ_max
+            may not exist, it is the number 0.12.
         sparsity: whose ℓ1 norm is penalised. "parameters": that of the learned parameters. "scalars", for a DynScalar:
             that of the scalars it produces, Σ over layers and heads of the mean |⟨u, h⟩| over the steered tokens,
             averaged over prompts and directions. Its subgradient makes scalars small, but no probe exactly 0. The paper
@@ -59,7 +59,7 @@ class Objective:
 
     margin: float = defaults.MARGIN
     faithfulness: float = defaults.FAITHFULNESS
-    minimality: float | str = defaults.MINIMALITY
+    minimality: float | str = "default"
     exclude_answers: bool = True
     kl: Literal["forward", "reverse"] = "forward"
     directions: tuple[int, ...] = (1, -1)
@@ -77,8 +77,8 @@ class Objective:
             raise ValueError(f"kl: got {self.kl!r}, expected 'forward' or 'reverse'")
         if self.sparsity not in ("parameters", "scalars"):
             raise ValueError(f"sparsity: got {self.sparsity!r}, expected 'parameters' or 'scalars'")
-        if isinstance(self.minimality, str):
-            share_of(self.minimality)  # refuses other texts
+        if isinstance(self.minimality, str) and self.minimality != "default":
+            _share(self.minimality)  # refuses other texts
             object.__setattr__(self, "minimality", "".join(self.minimality.split()))
             if self.sparsity == "scalars":
                 raise ValueError(
@@ -96,30 +96,43 @@ class Objective:
 
     @property
     def minimality_share(self) -> float | None:
-        """λ_M as a share of λ_max, between 0 and 1; None: it is a number."""
-        return share_of(self.minimality) if isinstance(self.minimality, str) else None
+        """λ_M as a share of λ_max, between 0 and 1; None: it is a number, or the default."""
+        return _share(self.minimality) if isinstance(self.minimality, str) and self.minimality != "default" else None
 
     @property
     def minimality_weight(self) -> float:
         """λ_M as a number.
 
         Raises:
-            ValueError: it is a share, which only `fit` and `sweep` turn into a number.
+            ValueError: it is a share, or the default, which only `fit` and `sweep` turn into a number.
         """
+        if self.minimality == "default" and self.sparsity == "scalars":
+            return defaults.NUMBER_MINIMALITY
         if isinstance(self.minimality, str):
-            raise ValueError(f"minimality: got the share {self.minimality!r}, expected a number here")
+            what = "" if self.minimality == "default" else "the share "
+            raise ValueError(f"minimality: got {what}{self.minimality!r}, expected a number here")
         return self.minimality
 
+    def for_intervention(self, intervention: Intervention) -> Objective:
+        """This objective, with the default weight of the ℓ1 norm for an intervention if it has none of its own."""
+        if self.minimality != "default":
+            return self
+        parts = intervention.singles
+        are_known = all(isinstance(part, ActivScalar | SteerVec | DynScalar) for part in parts)
+        if self.sparsity == "scalars" or not are_known:
+            return replace(self, minimality=defaults.NUMBER_MINIMALITY)
+        are_scalars = all(isinstance(part, ActivScalar) for part in parts)
+        return replace(self, minimality=defaults.MINIMALITY if are_scalars else defaults.VECTOR_MINIMALITY)
 
-def share_of(text: str) -> float:
+
+def _share(text: str) -> float:
     """A share such as "10%" as a number between 0 and 1.
 
     Raises:
         ValueError: the text is not such a share.
     """
-    found = _SHARE.fullmatch(text)
-    share = float(found[1]) / 100 if found else -1.0
-    if not 0 <= share <= 1:
+    share = share_of(text)
+    if share is None:
         raise ValueError(
             f"minimality: got {text!r}, expected a finite number >= 0, or a share of λ_max from '0%' to '100%'"
         )

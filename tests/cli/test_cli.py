@@ -143,7 +143,13 @@ def test_the_objectives_options_reach_the_fit(
     assert seen["objective"] == learning.Objective()
     assert seen["lr"] == inspect.signature(of_library).parameters["lr"].default
     assert main(["fit", "--kind", "steer-vec", "--model", model, "--data", data, "--out", str(tmp_path / "v")]) == 0
-    assert (seen["lr"], seen["objective"].minimality) == (defaults.VECTOR_LR, defaults.VECTOR_MINIMALITY)
+    assert (seen["lr"], seen["objective"]) == (defaults.LR, learning.Objective())
+    shares = "--lr 2% --minimality 7%"
+    assert main(["fit", "--model", model, "--data", data, "--out", str(tmp_path / "p"), *shares.split()]) == 0
+    assert (seen["lr"], seen["objective"].minimality) == ("2%", "7%")
+    for bad in ("0%", "101%", "fast"):
+        with pytest.raises(SystemExit):
+            main(["fit", "--model", model, "--data", data, "--out", str(tmp_path / "p"), "--lr", bad])
 
 
 def test_each_strength_has_its_own_continuation(model: str, fitted: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from doc_pages import ROOT, blocks, pages
 
 import actscale_fast as af
 from actscale_fast import defaults
+from actscale_fast._checks import share_of
 from actscale_fast.modules.hooks import record_of
 
 EXAMPLES = [(page.relative_to(ROOT), heading, code) for page in pages() for heading, code in blocks(page)]
@@ -39,7 +40,11 @@ def test_the_first_example_is_the_demo_and_the_table_has_its_figures(page: str) 
     demo, found = report["settings"], report["held_out"]
     templates = f"af.tasks.CONFLICT_TEMPLATES[:{demo['n_templates']}]"
     assert f"tokenizer, n_train={demo['n_train']}, n_test={demo['n_test']}, templates={templates}\n" in text
-    assert (demo["steps"], demo["lr"], demo["batch_size"]) == (defaults.STEPS, defaults.LR, defaults.BATCH_SIZE)
+    assert (demo["steps"], demo["lr"], demo["batch_size"]) == (
+        defaults.STEPS,
+        share_of(defaults.LR),
+        defaults.BATCH_SIZE,
+    )
     assert (demo["margin"], demo["faithfulness"]) == (defaults.MARGIN, defaults.FAITHFULNESS)
     for figure in (found["flip_to_correct"], found["flip_to_wrong"], found["baseline"]["flip_to_correct"]):
         assert f"{figure:.2f}" in text

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..._suggestions import did_you_mean
 from ...architectures.layout import ModelLayout
@@ -39,6 +40,8 @@ class Point:
     intervention: Intervention
     after: Point | None = None  # the point whose result it starts from
     identity: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None  # why it cannot begin
+    sizes: list[Tensor | None] = field(default_factory=list)  # of the activations, where the learning rate is a share
 
     @property
     def label(self) -> str:
@@ -93,9 +96,9 @@ def points(
             if task not in tasks:
                 raise ValueError(f"grid: got the task {task!r}, expected among {', '.join(map(repr, tasks))}")
             own = chosen if task is None else chosen | {"task": task}
-            made.append(
-                Point(own, task, replace(objective, **changes), replace(settings, **steps), copy.deepcopy(start))
-            )
+            own_objective = replace(objective, **changes).for_intervention(start)
+            own_settings = replace(settings, **steps).for_intervention(start)
+            made.append(Point(own, task, own_objective, own_settings, copy.deepcopy(start)))
     if not made:
         raise ValueError("grid: got no points, expected at least one")
     return made

@@ -151,6 +151,12 @@ class SweepLoop:
     def _advance(self, slot: _Slot, waiting: Iterator[Sequence[Point]], bar: Any) -> None:
         """Give the slot its next unfinished fit; `slot.state` stays None if there is none."""
         while (point := self._next_point(slot, waiting)) is not None:
+            if point.error is not None:
+                warnings.warn(f"sweep: {point.error}; the other fits continue", stacklevel=5)
+                self.fits[id(point)] = SweepFit.of(point, point.intervention, [], point.error)
+                bar.update(point.settings.steps)
+                bar.fits_done()
+                continue
             found = None if self.root is None else finished(self.root, point)
             if found is not None:
                 self.fits[id(point)] = found
@@ -189,6 +195,8 @@ class SweepLoop:
             checkpoint=path, identity=point.identity, name=point.label,
         )  # fmt: skip
         slot.state.resume()
+        if not slot.state.full_steps.are_known:
+            slot.state.full_steps.set_sizes(point.sizes)
         slot.watch = ZeroGradientWatch(self.model, self.data, slot.state)
 
     def _state_file(self, point: Point) -> Path:

@@ -1,4 +1,4 @@
-"""Points of a grid whose λ_M is a share of λ_max: the shares become numbers before the fits begin."""
+"""Points of a grid with shares: what they are shares of, λ_max and sizes of activations, is found before the fits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from ..activation_size import activation_sizes
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine
 from ..execution import Execution
@@ -23,8 +25,14 @@ def resolve_shares(
     model: PreTrainedModel, data: EncodedExamples, made: Sequence[Point], rows_of: dict[str | None, range],
     execution: Execution,
 ) -> None:  # fmt: skip
-    """Replace each share by a number; λ_max is computed once for all points that agree in what it depends on."""
-    largest: dict[Any, float] = {}
+    """Replace each share by a number; λ_max is computed once for all points that agree in what it depends on.
+
+    A point without a λ_max, because nothing can move or terms are not finite, gets an `error`.
+
+    Raises:
+        ValueError, FloatingPointError: no point has one.
+    """
+    largest: dict[Any, float | ZeroGradientError | FloatingPointError] = {}
     for point in made:
         share = point.objective.minimality_share
         if share is None:
@@ -36,6 +44,28 @@ def resolve_shares(
             with torch.enable_grad(), Engine(model, data, point.intervention, [whole], execution) as engine:
                 try:
                     largest[key] = resolved_minimality(engine, whole, rows_of[point.task])
-                except ZeroGradientError as error:
-                    raise ValueError(f"grid: {point.label}: {error}") from None
-        point.objective = replace(point.objective, minimality=float(f"{share * largest[key]:.4g}"))
+                except (ZeroGradientError, FloatingPointError) as error:
+                    largest[key] = error
+        found = largest[key]
+        if not isinstance(found, float):
+            point.error = f"{point.label}: {found}"
+            found = 0.0
+        point.objective = replace(point.objective, minimality=float(f"{share * found:.4g}"))
+    if all(point.error for point in made):
+        kind = ValueError if any(isinstance(found, ValueError) for found in largest.values()) else FloatingPointError
+        raise kind(f"grid: {made[0].error}")
+
+
+def measure_sizes(
+    model: PreTrainedModel, data: EncodedExamples, made: Sequence[Point], rows_of: dict[str | None, range]
+) -> None:
+    """Measure the activations of which learning rates are shares, once for all points that agree in where they are."""
+    found: dict[Any, list[Tensor | None]] = {}
+    for point in made:
+        if not point.settings.is_relative or point.error is not None:
+            continue
+        place = point.intervention.location
+        key = (point.task, place.site, place.layers, place.positions)
+        if key not in found:
+            found[key] = activation_sizes(model, data, point.intervention, rows_of[point.task])
+        point.sizes = found[key]

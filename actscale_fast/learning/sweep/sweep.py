@@ -33,7 +33,7 @@ from .folder import INDEX, write_index
 from .grid import Grid, Point, chain_by_minimality, points
 from .loop import SweepLoop
 from .result import SweepFit, SweepResult
-from .shares import resolve_shares
+from .shares import measure_sizes, resolve_shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ def sweep(
     *,
     intervention: Intervention | None = None,
     steps: int = defaults.STEPS,
-    lr: float = defaults.LR,
+    lr: float | str = defaults.LR,
     batch_size: int = defaults.BATCH_SIZE,
     seed: int = defaults.SEED,
     schedule: Schedule = defaults.SCHEDULE,
@@ -79,7 +79,7 @@ def sweep(
         grid: a dict of lists, of which every combination is a point; or a list of dicts; or a list of interventions,
             which are the starting points and are left unchanged. The keys are the fields of `Objective` (margin,
             faithfulness, minimality, …), the arguments below (steps, lr, batch_size, seed, …), `layers` and `task`.
-            `minimality` may be a share such as "10%", as in `Objective`.
+            `minimality` may be a share such as "10%", as in `Objective`, and so may `lr`, as in `fit`.
         objective: the objective of all points, except for what the grid says.
         intervention: the starting point of all points, which is left unchanged; None: `ActivScalar.for_model(model)`.
         steps, lr, batch_size, seed, schedule, betas, tolerance, patience: as for `fit`, for all points, except for what
@@ -136,6 +136,7 @@ def sweep(
         for point in made:
             _check_point(model, origin, point, data)
         resolve_shares(model, data, made, rows_of, execution)
+        measure_sizes(model, data, made, rows_of)
         chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
         _identify(model, data, chains, rows_of, execution.accumulate, saved=root is not None)
         begun = time.perf_counter()

@@ -1,0 +1,84 @@
+"""The size of an activation, of which `fit(lr="5%")` is a share: measured once on the frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..architectures.location import Location
+from ..frozen.reader import Reader
+from ..interventions import Intervention
+from .encoded_examples import EncodedExamples, evenly_spaced
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BATCH = 16
+
+
+def activation_sizes(
+    model: PreTrainedModel, data: EncodedExamples, intervention: Intervention, rows: Sequence[int]
+) -> list[Tensor | None]:
+    """The size of the activation that each part of an intervention edits, in each of its layers.
+
+    The size is the median over tokens of the root mean square over an activation's entries: a mean would be that of the
+    first token, whose activations are hundreds of times larger in many models. It is taken over the steered tokens of
+    at most 64 prompts that are evenly spaced among the examples, or over all their tokens where none is steered.
+
+    Args:
+        model: the frozen model; patches that were applied before stay in effect.
+        data: the encoded examples.
+        intervention: a single intervention or a composite.
+        rows: the fit's examples among `data`.
+
+    Returns:
+        float32 [L] on the CPU for each part; None where a part's parameters do not depend on the size.
+
+    Raises:
+        ValueError: the activation is 0 in every layer.
+        FloatingPointError: it is not finite.
+    """
+    chosen = evenly_spaced(rows)
+    found: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], Tensor] = {}
+    sizes: list[Tensor | None] = []
+    for single in intervention.singles:
+        place = single.location
+        key = (place.site, place.layers, place.positions)
+        if single.activation_power and key not in found:
+            found[key] = _sizes(model, data, place, chosen)
+        sizes.append(found[key] if single.activation_power else None)
+    return sizes
+
+
+def _sizes(model: PreTrainedModel, data: EncodedExamples, place: Location, rows: Sequence[int]) -> Tensor:
+    everywhere, steered = [], []
+    with Reader(model, place.site, place.layers, place.paths, split_heads=False) as read:
+        for batch in data.by_length(_BATCH, rows):
+            of_tokens = read(data.batch(batch), reduce=_root_mean_square).cpu()  # [L, B, T]
+            for number, row in enumerate(batch):
+                length = len(data.prompts[row])
+                own = of_tokens[:, number, -length:]
+                everywhere.append(own)
+                steered.append(own[:, [p % length for p in place.positions or () if -length <= p < length]])
+    values = torch.cat(steered, 1)
+    if place.positions is None or not values.shape[1]:
+        values = torch.cat(everywhere, 1)
+    sizes = values.median(1).values
+    bad = [layer for layer, size in zip(place.layers, sizes.tolist(), strict=True) if not 0 <= size < torch.inf]
+    if bad:
+        raise FloatingPointError(f"lr: the activation at site {place.site!r} of layers {bad} is not finite")
+    positive = sizes[sizes > 0]
+    if not len(positive):
+        raise ValueError(
+            f"lr: the activation at site {place.site!r} is 0 in every layer, so there is no size to take a share of; "
+            "pass a number"
+        )
+    return torch.where(sizes > 0, sizes, positive.median())  # in a layer of zeros, a step like those of the others
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    """[B, T, H, D] as float32 [B, T]."""
+    return x.float().square().mean((-2, -1)).sqrt()
