@@ -8,9 +8,11 @@ that need a GPU, compute-sanitizer on the CUDA kernels, and the harness. The out
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ KEPT_LINES = 12
 #: The harness's cases, the most telling first.
 CASES = ("loss", "scale_heads", "linear", "dynamic_scale", "kl_div", "fit", "sweep")
 #: What compute-sanitizer runs: the cases of these ops on the CUDA backend, in verification's worker.
+SANITIZED_CASES = 12
 SANITIZED, WORKER = ("scale_heads", "dynamic_scale", "intervention_loss"), "actscale_fast.verification.worker"
 
 
@@ -50,7 +53,8 @@ def parts(device: str, out: Path) -> list[Part]:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and device.startswith("cuda"):
         jobs = [["cuda", op, "bfloat16"] for op in SANITIZED]
-        request = {"device": device, "jobs": jobs, "times": [], "quick": True}
+        request = {"device": device, "jobs": jobs, "times": [], "quick": True, "cases": SANITIZED_CASES}
+        request["watched"] = False  # its stdin closes at once
         for tool in ("memcheck", "racecheck"):
             worker = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", WORKER]
             found.append(Part(f"compute-sanitizer {tool}", worker, 45, json.dumps(request) + "\n"))
@@ -64,16 +68,17 @@ def run(part: Part) -> dict[str, object]:
     """The outcome of a part: "ok", "failed" or "timed out", seconds, and the last lines of its output."""
     started = time.perf_counter()
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        list(part.command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", env=environ, cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            list(part.command), input=part.stdin, capture_output=True, text=True, timeout=part.seconds, env=environ,
-            cwd=ROOT,
-        )  # fmt: skip
-        status, output = ("ok" if done.returncode == 0 else f"failed ({done.returncode})"), done.stdout + done.stderr
-    except subprocess.TimeoutExpired as late:
-        status = "timed out"
-        texts = (late.stdout, late.stderr)
-        output = "".join(text.decode() if isinstance(text, bytes) else text for text in texts if text)
+        output, _ = process.communicate(part.stdin, timeout=part.seconds)
+        status = "ok" if process.returncode == 0 else f"failed ({process.returncode})"
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with its own workers
+        status, output = "timed out", process.communicate()[0]
     seconds = round(time.perf_counter() - started, 1)
     return {"part": part.name, "status": status, "seconds": seconds, "output": output.splitlines()[-KEPT_LINES:]}
 

@@ -105,19 +105,19 @@ def devices() -> Section:
 
 
 def available() -> Section:
-    """Which backends can run here, why the others cannot, and which one an op takes."""
+    """Which backends can run here, why the others cannot, and which one a large call of `scale_heads` takes."""
     names = [name for name in get_args(backends.BackendName) if name != "auto"]
     reasons = {name: backends.unavailable(name) for name in names}
     chosen = backends.get_backend()
     taken = {}
-    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+    for device in _device_names():
         try:
             taken[device] = backends.resolve(torch.device(device), torch.float32)
         except RuntimeError as error:
             taken[device] = f"none: {error}"
     rows = [[name, f"cannot run: {reason}" if reason else "can run"] for name, reason in reasons.items()]
     rows += [["chosen (ACTSCALE_BACKEND)", chosen]]
-    rows += [[f"used for float32 tensors on {device}", name] for device, name in taken.items()]
+    rows += [[f"used for float32 on {device} (scale_heads)", name] for device, name in taken.items()]
     facts = {"chosen": chosen, "unavailable": {n: r or None for n, r in reasons.items()}, "used_for_float32": taken}
     return Section("backends", "Backends", facts, rows)
 
@@ -126,7 +126,7 @@ def verified() -> Section:
     """For each device the verdict on its kernels: when it was made, and what did not pass."""
     facts: dict[str, Any] = {}
     rows = []
-    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+    for device in _device_names():
         verdict = verdicts.load(torch.device(device))
         facts[device] = verdict
         if verdict is None:
@@ -139,6 +139,11 @@ def verified() -> Section:
             [f"  {one['backend']} {one['op']} {one['dtype']}", f"{one['status']}: {one['reason']}"] for one in failed
         ]
     return Section("verdicts", "Verdicts on kernels", facts, rows)
+
+
+def _device_names() -> list[str]:
+    """The CPU and the GPUs that PyTorch can use; with a driver that is too old it counts GPUs and uses none."""
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
 
 
 def extension() -> ModuleType | None:

@@ -18,6 +18,7 @@ from ..frozen.batching import forward_arguments
 from ..frozen.shortcuts import open_frozen_model
 from ..interventions import Intervention
 from ..modules.evaluation_mode import evaluation_mode
+from ..ops import canary
 from ..patching.patch import AnyPatch, patch
 from ..tasks.examples import sources_of
 from ..tasks.loading import ExampleSource
@@ -198,6 +199,7 @@ def evaluate_all(
             for alike in data.by_kind(batch_rows):
                 of_batch = {part: values[alike] for part, values in sources.items()}
                 rows.append(_measure(model, predictions, data, alike, interventions, of_batch))
+    canary.collect(wait=True)
     evaluations = []
     for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
         common: dict[str, Any] = {"n_examples": len(values), "n_scalars": intervention.n_parameters}

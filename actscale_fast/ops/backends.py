@@ -70,8 +70,9 @@ def serving(op: str, x: Tensor) -> str:
     """
     if _choice != "auto":
         return resolve(x.device, x.dtype)
+    # The statistics of a reference and the losses that use them, over other numbers of rows, must take one backend.
     # In a trace the number of elements may be a symbol, and a comparison would tie the graph to it.
-    size = verdicts.LARGE if torch.compiler.is_compiling() else verdicts.size_class(x.numel())
+    size = verdicts.LARGE if op == "linear_softmax" or torch.compiler.is_compiling() else verdicts.size_class(x.numel())
     return resolve(x.device, x.dtype, op, size)
 
 

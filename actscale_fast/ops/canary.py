@@ -1,13 +1,15 @@
 """Canaries: the first call of each kernel in a process is compared with the reference, on a part of its results.
 
 The part is one row or one head, so that the comparison costs little. On a CPU it is made at once; on a GPU nothing
-waits for it: the answer is fetched when it has arrived, at a later call. A kernel that fails is not used again in this
-process: the reference serves its calls, and a warning says so. Nothing is compared while a CUDA graph is captured.
+waits for it: the answer is read at a later call, when it has arrived. A kernel that fails is not used again in this
+process: the reference serves its calls, and a warning says so. Nothing is compared, and no answer is read, while a CUDA
+graph is captured.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ passed: set[Key] = set()
 #: Results of comparisons on their way from a GPU.
 pending: list[_Pending] = []
 
-#: For each result the size of the terms that it is the sum of; None: it means nothing in this call.
+#: For each result the size of the terms that it is the sum of; None: it is not compared in this call.
 Terms = Sequence[Tensor | float | None]
 
 #: Allowed error: of the largest value, and float32 roundings of the terms that a result is the sum of. A canary looks
@@ -34,9 +36,12 @@ Terms = Sequence[Tensor | float | None]
 RELATIVE, ROUNDINGS = 1e-3, 64
 #: Values of a parameter that an optimizer's step is compared on.
 VALUES = 64
+#: A logit so far below the largest has a probability of less than 1e-21.
+NO_PROBABILITY = 50.0
 
 
 _switch = {"on": True}
+_lock = threading.RLock()  # backward passes run in threads of autograd's own
 
 
 @contextlib.contextmanager
@@ -49,10 +54,11 @@ def switched_off() -> Iterator[None]:
         _switch["on"] = before
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Pending:
     key: Key
     op: str
+    named: bool  # the backend was chosen by name when the kernel ran
     good: Tensor  # bool [], in pinned memory
     event: torch.cuda.Event
 
@@ -65,11 +71,15 @@ class _Part:
     results: tuple[int | None, ...]
     terms: Callable[[_Call, BackendModule], Terms]
     length: int = 1
+    last: bool = False  # cut to the last entry instead: labels often leave out the first rows
     in_place: bool = False  # the results are the first arguments
+    says_nothing: Callable[[_Call], bool] = lambda call: (
+        False
+    )  # every result of the part is 0, whatever the kernel does
 
     def cut(self, values: Sequence[Any], axes: Sequence[int | None]) -> tuple[Any, ...]:
         return tuple(
-            value.narrow(axis, 0, min(self.length, value.shape[axis]))
+            value.narrow(axis, value.shape[axis] - 1 if self.last else 0, min(self.length, value.shape[axis]))
             if isinstance(value, Tensor) and axis is not None and value.dim() and value.numel()
             else value
             for value, axis in zip(values, [*axes, *[None] * (len(values) - len(axes))], strict=True)
@@ -91,65 +101,93 @@ def watched(
     """The results of the call; compared with the reference where that can be done now.
 
     Raises:
-        RuntimeError: on a CPU, a kernel that changes its arguments in place gave wrong results.
+        RuntimeError: on a CPU, a kernel that changes its arguments in place gave wrong results; or the backend was
+            chosen by name.
     """
-    first = arguments[0]
-    if not _switch["on"] or first.numel() == 0 or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+    first, part = arguments[0], _PARTS[name]
+    own = function is getattr(reference, name)  # the backend has no kernel of its own for this
+    if own or not _switch["on"] or first.numel() == 0 or _is_capturing(first.device):
         return function(*arguments, **options)
-    key, part = (backend, name, first.dtype, first.device), _PARTS[name]
     call = _Call(name, part.cut(arguments, part.arguments))
-    terms = part.terms(call, reference)
+    if part.says_nothing(call):
+        return function(*arguments, **options)
+    key = (backend, name, first.dtype, first.device)
+    with torch.autocast(first.device.type, enabled=False):
+        terms = part.terms(call, reference)
+        copies = call.arguments
+        if part.in_place:
+            copies = tuple(value.clone() if isinstance(value, Tensor) else value for value in copies)
+        expected = _as_tuple(getattr(reference, name)(*copies))
+    results = function(*arguments, **options)
     if part.in_place:
-        copies = tuple(value.clone() if isinstance(value, Tensor) else value for value in call.arguments)
-        getattr(reference, name)(*copies)
-        expected = copies[: len(part.results)]
-        results = function(*arguments, **options)
-        got = call.arguments[: len(part.results)]
+        expected, got = copies[: len(part.results)], call.arguments[: len(part.results)]
     else:
-        expected = _as_tuple(getattr(reference, name)(*call.arguments))
-        results = function(*arguments, **options)
         got = part.cut(_as_tuple(results), part.results)
     compared = [one for one in zip(got, expected, terms, strict=True) if one[2] is not None]
     good = torch.stack([_agree(*one) for one in compared]).all()  # type: ignore[arg-type]
+    named = backends.get_backend() != "auto"
     if first.is_cuda:
         passed.add(key)  # so that only the first call is compared
-        kept = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(good, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        pending.append(_Pending(key, op, kept, event))
+        _queue(key, op, named, good)
         return results
     if bool(good):
         passed.add(key)
         return results
-    distrust(key, op)
-    if part.in_place:
+    distrust(key, op, named=named)
+    if part.in_place or options.get("in_place"):
         raise RuntimeError(f"{name}: the {backend} kernel has changed its arguments wrongly; see the warning")
     return getattr(reference, name)(*arguments, **options)
 
 
+def _is_capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _queue(key: Key, op: str, named: bool, good: Tensor) -> None:
+    """Let the answer come to the host without a wait."""
+    kept = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(good, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(good.device))
+    with _lock:
+        pending.append(_Pending(key, op, named, kept, event))
+
+
 def collect(*, wait: bool = False) -> None:
-    """Take in the comparisons that have arrived; all of them if `wait`."""
-    for one in list(pending):
-        if wait:
-            one.event.synchronize()
-        if not one.event.query():
-            continue
-        pending.remove(one)
+    """Read the answers that have arrived, or all of them if `wait`; none while a CUDA graph is captured.
+
+    Raises:
+        RuntimeError: a kernel failed whose backend had been chosen by name.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # asking for an event would end the capture
+    with _lock:
+        arrived = []
+        for one in pending:
+            if wait:
+                one.event.synchronize()
+            if one.event.query():
+                arrived.append(one)
+        pending[:] = [one for one in pending if one not in arrived]
+    for one in arrived:
         if not bool(one.good):
-            distrust(one.key, one.op)
+            distrust(one.key, one.op, named=one.named)
 
 
-def distrust(key: Key, op: str) -> None:
+def distrust(key: Key, op: str, *, named: bool = False) -> None:
     """Let the reference serve this op in this dtype on this device from now on, and say so.
 
     Raises:
-        RuntimeError: the backend was asked for by name, so nothing may take its place.
+        RuntimeError: the backend was chosen by name (`named`), so nothing may take its place.
     """
     backend, name, dtype, device = key
-    if backends.get_backend() != "auto":
+    passed.discard(key)
+    if named:
         raise RuntimeError(
             f"{name}: the {backend} kernel disagrees with plain PyTorch for {dtype} on {device}, so backend "
-            f"{backends.get_backend()!r} cannot be used for it; `actscale-fast verify` tests all kernels"
+            f"{backend!r} cannot be used for it; `actscale-fast verify` tests all kernels"
         )
     verdicts.distrusted.add((device.type, device.index, op, dtype))
     backends.reconsider()
@@ -163,15 +201,17 @@ def distrust(key: Key, op: str) -> None:
 
 def _agree(got: Tensor, expected: Tensor, terms: Tensor | float) -> Tensor:
     """Whether two results are equal up to rounding, bool []; NaN and ±inf must stand in the same places."""
-    eps = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+    limits = torch.finfo(got.dtype)
+    # Subnormal numbers are rounded to multiples of the smallest one, or in float32 to 0.
+    eps, floor = limits.eps, limits.tiny * (1.0 if got.dtype == torch.float32 else 2 * limits.eps)
     got, expected = got.detach().double(), expected.detach().double()
     if got.shape != expected.shape or not got.numel():
         return torch.full((), got.shape == expected.shape, device=got.device)
     finite = expected.isfinite()
     special = (got == expected) | (got.isnan() & expected.isnan())
     size = expected.where(finite, torch.zeros_like(expected)).abs().amax()
-    summed = torch.as_tensor(terms, dtype=torch.float64, device=got.device)
-    allowed = (RELATIVE + 2 * eps) * size + ROUNDINGS * torch.finfo(torch.float32).eps * summed
+    summed = terms.double() if isinstance(terms, Tensor) else terms
+    allowed = (RELATIVE + 2 * eps) * size + ROUNDINGS * torch.finfo(torch.float32).eps * summed + floor
     return torch.where(finite, (got - expected).abs() <= allowed, special).all()
 
 
@@ -191,26 +231,49 @@ def _magnitudes(call: _Call, reference: BackendModule) -> Terms:
 
 
 def _spread_of_logits(call: _Call, reference: BackendModule) -> Terms:
-    """Of the losses: what a logit's rounding moves them by is its own size times the inverse temperature."""
+    """Of the losses: what a logit's rounding moves them by is its own size times the inverse temperature.
+
+    Columns far below the largest one have no probability; masks are often the least finite number.
+    """
     loss = LossArguments(*call.arguments)
-    size = torch.as_tensor(_largest(loss.logits)) + torch.as_tensor(_largest(loss.reference_logits))
-    size = (1 + size) * max(1.0, loss.inverse_temperature)
-    size = size if loss.row_weight is None else size * (1 + torch.as_tensor(_largest(loss.row_weight)))
+    sizes = []
+    for side in (loss.logits, loss.reference_logits):
+        wide = side.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        counted = wide > wide.amax(-1, keepdim=True) - NO_PROBABILITY
+        sizes.append(wide.where(counted, torch.zeros_like(wide)).abs().amax())
+    size = (1 + sizes[0] + sizes[1]) * max(1.0, loss.inverse_temperature)
+    size = size if loss.row_weight is None else size * (1 + loss.row_weight.abs().amax())
     return [size, size, size, None if loss.correct is None else size, 0.0, 0.0]
 
 
 def _size_of_products(call: _Call, reference: BackendModule) -> Terms:
     """Of a softmax over W·h: the largest sum of magnitudes that makes a logit."""
     hidden, weight, bias, *_, logit_scale, _ = call.arguments
-    size = (hidden.abs() @ weight.abs().t()).amax() * logit_scale + (0.0 if bias is None else bias.abs().amax())
+    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (hidden, weight)]
+    size = norms[0] * norms[1] * logit_scale + (0.0 if bias is None else bias.abs().amax())
+    if hidden.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        size = size * (2.0**-10 / (ROUNDINGS * torch.finfo(torch.float32).eps))
     size, largest = 1 + size, weight.abs().amax()
     # The reference rounds its probabilities to the dtype before the product that makes the mean.
     rounded = torch.finfo(weight.dtype).eps / (ROUNDINGS * torch.finfo(torch.float32).eps)
     return [size, (size + 2 * rounded) * largest, None if bias is None else size, size]
 
 
+def _of_adam(call: _Call, reference: BackendModule) -> Terms:
+    """The moved parameter is a difference of itself, the step and the threshold."""
+    parameter, gradient, exp_avg, exp_avg_sq, _, lr, _, _, _, l1 = call.arguments
+    sizes = [value.abs().amax() for value in (parameter, gradient, exp_avg, exp_avg_sq)]
+    return [sizes[0] + lr * (10 + l1), None, sizes[1] + sizes[2], sizes[1] ** 2 + sizes[3], None]
+
+
 def _nothing(call: _Call, reference: BackendModule) -> Terms:
     return [0.0] * len(_PARTS[call.name].results)
+
+
+def _has_no_weight(call: _Call) -> bool:
+    """On a CPU, where it can be read; on a GPU the comparison of zeros is made."""
+    weight = LossArguments(*call.arguments).row_weight
+    return weight is not None and not weight.is_cuda and not bool(weight.any())
 
 
 _ROWS_OF_LOSS = tuple(
@@ -225,8 +288,10 @@ _PARTS = {
     "dynamic_scale_backward": _Part((2, 2, 2, 1, 2), (2, 1, 1), _magnitudes),
     "scale_channels": _Part((-1, 0), (-1,), _magnitudes, length=VALUES),
     "scale_channels_backward": _Part((-1, -1, 0), (-1, 0), _magnitudes, length=VALUES),
-    "intervention_loss": _Part(_ROWS_OF_LOSS, (0, 0, 0, 0, None, None), _spread_of_logits),
+    "intervention_loss": _Part(
+        _ROWS_OF_LOSS, (0, 0, 0, 0, None, None), _spread_of_logits, last=True, says_nothing=_has_no_weight
+    ),
     "intervention_loss_scale_": _Part((0, 0, 0, 0, 0, 0), (0,), _nothing, in_place=True),
-    "proximal_adam_": _Part((0, 0, 0, 0, None), (0, None, 0, 0), _nothing, length=VALUES, in_place=True),
+    "proximal_adam_": _Part((0, 0, 0, 0, None), (0, None, 0, 0, None), _of_adam, length=VALUES, in_place=True),
     "linear_softmax": _Part((0, None, None, 0, 0), (0, 0, 0, 0), _size_of_products),
 }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 _OPS = Path(__file__).resolve().parent
+_CASES = _OPS.parent / "verification" / "cases"
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -52,11 +53,13 @@ def digest(facts: dict[str, Any]) -> str:
 
 @functools.cache
 def kernels_digest() -> str:
-    """SHA-256 over the kernels: the Python files of ops, which include Triton's, and the compiled extension."""
+    """SHA-256 over the kernels and what they were tested with: the files of ops, which include Triton's kernels, the
+    compiled extension, and the cases of verification.
+    """
     found = hashlib.sha256()
-    files = [*_OPS.rglob("*.py"), *_OPS.glob("_C.*")]
+    files = [*_OPS.rglob("*.py"), *_OPS.glob("_C.*"), *_CASES.glob("*.py")]
     for path in sorted(path for path in files if path.suffix in (".py", ".so", ".pyd")):
-        found.update(path.relative_to(_OPS).as_posix().encode() + b"\0" + path.read_bytes())
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:20]
 
 

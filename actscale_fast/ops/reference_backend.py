@@ -157,11 +157,12 @@ def intervention_loss_scale_(
     grad.copy_(grad.to(torch.float32) * d_faithfulness[:, None])
     if correct is None or wrong is None:
         return
-    known = (correct >= 0) & (correct < grad.shape[1]) & (wrong >= 0) & (wrong < grad.shape[1])
+    columns = torch.stack([correct, wrong], -1)
+    known = ((columns >= 0) & (columns < grad.shape[1])).all(-1, keepdim=True)
+    columns = columns.clamp(0, grad.shape[1] - 1)
     hinge = d_effectiveness * answer_grad[:, 2]
     values = torch.stack([d_faithfulness * answer_grad[:, 0] + hinge, d_faithfulness * answer_grad[:, 1] - hinge], -1)
-    answers = torch.stack([correct, wrong], -1)[known]
-    grad[known] = grad[known].scatter(1, answers, values[known].to(grad.dtype))
+    grad.scatter_(1, columns, torch.where(known, values.to(grad.dtype), grad.gather(1, columns)))
 
 
 def proximal_adam_(

@@ -7,10 +7,11 @@ a device's verdict once and then looks up one dictionary.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 
 from .._cache import default_cache_dir
 from .._json import read_sealed, write_sealed
+from .._log import notice
 from . import device_identity
 
 FORMAT = 1
@@ -34,7 +36,7 @@ class Choice(NamedTuple):
     """What serves an op in a dtype on a device."""
 
     fastest: tuple[str, str, str]  # by size class
-    passed: tuple[str, ...]  # kernel backends that passed, fastest first
+    passed: tuple[str, ...]  # kernel backends that passed
 
 
 Choices = dict[tuple[str, torch.dtype], Choice]
@@ -68,14 +70,32 @@ def save(verdict: Mapping[str, Any]) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def locked(facts: Mapping[str, Any]) -> Iterator[None]:
+    """One process at a time verifies devices with these facts, whatever their index; the others wait and say so."""
+    from filelock import FileLock, Timeout  # a dependency of torch
+
+    folder().mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path_of(facts).with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        notice("another process verifies the kernels of this device; waiting for its verdict")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def load(device: torch.device) -> dict[str, Any] | None:
     """The verdict for this device with these libraries and kernels; None where there is none.
 
     A damaged file counts as none, with a warning.
     """
     places = [place for place in (folder(), SHIPPED) if place.is_dir()]
-    if not places:  # nothing to compare with: do not ask the device
-        return None
+    if not places or (device.type == "cuda" and not torch.cuda.is_available()):
+        return None  # nothing to compare with: do not ask the device
     facts = device_identity.identity(device)
     for place in places:
         path = place / path_of(facts).name
@@ -87,7 +107,7 @@ def load(device: torch.device) -> dict[str, Any] | None:
             if verdict["device"] == facts:
                 return dict(verdict)
             raise ValueError("it is for another device")
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             warnings.warn(
                 f"the verdict on kernels in {path} cannot be used ({error}); `actscale-fast verify` makes a new one",
                 RuntimeWarning,

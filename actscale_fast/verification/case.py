@@ -30,7 +30,9 @@ class Case:
         arguments: on the CPU; every run gets a copy of its own, in guarded memory on the device.
         terms: None: 0 for every result.
         offset: elements between an aligned address and the beginning of each tensor.
-        refused: the arguments are invalid: an error on a CPU, NaN in the affected row on a GPU.
+        refused_row: the arguments are invalid in this row: an error on a CPU; on a GPU its results are NaN, and the
+            other rows' are those of `valid`.
+        valid: the arguments without the invalid value.
     """
 
     name: str
@@ -38,14 +40,18 @@ class Case:
     arguments: Arguments
     terms: Terms | None = None
     offset: int = 0
-    refused: bool = False
+    refused_row: int | None = None
+    valid: Arguments = ()
 
-    def on(self, device: torch.device, guard: Guard) -> Arguments:
-        """The arguments on the device, between guard bands, with their strides."""
-        return tuple(
-            guard.place(_moved(value, device), self.offset) if isinstance(value, Tensor) else value
-            for value in self.arguments
-        )
+    def on(self, device: torch.device, guard: Guard, *, valid: bool = False) -> Arguments:
+        """The arguments on the device, between guard bands, with their strides; nothing is moved by the call itself."""
+
+        def placed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: placed(item) for key, item in value.items()}
+            return guard.place(_moved(value, device), self.offset) if isinstance(value, Tensor) else value
+
+        return tuple(map(placed, self.valid if valid else self.arguments))
 
     def exact(self) -> tuple[Tensor, ...]:
         """The results in float64, by the reference."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,12 +13,13 @@ from contextlib import contextmanager
 import torch
 
 from .._log import notice
-from ..ops import backends, verdicts
-from .verify import kernel_backends, verify_kernels
+from ..ops import backends, device_identity, verdicts
+from .verify import kernel_backends, verify_locked
 
 #: The environment variable that decides, and its values.
 VARIABLE = "ACTSCALE_VERIFY"
 MODES = ("0", "1", "ask")
+_tried: set[torch.device] = set()  # in this process
 
 
 def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
@@ -29,7 +31,7 @@ def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
     serves the ops then.
 
     Args:
-        device: where the model lies.
+        device: the model's device.
         progress: show a progress bar.
 
     Raises:
@@ -41,9 +43,11 @@ def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
     wanted = device.type == "cuda" or (device.type == "cpu" and mode == "1")
     if not wanted or mode == "0" or backends.get_backend() != "auto":
         return
-    if device.type == "cuda" and (torch.cuda.is_current_stream_capturing() or device.index is None):
-        device = torch.device("cuda", torch.cuda.current_device())
-    if verdicts.choices(device.type, device.index) is not None or not kernel_backends(device):
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device in _tried or _has_verdict(device) or not kernel_backends(device):
         return
     if mode == "ask" and not _agreed(device):
         return
@@ -51,23 +55,27 @@ def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
 
 
 def _verify_once(device: torch.device, progress: bool) -> None:
-    """One process of a machine verifies; the others wait for its verdict."""
-    from filelock import FileLock  # a dependency of torch
-
+    """One process verifies a kind of device; the others wait for its verdict."""
+    _tried.add(device)
     try:
-        verdicts.folder().mkdir(parents=True, exist_ok=True)
-        with FileLock(verdicts.folder() / f".{device.type}-{device.index}.lock"):
+        with verdicts.locked(device_identity.identity(device)):
             backends.reconsider()
-            if verdicts.choices(device.type, device.index) is not None:
+            if _has_verdict(device):
                 return
             notice(f"verifying the kernels on {device} (once for this device and these versions; about a minute)")
             with progress_bar(progress) as report:
-                found = verify_kernels(device, progress=report)
-    except (OSError, RuntimeError) as error:
+                found = verify_locked(device, True, report)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         warnings.warn(f"the kernels on {device} could not be verified: {error}", RuntimeWarning, stacklevel=2)
         return
     for failure in found.failures:
         warnings.warn(f"a kernel did not pass verification on {device} and is not used: {failure}", stacklevel=2)
+
+
+def _has_verdict(device: torch.device) -> bool:
+    """A complete one: what could not be tested, for lack of memory perhaps, is tried again by the next process."""
+    verdict = verdicts.load(device)
+    return verdict is not None and bool(verdict["complete"])
 
 
 def _agreed(device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from .._tables import Readable
 from ..ops import backends, device_identity, verdicts
 from .speed import COMPILED
 from .supervisor import Outcome, Supervisor
-from .worker import Job
+from .worker import NOT_TESTED, Job
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -70,7 +70,12 @@ class Verification(Readable):
         return [
             f'{counts}; the last columns show what "auto" uses for small, medium and large calls.',
             *self.failures,
+            *(f"not timed: {one['op']} {one['dtype']}, {one['size']} ({one['reason']})" for one in self._untimed),
         ]
+
+    @property
+    def _untimed(self) -> list[dict[str, Any]]:
+        return [one for one in self.verdict["times"] if "reason" in one]
 
 
 def _shown(outcome: dict[str, Any] | None) -> str:
@@ -111,7 +116,19 @@ def verify_kernels(
         >>> print(af.verify_kernels())
     """
     chosen = chosen_device(device)
-    supervisor = supervisor or Supervisor(str(chosen), quick=quick)
+    with verdicts.locked(device_identity.identity(chosen)):
+        return verify_locked(chosen, quick, progress, supervisor)
+
+
+def verify_locked(
+    chosen: torch.device,
+    quick: bool,
+    progress: Callable[[float, str], None] | None,
+    supervisor: Supervisor | None = None,
+) -> Verification:
+    """`verify_kernels` by the process that holds the device's lock."""
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    supervisor = supervisor or Supervisor(str(chosen), quick=quick, environment=threads)
     started = time.perf_counter()
     jobs = [Job(name, op, dtype) for name in kernel_backends(chosen) for op, dtype in ops_and_dtypes()]
     levels = lower_levels() if chosen.type == "cpu" else []
@@ -120,9 +137,10 @@ def verify_kernels(
         supervisor = dataclasses.replace(supervisor, progress=_Share(progress, len(jobs) * (1 + len(levels)) + timings))
     outcomes = supervisor.verify(jobs)
     passed = {(one.job.op, one.job.dtype, one.job.backend) for one in outcomes if one.status == "ok"}
-    times = supervisor.time(_times_wanted(passed, compiled=not quick))
+    times = _merged(supervisor.time(_times_wanted(passed, compiled=not quick)))
     for level in levels:
-        at_level = dataclasses.replace(supervisor, environment={"ACTSCALE_CPU_LEVEL": level})
+        environment = {**supervisor.environment, "ACTSCALE_CPU_LEVEL": level}
+        at_level = dataclasses.replace(supervisor, environment=environment)
         outcomes += [
             dataclasses.replace(one, job=one.job._replace(backend=f"{one.job.backend} {level}"))
             for one in at_level.verify(jobs)
@@ -134,6 +152,7 @@ def verify_kernels(
         "quick": quick,
         "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - started, 1),
+        "complete": all(one.status != NOT_TESTED for one in outcomes),
         "outcomes": [_entry(one) for one in outcomes],
         "times": [{**one, "size": verdicts.SIZES[one["size"]]} for one in times],
         "choices": _choices(passed, times),
@@ -199,9 +218,21 @@ def _times_wanted(passed: set[tuple[str, str, str]], *, compiled: bool) -> list[
     wanted: list[tuple[str, str, int, Sequence[str]]] = []
     for op, dtype in ops_and_dtypes():
         kernels = [name for one_op, one_dtype, name in sorted(passed) if (one_op, one_dtype) == (op, dtype)]
-        names = ["reference", *kernels, *([COMPILED] if compiled and op != "proximal_adam_" else [])]
-        wanted += [(op, dtype, size, names) for size in range(len(verdicts.SIZES)) if kernels]
+        sizes = range(len(verdicts.SIZES)) if kernels else ()
+        wanted += [(op, dtype, size, ["reference", *kernels]) for size in sizes]
+        if compiled and op != "proximal_adam_":  # by itself: what a compiler cannot do must not cost the others' times
+            wanted += [(op, dtype, size, [COMPILED]) for size in sizes]
     return wanted
+
+
+def _merged(times: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per op, dtype and size, with the times of all its requests."""
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for one in times:
+        entry = found.setdefault((one["op"], one["dtype"], one["size"]), one | {"times": {}})
+        entry["times"].update(one["times"])
+        entry.update({"reason": one["reason"]} if "reason" in one else {})
+    return list(found.values())
 
 
 def _choices(passed: set[tuple[str, str, str]], times: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -144,7 +144,7 @@ def test_probed_graphs_are_used_once_three_passes_agree(replayed: list[Replay]) 
             for found, right in zip(graphs.compute(one_pass(engine, requests, shift)), expected, strict=True):
                 assert torch.equal(found, right)
     assert len(computed) - before == 1  # the replay's own; nothing is compared any more
-    assert (graphs.agreed, graphs.given_up) == (3, False)
+    assert (sum(graphs.agreed.values()) >= 3, graphs.given_up) == (True, False)
 
 
 @pytest.mark.parametrize(

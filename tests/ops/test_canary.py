@@ -87,6 +87,44 @@ def test_a_wrong_kernel_is_replaced_by_the_reference_with_a_warning(
         call()
 
 
+def test_a_wrong_loss_that_has_overwritten_its_logits_is_an_error(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = inputs.rows(3, 40)
+    leaf = rows.logits.requires_grad_()
+    _break(monkeypatch, "intervention_loss")
+    with (
+        pytest.warns(RuntimeWarning, match="intervention_loss: the cpu kernel disagrees"),
+        pytest.raises(RuntimeError, match="intervention_loss: the cpu kernel has changed its arguments wrongly"),
+    ):
+        ops.intervention_loss(leaf * 1, *rows[1:4], direction=rows.direction, inplace_gradient=True)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.01])
+def test_a_step_that_cancels_its_parameter_is_no_alarm(rate: float) -> None:
+    for count in (1, 5, 64):
+        canary.passed.clear()
+        parameter, zeros = torch.full((count,), rate), [torch.zeros(count) for _ in range(2)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ops.proximal_adam_(parameter, torch.ones(count), *zeros, torch.zeros(()), lr=rate)
+
+
+def test_autocast_is_no_alarm(inputs: Inputs) -> None:
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calls(inputs)["linear_softmax"]()
+
+
+def test_a_mask_hides_no_wrong_kernel(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = inputs.rows(3, 40)
+    masked = torch.arange(40) % 5 == 4
+    logits, reference = (side.masked_fill(masked, torch.finfo(torch.float32).min) for side in rows[:2])
+    _break(monkeypatch, "intervention_loss")
+    with pytest.warns(RuntimeWarning, match="intervention_loss: the cpu kernel disagrees"):
+        ops.kl_div_from_logits(logits, reference)
+
+
 @pytest.mark.parametrize("name", ["intervention_loss_scale_", "proximal_adam_"])
 def test_a_wrong_kernel_that_has_overwritten_its_arguments_is_an_error(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch, name: str

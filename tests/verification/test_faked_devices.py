@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def supervised(fault: str, **options: Any) -> Supervisor:
         ("wrong", "one value: result 0 is off by "),
         ("late", "odd: result 0 is off by "),
         ("unsteady", "one value: a second run differs: tensor 0"),
-        ("outside", "one value: 4 bytes outside of its tensors were written"),
+        ("outside", "one value: 4 bytes outside its tensors were written"),
         ("unwritten", "one value: result 0 is off by inf"),
         ("overwriting", "one value: arguments were changed: tensor 1"),
     ],
@@ -41,7 +42,7 @@ def test_a_wrong_kernel_is_told_by_the_case_and_by_what_it_did(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, reason: str
 ) -> None:
     monkeypatch.setattr(cpu, "scale_channels", getattr(faked_worker, fault))
-    assert worker._verify(JOBS[0], torch.device("cpu"))
+    assert worker._verify(JOBS[0], torch.device("cpu")) == "wrong"
     event = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix(worker.MARK))
     assert (event["event"], event["status"]) == ("job", "wrong"), event
     assert event["reason"].startswith(reason)
@@ -83,4 +84,49 @@ def test_what_libraries_print_is_no_event() -> None:
 
 def test_a_worker_that_cannot_start_is_a_verdict_on_each_kernel() -> None:
     broken = Supervisor("cpu", command=(sys.executable, "-c", "raise SystemExit('no driver')")).verify(JOBS)
-    assert [(one.status, one.reason) for one in broken] == [("crashed", "start: exit status 1 (no driver)")] * 2
+    reason = "the worker did not start: exit status 1 (no driver)"
+    assert [(one.status, one.reason) for one in broken] == [("not tested", reason)] * 2
+
+
+def test_after_two_hangs_of_a_backend_its_other_kernels_are_not_tried() -> None:
+    jobs = [JOBS[0]._replace(dtype=dtype) for dtype in ("float32", "bfloat16", "float16")]
+    outcomes = supervised("hanging", case_seconds=4.0).verify(jobs)
+    assert [one.status for one in outcomes] == ["timed out", "timed out", "not tested"]
+    assert outcomes[2].reason == "2 kernels of this backend have hung"
+
+
+def test_nothing_is_begun_after_the_time_for_all() -> None:
+    outcomes = supervised("", all_seconds=-1.0).verify(JOBS)
+    assert [(one.status, one.reason) for one in outcomes] == [("not tested", "verification took more than -1 s")] * 2
+
+
+def test_a_worker_ends_when_its_parent_is_gone() -> None:
+    command = [sys.executable, "-P", str(WORKER), "hanging"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps({"device": "cpu", "jobs": JOBS, "times": [], "quick": True}) + "\n")
+    process.stdin.flush()
+    assert "one value" in process.stdout.readline()
+    process.stdin.close()
+    assert process.wait(30) == 4
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("columns", [slice(-3, None), slice(1024, 1032)])
+def test_wrong_columns_of_a_long_row_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: slice
+) -> None:
+    """A forgotten tail, or one vector left out, of fifty thousand columns."""
+    right = cpu.intervention_loss
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        results = right(*arguments, **options)
+        if results[2].numel() and results[2].shape[1] > 20000:
+            results[2][:, columns] = 0.0
+        return results
+
+    monkeypatch.setattr(cpu, "intervention_loss", wrong)
+    assert worker._verify(Job("cpu", "intervention_loss", "bfloat16"), torch.device("cpu")) == "wrong"
+    event = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix(worker.MARK))
+    assert event["reason"].startswith("width 32003")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ pytestmark = pytest.mark.skipif(bool(backends.unavailable("cpu")), reason="needs
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("ACTSCALE_VERDICTS", str(tmp_path / "verdicts"))
     monkeypatch.delenv("ACTSCALE_VERIFY", raising=False)
+    monkeypatch.setattr(ensure, "_tried", set())
     backends.reconsider()
     with backends.use_backend("auto"):
         yield tmp_path / "verdicts"
@@ -126,11 +126,13 @@ def test_a_device_that_is_not_there_is_refused(device: str, error: type[Exceptio
 def _verifications(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
-    def faked(device: torch.device, **options: Any) -> Any:
-        made.append(str(device))
-        return af.verify_kernels(device, supervisor=Faked(str(device)))
+    verify = ensure.verify_locked
 
-    monkeypatch.setattr(ensure, "verify_kernels", faked)
+    def faked(device: torch.device, *options: Any) -> Any:
+        made.append(str(device))
+        return verify(device, True, None, Faked(str(device)))
+
+    monkeypatch.setattr(ensure, "verify_locked", faked)
     return made
 
 
@@ -150,11 +152,14 @@ def test_long_work_on_a_gpu_verifies_by_itself_unless_forbidden_or_a_backend_was
     made: list[str] = []
     monkeypatch.setattr(ensure, "_verify_once", lambda device, progress: made.append(str(device)))
     monkeypatch.setattr(ensure, "kernel_backends", lambda device: ["triton"])
-    monkeypatch.setattr(verdicts, "choices", functools.cache(lambda device_type, index: None))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    capturing: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     gpu = torch.device("cuda", 0)
     ensure.ensure_verified(gpu)
     assert made == ["cuda:0"]
+    capturing.append(True)
+    ensure.ensure_verified(gpu)
+    capturing.clear()
     with monkeypatch.context() as patched:
         patched.setenv("ACTSCALE_VERIFY", "0")
         ensure.ensure_verified(gpu)
@@ -167,6 +172,16 @@ def test_long_work_on_a_gpu_verifies_by_itself_unless_forbidden_or_a_backend_was
     assert made == ["cuda:0"]
 
 
+def test_a_verdict_that_lacks_kernels_is_completed_by_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _verifications(monkeypatch)
+    monkeypatch.setenv("ACTSCALE_VERIFY", "1")
+    af.verify_kernels("cpu", supervisor=Faked("cpu", untested=("scale_heads",)))
+    assert chosen("scale_heads") == ["reference"] * 3
+    ensure.ensure_verified(CPU)
+    assert made == ["cpu"]
+    assert chosen("scale_heads") == ["cpu"] * 3
+
+
 def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACTSCALE_VERIFY", "maybe")
     with pytest.raises(
@@ -176,10 +191,10 @@ def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_verification_that_cannot_be_made_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(device: torch.device, **options: Any) -> None:
+    def failing(device: torch.device, *options: Any) -> None:
         raise OSError("no room")
 
     monkeypatch.setenv("ACTSCALE_VERIFY", "1")
-    monkeypatch.setattr(ensure, "verify_kernels", failing)
+    monkeypatch.setattr(ensure, "verify_locked", failing)
     with pytest.warns(RuntimeWarning, match="the kernels on cpu could not be verified: no room"):
         ensure.ensure_verified(CPU)

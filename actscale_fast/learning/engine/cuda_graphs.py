@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops import canary
 from .forward_backward import ForwardBackward, MicrobatchInputs
 
 #: Prompts are padded to a multiple of this, so that few widths occur.
@@ -43,8 +44,7 @@ class CudaGraphs:
 
     def compute(self, inputs: MicrobatchInputs) -> list[Tensor]:
         """The terms of each request [S, 3] and the gradient of each parameter."""
-        given = tensors_of(inputs)
-        key = (inputs.shape, tuple(inputs.tensors), tuple((tuple(t.shape), t.dtype, t.device) for t in given))
+        given, key = tensors_of(inputs), shape_of(inputs)
         found = self.graphs.get(key)
         if found is None:
             found = self.graphs[key] = self._captured(inputs)
@@ -54,6 +54,10 @@ class CudaGraphs:
         return found.outputs
 
     def _captured(self, inputs: MicrobatchInputs) -> _Graph:
+        with torch.cuda.device(tensors_of(inputs)[0].device):  # streams and captures belong to the current device
+            return self._captured_on_device(inputs)
+
+    def _captured_on_device(self, inputs: MicrobatchInputs) -> _Graph:
         own = with_tensors(inputs, [tensor.clone() for tensor in tensors_of(inputs)])
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -61,6 +65,7 @@ class CudaGraphs:
             for _ in range(_WARM_UP):
                 self.forward_backward.compute(own)
         torch.cuda.current_stream().wait_stream(stream)
+        canary.collect(wait=True)  # a kernel that failed must not be captured
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             outputs = self.forward_backward.compute(own)
@@ -74,27 +79,26 @@ class ProbedGraphs:
     def __init__(self, forward_backward: ForwardBackward, graphs: CudaGraphs | None = None) -> None:
         self.forward_backward = forward_backward
         self.graphs = graphs or CudaGraphs(forward_backward)
-        self.agreed = 0
+        self.agreed: dict[Any, int] = {}  # passes of each shape
         self.given_up = False
 
     def compute(self, inputs: MicrobatchInputs) -> list[Tensor]:
         """As `CudaGraphs.compute`."""
         if self.given_up:
             return self.forward_backward.compute(inputs)
-        if self.agreed >= _PROBED:
-            try:
-                return self.graphs.compute(inputs)
-            except RuntimeError as error:  # a new shape that cannot be captured
-                self._give_up(str(error))
-                return self.forward_backward.compute(inputs)
+        shape = shape_of(inputs)
+        if self.agreed.get(shape, 0) >= (1 if sum(self.agreed.values()) >= _PROBED else _PROBED):
+            return self.graphs.compute(inputs)
         expected = [tensor.clone() for tensor in self.forward_backward.compute(inputs)]
         try:
             captured = self.graphs.compute(inputs)
+        except torch.OutOfMemoryError:  # the engine halves its passes
+            raise
         except RuntimeError as error:
             self._give_up(str(error))
             return expected
         if all(_agree(one, other) for one, other in zip(captured, expected, strict=True)):
-            self.agreed += 1
+            self.agreed[shape] = self.agreed.get(shape, 0) + 1
         else:
             self._give_up("a captured pass gives other results")
         return expected
@@ -102,6 +106,7 @@ class ProbedGraphs:
     def _give_up(self, reason: str) -> None:
         self.given_up = True
         self.graphs.graphs.clear()
+        self.graphs.pool = None
         text = " ".join(reason.split())[:200]
         warnings.warn(f"capture='auto': passes are not captured as CUDA graphs ({text})", RuntimeWarning, stacklevel=4)
 
@@ -126,6 +131,12 @@ def check_capturable(model: nn.Module) -> None:
 
 def _devices(model: nn.Module) -> list[str]:
     return sorted({str(parameter.device) for parameter in model.parameters()})
+
+
+def shape_of(inputs: MicrobatchInputs) -> Any:
+    """What a graph is captured for: the shapes, dtypes and devices of all tensors."""
+    given = ((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors_of(inputs))
+    return inputs.shape, tuple(inputs.tensors), tuple(given)
 
 
 def tensors_of(inputs: MicrobatchInputs) -> list[Tensor]:

@@ -17,6 +17,7 @@ from ...frozen.batching import forward_arguments
 from ...frozen.shortcuts import open_frozen_model
 from ...interventions import Intervention
 from ...modules.evaluation_mode import evaluation_mode
+from ...ops import canary
 from ...patching.patch import AnyPatch, patch
 from ..encoded_examples import EncodedExamples
 from ..execution import Execution
@@ -118,6 +119,8 @@ class StepRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.close()
+        if kind is None:
+            canary.collect(wait=True)  # before anybody relies on the result
 
     def sums(self, microbatches: list[list[PackedRow]], requests: Sequence[FitRequest]) -> tuple[Tensor, list[Tensor]]:
         """The terms and gradients of some microbatches; see `Engine.gradients`."""

@@ -95,7 +95,7 @@ def _divergence_and_gradient(
     products: Tensor, others: Tensor, weights: Tensor | None, setting: Setting, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """(w·KL [R], its gradient with respect to the products), which a kernel writes over them."""
-    if backends.serving("intervention_loss", products) == "reference":
+    if backends.resolve(products.device, products.dtype, "intervention_loss") == "reference":
         products.requires_grad_(need_grad)
         with torch.set_grad_enabled(need_grad):
             divergence = weighted_divergence(products, others, weights, *setting[:3])

@@ -21,8 +21,9 @@ def intervention_loss(inputs: Inputs, multiprocessors: int) -> Iterator[Case]:
     """Widths, rows, strides, answers and options of the hinge, the KL and their gradient."""
 
     def case(name: str, rows: int, width: int, **options: Any) -> Case:
-        reference = inputs.normal(rows, width, scale=3.0)
-        logits = (reference + inputs.normal(rows, width)).to(inputs.dtype)
+        scale = options.pop("scale", 3.0)
+        reference = inputs.normal(rows, width, scale=scale)
+        logits = (reference + inputs.normal(rows, width, scale=scale / 3)).to(inputs.dtype)
         reference = reference.to(inputs.dtype)
         correct = inputs.integers(width, rows)
         wrong = (correct + 1 + inputs.integers(max(width - 1, 1), rows)) % width
@@ -55,12 +56,17 @@ def intervention_loss(inputs: Inputs, multiprocessors: int) -> Iterator[Case]:
     }
     for name, settings in options_of_kl.items():
         yield case(f"KL alone, {name}", 4, 999, call=_kl_div, settings=settings, terms=_of_kl)
-    for width in WIDTHS:
+    for width in (*WIDTHS, RING):
         yield case(f"width {width}", 2, width)
-        yield case(f"width {width}, reverse", 1, width, settings={"kl": "reverse"})
-    yield case(f"width {RING}", 1, RING)
+        # All columns count alike, so that one wrong column is as large as the allowed error is small.
+        for kl in ("forward", "reverse"):
+            flat: dict[str, Any] = {"scale": 0.3, "call": _without_hinge, "terms": _of_kl_alone}
+            yield case(f"width {width}, flat rows, {kl} KL", 1, width, settings={"kl": kl}, **flat)
     yield case("more rows than multiprocessors", 2 * multiprocessors + 3, 1536)
-    yield case("a token id out of range", 3, 64, changes=[_out_of_range], refused=True)
+    good = case("", 3, 64)
+    correct = good.arguments[2].clone().index_fill_(0, torch.tensor([1]), 64)
+    bad = (*good.arguments[:2], correct, *good.arguments[3:])
+    yield Case("a token id out of range", _intervention_loss, bad, refused_row=1, valid=good.arguments)
 
 
 def _sliced(logits: Tensor, reference: Tensor, *answers: Tensor) -> tuple[Tensor, ...]:
@@ -91,10 +97,6 @@ def _at_the_ends(logits: Tensor, reference: Tensor, correct: Tensor, wrong: Tens
     return logits, reference, torch.zeros_like(correct), torch.full_like(wrong, logits.shape[1] - 1)
 
 
-def _out_of_range(logits: Tensor, reference: Tensor, correct: Tensor, wrong: Tensor) -> tuple[Tensor, ...]:
-    return logits, reference, correct.clone().index_fill_(0, torch.tensor([1]), logits.shape[1]), wrong
-
-
 def _losses(
     logits: Tensor, reference: Tensor, correct: Tensor, wrong: Tensor, direction: Tensor, **settings: Any
 ) -> Any:
@@ -119,9 +121,9 @@ def _intervention_loss_of_ones(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _without_hinge(*arguments: Any) -> tuple[Tensor, ...]:
     *rows, upstream, settings = arguments
-    weights = torch.tensor([[0.0], [1.0]], device=upstream.device, dtype=upstream.dtype)
+    weights = torch.stack([torch.zeros_like(upstream[0]), torch.ones_like(upstream[0])])
     call: Call = _intervention_loss
-    return call(*rows, weights.expand_as(upstream), settings)[1:]
+    return call(*rows, weights, settings)[1:]
 
 
 def _with_scalars(
@@ -129,7 +131,7 @@ def _with_scalars(
     settings: dict[str, Any],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     scalars = upstream.detach().clone()
-    scalars[0, 0] = 0.0
+    scalars[0, :1].zero_()
     scalars.requires_grad_()
     *_, l1 = _losses(logits, reference, correct, wrong, direction, scalars=scalars, **settings)
     return l1.detach(), torch.autograd.grad(l1, scalars)[0]
@@ -149,7 +151,6 @@ def _kl_div(
     settings: dict[str, Any],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     z = logits.detach().requires_grad_()
-    settings = {key: value.to(z.device) if isinstance(value, Tensor) else value for key, value in settings.items()}
     divergence = ops.kl_div_from_logits(z, reference, **settings)
     return divergence.detach(), torch.autograd.grad(divergence, z, upstream[0].to(divergence.dtype))[0]
 
@@ -162,6 +163,11 @@ def _of_kl(logits: Tensor, reference: Tensor, *rest: Any) -> tuple[float, ...]:
 def _of_loss(logits: Tensor, reference: Tensor, *rest: Any) -> tuple[float, ...]:
     kl, gradient = _kl_terms(logits, reference, float(rest[3].abs().max()) if rest[3].numel() else 0.0)
     return (float(logits.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if logits.numel() else 0.0, kl, gradient)
+
+
+def _of_kl_alone(*arguments: Any) -> tuple[float, ...]:
+    logits, reference, *_ = arguments
+    return _kl_terms(logits, reference, 1.0)
 
 
 def _of_loss_in_place(*arguments: Any) -> tuple[float, ...]:

@@ -45,8 +45,10 @@ def scale_heads(inputs: Inputs, multiprocessors: int) -> Iterator[Case]:
     extreme = new(1, 2, 2, 8)
     extreme[0, 0, 0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=extreme.dtype)
     yield Case("infinities", _scale_heads_forward, (extreme, torch.ones(1, 1, 2)))
-    bad = (new(2, 1, 2, 8), inputs.normal(2, 1, 2), None, 1.0, torch.tensor([0, 2]), new(2, 1, 2, 8))
-    yield Case("a group out of range", _scale_heads, bad, refused=True)
+    values = (new(3, 1, 2, 8), inputs.normal(2, 1, 2), None, 1.0)
+    upstream = new(3, 1, 2, 8)
+    good, bad = ((*values, torch.tensor([0, group, 1]), upstream) for group in (1, 2))
+    yield Case("a group out of range", _scale_heads, bad, refused_row=1, valid=good)
 
 
 def _scale_heads(
@@ -85,9 +87,10 @@ def dynamic_scale(inputs: Inputs, multiprocessors: int) -> Iterator[Case]:
     yield case("no rows", new(0, 4, 2, 8))
     yield case("wide heads", new(2, 3, 2, 1100))
     yield case("more blocks than multiprocessors", new(2, 4 * multiprocessors + 3, 2, 64))
-    x, weight, upstream = new(2, 1, 2, 8), inputs.normal(2, 2, 8), new(2, 1, 2, 8)
-    bad = (x, weight, None, 1.0, torch.tensor([0, 2]), upstream, torch.zeros(2, 1, 2))
-    yield Case("a group out of range", _dynamic_scale, bad, refused=True)
+    values = (new(3, 1, 2, 8), inputs.normal(2, 2, 8), None, 1.0)
+    upstreams = (new(3, 1, 2, 8), torch.zeros(3, 1, 2))
+    good, bad = ((*values, torch.tensor([0, group, 1]), *upstreams) for group in (1, 2))
+    yield Case("a group out of range", _dynamic_scale, bad, refused_row=1, valid=good)
 
 
 def _dynamic_scale(
