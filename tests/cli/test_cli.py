@@ -12,6 +12,7 @@ import pytest
 import torch
 import word_models
 
+from actscale_fast import defaults
 from actscale_fast.cli import main
 from actscale_fast.cli.parser import build_parser
 from actscale_fast.cli.values import joined_signed_lists
@@ -77,6 +78,9 @@ def test_the_demo_leaves_an_intervention_pictures_and_figures(
     assert {entry.name for entry in out.iterdir()} == names
     report = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     assert report["held_out"]["n_active"] == load_intervention(out).n_active
+    settings, record = report["settings"], json.loads((out / "fit.json").read_text(encoding="utf-8"))
+    assert settings["minimality"] == record["minimality"] == defaults.MINIMALITY
+    assert settings["minimality_weight"] == record["objective"]["minimality"] > 0
     assert report["strengths"] == [-1, 0, 1]
     assert [len(texts) for texts in report["continuations"].values()] == [3, 3, 3]
     assert len(json.loads((out / "history.json").read_text(encoding="utf-8"))) == 2
