@@ -601,6 +601,9 @@ def test_the_number_of_active_scalars_may_be_given(
     words = ["fit", "--model", model, "--data", data, "--steps", "3", "--out", str(tmp_path / "few"), "--n-active", "2"]
     assert main(words) == 0
     assert 1 <= load_intervention(tmp_path / "few").n_active <= 2
-    assert json.loads((tmp_path / "few" / "fit.json").read_text(encoding="utf-8"))["n_active"] == 2
+    record = json.loads((tmp_path / "few" / "fit.json").read_text(encoding="utf-8"))
+    assert record["n_active"] == 2
+    assert record["minimality"] is None
+    assert record["objective"]["minimality"] == 0
     assert "--n-active chooses the weight" in refused(capsys, *words, "--minimality", "0.1")
     assert "expected a single ActivScalar" in refused(capsys, *words, "--kind", "steer-vec")
