@@ -194,9 +194,9 @@ def _say_if_none_is_kept(root: Path, made: Sequence[Point]) -> None:
     kept = finished_folders(root)
     if kept and not kept & {point.folder for point in made}:
         notice(
-            f"sweep: {root} holds {len(kept)} finished fits, such as {min(kept)}, but none of them belongs to this grid; "
-            f"they are kept, and all {len(made)} points are fitted. Settings, defaults, the number that a share stands "
-            "for, the examples or the model may have changed since"
+            f"sweep: {root} holds {len(kept)} finished fits, such as {min(kept)}, but none of them belongs to this "
+            f"grid; they are kept, and all {len(made)} points are fitted. Settings, defaults, the number that a share "
+            "stands for, the examples or the model may have changed since"
         )
 
 
