@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,13 +41,19 @@ int main() { return 0; }
 """
 
 
+def said_by(command: Sequence[str], cwd: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a compiler, whose messages are to be English and in ASCII."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, errors="replace")
+
+
 def complaint(*command: str) -> str:
     """What the compiler says of an empty program, in one line; "" where it compiles it."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "probe.cpp").write_text(PROBE)
         command = (*command, "-std=c++17", f"-I{PYTHON_HEADERS}", "probe.cpp", "-o", "probe")
         try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            done = said_by(command, cwd=folder)
         except OSError as error:
             return str(error)
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
@@ -107,17 +113,23 @@ def cuda(cxx: str) -> Cuda:
     return Cuda(missing=reason, dropped=found.dropped)
 
 
+def literal(text: str) -> str:
+    """A text as a string literal of C++, with "?" for all but printable ASCII, which JSON and C++ escape alike."""
+    shown = json.dumps("".join(letter if " " <= letter <= "~" else "?" for letter in text))
+    return shown.replace("?", "\\?")  # "??" may begin a trigraph
+
+
 def record(compiler: str, openmp: bool, built: Cuda) -> str:
     """A header with what the extension says of its own build."""
     texts = {"COMPILER": compiler, "NVCC": built.nvcc, "NO_CUDA": built.missing}
-    lines = [f"#define ACTSCALE_{name} {json.dumps(text)}" for name, text in texts.items()]
-    pairs = ", ".join(f"{{{json.dumps(arch)}, {json.dumps(reason)}}}" for arch, reason in built.dropped)
+    lines = [f"#define ACTSCALE_{name} {literal(text)}" for name, text in texts.items()]
+    pairs = ", ".join(f"{{{literal(arch)}, {literal(reason)}}}" for arch, reason in built.dropped)
     return "\n".join([*lines, f"#define ACTSCALE_OPENMP {int(openmp)}", f"#define ACTSCALE_DROPPED {pairs}", ""])
 
 
 def version_of(cxx: list[str]) -> str:
     """The first line of the compiler's own description."""
-    said = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout.splitlines()
+    said = said_by([*cxx, "--version"]).stdout.splitlines()
     return said[0] if said else shlex.join(cxx)
 
 

@@ -53,7 +53,8 @@ def fit(options: argparse.Namespace) -> int:
     model, tokenizer = load_model(options)
     train, test = examples_for(options, tokenizer, options.seed, files)
     intervention = _at_rest(options, model)
-    options.minimality = objective.for_intervention(intervention).minimality  # for the record
+    # For the record; with --n-active there is no weight.
+    options.minimality = None if options.n_active is not None else objective.for_intervention(intervention).minimality
     result = learning.fit(
         model,
         tokenizer,
@@ -87,7 +88,7 @@ def fit(options: argparse.Namespace) -> int:
         "evaluation": None if evaluation is None else evaluation.to_dict(),
     }
     what = "scalars" if options.kind == "activ-scalar" else "numbers"
-    if isinstance(options.minimality, str) and options.n_active is None and result.objective is not None:
+    if isinstance(options.minimality, str) and result.objective is not None:
         weight = result.objective.minimality
         say(f"--minimality {options.minimality} is {weight}: 100% is the smallest weight with no active {what}")
     say(f"{intervention.n_active} of {intervention.n_parameters} {what} are active; saved in {out}")

@@ -62,6 +62,7 @@ def demo(options: argparse.Namespace) -> int:
     plots.heatmap(scalars, out / "heads.png")
     plots.history(result, out / "history.png", title="Terms of the objective at each step")
     write_sealed(out / "history.json", result.history)
+    used = result.objective or objective
     settings = {
         "n_train": N_TRAIN,
         "n_test": N_TEST,
@@ -71,7 +72,9 @@ def demo(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "lr": share_of(defaults.LR),  # scalars are factors: the share is the step
         "batch_size": defaults.BATCH_SIZE,
-        **asdict(result.objective or objective),
+        **asdict(used),
+        "minimality": objective.for_intervention(scalars).minimality,  # the share
+        "minimality_weight": used.minimality,  # and the number that the fit found it to be
     }
     source = provenance(model, train, test, result.objective)
     save_record(out, options, task="country-capital", **settings, **source)

@@ -188,7 +188,8 @@ def fit(
             return _result(state, begun)
         engine = Engine(model, data, intervention, [objective], execution, processes)
         if not state.full_steps.are_known:
-            state.full_steps.set_sizes(processes.all_gather(activation_sizes(model, data, intervention, rows))[0])
+            sizes = activation_sizes(model, data, intervention, rows, settings.lr)
+            state.full_steps.set_sizes(processes.all_gather(sizes)[0])
         watch = ZeroGradientWatch(model, data, state)
         path: list[dict[str, float]] = []
         kept: list[Tensor] | None = None

@@ -109,8 +109,9 @@ class Objective:
         if self.minimality == "default" and self.sparsity == "scalars":
             return defaults.NUMBER_MINIMALITY
         if isinstance(self.minimality, str):
-            what = "" if self.minimality == "default" else "the share "
-            raise ValueError(f"minimality: got {what}{self.minimality!r}, expected a number here")
+            is_default = self.minimality == "default"
+            what, then = ("", "call for_intervention first, or ") if is_default else ("the share ", "")
+            raise ValueError(f"minimality: got {what}{self.minimality!r}, expected a number here; {then}pass a number")
         return self.minimality
 
     def for_intervention(self, intervention: Intervention) -> Objective:

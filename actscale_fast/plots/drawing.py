@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, PALE, FAINT, BLANK, EDGE, HAIR = "#22252b", "#e8eaee", "#767c88", "#eceef1", "#3b3f47", "#d5d8de"
-#: Own figures are opaque, so that they read on a dark page and under a dark style of matplotlib.
+#: Figures made by the package are opaque, so that they read on a dark page and under a dark style of matplotlib.
 PAPER = "white"
 #: Font sizes in points; pages show pictures at about half their size.
 TICKS, NAMES, WORDS, HEADING = 9.0, 10.0, 9.5, 12.0

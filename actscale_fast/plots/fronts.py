@@ -82,7 +82,9 @@ def pareto(
     plain(axis, grid="y")
     handles, labels = axis.get_legend_handles_labels()
     if FROZEN in labels:
-        axis.legend(handles[:1], labels[:1], frameon=False, fontsize=WORDS, labelcolor=ink(axis), loc="lower right")
+        repeated = [index for index, label in enumerate(labels) if label == FROZEN][1:]  # one line per set of examples
+        handles, labels = ([one for i, one in enumerate(some) if i not in repeated] for some in (handles, labels))
+        axis.legend(handles, labels, frameon=False, fontsize=WORDS, labelcolor=ink(axis), loc="lower right")
     words: dict[str, Any] = {"color": ink(axis)}
     count, width = f"{len(fits)} fits, {len(front)} on the front", axis.get_window_extent().width / figure.dpi
     heading = wrapped(title or "Effectiveness against minimality", width)

@@ -55,12 +55,13 @@ def log_axis(axis: Any, values: Any, label: Any = short) -> None:
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+    has_zero = any(value == 0 for value in values)
     positive = [value for value in values if value > 0] or [1.0]
     low, high = min(positive), max(positive)
     room = max((high / low) ** 0.06, 1.15)
     which = axis.axis_name
     scale, limits = (getattr(axis.axes, f"set_{which}{name}") for name in ("scale", "lim"))
-    if len(positive) < len(values):
+    if has_zero:
         decade = 10.0 ** math.floor(math.log10(low))
         scale("symlog", linthresh=decade, linscale=0.5)
         limits(-0.25 * decade, high * room)
@@ -68,8 +69,9 @@ def log_axis(axis: Any, values: Any, label: Any = short) -> None:
         decade = low / room
         scale("log")
         limits(decade, high * room)
-    ticks = log_ticks(decade, high * room)
-    axis.set_major_locator(FixedLocator([0.0] * (len(positive) < len(values)) + ticks))
+    # Beside a 0, several labels within so little of a decade would overlap.
+    ticks = [decade] if has_zero and high * room < 2 * decade else log_ticks(decade, high * room)
+    axis.set_major_locator(FixedLocator([0.0] * has_zero + ticks))
     axis.set_major_formatter(FuncFormatter(label))
     powers = range(math.floor(math.log10(decade)), math.ceil(math.log10(high * room)))
     # Small ticks at 2, 3, … show that the axis is logarithmic; without a whole decade they would only confuse.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .. import plots
 from ..interventions import ActivScalar
 from ..plots import Measured, PathPoint
+from . import recipes
 from .claims import effect
 from .comparing import Laboratory
 from .measuring import jaccard, places
@@ -58,9 +59,9 @@ def _point(row: dict[str, Any], n_active: int) -> PathPoint:
 def _recipes(lab: Laboratory, found: dict[str, Any]) -> None:
     """Perplexity against strength; strength 0 is the frozen model."""
     titles = {
-        "act-add": "ActAdd, “Love” − “Hate”",
-        "mean-centring": "Mean-centring, texts about the sea",
-        "instruction": "Instruction vector, “Answer with a poem.”",
+        "act-add": f"ActAdd, “{recipes.ADDED}” − “{recipes.SUBTRACTED}”",
+        "mean-centring": f"Mean-centring, texts {recipes.TOPIC}",
+        "instruction": f"Instruction vector, “{recipes.INSTRUCTION}”",
     }
     for name, title in titles.items():
         rows = [row for row in found[name].get("rows", ()) if row["perplexity"] is not None]

@@ -13,6 +13,11 @@ from ..interventions import Intervention
 from ..patching.patch import patch
 from .comparing import Laboratory
 
+#: What the three recipes steer by, as the report and its pictures name it: the pair of ActAdd, the topic, the request.
+ADDED, SUBTRACTED = "Love", "Hate"
+TOPIC = "about the sea"
+INSTRUCTION = "Answer with a poem."
+
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 #: The prompts that are continued.
 _OPENINGS = ("I think that", "Yesterday the weather", "My friend told me", "The best thing about")
@@ -47,7 +52,6 @@ _QUESTIONS = (
     "Tell me about a river.", "Describe a garden.",
 )  # fmt: skip
 _N_LEARNED, _N_VALIDATED = 8, 2
-_INSTRUCTION = " Answer with a poem."
 #: Factor on the direction, in units of what the instruction adds (the median over the candidate layers).
 _INSTRUCTED = 1.5
 
@@ -93,7 +97,7 @@ def attempted(recipe: Callable[[Laboratory], dict[str, Any]], lab: Laboratory) -
 def act_add(lab: Laboratory) -> dict[str, Any]:
     """Love − Hate, added to the first tokens of the prompt."""
     layer = _layer(lab, 0.2)
-    vector = extraction.act_add(lab.model, lab.tokenizer, "Love", "Hate", layer=layer, coefficient=5.0)
+    vector = extraction.act_add(lab.model, lab.tokenizer, ADDED, SUBTRACTED, layer=layer, coefficient=5.0)
     prompts = ("I hate you because", "My neighbour is the kind of person who", "When I think about them I feel")
     return {"layer": layer, "coefficient": 5.0} | steered_texts(lab, vector, prompts)
 
@@ -104,7 +108,7 @@ def mean_centring(lab: Laboratory) -> dict[str, Any]:
     vector = extraction.mean_centring(
         lab.model, lab.tokenizer, _SEA, _ORDINARY, layers=[layer], coefficient=2.0, skip=1, progress=False
     )
-    found: dict[str, Any] = {"layer": layer, "coefficient": 2.0, "measured": "about the sea"}
+    found: dict[str, Any] = {"layer": layer, "coefficient": 2.0, "measured": TOPIC}
     found |= steered_texts(lab, vector)
     for row in found["rows"]:
         row["share"] = _share(row["texts"], lambda text: _SEA_WORD.search(text) is not None)
@@ -114,7 +118,7 @@ def mean_centring(lab: Laboratory) -> dict[str, Any]:
 def instruction(lab: Laboratory) -> dict[str, Any]:
     """Steer towards answering with a poem, without the instruction."""
     questions = [_asked(lab, question) for question in _QUESTIONS]
-    told = [_asked(lab, question + _INSTRUCTION) for question in _QUESTIONS[:_N_LEARNED]]
+    told = [_asked(lab, f"{question} {INSTRUCTION}") for question in _QUESTIONS[:_N_LEARNED]]
     vectors = extraction.instruction_vectors(lab.model, lab.tokenizer, told, questions[:_N_LEARNED], progress=False)
     candidates = sorted({_layer(lab, share) for share in (0.4, 0.53, 0.67)})
     coefficient = _INSTRUCTED * float(vectors.vectors[candidates].norm(dim=-1).median())

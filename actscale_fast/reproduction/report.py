@@ -16,6 +16,7 @@ from .._files import atomic_path
 from .._json import write_json
 from .._version import __version__
 from ..architectures.layout import layout
+from . import recipes
 from .claims import judged
 from .comparing import Laboratory
 from .systems import SYSTEMS, TASKS, Task
@@ -32,9 +33,9 @@ _FIGURES = {
 }
 _VERDICT = {True: "**yes**", False: "**no**", None: "not tested"}
 _RECIPES = {
-    "act-add": "ActAdd: Love − Hate",
-    "mean-centring": "Mean-centring: texts about the sea",
-    "instruction": "Instruction steering: answer with a poem",
+    "act-add": f"ActAdd: {recipes.ADDED} − {recipes.SUBTRACTED}",
+    "mean-centring": f"Mean-centring: texts {recipes.TOPIC}",
+    "instruction": f"Instruction steering: {recipes.INSTRUCTION.strip('.').lower()}",
 }
 
 

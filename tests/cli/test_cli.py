@@ -12,6 +12,7 @@ import pytest
 import torch
 import word_models
 
+from actscale_fast import defaults
 from actscale_fast.cli import main
 from actscale_fast.cli.parser import build_parser
 from actscale_fast.cli.values import joined_signed_lists
@@ -77,6 +78,9 @@ def test_the_demo_leaves_an_intervention_pictures_and_figures(
     assert {entry.name for entry in out.iterdir()} == names
     report = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     assert report["held_out"]["n_active"] == load_intervention(out).n_active
+    settings, record = report["settings"], json.loads((out / "fit.json").read_text(encoding="utf-8"))
+    assert settings["minimality"] == record["minimality"] == defaults.MINIMALITY
+    assert settings["minimality_weight"] == record["objective"]["minimality"] > 0
     assert report["strengths"] == [-1, 0, 1]
     assert [len(texts) for texts in report["continuations"].values()] == [3, 3, 3]
     assert len(json.loads((out / "history.json").read_text(encoding="utf-8"))) == 2
@@ -597,6 +601,9 @@ def test_the_number_of_active_scalars_may_be_given(
     words = ["fit", "--model", model, "--data", data, "--steps", "3", "--out", str(tmp_path / "few"), "--n-active", "2"]
     assert main(words) == 0
     assert 1 <= load_intervention(tmp_path / "few").n_active <= 2
-    assert json.loads((tmp_path / "few" / "fit.json").read_text(encoding="utf-8"))["n_active"] == 2
+    record = json.loads((tmp_path / "few" / "fit.json").read_text(encoding="utf-8"))
+    assert record["n_active"] == 2
+    assert record["minimality"] is None
+    assert record["objective"]["minimality"] == 0
     assert "--n-active chooses the weight" in refused(capsys, *words, "--minimality", "0.1")
     assert "expected a single ActivScalar" in refused(capsys, *words, "--kind", "steer-vec")

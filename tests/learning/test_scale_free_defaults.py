@@ -172,7 +172,7 @@ def test_the_default_weight_depends_on_what_is_learned() -> None:
     assert produced.for_intervention(af.DynScalar.for_model(model)).minimality == produced.minimality_weight == 0.12
     for given in (0.5, "7%"):
         assert af.Objective(minimality=given).for_intervention(vectors).minimality == given
-    with pytest.raises(ValueError, match="minimality: got 'default', expected a number here"):
+    with pytest.raises(ValueError, match="minimality: got 'default', expected a number here; call for_intervention"):
         _ = default.minimality_weight
 
 
@@ -192,3 +192,47 @@ def test_a_site_of_zeros_has_no_size() -> None:
     with pytest.raises(ValueError, match="lr: the activation at site 'mlp_out' is 0 in every layer"):
         fitted(model, "SteerVec", af.Objective(minimality=0.0), site="mlp_out", layers=[1])
     fitted(model, "SteerVec", af.Objective(minimality=0.0), site="mlp_out", layers=[1], lr=0.01, steps=1)
+    with pytest.raises(ValueError, match="share of for the default lr='5%'; pass a number"):
+        fitted(model, "SteerVec", af.Objective(minimality=0.0), site="mlp_out", layers=[1])
+    with pytest.raises(ValueError, match="share of for lr='1%'; pass a number"):
+        fitted(model, "SteerVec", af.Objective(minimality=0.0), site="mlp_out", layers=[1], lr="1%")
+
+
+def test_a_point_of_a_sweep_at_a_site_of_zeros_does_not_stop_the_others() -> None:
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    starts = [af.SteerVec.for_model(model, site="mlp_out", layers=[layer]) for layer in (1, 2)]
+    options: dict[str, Any] = {"steps": 2, "progress": False}
+    with pytest.warns(UserWarning, match=r"start=0: lr: the activation at site 'mlp_out' is 0 .*; the other fits cont"):
+        dead, alive = af.sweep(model, tiny.tokenizer(), conflicts(20), starts, **options).fits
+    assert dead.error is not None
+    assert "the default lr='5%'" in dead.error
+    assert not dead.history
+    assert alive.error is None
+    assert len(alive.history) == 2
+    grid = {"layers": [[1]], "lr": ["2%"]}
+    with pytest.raises(ValueError, match=r"grid: layers=1, lr=2%: lr: the activation .* for lr='2%'; pass a number"):
+        af.sweep(model, tiny.tokenizer(), conflicts(20), grid, intervention=starts[0], **options)
+
+
+def test_sizes_are_measured_in_smaller_passes_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = tiny.llama(), conflicts(20)
+    data, vectors = EncodedExamples(examples, tiny.tokenizer(), model), af.SteerVec.for_model(model)
+    (expected,) = activation_sizes(model, data, vectors, range(20))
+    forward, seen, most = model.model.layers[0].forward, [], 2
+
+    def limited(hidden: Tensor, *args: Any, **keywords: Any) -> Any:
+        seen.append(len(hidden))
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(hidden, *args, **keywords)
+
+    monkeypatch.setattr(model.model.layers[0], "forward", limited)
+    (found,) = activation_sizes(model, data, vectors, range(20))
+    assert seen[:3] == [16, 8, 4]
+    torch.testing.assert_close(found, expected)
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        activation_sizes(model, data, vectors, range(20))
+    assert seen[-1] == 1

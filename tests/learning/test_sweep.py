@@ -282,6 +282,17 @@ def test_fits_with_another_accumulation_are_other_fits(tmp_path: Path) -> None:
         assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == finished
 
 
+def test_a_folder_without_a_fit_of_this_grid_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="actscale_fast")
+    run_sweep({"seed": [0, 1]}, folder=tmp_path, steps=1)
+    run_sweep({"seed": [1, 2]}, folder=tmp_path, steps=1)
+    assert not caplog.messages
+    run_sweep({"seed": [0, 1]}, folder=tmp_path, steps=2)
+    (told,) = caplog.messages
+    assert f"{tmp_path} holds 3 finished fits, such as seed=0-" in told
+    assert "none of them belongs to this grid; they are kept, and all 2 points are fitted" in told
+
+
 def test_a_damaged_fit_is_refused_by_its_folder(tmp_path: Path) -> None:
     run_sweep({"seed": [0]}, folder=tmp_path)
     (place,) = (place for place in tmp_path.iterdir() if place.is_dir())

@@ -110,6 +110,20 @@ def test_a_step_that_cancels_its_parameter_is_no_alarm(rate: float) -> None:
             ops.proximal_adam_(parameter, torch.ones(count), *zeros, torch.zeros(()), lr=rate)
 
 
+def test_what_is_not_a_number_is_no_alarm_and_no_proof(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = inputs.rows(3, 40)
+    for value in (torch.nan, torch.inf):
+        logits = rows.logits.clone()
+        logits[:, 7] = value
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ops.kl_div_from_logits(logits, rows.reference)
+    assert not canary.passed
+    _break(monkeypatch, "intervention_loss")
+    with pytest.warns(RuntimeWarning, match="intervention_loss: the cpu kernel disagrees"):
+        ops.kl_div_from_logits(rows.logits, rows.reference)
+
+
 def test_autocast_is_no_alarm(inputs: Inputs) -> None:
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("error")

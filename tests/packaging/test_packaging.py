@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,32 @@ def test_without_a_compiler_it_installs_and_says_once_what_is_slower(tree: Path,
     used = installed(program, target)
     assert used.stdout == "[[[[2.0, 2.0]]]]\n", used.stderr
     assert used.stderr.count("several times slower") == 1
+
+
+def test_what_a_compiler_says_becomes_a_valid_string_of_the_extension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    script = tmp_path / "c++"
+    said = rb"printf '\033[31merror\033[0m: \342\200\230x\342\200\231 \360\237\231\202 \377 \"\\\\\" ??/ '"
+    script.write_bytes(b"#!/bin/sh\n" + said + b'"$LC_ALL"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("LC_ALL", "")
+    version = build["version_of"]([str(script)])
+    assert "error" in version
+    assert version.endswith(" C")  # its messages are in English
+    header = build["record"](version, True, build["Cuda"](missing="é\t", dropped=(("80", version),)))
+    assert re.fullmatch(r"[ -~\n]*", header)
+    compiler = shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0])
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    checks = "const char* all[] = {ACTSCALE_COMPILER, ACTSCALE_NVCC, ACTSCALE_NO_CUDA};\n"
+    checks += 'const char* dropped[][2] = {ACTSCALE_DROPPED};\nstatic_assert(sizeof(ACTSCALE_NO_CUDA) == 3, "");\n'
+    (tmp_path / "check.cpp").write_text(header + checks, encoding="ascii")
+    flags = ("-std=c++17", "-trigraphs", "-Wall", "-Werror", "-fsyntax-only")
+    done = run(compiler, *flags, tmp_path / "check.cpp", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def build_extension(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:

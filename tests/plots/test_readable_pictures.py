@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from actscale_fast.architectures.location import Location, ModelFingerprint
 from actscale_fast.interventions import ActivScalar
 from actscale_fast.learning import Attribution
 from actscale_fast.plots import Measured, PathPoint
-from actscale_fast.plots.ticks import log_ticks
+from actscale_fast.plots.ticks import log_axis, log_ticks
 
 FROZEN = "frozen model"
 
@@ -32,7 +33,7 @@ def records(n: int = 4, effectiveness: float = 2.0) -> list[dict[str, float]]:
     return [{"step": step, "loss": 0.0} | terms for step in range(n)]
 
 
-def evaluated(correct: float, wrong: float, **frozen: float) -> Any:
+def evaluated(correct: float, wrong: float) -> Any:
     baseline = SimpleNamespace(flip_to_correct=0.2, flip_to_wrong=0.6)
     return SimpleNamespace(flip_to_correct=correct, flip_to_wrong=wrong, baseline=baseline)
 
@@ -263,11 +264,47 @@ def test_words_in_the_dark_figure_of_a_caller_are_pale() -> None:
     mine = Figure(facecolor="black")
     axis = mine.subplots()
     plots.strengths(CURVES, ylabel="share", title="Curves", ax=axis)
-    assert all(
-        lightness(text.get_color()) > 0.6 for text in [axis.title, axis.xaxis.label, *axis.get_xticklabels()][1:]
-    )
-    assert lightness(axis._left_title.get_color()) > 0.6
-    assert all(lightness(text.get_color()) > 0.6 for text in axis.get_legend().get_texts())
+    mine.draw_without_rendering()  # writes the numbers at the axes
+    shown = {text.get_text(): lightness(text.get_color()) for text in words_of(mine)}
+    names = ["Curves", "share", axis.get_xlabel(), *(text.get_text() for text in axis.get_legend().get_texts())]
+    ticks = [text.get_text() for text in (*axis.get_xticklabels(), *axis.get_yticklabels())]
+    assert {*names, *ticks} <= shown.keys()
+    assert min(shown.values()) > 0.6
+
+
+def test_the_legend_of_a_front_keeps_the_labels_of_the_caller() -> None:
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    axis.plot([0, 8], [0.5, 0.5], label="mine")
+    swept = sweep_of((1, 0.5, 2.6), (7, 0.9, 0.05))
+    swept.fits[1].evaluation.baseline.flip_to_wrong = 0.4  # another set of examples: a second line, named once
+    plots.pareto(swept, ax=axis)
+    legend = axis.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["mine", FROZEN]
+    mine, frozen = legend.get_lines()
+    assert mine.get_linestyle() == "-"
+    assert frozen.get_linestyle() != "-"
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.0, 1.0], [0.0, 0.0, 300.0]])
+def test_a_logarithmic_axis_shows_a_zero_and_labels_that_do_not_overlap(values: list[float]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axis = figure.subplots()
+    log_axis(axis.xaxis, values)
+    assert axis.get_xlim()[0] < 0
+    assert 0.0 in axis.get_xticks()
+    figure.draw_without_rendering()
+    low, high = axis.get_xlim()
+    boxes = [
+        label.get_window_extent()
+        for place, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True)
+        if low <= place <= high
+    ]
+    assert len(boxes) >= 2
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_a_term_that_is_misspelt_is_named() -> None:

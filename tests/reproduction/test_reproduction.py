@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from word_models import LATE_CAPITALS, save_model
 
 import actscale_fast as af
 from actscale_fast.cli import main
-from actscale_fast.reproduction import SYSTEMS, TASKS, Size
+from actscale_fast.reproduction import SYSTEMS, TASKS, Size, pictures, recipes
 from actscale_fast.reproduction.claims import judged
 from actscale_fast.reproduction.comparing import Laboratory
 from actscale_fast.reproduction.measuring import by_attribution, jaccard, places, shuffled
@@ -214,3 +215,18 @@ def test_a_slot_that_holds_an_answer_is_named_by_its_role() -> None:
 
     example = Example("The capital is Paris; it is", " Rome", " Paris")
     assert slots(Words(), example) == ["The", " capital", " is", "(wrong answer)", ";", " it", " is"]  # type: ignore[arg-type]
+
+
+def test_the_pictures_of_recipes_are_named_after_what_the_recipes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(pictures.plots, "strengths", lambda *_, title, **__: titles.append(title))
+    monkeypatch.setattr(recipes, "SUBTRACTED", "Fear")
+    monkeypatch.setattr(recipes, "INSTRUCTION", "Answer with a joke.")
+    found = {"layer": 3, "rows": [{"strength": 0.0, "perplexity": 9.0}]}
+    lab: Any = SimpleNamespace(folder=Path())
+    pictures._recipes(lab, dict.fromkeys(("act-add", "mean-centring", "instruction"), found))
+    assert titles == [
+        "ActAdd, “Love” − “Fear”, layer 3",
+        "Mean-centring, texts about the sea, layer 3",
+        "Instruction vector, “Answer with a joke.”, layer 3",
+    ]

@@ -52,6 +52,11 @@ def finished(root: Path, point: Point) -> SweepFit | None:
     return SweepFit.of(point, intervention.to(point.intervention.device), history)
 
 
+def finished_folders(root: Path) -> set[str]:
+    """The names of the folders of finished fits in the folder of a sweep."""
+    return {path.parent.name for path in root.glob(f"*/{SUMMARY}")}
+
+
 def write_finished(root: Path, fit: SweepFit) -> None:
     """Write a finished fit; `summary.json`, which holds the checksums of the other files, commits it."""
     folder = root / fit.folder

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..activation_size import activation_sizes
+from ..activation_size import ZeroActivationError, activation_sizes
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine
 from ..execution import Execution
@@ -51,21 +51,41 @@ def resolve_shares(
             point.error = f"{point.label}: {found}"
             found = 0.0
         point.objective = replace(point.objective, minimality=float(f"{share * found:.4g}"))
-    if all(point.error for point in made):
-        kind = ValueError if any(isinstance(found, ValueError) for found in largest.values()) else FloatingPointError
-        raise kind(f"grid: {made[0].error}")
+    _refuse_without_points(made, [found for found in largest.values() if isinstance(found, Exception)])
 
 
 def measure_sizes(
     model: PreTrainedModel, data: EncodedExamples, made: Sequence[Point], rows_of: dict[str | None, range]
 ) -> None:
-    """Measure the activations of which learning rates are shares, once for all points that agree in where they are."""
-    found: dict[Any, list[Tensor | None]] = {}
+    """Measure the activations of which learning rates are shares, once for all points that agree in where they are.
+
+    A point whose activations are 0 or not finite gets an `error`.
+
+    Raises:
+        ValueError, FloatingPointError: no point is left.
+    """
+    found: dict[Any, list[Tensor | None] | ZeroActivationError | FloatingPointError] = {}
     for point in made:
         if not point.settings.is_relative or point.error is not None:
             continue
         place = point.intervention.location
         key = (point.task, place.site, place.layers, place.positions)
         if key not in found:
-            found[key] = activation_sizes(model, data, point.intervention, rows_of[point.task])
-        point.sizes = found[key]
+            try:
+                found[key] = activation_sizes(model, data, point.intervention, rows_of[point.task])
+            except (ZeroActivationError, FloatingPointError) as error:
+                found[key] = error
+        sizes = found[key]
+        if isinstance(sizes, list):
+            point.sizes = sizes
+            continue
+        reason = sizes.with_lr(point.settings.lr) if isinstance(sizes, ZeroActivationError) else sizes
+        point.error = f"{point.label}: {reason}"
+    _refuse_without_points(made, [sizes for sizes in found.values() if isinstance(sizes, Exception)])
+
+
+def _refuse_without_points(made: Sequence[Point], errors: Sequence[Exception]) -> None:
+    """Raise the first point's error if no point can begin."""
+    if all(point.error for point in made):
+        kind = ValueError if any(isinstance(error, ValueError) for error in errors) else FloatingPointError
+        raise kind(f"grid: {made[0].error}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ... import defaults
 from ..._checks import check_counts
+from ..._log import notice
 from ...architectures.layout import layout
 from ...architectures.model_origin import ModelOrigin, origin_of
 from ...interventions import ActivScalar, Intervention
@@ -28,7 +29,7 @@ from ..identity import examples_identity, fit_identity, model_identity
 from ..objective import Objective
 from ..termination import saving_on_sigterm
 from .example_sets import by_name, row_ranges
-from .fit_folder import examples_digest, read_evaluation, write_evaluation
+from .fit_folder import examples_digest, finished_folders, read_evaluation, write_evaluation
 from .folder import INDEX, write_index
 from .grid import Grid, Point, chain_by_minimality, points
 from .loop import SweepLoop
@@ -139,6 +140,8 @@ def sweep(
         measure_sizes(model, data, made, rows_of)
         chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
         _identify(model, data, chains, rows_of, execution.accumulate, saved=root is not None)
+        if root is not None and processes.is_rank_zero:
+            _say_if_none_is_kept(root, made)
         begun = time.perf_counter()
         loop = SweepLoop(model, data, rows_of, root, checkpoint_every, execution)
         show = progress and processes.is_rank_zero
@@ -184,6 +187,17 @@ def _identify(
             point.identity["accumulate"] = accumulate
         values = [parameter.detach().double().cpu().tolist() for parameter in point.intervention.parameters()]
         point.identity["start"] = point.after.folder if point.after else digest(values)
+
+
+def _say_if_none_is_kept(root: Path, made: Sequence[Point]) -> None:
+    """Log that the finished fits in a folder all belong to other points: the caller may have expected to find them."""
+    kept = finished_folders(root)
+    if kept and not kept & {point.folder for point in made}:
+        notice(
+            f"sweep: {root} holds {len(kept)} finished fits, such as {min(kept)}, but none of them belongs to this "
+            f"grid; they are kept, and all {len(made)} points are fitted. Settings, defaults, the number that a share "
+            "stands for, the examples or the model may have changed since"
+        )
 
 
 def _evaluate(
