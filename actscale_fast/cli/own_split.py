@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: The options that choose examples; those that were not given are taken from the record.
 _CHOOSING = ("columns", "chat", "aligned", "split", "n_train", "n_test", "seed")
-#: Those that a file of examples has; `load_files` refuses the others that it knows to be wrong.
+#: Those that make a difference to the examples in a file.
 _OF_FILE = ("columns", "chat")
 _ELSE = "pass --data or --task"
 
