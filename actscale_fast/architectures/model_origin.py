@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import warnings
 import weakref
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._json import shown
@@ -22,12 +26,14 @@ _compared: weakref.WeakKeyDictionary[nn.Module, set[ModelOrigin]] = weakref.Weak
 
 @dataclass(frozen=True)
 class ModelOrigin:
-    """A model by its name and its weights; None is not known."""
+    """A model's name and weights; None means unknown."""
 
-    name: str | None = None  # on the Hugging Face hub, or the folder that it was loaded from
+    name: str | None = None  # on the Hugging Face hub, or that of the folder that it was loaded from
     architecture: str | None = None  # the class, such as "LlamaForCausalLM"
     dtype: str | None = None
     weights: str | None = None  # `weights_digest`
+    transformers: str | None = None  # the version, which decides on the names and shapes of the weights
+    quantisation: str | None = None  # the method and its bits, or "none"
 
     def to_dict(self) -> dict[str, str | None]:
         """The fields, for JSON."""
@@ -41,7 +47,7 @@ class ModelOrigin:
             raise ValueError(f"model: got {shown(data)}, expected an object with {', '.join(sorted(known))}")
         for name, value in data.items():
             if value is not None and not (isinstance(value, str) and len(value) <= _LONGEST):
-                raise ValueError(f"model: got the {name} {shown(value)}, expected a text or null")
+                raise ValueError(f"model: got the {name} {shown(value)}, expected a string or null")
         return cls(**data)
 
     def __str__(self) -> str:
@@ -54,10 +60,12 @@ def origin_of(model: nn.Module) -> ModelOrigin:
     model = unwrap(model)
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     found = ModelOrigin(
-        name if isinstance(name, str) and 0 < len(name) <= _LONGEST else None,
+        public_name(name),
         type(model).__name__,
         str(getattr(model, "dtype", "")).removeprefix("torch.") or None,
         _weights(model),
+        getattr(sys.modules.get("transformers"), "__version__", None),
+        _quantisation(model),
     )
     _compared.setdefault(model, set()).add(found)
     return found
@@ -66,7 +74,8 @@ def origin_of(model: nn.Module) -> ModelOrigin:
 def warn_of_other_weights(model: nn.Module, origin: ModelOrigin | None, *, stacklevel: int) -> None:
     """Warn, once for each model, if an intervention was made for a model with other weights.
 
-    Nothing is known, and nothing is said, about weights that were loaded in another dtype or by another class.
+    Nothing is known, and nothing is said, about weights that were loaded in another dtype, by another class, quantised
+    in another way or by another version of transformers, which may rename or fuse them.
     """
     model = unwrap(model)
     compared = _compared.setdefault(model, set())
@@ -74,13 +83,46 @@ def warn_of_other_weights(model: nn.Module, origin: ModelOrigin | None, *, stack
         return
     found = origin_of(model)
     compared.add(origin)
-    comparable = found.dtype == origin.dtype and origin.architecture in (None, found.architecture)
-    if comparable and found.weights not in (None, origin.weights):
+    if _are_comparable(found, origin) and found.weights not in (None, origin.weights):
+        same = "the same name, other weights; " if found.name is not None and found.name == origin.name else ""
         warnings.warn(
-            f"intervention: it was made for a model of the same shape with other weights ({origin}; this model: "
+            f"intervention: it was made for a model of the same shape with other weights ({same}{origin}; this model: "
             f"{found}), such as another fine-tune; what was measured there may not hold here",
             stacklevel=stacklevel + 1,
         )
+
+
+def public_name(name: object) -> str | None:
+    """A model's name as it is saved: of a folder only the last component, as its place says nothing elsewhere."""
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        if Path(name).is_absolute() or Path(name).is_dir():
+            return Path(os.path.abspath(name)).name or None  # noqa: PTH100 (links keep their names)
+    return name
+
+
+def _are_comparable(first: ModelOrigin, second: ModelOrigin) -> bool:
+    """Whether digests tell the weights apart: unless how they were loaded is known to differ."""
+    names = ("architecture", "transformers", "quantisation")
+    either = ((getattr(first, name), getattr(second, name)) for name in names)
+    return first.dtype == second.dtype and all(None in pair or pair[0] == pair[1] for pair in either)
+
+
+def _quantisation(model: nn.Module) -> str:
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    if settings is not None:
+        known = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+        method = known.get("quant_method")
+        method = str(getattr(method, "value", method) or "unknown")
+        # bitsandbytes keeps its flags with an underscore.
+        bits = [n for n in ("4", "8") if known.get(f"load_in_{n}bit") or known.get(f"_load_in_{n}bit")]
+        bits = bits or [str(known["bits"])] * (type(known.get("bits")) is int)
+        return ", ".join([method, *(f"{n} bits" for n in bits)])[:_LONGEST]
+    plain = all(
+        type(value) in (nn.Parameter, torch.Tensor) and value.is_floating_point() for value in model.parameters()
+    )
+    return "none" if plain else "unknown"
 
 
 def _weights(model: nn.Module) -> str | None:

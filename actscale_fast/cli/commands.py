@@ -22,11 +22,12 @@ from .loading import (
     load_model,
     output_folder,
 )
+from .model_of_fit import load_model_of_fit
 from .options import given_paths
 from .output import check_sources, print_continuations, print_evaluation, say
-from .own_split import OwnSplit, fill_defaults, take_model_of_fit
+from .own_split import OwnSplit, fill_defaults
 from .provenance import load_saved, provenance
-from .record import keep_learned, measure_learned, task_seed, was_fitted_with
+from .record import keep_learned, keeps_space, measure_learned, task_seed, was_fitted_with
 from .verbosity import shows_progress
 
 if TYPE_CHECKING:
@@ -114,21 +115,20 @@ def evaluate(options: argparse.Namespace) -> int:
     check_file(options.out, "out")
     intervention = load_saved(folder)
     own = OwnSplit(options, folder) if options.data is None and options.task is None else None
-    take_model_of_fit(options, folder)
     fill_defaults(options)
     files = load_files(options)
-    seed = task_seed(folder, options.task, options.seed)
+    seed = task_seed(folder, options.task, options.seed, warns=own is None)
     for name in ("aligned", "chat"):
         setattr(options, name, getattr(options, name) or was_fitted_with(name, folder, options.task))
-    model, tokenizer = load_model(options)
+    options.answers_stripped = not keeps_space(folder, options.task)
+    model, tokenizer = load_model_of_fit(options, folder, intervention)
     in_file, held_out = examples_for(options, tokenizer, seed, files)
     if options.task is None:
         examples, title = in_file, str(options.data)
     else:
         examples, title = held_out, f"Held-out examples of the task, seed {seed}"
     if own is not None:
-        own.check(examples)
-        title = own.title
+        title = own.title(examples, tokenizer)
     evaluation = learning.evaluate(model, tokenizer, examples, intervention, batch_size=options.batch_size)
     print_evaluation(title, evaluation)
     options.result = evaluation.to_dict()
@@ -143,8 +143,7 @@ def generate(options: argparse.Namespace) -> int:
         raise ValueError("prompt: got '', which has no tokens")
     strengths = [number for part in options.strength or [[-1.0, 0.0, 1.0]] for number in part]
     intervention = load_saved(options.intervention)
-    take_model_of_fit(options, Path(options.intervention))
-    model, tokenizer = load_model(options)
+    model, tokenizer = load_model_of_fit(options, Path(options.intervention), intervention)
     prompts, sources = options.prompt, options.source or []
     check_sources(intervention, sources, len(prompts))
     if options.chat:
@@ -172,8 +171,7 @@ def merge(options: argparse.Namespace) -> int:
     """Save a model with the intervention in its weights."""
     check_folder(Path(options.out))
     intervention = load_saved(options.intervention)
-    take_model_of_fit(options, Path(options.intervention))
-    model, tokenizer = load_model(options)
+    model, tokenizer = load_model_of_fit(options, Path(options.intervention), intervention)
     merge_into_weights(model, intervention, strength=options.strength)
     out = output_folder(options.out)
     model.save_pretrained(out)

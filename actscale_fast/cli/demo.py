@@ -77,7 +77,8 @@ def demo(options: argparse.Namespace) -> int:
         "minimality_weight": used.minimality,  # and the number that the fit found it to be
     }
     source = provenance(model, train, test, result.objective)
-    save_record(out, options, task="country-capital", **settings, **source)
+    split_options = {"chat": False, "aligned": False, "split": None}
+    save_record(out, options, task="country-capital", **split_options, **settings, **source)
     begun_answers = split(n_train=1, n_test=_SHOWN, templates=[templates[0] + _ANSWER]).test
     texts = {
         example.prompt: continuations(model, tokenizer, scalars, [example.prompt], _STRENGTHS, _MAX_NEW_TOKENS)[0]

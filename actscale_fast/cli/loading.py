@@ -86,9 +86,11 @@ def examples_for(
     train, test = files if options.task is None else load_task(options, tokenizer, seed)
     if not options.chat:
         return train, test
+    # What is not set by the record of an earlier fit is decided here, and recorded.
+    options.answers_stripped = options.task is not None and getattr(options, "answers_stripped", True)
     check_chat_template(tokenizer)
     in_chat = [[_as_message(example) for example in some] for some in (train, test)]
-    if options.task is not None:
+    if options.answers_stripped:
         in_chat = [[without_needless_space(example, tokenizer) for example in some] for some in in_chat]
     return in_chat[0], in_chat[1]
 

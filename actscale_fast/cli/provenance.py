@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..architectures.model_origin import ModelOrigin, origin_of
+from ..architectures.model_origin import ModelOrigin, origin_of, public_name
 from ..interventions import Intervention, load_intervention
 from ..tasks.examples import example_fields
 from .record import read_record
@@ -53,10 +53,19 @@ def load_saved(folder: str | Path) -> Intervention:
     intervention = load_intervention(folder)
     if any(part.location.origin is None for part in intervention.singles):
         with contextlib.suppress(ValueError):  # a damaged record is no reason to refuse the intervention
-            record = read_record(Path(folder))
-            known = {"name": record.get("model"), "dtype": record.get("dtype"), "weights": record.get("weights")}
-            intervention.set_origin(ModelOrigin.from_dict(known))
+            origin = _origin_in(read_record(Path(folder)))
+            for part in intervention.singles:
+                if part.location.origin is None and origin != ModelOrigin():
+                    part.set_origin(origin)
     return intervention
+
+
+def _origin_in(record: dict[str, Any]) -> ModelOrigin:
+    """What a record says about the model; a ValueError if it is damaged."""
+    versions = record.get("versions")
+    known = {"dtype": record.get("dtype"), "weights": record.get("weights"), "name": public_name(record.get("model"))}
+    known["transformers"] = versions.get("transformers") if isinstance(versions, dict) else None
+    return ModelOrigin.from_dict(known)
 
 
 def examples_record(examples: Sequence[Example]) -> dict[str, Any]:

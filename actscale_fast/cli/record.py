@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 FILE, EVALUATION = "fit.json", "evaluation.json"
 _KEPT = (
-    "model", "data", "test_data", "columns", "chat", "task", "aligned", "split", "n_train", "n_test", "seed",
+    "model", "data", "test_data", "columns", "chat", "answers_stripped", "task", "aligned", "split",
+    "n_train", "n_test", "seed",
     "steps", "lr", "batch_size",
     "schedule", "accumulate", "kind", "margin", "faithfulness", "minimality", "n_active", "kl",
     "include_answers",
@@ -56,10 +57,11 @@ def measure_learned(folder: Path, evaluation: Evaluation, title: str) -> None:
     write_json(folder / EVALUATION, evaluation.to_dict())
 
 
-def task_seed(folder: Path, task: str | None, given: int | None) -> int:
+def task_seed(folder: Path, task: str | None, given: int | None, *, warns: bool = True) -> int:
     """The seed of a task's held-out examples: the given one, otherwise that of the fit, otherwise the default.
 
-    A seed other than the fit's prints a warning, because the fit may have learned from some of its held-out examples.
+    A seed other than the fit's prints a warning if `warns`, because the fit may have learned from some of its held-out
+    examples.
 
     Raises:
         ValueError: the record is damaged.
@@ -67,7 +69,7 @@ def task_seed(folder: Path, task: str | None, given: int | None) -> int:
     taught = None if task is None else _seed_of(folder / FILE, task)
     if given is None:
         return defaults.SEED if taught is None else taught
-    if taught is not None and given != taught:
+    if warns and taught is not None and given != taught:
         logger.warning(
             f"{folder} was fitted with --seed {taught}; with --seed {given} some of these "
             "examples were used in training"
@@ -82,6 +84,15 @@ def was_fitted_with(option: str, folder: Path, task: str | None) -> bool:
         ValueError: the record is damaged.
     """
     return task is not None and bool(_of_task(folder / FILE, task).get(option))
+
+
+def keeps_space(folder: Path, task: str | None) -> bool:
+    """Whether the recorded fit on this task learned answers with their space in a chat, as earlier versions did.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    return was_fitted_with("chat", folder, task) and not was_fitted_with("answers_stripped", folder, task)
 
 
 def _of_task(path: Path, task: str) -> dict[str, Any]:

@@ -118,7 +118,6 @@ def fit_interchange(
     if checkpoint is not None:
         checkpoints.check_writable_checkpoint(checkpoint, new=True)
     Patch(model, das).remove()  # refuses another model's interchange, and moves the parameters to this model's device
-    das.set_origin(origin_of(model))
     begun = time.perf_counter()
     identity: dict[str, Any] = {}
     if checkpoint is not None:
@@ -126,6 +125,7 @@ def fit_interchange(
         identity |= examples_identity(data, range(len(data))) | model_identity(model, True)
     fit = InterchangeState(das, plan, checkpoint, identity)
     fit.resume()
+    das.set_origin(origin_of(model))  # after all refusals, which leave the intervention unchanged
     if fit.taken < steps:
         if checkpoint is not None:
             checkpoints.check_writable_checkpoint(checkpoint, fit.tensors())

@@ -175,7 +175,6 @@ def fit(
             check_writable_checkpoint(checkpoint.path, processes=processes, new=True)
         # Refuses another model's intervention before any work, and moves the parameters to this model's device.
         patch(model, intervention).remove()
-        intervention.set_origin(origin_of(model))
         refuse_idle(model, intervention)
         rows = range(len(data))
         identity = fit_identity(intervention, objective) | examples_identity(data, rows)
@@ -184,6 +183,7 @@ def fit(
         state = FitState(intervention, objective, settings, rows, checkpoint=checkpoint.path, identity=identity)
         begun = time.perf_counter()
         state.resume(processes)
+        intervention.set_origin(origin_of(model))  # after all refusals, which leave the intervention unchanged
         if state.done():
             return _result(state, begun)
         engine = Engine(model, data, intervention, [objective], execution, processes)

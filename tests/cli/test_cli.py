@@ -336,9 +336,10 @@ def test_a_place_that_cannot_be_written_to_is_known_before_the_work(
 def test_paths_and_prompts_are_checked_before_a_model_is_loaded(
     data: str, fitted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actscale_fast.cli import commands
+    from actscale_fast.cli import commands, model_of_fit
 
-    monkeypatch.setattr(commands, "load_model", lambda _: pytest.fail("the model was loaded"))
+    for module in (commands, model_of_fit):
+        monkeypatch.setattr(module, "load_model", lambda _: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     folder, file = str(tmp_path), str(tmp_path / "file")
     place = ["--intervention", fitted]

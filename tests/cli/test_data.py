@@ -12,7 +12,8 @@ import word_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import actscale_fast as af
-from actscale_fast.cli import main
+from actscale_fast._json import read_sealed, write_sealed
+from actscale_fast.cli import loading, main
 from actscale_fast.cli.loading import examples_for
 from actscale_fast.cli.parser import build_parser
 
@@ -127,6 +128,25 @@ def test_a_task_in_a_chat_is_evaluated_as_it_was_learned(
     run("evaluate", *task, "--intervention", tmp_path / "fitted", "--out", tmp_path / "evaluation.json")
     learned = json.loads((tmp_path / "fitted" / "evaluation.json").read_text(encoding="utf-8"))
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == learned
+
+
+def test_a_task_in_a_chat_keeps_the_space_that_an_earlier_fit_learned(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = ["--model", model, "--task", "country-capital", "--n-train", "4", "--n-test", "4"]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(loading, "without_needless_space", lambda example, _: example)
+        run("fit", *task, "--chat", "--steps", "1", "--out", tmp_path / "fitted")
+    path = tmp_path / "fitted" / "fit.json"
+    record = read_sealed(path)
+    assert record.pop("answers_stripped") is True
+    write_sealed(path, record)
+    learned = json.loads((tmp_path / "fitted" / "evaluation.json").read_text(encoding="utf-8"))
+    for words in (["--intervention", tmp_path / "fitted", *task], [tmp_path / "fitted"]):
+        capsys.readouterr()
+        run("evaluate", *words, "--out", tmp_path / "evaluation.json")
+        assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == learned
+        assert "begin with a space" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_answers_of_a_task_begin_as_the_chat_template_has_it(model: str) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from fit_cases import conflicts, run
 
 import actscale_fast as af
 from actscale_fast._json import read_sealed, write_sealed
-from actscale_fast.architectures.model_origin import ModelOrigin, origin_of
+from actscale_fast.architectures.model_origin import ModelOrigin, origin_of, public_name
 from actscale_fast.architectures.weights_digest import weights_digest
 
 WARNED = "made for a model of the same shape with other weights"
@@ -48,6 +49,8 @@ def test_the_file_names_the_model(tmp_path: Path) -> None:
         "architecture": "LlamaForCausalLM",
         "dtype": "float32",
         "weights": weights_digest(model),
+        "transformers": transformers.__version__,
+        "quantisation": "none",
     }
     assert loaded.location.origin == origin_of(model)
 
@@ -66,7 +69,7 @@ def test_another_fine_tune_is_warned_of_once(tmp_path: Path) -> None:
         af.merge(fine_tuned(model), loaded)
 
 
-@pytest.mark.parametrize("change", ["dtype", "class", "unknown", "meta"])
+@pytest.mark.parametrize("change", ["dtype", "class", "unknown", "meta", "transformers", "quantised"])
 def test_weights_that_cannot_be_compared_are_not_warned_of(change: str, tmp_path: Path) -> None:
     model = tiny.llama()
     loaded, other = saved(model, tmp_path), fine_tuned(model)
@@ -76,11 +79,43 @@ def test_weights_that_cannot_be_compared_are_not_warned_of(change: str, tmp_path
         other = other.model
     elif change == "meta":
         other.to("meta")
+    elif change == "transformers":
+        assert loaded.location.origin is not None
+        loaded.set_origin(replace(loaded.location.origin, transformers="5.0.0"))
+    elif change == "quantised":
+        other.config.quantization_config = {"quant_method": "bitsandbytes", "_load_in_4bit": True}
+        assert origin_of(other).quantisation == "bitsandbytes, 4 bits"
     else:
         loaded.location = replace(loaded.location, origin=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         af.patch(other, loaded).remove()
+
+
+def test_the_warning_says_that_the_names_agree(tmp_path: Path) -> None:
+    model = tiny.llama()
+    model.config._name_or_path = "someone/a-model"
+    loaded = saved(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"\(the same name, other weights; someone/a-model, digest"):
+        af.patch(fine_tuned(model), loaded)
+
+
+def test_of_a_folder_only_the_last_component_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home" / "a-model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "home" / "a-model")
+    given = [str(tmp_path / "home" / "a-model"), "../a-model/", ".", "/gone/a-model", "someone/a-model", "", None]
+    assert [public_name(name) for name in given] == ["a-model"] * 4 + ["someone/a-model", None, None]
+
+
+def test_a_refused_fit_leaves_the_origin(tmp_path: Path) -> None:
+    model = tiny.llama()
+    scalars = af.ActivScalar.for_model(model)
+    scalars.set_origin(ModelOrigin("another"))
+    state = tmp_path / "state"
+    run(model, conflicts(4), steps=1, checkpoint=state)
+    with pytest.raises(ValueError, match="checkpoint"):
+        run(model, conflicts(4), af.Objective(margin=9.0), intervention=scalars, steps=1, checkpoint=state)
+    assert scalars.location.origin == ModelOrigin("another")
 
 
 def test_sums_multiples_and_stacks_keep_the_model(tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ def _check_point(model: PreTrainedModel, origin: ModelOrigin, point: Point, data
     if point.intervention.n_groups is not None:
         raise ValueError("grid: got a stack of interventions, expected single ones")
     patch(model, point.intervention).remove()  # refuses another model's
-    point.intervention.set_origin(origin)
     refuse_idle(model, point.intervention)
+    point.intervention.set_origin(origin)
 
 
 def _identify(
