@@ -62,8 +62,10 @@ def use_backend(name: BackendName) -> Iterator[None]:
         set_backend(before)  # type: ignore[arg-type]
 
 
-def serving(op: str, x: Tensor) -> str:
+def serving(op: str, x: Tensor, *, large: bool = False) -> str:
     """The backend ("cpu", "triton", "cuda" or "reference") that serves a call of `op` whose first argument is `x`.
+
+    `large`: that of large calls, whatever the size of `x`.
 
     Raises:
         RuntimeError: a backend asked for by name does not serve tensors of this device and dtype.
@@ -72,8 +74,12 @@ def serving(op: str, x: Tensor) -> str:
         return resolve(x.device, x.dtype)
     # The statistics of a reference and the losses that use them, over other numbers of rows, must take one backend.
     # In a trace the number of elements may be a symbol, and a comparison would tie the graph to it.
-    size = verdicts.LARGE if op == "linear_softmax" or torch.compiler.is_compiling() else verdicts.size_class(x.numel())
-    return resolve(x.device, x.dtype, op, size)
+    size = (
+        verdicts.LARGE
+        if large or op == "linear_softmax" or torch.compiler.is_compiling()
+        else verdicts.size_class(x.numel())
+    )
+    return _of_auto(x.device, x.dtype, op, size)
 
 
 def resolve(device: torch.device, dtype: torch.dtype, op: str = "scale_heads", size: int = verdicts.LARGE) -> str:
@@ -81,15 +87,19 @@ def resolve(device: torch.device, dtype: torch.dtype, op: str = "scale_heads", s
     if _choice == "reference":
         return "reference"
     if _choice == "auto":
-        if dtype not in KERNEL_DTYPES or device.type not in ("cpu", "cuda"):
-            return "reference"
-        return automatic(device.type, device.index, dtype, op, size)
+        return _of_auto(device, dtype, op, size)
     if dtype not in KERNEL_DTYPES:
         raise RuntimeError(f"backend {_choice!r} takes float32, bfloat16 and float16, got {dtype}; use 'reference'")
     served = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}[_choice]
     if device.type not in served and not (_choice == "triton" and device.type == "cpu" and triton_interpreted()):
         raise RuntimeError(f"backend {_choice!r} takes {' or '.join(served)} tensors, got one on {device}")
     return _choice
+
+
+def _of_auto(device: torch.device, dtype: torch.dtype, op: str, size: int) -> str:
+    if dtype not in KERNEL_DTYPES or device.type not in ("cpu", "cuda"):
+        return "reference"
+    return automatic(device.type, device.index, dtype, op, size)
 
 
 def automatic(device_type: str, index: int | None, dtype: torch.dtype, op: str, size: int) -> str:

@@ -95,7 +95,7 @@ def _divergence_and_gradient(
     products: Tensor, others: Tensor, weights: Tensor | None, setting: Setting, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """(w·KL [R], its gradient with respect to the products), which a kernel writes over them."""
-    if backends.resolve(products.device, products.dtype, "intervention_loss") == "reference":
+    if backends.serving("intervention_loss", products, large=True) == "reference":
         products.requires_grad_(need_grad)
         with torch.set_grad_enabled(need_grad):
             divergence = weighted_divergence(products, others, weights, *setting[:3])
@@ -118,7 +118,7 @@ def _columns(student: Side, setting: Setting) -> int:
 def _rows_at_once(student: Side, teacher: Side, setting: Setting, head_learns: bool, *, in_graph: bool = False) -> int:
     hidden, vocab = student.hidden, student.weight.shape[0]
     acc = reference.accumulation_dtype(hidden.dtype)
-    if backends.resolve(hidden.device, hidden.dtype, "intervention_loss") == "reference":
+    if backends.serving("intervention_loss", hidden, large=True) == "reference":
         row = vocab * acc.itemsize * (BUFFERS_PLAIN if setting.softcap is None else BUFFERS_PLAIN_SOFTCAP)
     else:
         row = vocab * hidden.element_size() * (BUFFERS + in_graph)

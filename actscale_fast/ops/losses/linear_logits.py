@@ -44,7 +44,7 @@ def slices(n_rows: int, step: int) -> Iterator[slice]:
 
 def chunks(hidden: Tensor, weight: Tensor, softcap: float | None, chunk_bytes: int) -> Iterator[slice]:
     """Slices of rows whose logits, and what their losses make of them, fit into `chunk_bytes`."""
-    if backends.resolve(hidden.device, hidden.dtype, "intervention_loss") == "reference":
+    if backends.serving("intervention_loss", hidden, large=True) == "reference":
         itemsize = accumulation_dtype(hidden.dtype).itemsize
         buffers = BUFFERS_PLAIN if softcap is None else BUFFERS_PLAIN_SOFTCAP
     else:
