@@ -27,7 +27,7 @@ FIGURES = ("flip_to_correct", "flip_to_wrong", "top_correct", "top_wrong", "kl",
 
 def examples(tokenizer: Any, task: str) -> Any:
     """The training and held-out examples: country-capital conflicts in one wording, or names."""
-    sizes = {"seed": SEED, "n_train": N_TRAIN, "n_test": N_TEST}
+    sizes: dict[str, Any] = {"seed": SEED, "n_train": N_TRAIN, "n_test": N_TEST}
     if task == "capitals":
         return af.tasks.country_capital_conflicts(tokenizer, templates=af.tasks.CONFLICT_TEMPLATES[:1], **sizes)
     return af.tasks.indirect_object_identification(tokenizer, **sizes)
@@ -40,6 +40,7 @@ def measured(model: Any, tokenizer: Any, task: str) -> dict[str, Any]:
     result = af.fit(model, tokenizer, train, scalars, seed=SEED)
     found = af.evaluate(model, tokenizer, test, scalars).to_dict()
     frozen = found["baseline"]
+    assert result.objective is not None
     return {
         "minimality": result.objective.minimality,
         "steered": {name: found[name] for name in FIGURES},
