@@ -151,7 +151,7 @@ def _say_unverified(index: int | None) -> None:
         device = "cuda" if index is None else f"cuda:{index}"
         notice(
             f"the kernels of actscale_fast have not been verified on {device}, so its ops run as plain PyTorch there, "
-            f"several times slower; to verify them (about a minute, once): actscale-fast verify --device {device}"
+            f"several times slower; to verify them (a minute or two, once): actscale-fast verify --device {device}"
         )
 
 

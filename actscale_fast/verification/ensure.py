@@ -23,7 +23,7 @@ _tried: set[torch.device] = set()  # in this process
 
 
 def ensure_verified(device: torch.device, *, progress: bool = True) -> None:
-    """Verify the kernels of a device that has no verdict yet, so that "auto" can use them; takes about a minute.
+    """Verify the kernels of a device that has no verdict yet, so that "auto" can use them; takes a minute or two.
 
     The environment variable ACTSCALE_VERIFY decides: unset, the kernels of a GPU are verified (the C++ kernels are
     used without a verdict); "1": also those of a CPU; "0": none; "ask": a question in a terminal. Nothing happens where
@@ -62,7 +62,7 @@ def _verify_once(device: torch.device, progress: bool) -> None:
             backends.reconsider()
             if _has_verdict(device):
                 return
-            notice(f"verifying the kernels on {device} (once for this device and these versions; about a minute)")
+            notice(f"verifying the kernels on {device} (once for this device and these versions; a minute or two)")
             with progress_bar(progress) as report:
                 found = verify_locked(device, True, report)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -85,7 +85,7 @@ def _agreed(device: torch.device) -> bool:
 @functools.cache
 def _answer(device: str) -> bool:
     """Asked once per process."""
-    print(f"Verify the kernels of actscale_fast on {device} now (about a minute)? [Y/n] ", end="", file=sys.stderr)
+    print(f"Verify the kernels of actscale_fast on {device} now (a minute or two)? [Y/n] ", end="", file=sys.stderr)
     return sys.stdin.readline().strip().lower() in ("", "y", "yes")
 
 

@@ -100,7 +100,7 @@ def verify_kernels(
 
     Args:
         device: "cpu", "cuda", "cuda:1", …; default: the current GPU, or the CPU if there is none.
-        quick: measure speed briefly and without torch.compile (about half a minute on a CPU).
+        quick: measure speed briefly and without torch.compile (a minute or two on a CPU).
         progress: called with the share that is done and a line about what runs now.
         supervisor: how workers are started; for tests.
 
