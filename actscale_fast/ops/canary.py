@@ -112,6 +112,9 @@ def watched(
     if part.says_nothing(call):
         return function(*arguments, **options)
     key = (backend, name, first.dtype, first.device)
+    # What NaN or an overflow makes of a result differs between right ways to compute it. Asked before the call, which
+    # may overwrite its arguments.
+    ordinary = _are_ordinary(call, part)
     with torch.autocast(first.device.type, enabled=False):
         terms = part.terms(call, reference)
         copies = call.arguments
@@ -125,8 +128,6 @@ def watched(
         got = part.cut(_as_tuple(results), part.results)
     compared = [one for one in zip(got, expected, terms, strict=True) if one[2] is not None]
     good = torch.stack([_agree(*one) for one in compared]).all()  # type: ignore[arg-type]
-    # What NaN or an overflow makes of a result differs between right ways to compute it.
-    ordinary = _are_ordinary(call, part)
     named = backends.get_backend() != "auto"
     if first.is_cuda:
         passed.add(key)  # so that only the first call is compared

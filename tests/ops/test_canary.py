@@ -100,6 +100,17 @@ def test_a_wrong_loss_that_has_overwritten_its_logits_is_an_error(
         ops.intervention_loss(leaf * 1, *rows[1:4], direction=rows.direction, inplace_gradient=True)
 
 
+def test_a_kernel_that_overwrites_its_arguments_with_nan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = registry.module("cpu")
+    monkeypatch.setattr(module, "proximal_adam_", lambda parameter, *rest: parameter.fill_(torch.nan))
+    state = [torch.ones(5) for _ in range(4)]
+    with (
+        pytest.warns(RuntimeWarning, match="proximal_adam_: the cpu kernel disagrees"),
+        pytest.raises(RuntimeError, match="proximal_adam_: the cpu kernel has changed its arguments wrongly"),
+    ):
+        ops.proximal_adam_(*state, torch.zeros(()), lr=0.1)
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.01])
 def test_a_step_that_cancels_its_parameter_is_no_alarm(rate: float) -> None:
     for count in (1, 5, 64):
