@@ -12,16 +12,9 @@ from pathlib import Path
 
 import torch
 
+from actscale_fast.ops.device_identity import cpu_level, processor_name
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def slug(device: torch.device, threads: int) -> str:
@@ -29,7 +22,7 @@ def slug(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{cpu_name()} {threads} threads" if threads > 1 else f"{cpu_name()} 1 thread"
+        name = f"{processor_name()} {threads} threads" if threads > 1 else f"{processor_name()} 1 thread"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -42,14 +35,14 @@ def environment(device: torch.device) -> dict[str, object]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": cpu_name(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "kernel_level": _kernel_level(),
+        "kernel_level": cpu_level(),
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
@@ -72,12 +65,3 @@ def commit() -> str:
         )
     except FileNotFoundError:
         return ""
-
-
-def _kernel_level() -> str | None:
-    """Which instructions the C++ kernels chose; None where they are not built."""
-    try:
-        from actscale_fast.ops import _C  # type: ignore[attr-defined]
-    except ImportError:
-        return None
-    return str(_C.level())

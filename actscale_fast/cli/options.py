@@ -145,6 +145,10 @@ def model(command: argparse.ArgumentParser, default: str = DEMO_MODEL) -> None:
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", metavar="TYPE", help=", ".join(DTYPES) + " (default: as saved)"
     )
+    device(group)
+
+
+def device(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
     )

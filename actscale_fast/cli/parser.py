@@ -147,10 +147,7 @@ def _verify(command: argparse.ArgumentParser) -> None:
         'verdict is kept for this device, driver, PyTorch, Triton and build; the backend "auto" uses what passed and\n'
         "is fastest. Exit status 1 if a kernel did not pass."
     )
-    command.add_argument(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
-    )
-    command.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    options.device(command)
     command.add_argument("--full", action="store_true", help="time for longer, with torch.compile beside the kernels")
     command.add_argument("--report", action="store_true", help="print the verdict that is there, for a bug report")
     options.as_json(command)

@@ -73,9 +73,7 @@ class _Part:
     length: int = 1
     last: bool = False  # cut to the last entry instead: labels often leave out the first rows
     in_place: bool = False  # the results are the first arguments
-    says_nothing: Callable[[_Call], bool] = lambda call: (
-        False
-    )  # every result of the part is 0, whatever the kernel does
+    says_nothing: Callable[[_Call], bool] | None = None  # whether the part's results are 0 whatever the kernel does
 
     def cut(self, values: Sequence[Any], axes: Sequence[int | None]) -> tuple[Any, ...]:
         return tuple(
@@ -109,7 +107,7 @@ def watched(
     if own or not _switch["on"] or first.numel() == 0 or _is_capturing(first.device):
         return function(*arguments, **options)
     call = _Call(name, part.cut(arguments, part.arguments))
-    if part.says_nothing(call):
+    if part.says_nothing is not None and part.says_nothing(call):
         return function(*arguments, **options)
     key = (backend, name, first.dtype, first.device)
     # What NaN or an overflow makes of a result differs between right ways to compute it. Asked before the call, which

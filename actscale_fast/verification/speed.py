@@ -85,28 +85,16 @@ def _step(op: str, dtype: torch.dtype, size: int, name: str, device: torch.devic
     return functools.partial(function, *arguments)
 
 
-def _scale_heads(inputs: Inputs, shape: tuple[int, ...]) -> tuple[Callable[..., object], tuple[Tensor, ...]]:
-    def step(x: Tensor, alpha: Tensor, upstream: Tensor) -> object:
-        x, alpha = x.detach().requires_grad_(), alpha.detach().requires_grad_()
-        return torch.autograd.grad(ops.scale_heads(x, alpha), (x, alpha), upstream)
+def _scaling(op: str, inputs: Inputs, shape: tuple[int, ...]) -> tuple[Callable[..., object], tuple[Tensor, ...]]:
+    """x, and one scalar per head, a probe per head, or a factor per channel."""
+    function = getattr(ops, op)
+    sizes = {"scale_heads": (1, 1, shape[2]), "dynamic_scale": shape[2:], "scale_channels": shape[-1:]}[op]
 
-    return step, (inputs.activations(*shape), inputs.normal(1, 1, shape[2]), inputs.activations(*shape))
+    def step(x: Tensor, parameter: Tensor, upstream: Tensor) -> object:
+        x, parameter = x.detach().requires_grad_(), parameter.detach().requires_grad_()
+        return torch.autograd.grad(function(x, parameter), (x, parameter), upstream)
 
-
-def _dynamic_scale(inputs: Inputs, shape: tuple[int, ...]) -> tuple[Callable[..., object], tuple[Tensor, ...]]:
-    def step(x: Tensor, weight: Tensor, upstream: Tensor) -> object:
-        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        return torch.autograd.grad(ops.dynamic_scale(x, weight), (x, weight), upstream)
-
-    return step, (inputs.activations(*shape), inputs.normal(*shape[2:]), inputs.activations(*shape))
-
-
-def _scale_channels(inputs: Inputs, shape: tuple[int, ...]) -> tuple[Callable[..., object], tuple[Tensor, ...]]:
-    def step(x: Tensor, weight: Tensor, upstream: Tensor) -> object:
-        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        return torch.autograd.grad(ops.scale_channels(x, weight), (x, weight), upstream)
-
-    return step, (inputs.activations(*shape), inputs.normal(shape[-1]), inputs.activations(*shape))
+    return step, (inputs.activations(*shape), inputs.normal(*sizes), inputs.activations(*shape))
 
 
 def _intervention_loss(inputs: Inputs, shape: tuple[int, ...]) -> tuple[Callable[..., object], tuple[Tensor, ...]]:
@@ -147,9 +135,7 @@ def _proximal_adam(inputs: Inputs, shape: tuple[int, ...]) -> tuple[Callable[...
 
 
 _MAKERS: dict[str, Callable[[Inputs, tuple[int, ...]], tuple[Callable[..., object], tuple[Tensor, ...]]]] = {
-    "scale_heads": _scale_heads,
-    "dynamic_scale": _dynamic_scale,
-    "scale_channels": _scale_channels,
+    **{op: functools.partial(_scaling, op) for op in ("scale_heads", "dynamic_scale", "scale_channels")},
     "intervention_loss": _intervention_loss,
     "linear_softmax": _linear_softmax,
     "proximal_adam_": _proximal_adam,
