@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 from safetensors import safe_open
 
 import actscale_fast as af
+from actscale_fast.learning.fit_settings import FitSettings
 
 OBJECTIVE = af.Objective(margin=2.0, faithfulness=0.5, minimality=0.05)
 CAPITALS = ["Paris", "Berlin", "Rome", "Madrid", "Oslo"]
@@ -38,6 +42,22 @@ def run(model: Any, examples: list[af.Example], objective: af.Objective | None =
 def whole_fit(**options: Any) -> af.FitResult:
     """Twelve steps, which the tests interrupt and resume."""
     return run(tiny.llama(), conflicts(9), OBJECTIVE, steps=12, **options)
+
+
+@contextlib.contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Within it a fit is interrupted before this step; the interruption must come, and ends here."""
+    rows = FitSettings.rows
+
+    def interrupted(self: FitSettings, n: int, current: int) -> list[int]:
+        if current == step:
+            raise KeyboardInterrupt
+        return rows(self, n, current)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(FitSettings, "rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def steps_in(path: Path) -> int:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from fit_cases import conflicts, run
+from fit_cases import conflicts, interrupted_at, run
 from torch import Tensor
 
 import actscale_fast as af
@@ -161,21 +161,12 @@ def test_a_non_finite_term_stops_the_run_with_its_step_and_name() -> None:
     assert model.lm_head.weight.requires_grad
 
 
-def test_a_resumed_fit_has_the_bits_of_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_fit_has_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = run(tiny.llama(), conflicts(9), steps=8)
-    order = FitSettings.rows
-
-    def interrupted(self: FitSettings, n: int, step: int) -> list[int]:
-        if step == 5:
-            raise KeyboardInterrupt
-        return order(self, n, step)
-
     path, model = tmp_path / "fit.safetensors", tiny.llama()
-    monkeypatch.setattr(FitSettings, "rows", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(5):
         run(model, conflicts(9), steps=8, checkpoint=path)
     assert model.training is False
-    monkeypatch.setattr(FitSettings, "rows", order)
     resumed = run(tiny.llama(), conflicts(9), steps=8, checkpoint=path)
     assert torch.equal(resumed.intervention.alpha, whole.intervention.alpha)
     assert resumed.history == whole.history

@@ -10,11 +10,10 @@ import pytest
 import tiny
 import torch
 from engine_cases import full
-from fit_cases import OBJECTIVE, conflicts, run
+from fit_cases import OBJECTIVE, conflicts, interrupted_at, run
 
 import actscale_fast as af
 from actscale_fast.learning.encoded_examples import EncodedExamples
-from actscale_fast.learning.fit_settings import FitSettings
 
 
 def largest(intervention: af.interventions.Intervention, examples: list[af.Example], objective: af.Objective) -> float:
@@ -68,20 +67,11 @@ def test_a_share_means_the_same_on_a_model_with_ten_times_larger_logits() -> Non
     torch.testing.assert_close(one.intervention.alpha, ten.intervention.alpha, rtol=2e-2, atol=1e-3)
 
 
-def test_a_resumed_fit_keeps_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_fit_keeps_its_number(tmp_path: Path) -> None:
     objective, path = replace(OBJECTIVE, minimality="15%"), tmp_path / "fit.safetensors"
     whole = run(tiny.llama(), conflicts(9), objective)
-    order = FitSettings.rows
-
-    def interrupted(self: FitSettings, n: int, step: int) -> list[int]:
-        if step == 3:
-            raise KeyboardInterrupt
-        return order(self, n, step)
-
-    with monkeypatch.context() as context:
-        context.setattr(FitSettings, "rows", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny.llama(), conflicts(9), objective, checkpoint=path)
+    with interrupted_at(3):
+        run(tiny.llama(), conflicts(9), objective, checkpoint=path)
     for _ in range(2):  # then from the checkpoint of the finished fit, without a pass
         resumed = run(tiny.llama(), conflicts(9), objective, checkpoint=path)
         assert torch.equal(resumed.intervention.alpha, whole.intervention.alpha)

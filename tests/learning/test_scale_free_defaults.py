@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from fit_cases import OBJECTIVE, conflicts, run
+from fit_cases import OBJECTIVE, conflicts, interrupted_at, run
 from torch import Tensor
 
 import actscale_fast as af
@@ -117,17 +117,8 @@ def test_each_part_of_a_sum_has_its_own_steps() -> None:
 def test_a_resumed_fit_keeps_the_sizes_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fit.safetensors"
     whole = fitted(tiny.llama(), "SteerVec", steps=6)
-    order = FitSettings.rows
-
-    def interrupted(self: FitSettings, n: int, step: int) -> list[int]:
-        if step == 3:
-            raise KeyboardInterrupt
-        return order(self, n, step)
-
-    with monkeypatch.context() as context:
-        context.setattr(FitSettings, "rows", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            fitted(tiny.llama(), "SteerVec", steps=6, checkpoint=path)
+    with interrupted_at(3):
+        fitted(tiny.llama(), "SteerVec", steps=6, checkpoint=path)
     with monkeypatch.context() as context:  # nothing is measured again
         context.setattr(importlib.import_module("actscale_fast.learning.fit"), "activation_sizes", None)
         resumed = fitted(tiny.llama(), "SteerVec", steps=6, checkpoint=path)
