@@ -20,6 +20,9 @@ if not torch.cuda.is_available():
 os.environ["ACTSCALE_VERDICTS"] = str(Path(__file__).resolve().parent / "no_verdicts")
 os.environ["ACTSCALE_VERIFY"] = "0"
 
+#: A Python that a test starts finds the installed package, with its compiled kernels, not the sources in its folder.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 #: `benchmarks` stands beside the tests; last in the path, so that an installed actscale_fast comes before this one.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 

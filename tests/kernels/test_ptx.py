@@ -26,7 +26,7 @@ pytest.importorskip("triton.backends.nvidia", reason="Triton is not installed, o
 
 def run_on_ptx(report: Path, *arguments: str) -> dict[str, int]:
     """Launches by kernel of a pytest session on real PTX, all of whose tests must pass."""
-    path = [str(ROOT), str(ROOT / "tests" / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT / "tests" / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "ACTSCALE_PTX_REPORT": str(report)}
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]  # of this session and its process
