@@ -47,8 +47,10 @@ class Part:
 def parts(device: str, out: Path) -> list[Part]:
     """The parts in their order."""
     python = sys.executable
-    verify = [python, "-m", "actscale_fast.cli", "verify", "--device", device, "--json"]
-    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-n", "0", "--tb=short", str(ROOT / "tests")]
+    # The installed package, with its compiled kernels, not the sources of the checkout.
+    installed = [python, "-P", "-m"]
+    verify = [*installed, "actscale_fast.cli", "verify", "--device", device, "--json"]
+    tests = [*installed, "pytest", "-q", "-m", "gpu", "-n", "0", "--tb=short", str(ROOT / "tests")]
     found = [Part("verify", verify, 120), Part("tests", tests, 120)]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and device.startswith("cuda"):
@@ -56,7 +58,7 @@ def parts(device: str, out: Path) -> list[Part]:
         request = {"device": device, "jobs": jobs, "times": [], "quick": True, "cases": SANITIZED_CASES}
         request["watched"] = False  # its stdin closes at once
         for tool in ("memcheck", "racecheck"):
-            worker = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", WORKER]
+            worker = [sanitizer, "--tool", tool, "--error-exitcode", "9", *installed, WORKER]
             found.append(Part(f"compute-sanitizer {tool}", worker, 45, json.dumps(request) + "\n"))
     for case in CASES:
         harness = [python, "-m", "benchmarks", "--case", case, "--quick", "--device", device, "--out", str(out)]
@@ -67,7 +69,8 @@ def parts(device: str, out: Path) -> list[Part]:
 def run(part: Part) -> dict[str, object]:
     """The outcome of a part: "ok", "failed" or "timed out", seconds, and the last lines of its output."""
     started = time.perf_counter()
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # The harness is found in the working directory, where Python does not look with this variable.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     process = subprocess.Popen(
         list(part.command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", env=environ, cwd=ROOT, start_new_session=True,

@@ -425,6 +425,18 @@ def test_the_gpu_check_keeps_each_parts_outcome_and_goes_on_after_a_failure(
     assert found["failing"]["output"] == ["no kernel image"]
 
 
+def test_the_gpu_check_takes_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sources of a checkout have no compiled kernels unless they are built in place."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    commands = [list(part.command) for part in gpu_check.parts("cuda", tmp_path) if "harness" not in part.name]
+    assert len(commands) == 4
+    assert all("-P" in command[: command.index("-m")] for command in commands)
+    code = "import sys; from pathlib import Path; print({str(Path.cwd())} & set(sys.path))"
+    found = gpu_check.run(gpu_check.Part("path", [sys.executable, "-P", "-c", code], 30))
+    assert found["output"] == ["set()"]
+
+
 def test_the_gpu_check_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 2

@@ -31,7 +31,7 @@ def run_on_ptx(report: Path, *arguments: str) -> dict[str, int]:
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]  # of this session and its process
     options = ["-p", "ptx.plugin", "-p", "no:cacheprovider", "-q", "--tb=short", "-m", "not gpu and not large"]
-    command = [sys.executable, "-m", "pytest", *options, *arguments]
+    command = [sys.executable, "-P", "-m", "pytest", *options, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
