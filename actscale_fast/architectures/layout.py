@@ -17,6 +17,7 @@ from .hugging_face import text_config, unwrap
 from .location import Location, ModelFingerprint, check_layers
 from .model_origin import origin_of
 from .parts import config_value, has, part, positive_int, submodule, takes_hidden_states
+from .sharding import refuse_unsupported
 
 
 class _AtSite(NamedTuple):
@@ -177,6 +178,7 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
         ValueError: an encoder-decoder, or an unknown family whose parts are not certain.
     """
     require_supported()
+    refuse_unsupported(model)
     model, paths = unwrap(model), paths or {}
     outer = getattr(model, "config", None)
     if outer is None or not hasattr(outer, "get_text_config"):

@@ -6,6 +6,7 @@ gradient then comes back whole, because the processes exchange theirs. What need
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class OwnHeads:
 
     def take(self, whole: Tensor, axis: int) -> Tensor:
         """The part of `whole` for the own heads, which lie along an axis; its gradient is that of all processes."""
-        return whole if whole.shape[axis] == 1 else _Take.apply(whole, self, axis)
+        return _Take.apply(whole, self, axis)
 
     def join(self, own: Tensor, axis: int) -> Tensor:
         """The parts of all processes; the gradient, alike in all of them, comes back for the own part."""
@@ -42,11 +43,11 @@ class OwnHeads:
         return whole.narrow(axis, self.rank * length, length)
 
 
-def own_heads(projection: nn.Module, n_channels: int, n_heads: int, width: int) -> OwnHeads | None:
+def own_heads(projection: nn.Module | None, n_channels: int, n_heads: int, width: int) -> OwnHeads | None:
     """The heads that this process holds; None: all.
 
     Args:
-        projection: the attention's output projection.
+        projection: the attention's output projection; None: not known.
         n_channels: the channels of its input in this process.
         n_heads, width: of the whole layer.
 
@@ -55,18 +56,33 @@ def own_heads(projection: nn.Module, n_channels: int, n_heads: int, width: int) 
     """
     if n_channels == n_heads * width:
         return None
-    weight: Any = getattr(projection, "weight", None)
-    if is_dtensor(weight):
-        mesh, input_axis = weight.device_mesh, 1 if isinstance(projection, nn.Linear) else 0
-        for axis, placement in enumerate(weight.placements):
-            size = mesh.size(axis)
-            if placement.is_shard(input_axis) and n_heads % size == 0 and n_channels == n_heads // size * width:
-                return OwnHeads(mesh.get_group(axis), mesh.get_local_rank(axis), size, n_heads // size)
+    for group, rank, size in _shares(projection):
+        if n_heads % size == 0 and n_channels == n_heads // size * width:
+            return OwnHeads(group, rank, size, n_heads // size)
     raise RuntimeError(
         f"site: 'head' got {n_channels} channels, expected {n_heads} heads · {width} = {n_heads * width}; each process "
         f"seems to hold only some of the heads (tensor parallelism), but not an equal share, or in a "
         f"{type(projection).__name__} whose weight does not say which; change the plan, or use another site"
     )
+
+
+def heads_in_process(projection: nn.Module, n_heads: int) -> int:
+    """How many of a layer's heads enter the projection in this process, before any forward pass has shown it."""
+    for _, _, size in _shares(projection):
+        if n_heads % size == 0:
+            return n_heads // size
+    return n_heads
+
+
+def _shares(projection: nn.Module | None) -> Iterator[tuple[Any, int, int]]:
+    """(group, rank, size) of the processes among which tensor parallelism divides a linear layer's input."""
+    weight: Any = getattr(projection, "weight", None)
+    if not is_dtensor(weight) or not hasattr(projection, "in_features"):
+        return
+    mesh = weight.device_mesh
+    for axis, placement in enumerate(weight.placements):
+        if placement.is_shard(weight.dim() - 1):
+            yield mesh.get_group(axis), mesh.get_local_rank(axis), mesh.size(axis)
 
 
 class _Take(torch.autograd.Function):

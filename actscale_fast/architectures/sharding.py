@@ -2,8 +2,8 @@
 
 Everything in the package that depends on this asks here. Two engines shard the weights of a model:
 
-- Tensor parallelism (transformers' `tp_plan`): every process runs a part of each layer on the same rows. Each holds some
-  of the attention heads; all other sites are whole in every process.
+- Tensor parallelism (transformers' `tp_plan`): every process runs a part of each layer on the same rows. Each holds
+  some of the attention heads; all other sites are whole in every process.
 - FSDP2 (`torch.distributed.fsdp.fully_shard`): every process runs whole layers, whose weights are gathered before they
   run, on rows of its own.
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 _WHOLE_MODEL = "pass the Hugging Face model itself (`{name}.module`)"
-_INSTEAD = "shard it with FSDP2 (`torch.distributed.fsdp.fully_shard`) or tensor parallelism (`tp_plan=\"auto\"`)"
+_INSTEAD = 'shard it with FSDP2 (`torch.distributed.fsdp.fully_shard`) or tensor parallelism (`tp_plan="auto"`)'
 #: Wrappers around a model, by their class's name, and what to use instead.
 _REFUSED_WRAPPERS = {
     "DataParallel": "one process per device (torchrun), each with the model",
@@ -128,7 +128,8 @@ def model_processes(model: nn.Module) -> ModelProcesses:
     else:
         raise ValueError(
             f"model: its weights are sharded over a mesh of {mesh.ndim} dimensions with {len(ranks)} of the "
-            f"{torch.distributed.get_world_size()} processes, which is not supported; use all processes, or one dimension"
+            f"{torch.distributed.get_world_size()} processes, which is not supported; use all "
+            "processes, or one dimension"
         )
     return ModelProcesses(ranks, ranks.index(torch.distributed.get_rank()), fsdp is None, group)
 
@@ -168,7 +169,7 @@ def reshard(model: nn.Module) -> None:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, as a plain tensor that shares its memory."""
     found = tensor.detach()
-    return found.to_local() if is_dtensor(found) else found  # type: ignore[operator]
+    return found.to_local() if is_dtensor(found) else found  # type: ignore[attr-defined]
 
 
 def own_part(whole: Tensor, weight: Tensor) -> Tensor:
@@ -211,7 +212,10 @@ def sampled(weight: Tensor, index: Tensor) -> Tensor:
 
 
 def storages(tensor: Tensor) -> list[tuple[int, int]]:
-    """(address, bytes) of the memory behind a tensor, or behind the parts of a quantised or sharded one."""
+    """(identity, bytes) of the memory behind a tensor, or behind the parts of a quantised or sharded one.
+
+    The identity is not the address: FSDP2 frees weights and keeps their storages, whose address then serves others.
+    """
     if is_dtensor(tensor):
         return storages(local(tensor))
     if hasattr(tensor, "__tensor_flatten__"):
@@ -221,7 +225,7 @@ def storages(tensor: Tensor) -> list[tuple[int, int]]:
     if tensor.is_meta:
         return []
     storage = tensor.untyped_storage()
-    return [(storage.data_ptr(), storage.nbytes())]
+    return [(storage._cdata, storage.nbytes())]
 
 
 def stored_as(tensor: object) -> Literal["plain", "sharded", "meta", "partitioned", "packed"]:
