@@ -19,11 +19,12 @@ from typing import Any
 
 import tiny
 import torch
-from fit_cases import conflicts
+from fit_cases import conflicts, interrupted_at
 from model_zoo import randomised, tiny_model
 from torch import Tensor
 
 import actscale_fast as af
+from actscale_fast import ops
 
 PATIENCE = 180  # seconds before processes that wait for each other are given up
 OBJECTIVE = af.Objective(margin=2.0, faithfulness=0.5, minimality=0.02)
@@ -160,7 +161,7 @@ FITS: dict[str, dict[str, Any]] = {
     "fewer prompts than processes": {"n": 1},
     "small passes": {"memory_bytes": 4000, "n": 7, "batch_size": 7},
     "accumulated": {"accumulate": 3, "n": 7, "batch_size": 7},
-    "few": {"n_active": 3, "steps": 6},
+    "few": {"n_active": 6, "steps": 3, "where": {"layers": [1, 2]}},
 }
 
 
@@ -201,7 +202,7 @@ def read(model: Any) -> Any:
     added = af.act_add(model, tokenizer, "Paris", "Rome", layer=1, padding="Q")
     latent = af.latent_vectors(model, tokenizer, ["one two"], layer=1, steps=3, restarts=1, ends=False, progress=False)
     reading = af.perplexity(model, tokenizer, texts)
-    return means.sums, list(whole.parameters()), list(added.parameters()), latent.vectors[0].vectors, reading.nats
+    return means.sums, list(whole.parameters()), list(added.parameters()), latent.vectors[0].vectors, reading
 
 
 def exchanged(model: Any) -> Any:
@@ -267,6 +268,72 @@ CLAIMS: dict[str, Claim] = {
 SHORT: dict[str, Claim] = {"patch": patched, "generate": generated, "fit": one_fit, "merge": merged}
 
 
+def shared_work(model: Any, folder: Path, rank: int) -> dict[str, Any]:
+    """What only several processes can do, right or wrong."""
+    found: dict[str, Any] = {}
+    found["unequal memory"] = fitted(model, n=7, batch_size=7, memory_bytes=4000 if rank else None)
+    found["each by itself"] = fitted(model, distributed=False)
+    found["other examples"] = _or_error(lambda: fitted(model, n=5 + rank))
+    found["other settings"] = _or_error(lambda: fitted(model, seed=rank))
+    found["evaluate others"] = _or_error(
+        lambda: af.evaluate(model, tiny.tokenizer(), conflicts(3 + rank), af.ActivScalar.for_model(model))
+    )
+    found["graphs"] = _or_error(lambda: fitted(model, capture=True))
+    path = folder / "begun by one" / "fit.safetensors"
+    if rank == 0:
+        with interrupted_at(2):
+            fitted(made("llama"), steps=4, checkpoint=path, schedule="constant", distributed=False)
+    torch.distributed.barrier()
+    found["begun by one"] = fitted(model, steps=4, checkpoint=path, schedule="constant")
+    grid = {"minimality": [0.2, 0.02]}
+    result = af.sweep(
+        model,
+        tiny.tokenizer(),
+        conflicts(5),
+        grid,
+        OBJECTIVE,
+        steps=3,
+        lr=0.05,
+        folder=folder / "sweep",
+        progress=False,
+    )
+    found["one disk"] = [fit.intervention.alpha.detach() for fit in result.fits]
+    found["files"] = sorted(
+        str(file.relative_to(folder / "sweep")) for file in (folder / "sweep").rglob("*.safetensors")
+    )
+    return found
+
+
+def alone_work() -> dict[str, Any]:
+    """What one process finds in place of the shared work."""
+    model = made("llama")
+    grid = {"minimality": [0.2, 0.02]}
+    result = af.sweep(model, tiny.tokenizer(), conflicts(5), grid, OBJECTIVE, steps=3, lr=0.05, progress=False)
+    return {
+        "unequal memory": fitted(model, n=7, batch_size=7),
+        "each by itself": fitted(model),
+        "begun by one": fitted(model, steps=4, schedule="constant"),
+        "one disk": [fit.intervention.alpha.detach() for fit in result.fits],
+    }
+
+
+def without_memory(model: Any, rank: int) -> str:
+    """The error of a fit in which one process runs out of memory; the others wait in its pass until it ends."""
+    loss, calls = ops.intervention_loss, []
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if rank == 1 and len(calls) == 6:
+            raise torch.OutOfMemoryError("out of memory")
+        return loss(*arguments, **options)
+
+    ops.intervention_loss = failing  # type: ignore[assignment]
+    try:
+        return str(_or_error(lambda: fitted(model, n=7, batch_size=7, accumulate=7)))
+    finally:
+        ops.intervention_loss = loss
+
+
 def run_claims(models: dict[str, Any]) -> dict[str, Any]:
     """The result of every claim, or its error, by "model: claim"."""
     found = {}
@@ -287,9 +354,7 @@ def _or_error(run: Callable[[], Any]) -> Any:
         return traceback.format_exc()
 
 
-def in_process(
-    rank: int, port: int, folder: Path, load: Callable[[str, Path], Any], names: list[str], more: Any
-) -> None:
+def in_process(rank: int, port: int, folder: Path, load: Callable[[str, Path], Any], names: list[str]) -> None:
     """Join the other process, run all claims, and save what was found."""
     torch.set_num_threads(1)
     if sys.platform == "linux":
@@ -299,14 +364,16 @@ def in_process(
         "MASTER_PORT": str(port), "TQDM_DISABLE": "1",
     }  # fmt: skip
     torch.distributed.init_process_group("gloo")
-    found = run_claims({name: load(name, folder) for name in names})
-    found |= {name: _or_error(lambda run=run: run(folder)) for name, run in (more or {}).items()}
+    models = {name: load(name, folder) for name in names}
+    found = run_claims(models)
+    found["shared work"] = _or_error(lambda: shared_work(models["llama"], folder, rank))
+    found["memory"] = without_memory(models["llama"], rank)  # the last: afterwards the processes are apart
     torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # the other one may still wait for this one
 
 
 def ranks_and_one(
-    folder: Path, load: Callable[[str, Path], Any], names: list[str], more: Any = None
+    folder: Path, load: Callable[[str, Path], Any], names: list[str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(what each of two processes found on sharded models, what this process found on whole ones)."""
     for name in names:
@@ -314,11 +381,12 @@ def ranks_and_one(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = torch.multiprocessing.spawn(in_process, (port, folder, load, names, more), nprocs=2, join=False)
+    started = torch.multiprocessing.spawn(in_process, (port, folder, load, names), nprocs=2, join=False)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         expected = run_claims({name: made(name) for name in names})
+        expected["shared work"] = alone_work()
     finally:
         torch.set_num_threads(before)
     deadline = time.monotonic() + PATIENCE
@@ -349,3 +417,15 @@ def differences(found: Any, expected: Any, where: str = "") -> Iterator[tuple[st
             yield where, gap, size
     elif type(found) is not type(expected) or found != expected:
         yield where, found, expected
+
+
+def errors_in(found: Any) -> list[str]:
+    """The errors among nested results."""
+    if isinstance(found, dict):
+        return [error for value in found.values() for error in errors_in(value)]
+    return [found] if isinstance(found, str) and found.startswith("Traceback") else []
+
+
+def claims_of(names: list[str]) -> list[str]:
+    """The names of the results of `run_claims`."""
+    return [f"{name}: {claim}" for name in names for claim in (CLAIMS if name == "llama" else SHORT)]

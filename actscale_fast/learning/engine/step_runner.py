@@ -136,12 +136,12 @@ class StepRunner:
         terms = torch.zeros(len(requests), 3, dtype=torch.float32, device=self.intervention.device)
         gradients = [torch.zeros_like(value) for value in self.parameters]
         shared = self._shared_below(requests)
+        n_passes = max(self.together.all_gather(len(microbatches)))  # of the processes that hold the model together
         for rows in microbatches:
             found = self.compute(self.collator.collate(rows, requests, shared))
             for total, added in zip([terms, *gradients], found, strict=True):
                 total += added.to(total.device)
-        for _ in range(max(self.together.all_gather(len(microbatches))) - len(microbatches)):
-            # Others that hold the model have more passes, for which they need this process; its result is not used.
+        for _ in range(n_passes - len(microbatches)):  # others need this process in theirs; the result is not used
             row = self.planner.unpacked(RequestedPrompt(0, requests[0].rows[0]))
             self.compute(self.collator.collate([row], requests, shared))
         if self.penalises_scalars:  # a mean over directions, as the norm of parameters is the same for both
