@@ -18,7 +18,7 @@ from .attention_outputs import heads_changed, values_changed
 from .layout import ModelLayout
 from .own_heads import heads_in_process
 from .probe import Probe, Verdict
-from .sharding import fsdp_mesh
+from .sharding import tensor_parallel_mesh
 
 _FACTORS = (2.0, 0.5, 4.0, 0.25, 8.0, 0.125, 16.0, 0.0625)
 #: How far rows may differ beyond their factors, relative to their norm: sums are rounded in another order.
@@ -37,7 +37,7 @@ class HeadProbe(Probe):
 
     def _own(self, layer: int, size: tuple[int, int]) -> tuple[int, int]:
         """(heads, their width) in this process."""
-        if fsdp_mesh(self.found.model) is not None:  # the weights are gathered before the layer runs
+        if tensor_parallel_mesh(self.found.model) is None:
             return size
         return heads_in_process(self.modules[layer], size[0]), size[1]
 

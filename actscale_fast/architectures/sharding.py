@@ -13,6 +13,7 @@ wait for each other for ever (`ModelProcesses`). Other engines are refused by na
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,14 +43,22 @@ class ModelProcesses:
     """
 
     ranks: tuple[int, ...] = (0,)  # in the default process group
-    rank: int = 0  # the place of this process among them
-    #: Whether they must run the same rows (tensor parallelism); otherwise each may run rows of its own (FSDP2).
-    same_rows: bool = True
-    group: Any = None  # torch.distributed's process group
+    rank: int = 0  # the number of this process among them
+    group: Any = None  # torch.distributed's process group; None: the default one
+    #: How many places for rows there are (those of FSDP2), and which of them this process has. Processes with the same
+    #: place must run the same rows (tensor parallelism).
+    n_places: int = 1
+    place: int = 0
+    peers: tuple[Any, ...] = ()  # the groups over which a sum is that of all places
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @property
+    def same_rows(self) -> bool:
+        """Whether all of them must run the same rows."""
+        return self.n_places == 1
 
     @property
     def leads(self) -> bool:
@@ -107,31 +116,29 @@ def model_processes(model: nn.Module) -> ModelProcesses:
     """The processes that hold this model together; `ALONE` where its weights are whole in this process.
 
     Raises:
-        ValueError: tensor parallelism and FSDP2 at once, or FSDP2 over several groups of processes.
+        ValueError: the model is held by a part of the processes over a mesh of several dimensions.
     """
     if not _initialized():
         return ALONE
-    fsdp, tensor_parallel = fsdp_mesh(model), _tensor_parallel_mesh(model)
-    mesh = tensor_parallel if fsdp is None else fsdp
-    if mesh is None or mesh.size() == 1:
+    fsdp, tensor_parallel = fsdp_mesh(model), tensor_parallel_mesh(model)
+    meshes = [mesh for mesh in (fsdp, tensor_parallel) if mesh is not None and mesh.size() > 1]
+    if not meshes:
         return ALONE
-    if fsdp is not None and tensor_parallel is not None and tensor_parallel.size() > 1:
-        raise ValueError(
-            "model: its weights are sharded by tensor parallelism and by FSDP2 at once, which is not supported; use "
-            "one of the two (tensor parallelism may be combined with several copies of the model)"
-        )
-    ranks = tuple(mesh.mesh.flatten().tolist())
-    if mesh.ndim == 1:
-        group = mesh.get_group()
-    elif len(ranks) == torch.distributed.get_world_size():
-        group = None
+    if len(meshes) == 1 and meshes[0].ndim == 1:
+        ranks, group = tuple(meshes[0].mesh.tolist()), meshes[0].get_group()
     else:
-        raise ValueError(
-            f"model: its weights are sharded over a mesh of {mesh.ndim} dimensions with {len(ranks)} of the "
-            f"{torch.distributed.get_world_size()} processes, which is not supported; use all "
-            "processes, or one dimension"
-        )
-    return ModelProcesses(ranks, ranks.index(torch.distributed.get_rank()), fsdp is None, group)
+        ranks, group = tuple(range(torch.distributed.get_world_size())), None
+        if math.prod(mesh.size() for mesh in meshes) != len(ranks):
+            raise ValueError(
+                f"model: its weights are sharded over meshes of {' and '.join(str(mesh.size()) for mesh in meshes)} of "
+                f"the {len(ranks)} processes, which is not supported; use all processes, or a mesh of one dimension"
+            )
+    rank = ranks.index(torch.distributed.get_rank())
+    if fsdp is None or fsdp.size() == 1:
+        return ModelProcesses(ranks, rank, group)
+    place = fsdp.mesh.flatten().tolist().index(torch.distributed.get_rank())
+    peers = tuple(fsdp.get_group(axis) for axis in range(fsdp.ndim))
+    return ModelProcesses(ranks, rank, group, fsdp.size(), place, peers)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -157,6 +164,19 @@ def fsdp_mesh(model: nn.Module) -> Any:
         group = module._get_fsdp_state()._fsdp_param_group  # None where all parameters belong to modules inside
         if group is not None:
             return group.mesh_info.mesh
+    return None
+
+
+def tensor_parallel_mesh(model: nn.Module) -> Any:
+    """The processes over which tensor parallelism shards a model; None: it does not."""
+    managed = fsdp_mesh(model) is not None
+    for value in model.parameters():
+        if is_dtensor(value):
+            mesh: Any = value.device_mesh  # type: ignore[attr-defined]
+            if not managed:
+                return mesh
+            if "tp" in (mesh.mesh_dim_names or ()):
+                return mesh["tp"]
     return None
 
 
@@ -270,19 +290,6 @@ def refuse_unsupported(model: nn.Module) -> None:
 
 def _initialized() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _tensor_parallel_mesh(model: nn.Module) -> Any:
-    """The processes over which tensor parallelism shards a model; None: it does not."""
-    managed = fsdp_mesh(model) is not None
-    for value in model.parameters():
-        if is_dtensor(value):
-            mesh: Any = value.device_mesh  # type: ignore[attr-defined]
-            if not managed:
-                return mesh
-            if "tp" in (mesh.mesh_dim_names or ()):
-                return mesh["tp"]
-    return None
 
 
 def _local_extent(weight: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

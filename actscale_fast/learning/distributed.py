@@ -36,9 +36,9 @@ class ProcessGroup:
     #: The processes that hold the model with this one.
     model: ModelProcesses = ALONE
     n_processes: int = 1  # in all
-    #: torch.distributed's group of those that share the work, and of all; None: the default group.
-    peers: Any = None
-    everybody: Any = None
+    #: torch.distributed's groups over which a sum is that of all that share the work; None: the default group.
+    peers: tuple[Any, ...] = (None,)
+    everybody: Any = None  # the group of all processes
 
     @property
     def is_rank_zero(self) -> bool:
@@ -60,8 +60,9 @@ class ProcessGroup:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         if self.size > 1:
-            torch.distributed.all_reduce(flat, group=self.peers)
-        if self.size == 1 or self.model.same_rows:  # else the sum has given all of them the same bits
+            for group in self.peers:
+                torch.distributed.all_reduce(flat, group=group)
+        if self.size < self.n_processes:  # else the sum has given all of them the same bits
             self.model.broadcast_([flat])
         for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
@@ -133,8 +134,7 @@ def _sharing(held: ModelProcesses) -> Iterator[ProcessGroup]:
         yield ProcessGroup(rank, size, n_processes=size)
         return
     if held.size == size:
-        own = (0, 1) if held.same_rows else (held.rank, size)
-        yield ProcessGroup(*own, held, size)
+        yield ProcessGroup(held.place, held.n_places, held, size, held.peers)
         return
     gathered: list[Any] = [None] * size
     processes.all_gather_object(gathered, held.ranks)
@@ -143,12 +143,12 @@ def _sharing(held: ModelProcesses) -> Iterator[ProcessGroup]:
     if not whole or not held.same_rows:
         raise ValueError(
             f"model: it is held by the processes {held.ranks} of {size}, expected copies of it that have equally many "
-            "processes each by tensor parallelism, or one copy over all processes by FSDP2"
+            "processes each by tensor parallelism, or all processes with FSDP2"
         )
     # The n-th processes of all copies work side by side. All must create all groups, in the same order.
     groups = [processes.new_group([ranks[place] for ranks in copies]) for place in range(held.size)]
     try:
-        yield ProcessGroup(copies.index(held.ranks), len(copies), held, size, groups[held.rank])
+        yield ProcessGroup(copies.index(held.ranks), len(copies), held, size, (groups[held.rank],))
     finally:
         processes.destroy_process_group(groups[held.rank])
 
