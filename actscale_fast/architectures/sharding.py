@@ -8,14 +8,14 @@ Everything in the package that depends on this asks here. Two engines shard the 
   run, on rows of its own.
 
 With either, the processes that hold a model must run the same forward and backward passes in the same order, or they
-wait for each other for ever (`ModelProcesses`). Other engines are refused by name (`refuse_unsupported`).
+wait for each other for ever (`ModelProcesses`). Other engines are refused by name (`refuse_wrapper`, `refuse_parts`).
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-_WHOLE_MODEL = "pass the Hugging Face model itself (`{name}.module`)"
 _INSTEAD = 'shard it with FSDP2 (`torch.distributed.fsdp.fully_shard`) or tensor parallelism (`tp_plan="auto"`)'
 #: Wrappers around a model, by their class's name, and what to use instead.
 _REFUSED_WRAPPERS = {
     "DataParallel": "one process per device (torchrun), each with the model",
     "DistributedDataParallel": "the model inside it (`.module`): `fit` and `sweep` share their work by themselves",
+    "FullyShardedDataParallel": f"FSDP2 in place of FSDP1: {_INSTEAD}",
     "DeepSpeedEngine": f"the model inside it (`.module`) without ZeRO-3, or {_INSTEAD}",
     "PipelineParallel": _INSTEAD,
 }
@@ -116,11 +116,18 @@ def model_processes(model: nn.Module) -> ModelProcesses:
     """The processes that hold this model together; `ALONE` where its weights are whole in this process.
 
     Raises:
-        ValueError: the model is held by a part of the processes over a mesh of several dimensions.
+        ValueError: the model is held by a part of the processes over a mesh of several dimensions, or by tensor
+            parallelism whose weights do not say so.
     """
     if not _initialized():
         return ALONE
     fsdp, tensor_parallel = fsdp_mesh(model), tensor_parallel_mesh(model)
+    said: Any = getattr(model, "_tp_size", None)
+    if tensor_parallel is None and isinstance(said, int) and said > 1:
+        raise ValueError(
+            f"model: transformers divided it among {said} processes, but none of its weights is a DTensor that says how; "
+            "use the versions of transformers and PyTorch that are tested (docs/versions.md)"
+        )
     meshes = [mesh for mesh in (fsdp, tensor_parallel) if mesh is not None and mesh.size() > 1]
     if not meshes:
         return ALONE
@@ -149,6 +156,15 @@ def is_sharded(model: nn.Module) -> bool:
 def is_dtensor(value: object) -> bool:
     """Whether a tensor is a part of one that is sharded over processes."""
     return any(kind.__name__ == "DTensor" for kind in type(value).__mro__)
+
+
+def refuse_dtensor(x: Tensor) -> None:
+    """Raise a ValueError for an activation that is sharded over processes, as an edit cannot change a part of it."""
+    if type(x) is not Tensor and is_dtensor(x):
+        raise ValueError(
+            "model: an activation at the site is a DTensor, as torch's `parallelize_module` passes them between "
+            'modules; use transformers\' tensor parallelism (`tp_plan="auto"`), or FSDP2'
+        )
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[Any]:
@@ -266,26 +282,30 @@ def stored_as(tensor: object) -> Literal["plain", "sharded", "meta", "partitione
     return "plain" if plain else "packed"
 
 
-def refuse_unsupported(model: nn.Module) -> None:
-    """Raise a ValueError that names the engine, and what to use instead, for a model that no function can run.
-
-    These are wrappers around the Hugging Face model, FSDP1, DeepSpeed's ZeRO-3 and pipeline stages.
-    """
+def refuse_wrapper(model: nn.Module) -> None:
+    """Raise a ValueError that names the engine, and what to use instead, for a wrapper around a Hugging Face model."""
     for kind in type(model).__mro__:
         instead = _REFUSED_WRAPPERS.get(kind.__name__)
         if instead is not None and kind.__module__.partition(".")[0] in ("torch", "deepspeed", "accelerate"):
             raise ValueError(f"model: {kind.__name__} is not supported; use {instead}")
-    for module in model.modules():
-        name = type(module).__name__
-        if name == "FullyShardedDataParallel":
-            raise ValueError(f"model: FSDP1 ({name}) is not supported; {_INSTEAD}")
-        if name in ("PipelineIdentityLayer", "PipelineStage"):
-            raise ValueError(f"model: pipeline stages, which hold some of the layers, are not supported; {_INSTEAD}")
-        for key, value in module._parameters.items():
-            if value is not None and stored_as(value) == "partitioned":
-                raise ValueError(
-                    f"model: {key} of a {name} is partitioned by DeepSpeed's ZeRO-3, which is not supported; {_INSTEAD}"
-                )
+
+
+def refuse_parts(model: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Raise a ValueError, as `refuse_wrapper` does, for FSDP1, pipeline stages and DeepSpeed's ZeRO-3.
+
+    Args:
+        model: the Hugging Face model.
+        parts: the modules that such engines replace: its decoder and layers.
+    """
+    kinds = {type(part).__name__ for part in (model, *parts)}
+    if "FullyShardedDataParallel" in kinds:
+        raise ValueError(f"model: FSDP1 (FullyShardedDataParallel) is not supported; {_INSTEAD}")
+    if "PipelineIdentityLayer" in kinds:
+        raise ValueError(f"model: pipeline stages, which hold some of the layers, are not supported; {_INSTEAD}")
+    if hasattr(next(model.parameters(), None), "ds_id"):  # DeepSpeed marks all parameters, and keeps small ones whole
+        name = next((name for name, value in model.named_parameters() if stored_as(value) == "partitioned"), None)
+        if name is not None:
+            raise ValueError(f"model: {name} is partitioned by DeepSpeed's ZeRO-3, which is not supported; {_INSTEAD}")
 
 
 def _initialized() -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.own_heads import own_heads
+from ..architectures.sharding import refuse_dtensor
 from ..interventions import Intervention, Placement
 from ..interventions.placement import EVERYWHERE
 from .forward_call import Call
@@ -34,6 +35,7 @@ class LayerEdit:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [B, T, H·D] or [B, T, d], or with rows and tokens flattened; returns the edited activation."""
+        refuse_dtensor(x)
         context = self.steering.context or self.steering.context_outside(x)
         if context.device is not None:
             context = context.on(x.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,17 @@ import pytest
 from sharded_cases import claims_of, differences, errors_in, ranks_and_one
 
 pytestmark = pytest.mark.slow
+pytest.importorskip("transformers.distributed.tensor_parallel", reason="weights that say how they are sharded")
 
 NAMES = ["llama", "qwen3", "gemma3_text", "qwen3_moe"]
 
 
 def load(name: str, folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_pretrained(folder / name, tp_plan="auto").eval()
+    config = DistributedConfig(tp_size=2)
+    return AutoModelForCausalLM.from_pretrained(folder / name, distributed_config=config).eval()
 
 
 @pytest.fixture(scope="module")
