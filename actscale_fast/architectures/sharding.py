@@ -125,8 +125,8 @@ def model_processes(model: nn.Module) -> ModelProcesses:
     said: Any = getattr(model, "_tp_size", None)
     if tensor_parallel is None and isinstance(said, int) and said > 1:
         raise ValueError(
-            f"model: transformers divided it among {said} processes, but no weight is a DTensor, which would say how; use "
-            "a version of transformers that is tested"
+            f"model: transformers divided it among {said} processes, but no weight is a DTensor, which would say how; "
+            "use a version of transformers that is tested"
         )
     meshes = [mesh for mesh in (fsdp, tensor_parallel) if mesh is not None and mesh.size() > 1]
     if not meshes:
