@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ...architectures.sharding import storages
+from ...architectures.sharding import fsdp_mesh, storages
 
 #: Share of the memory that is free when an engine opens.
 SHARE_OF_FREE = 0.5
@@ -24,7 +24,9 @@ class KeptBytes:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.modules = [module for root in modules for module in root.modules()]
+        roots = list(modules)
+        self.modules = [module for root in roots for module in root.modules()]
+        self.gathers = any(fsdp_mesh(root) is not None for root in roots)
         self.known: set[int] = set()
         self.found: dict[int, int] = {}
         self._open = contextlib.ExitStack()
@@ -33,7 +35,7 @@ class KeptBytes:
         with contextlib.ExitStack() as stack:
             for module in self.modules:
                 self._note(module)
-                if any(value is not None for value in module._parameters.values()):
+                if self.gathers and any(value is not None for value in module._parameters.values()):
                     stack.callback(module.register_forward_pre_hook(self._note).remove)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
             self._open = stack.pop_all()
