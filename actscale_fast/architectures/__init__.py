@@ -6,5 +6,7 @@ detect.py        finds the parts of models that are not in the table (parts.py a
 site_check.py    shows by short forward passes that the sites are what their names say (probe*.py run them)
 location.py      where an intervention acts: site, layers, positions, and the model it belongs to
 lm_head.py       the output head
+sharding.py      how weights are stored: whole, sharded over processes, or packed
+own_heads.py     the heads of one process under tensor parallelism
 hugging_face.py  the model inside its wrappers, its config, embedding and devices
 """

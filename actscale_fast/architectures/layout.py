@@ -17,6 +17,7 @@ from .hugging_face import text_config, unwrap
 from .location import Location, ModelFingerprint, check_layers
 from .model_origin import origin_of
 from .parts import config_value, has, part, positive_int, submodule, takes_hidden_states
+from .sharding import refuse_parts, refuse_wrapper
 
 
 class _AtSite(NamedTuple):
@@ -177,6 +178,7 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
         ValueError: an encoder-decoder, or an unknown family whose parts are not certain.
     """
     require_supported()
+    refuse_wrapper(model)
     model, paths = unwrap(model), paths or {}
     outer = getattr(model, "config", None)
     if outer is None or not hasattr(outer, "get_text_config"):
@@ -197,6 +199,8 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     layers = submodule(model, path, "layers_path")
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(f"layers_path: {path!r} is a {type(layers).__name__}, expected a list of layers; {HELP}")
+    decoder = _owner_of_layers(model, path)
+    refuse_parts(model, (decoder, *layers))
     projection = paths.get("projection") or (family.projection if family else None)
     uncertain: ValueError | None = None
     if projection is None:
@@ -214,7 +218,7 @@ def layout(model: nn.Module, paths: dict[str, str] | None = None) -> ModelLayout
     n_heads, head_dim = usual[0][0] if usual else (n_heads, head_dim)
     return ModelLayout(
         model=model,
-        decoder=_owner_of_layers(model, path),
+        decoder=decoder,
         layers=tuple(layers),
         layers_path=path,
         projection=projection,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import fsdp_mesh
+
 #: How far the model's logits may differ from the formula, in roundings of the dtype at the largest logit.
 _ROUNDINGS = 64
 
@@ -56,6 +58,8 @@ def read_head(model: nn.Module, arguments: dict[str, Any]) -> OutputHead | None:
     if not isinstance(module, nn.Module) or type(weight) not in plain or type(bias) not in (*plain, type(None)):
         return None
     if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta or module._forward_hooks:
+        return None
+    if fsdp_mesh(model) is not None:  # a weight that is whole now is given up after a pass
         return None
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .._json import shown
 from .hugging_face import unwrap
+from .sharding import stored_as
 from .weights_digest import weights_digest
 
 #: A longer name is neither saved nor read.
@@ -119,10 +119,7 @@ def _quantisation(model: nn.Module) -> str:
         bits = [n for n in ("4", "8") if known.get(f"load_in_{n}bit") or known.get(f"_load_in_{n}bit")]
         bits = bits or [str(known["bits"])] * (type(known.get("bits")) is int)
         return ", ".join([method, *(f"{n} bits" for n in bits)])[:_LONGEST]
-    plain = all(
-        type(value) in (nn.Parameter, torch.Tensor) and value.is_floating_point() for value in model.parameters()
-    )
-    return "none" if plain else "unknown"
+    return "unknown" if any(stored_as(value) == "packed" for value in model.parameters()) else "none"
 
 
 def _weights(model: nn.Module) -> str | None:

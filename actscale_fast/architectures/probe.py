@@ -17,6 +17,7 @@ from ..modules.hooks import suspended
 from ..modules.without_side_effects import without_side_effects
 from .arguments import accepted_arguments
 from .layout import ModelLayout
+from .sharding import refuse_dtensor
 
 N_TOKENS = 4
 
@@ -53,6 +54,7 @@ class Probe:
 
     def rows_of(self, x: Tensor) -> Tensor:
         """x [B, T, ...], or [B·T, ...] in families that flatten rows and tokens, with the rows apart."""
+        refuse_dtensor(x)
         return x if x.shape[0] == self.n_rows else x.reshape(self.n_rows, -1, *x.shape[1:])
 
     @contextlib.contextmanager

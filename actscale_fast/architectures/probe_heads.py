@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from .arguments import cache_argument
 from .attention_outputs import heads_changed, values_changed
 from .layout import ModelLayout
+from .own_heads import heads_in_process
 from .probe import Probe, Verdict
+from .sharding import tensor_parallel_mesh
 
 _FACTORS = (2.0, 0.5, 4.0, 0.25, 8.0, 0.125, 16.0, 0.0625)
 #: How far rows may differ beyond their factors, relative to their norm: sums are rounded in another order.
@@ -28,10 +30,16 @@ class HeadProbe(Probe):
 
     def __init__(self, found: ModelLayout, modules: Mapping[int, nn.Module]) -> None:
         super().__init__(found, modules)
-        self.sizes = {layer: size for layer in modules if (size := found.heads[layer]) is not None}
+        self.sizes = {layer: self._own(layer, size) for layer in modules if (size := found.heads[layer]) is not None}
         self.n_rows = 1 + _digits(max((n_heads for n_heads, _ in self.sizes.values()), default=1))
         self.scaled: dict[int, Tensor] = {}  # the factors [rows, H] of the layers whose heads were scaled in this pass
         self.compared: set[int] = set()  # layers whose scaled heads have arrived at their projection
+
+    def _own(self, layer: int, size: tuple[int, int]) -> tuple[int, int]:
+        """(heads, their width) in this process."""
+        if tensor_parallel_mesh(self.found.model) is None:
+            return size
+        return heads_in_process(self.modules[layer], size[0]), size[1]
 
     def verdict(self) -> Verdict:
         changes = {}

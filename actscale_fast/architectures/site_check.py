@@ -26,6 +26,7 @@ from .parts import has
 from .probe import Verdict
 from .probe_heads import HeadProbe
 from .probe_streams import StreamProbe
+from .sharding import is_sharded, model_processes
 
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Known]] = weakref.WeakKeyDictionary()
 
@@ -108,7 +109,7 @@ def verdict_of(found: ModelLayout, site: str, *, now: bool = False) -> Verdict |
     present = {layer: module for layer, module in modules.items() if module is not None}
     probe = HeadProbe(found, present) if site == "head" else StreamProbe(found, present, site)
     try:
-        verdict = probe.verdict()
+        verdict, sure = _agreed(found, probe.verdict(), probe.sure)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -116,9 +117,20 @@ def verdict_of(found: ModelLayout, site: str, *, now: bool = False) -> Verdict |
             f"model: the short forward pass that verifies the structure of {type(found.decoder).__name__} failed: "
             f"{type(error).__name__}: {error}; set ACTSCALE_CHECK=0 to skip the check"
         ) from error
-    if probe.sure:
+    if sure:
         known[key] = _Known.on(watched, verdict)
     return verdict
+
+
+def _agreed(found: ModelLayout, verdict: Verdict, sure: bool) -> tuple[Verdict, bool]:
+    """The verdict of all processes with this model: with tensor parallelism each has seen its own heads."""
+    processes = model_processes(found.model)
+    if processes.size == 1:
+        return verdict, sure
+    verdicts, sures = zip(*processes.all_gather((verdict, sure)), strict=True)
+    reasons = {layer: reason for one in reversed(verdicts) for layer, reason in one.reasons.items()}
+    idle = frozenset().union(*(one.idle for one in verdicts))
+    return Verdict(reasons, idle, frozenset().union(*(one.absent for one in verdicts))), all(sures)
 
 
 def skipped() -> bool:
@@ -136,6 +148,9 @@ def _watched(found: ModelLayout, site: str) -> list[nn.Module]:
 
 
 def _cannot_run_yet(decoder: nn.Module) -> bool:
-    """Whether weights are not in place: sharded, or on no device and with nothing that fetches them."""
+    """Whether weights are not in place: sharded, or on no device and with nothing that fetches them.
+
+    The processes that hold a sharded model all run its forward pass, but one of them may be patched by itself.
+    """
     fetched = any("_hf_hook" in module.__dict__ for module in decoder.modules())
-    return any((p.is_meta and not fetched) or type(p).__name__ == "DTensor" for p in decoder.parameters())
+    return is_sharded(decoder) or any(p.is_meta and not fetched for p in decoder.parameters())

@@ -2,7 +2,8 @@
 
 Each parameter and persistent buffer contributes its name, dtype, shape and the bytes of evenly spread elements.
 Quantised weights contribute their packed values and their scales. Offloaded weights are read from where accelerate
-keeps them. Weights that are sharded over processes are refused, because learning needs whole weights in each process.
+keeps them. Of a weight that is sharded over processes each contributes the elements that it holds, so that the digest
+is that of the whole model.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .hugging_face import unwrap
+from .sharding import is_dtensor, is_sharded, reshard, sampled, stored_as
 
 _WHOLE = 1 << 14  # elements of a tensor that counts with all of them; norms, biases, scales
 _SAMPLE = 384  # elements of a larger one; SmolLM2-135M: 272 tensors in 15 ms on one core
@@ -24,17 +26,23 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 _STATE = ("absmax", "code", "offset", "state2", "scale", "zero", "SCB")
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, *, collective: bool = False) -> str:
     """16 hexadecimal digits that identify a model by all its parameters and persistent buffers.
 
     Args:
-        model: plain, quantised or offloaded, with or without the wrappers of torch.compile and PEFT.
+        model: plain, quantised, offloaded or sharded, with or without the wrappers of torch.compile and PEFT.
+        collective: whether all processes that hold a sharded model together make this call; otherwise such a model has
+            no digest.
 
     Raises:
         ValueError: a weight cannot be read, for example because it is on the meta device or sharded; the message names
             it.
     """
     found = hashlib.sha256()
+    if is_sharded(unwrap(model)):
+        if not collective:
+            raise ValueError("model: its weights are sharded over processes, and a single one was asked for its digest")
+        reshard(unwrap(model))
     samples: list[Tensor] = []
     with torch.no_grad():
         for name, tensor in _tensors(unwrap(model)):
@@ -44,14 +52,6 @@ def weights_digest(model: nn.Module) -> str:
         for values in _on_host(samples):
             found.update(values)
     return found.hexdigest()[:16]
-
-
-def sharded_error(name: str) -> ValueError:
-    """The error about the weight of that name, which is sharded."""
-    return ValueError(
-        f"model: {name} is sharded over processes (tensor parallelism or FSDP2), and learning needs whole weights in "
-        "each process; patch, generate and evaluate take such a model"
-    )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -86,9 +86,7 @@ def _readable(name: str, tensor: Tensor, offloaded: Tensor | None) -> Tensor:
             f"model: {name} is on the meta device, so this model cannot be told apart from others of the same shape; a "
             "checkpoint or sweep folder must record which model it belongs to: load the weights, or omit it"
         )
-    if type(tensor).__name__ == "DTensor":
-        raise sharded_error(name)
-    if hasattr(tensor, "ds_id") and not tensor.numel():
+    if stored_as(tensor) == "partitioned":
         raise ValueError(
             f"model: {name} is partitioned by DeepSpeed's ZeRO-3 and cannot be read here; a checkpoint or sweep folder "
             "must record which model it belongs to: omit it, or load the model without ZeRO-3"
@@ -146,7 +144,7 @@ def _of_state(name: str, state: Any, depth: int = 0) -> Iterator[tuple[str, Tens
 
 def _plain(name: str, tensor: Tensor, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """The ordinary tensors that make up a tensor."""
-    if type(tensor) in (Tensor, nn.Parameter):
+    if type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor):
         yield name, tensor
     elif hasattr(tensor, "__tensor_flatten__") and depth < 4:  # torchao, quanto and others made of several tensors
         for key in sorted(tensor.__tensor_flatten__()[0]):
@@ -171,7 +169,9 @@ def _sample(name: str, tensor: Tensor) -> Tensor:
     # An odd step reaches every column of a matrix of even width.
     step = 1 if n <= _WHOLE else n // _SAMPLE | 1
     try:
-        if tensor.is_contiguous() or not n:
+        if is_dtensor(tensor):
+            values = sampled(tensor, torch.arange(0, n, step, device=tensor.device))
+        elif tensor.is_contiguous() or not n:
             values = tensor.detach().reshape(-1)[::step].contiguous()
         else:
             index = torch.arange(0, n, step, device=tensor.device)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._checks import check_counts
+from ..architectures.hugging_face import unwrap
 from ..architectures.model_origin import origin_of
+from ..architectures.sharding import is_sharded
 from ..learning import checkpoint as checkpoints
 from ..learning.arguments import refuse_inference_mode
 from ..learning.encoded_examples import EncodedExamples
@@ -116,6 +118,10 @@ def fit_interchange(
     settings = FitSettings(steps=steps, lr=rotation_lr, batch_size=batch_size, seed=seed, schedule="constant")
     plan = Plan(settings, accumulate, boundary_lr, boundary_weight, temperature, warmup)
     if checkpoint is not None:
+        if is_sharded(unwrap(model)):
+            raise ValueError(
+                "checkpoint: fit_interchange keeps none of a model that is sharded over processes; omit it"
+            )
         checkpoints.check_writable_checkpoint(checkpoint, new=True)
     Patch(model, das).remove()  # refuses another model's interchange, and moves the parameters to this model's device
     begun = time.perf_counter()

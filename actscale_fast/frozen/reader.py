@@ -14,6 +14,7 @@ from torch import Tensor
 from ..architectures.hugging_face import embedding_weight, input_device
 from ..architectures.layout import layout
 from ..architectures.location import check_layers, check_site
+from ..architectures.own_heads import own_heads
 from ..modules import hooks
 from ..modules.evaluation_mode import evaluation_mode
 from .batching import Batch, forward_arguments
@@ -122,10 +123,16 @@ class Reader:
             value = x.detach()
             if value.dim() == 2:  # OPT flattens rows and tokens
                 value = value.unflatten(0, (self._n_rows, -1))
-            value = value.unflatten(2, (self._n_heads, -1))  # [B, T, H, D]
+            value = self._all_heads(index, value).unflatten(2, (self._n_heads, -1))  # [B, T, H, D]
             # A copy, because Falcon adds the MLP's output to the attention's in place.
             self._noted[index] = (value if self._reduce is None else self._reduce(value)).clone()
         return x
+
+    def _all_heads(self, index: int, value: Tensor) -> Tensor:
+        """The activation [B, T, ·] with the heads of all processes, under tensor parallelism."""
+        sizes = self.found.heads[self.layers[index]] if self.site == "head" else None
+        own = None if sizes is None else own_heads(self._modules[index], value.shape[-1], *sizes)
+        return value if own is None else own.join(value, 2)
 
     def _checked(self, input_ids: Tensor | Batch, attention_mask: Tensor | None) -> Batch:
         if isinstance(input_ids, Batch):

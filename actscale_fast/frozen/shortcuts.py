@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..architectures.hugging_face import embedding_weight, input_device
 from ..architectures.layout import ModelLayout
 from ..architectures.lm_head import OutputHead, read_head
+from ..architectures.sharding import model_processes
 from ..architectures.site_check import skipped
 from ..modules.hooks import suspended
 from ..modules.without_side_effects import lock, unhooked
@@ -80,7 +81,7 @@ def _agrees_in_part(found: ModelLayout, head: OutputHead | None) -> bool | None:
         # Top down, and after a pass on other tokens: nothing that a left-out layer still holds may happen to be right.
         starts = sorted({1, n_layers // 2, n_layers - 1} & set(range(1, n_layers)), reverse=True)
         whole, hidden = partial_forward.run(arguments, wanted=starts)
-        if not bool(whole.isfinite().all()):
+        if not model_processes(model).leaders(bool(whole.isfinite().all())):
             note_padding(model, True)
             return None
         others = ids.flip(1)[:, 1:].repeat(2, 1)
@@ -113,11 +114,12 @@ def _honours_padding(model: Any, partial_forward: PartialForward, ids: Tensor, w
 
 def _agrees(partial_forward: PartialForward, whole: Tensor, arguments: dict[str, Any], **options: Any) -> bool:
     try:
-        return _close(partial_forward.run(arguments, **options)[0], whole)
+        agrees = _close(partial_forward.run(arguments, **options)[0], whole)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # layers may exchange more than hidden states
-        return False
+        agrees = False
+    return model_processes(partial_forward.found.model).leaders(agrees)
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

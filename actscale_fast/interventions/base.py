@@ -16,6 +16,7 @@ from .._tables import Readable, ranges
 from ..architectures.locate import locate
 from ..architectures.location import Location, check_positions, check_site
 from ..architectures.model_origin import ModelOrigin
+from ..architectures.own_heads import OwnHeads
 from . import saving
 from .description import Description, read_description
 from .placement import Placement
@@ -49,6 +50,10 @@ class Intervention(Readable, nn.Module):
     #: Whether an edit takes activations from a second prompt for each row. Such a class implements
     #: `source_activations`, `interchange` and `check_source`.
     needs_source: ClassVar[bool] = False
+    #: Whether the `edit` of this class treats each head by itself and reads its parameters by `of_layer(...,
+    #: placement.heads)`. Under tensor parallelism a process then edits its own heads; otherwise it is given all heads,
+    #: which the processes exchange. A class that overrides `edit` says so anew.
+    edits_own_heads: ClassVar[bool] = False
     #: The power of the activation's size that the parameters have in their units: 0 for factors, 1 for what is added to
     #: an activation, −1 for probes that are multiplied with one. It converts learning rates such as "5%".
     activation_power: ClassVar[int] = 0
@@ -149,6 +154,12 @@ class Intervention(Readable, nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def takes_own_heads(cls) -> bool:
+        """Whether the class that implements `edit` says that it `edits_own_heads`; a class derived from it may not."""
+        owner = next(kind for kind in cls.__mro__ if "edit" in kind.__dict__)
+        return bool(owner.__dict__.get("edits_own_heads", False))
+
     def full_step(self, sizes: Tensor) -> Tensor:
         """The change of an entry in each layer that changes the activation by its own size, a learning rate of 100%.
 
@@ -181,13 +192,22 @@ class Intervention(Readable, nn.Module):
     def check_source(self, n_rows: int) -> None:
         """Raise a ValueError unless the source in use has n_rows items; implemented by classes with `needs_source`."""
 
-    def of_layer(self, parameter: Tensor, layer: int, device: torch.device) -> Tensor:
-        """One layer's values [G, P, ...], limited to its own heads; a view unless it is on another device."""
+    def of_layer(self, parameter: Tensor, layer: int, device: torch.device, heads: OwnHeads | None = None) -> Tensor:
+        """One layer's values [G, P, ...], limited to its own heads; a view unless it is on another device.
+
+        Args:
+            parameter: of this intervention.
+            layer: index among the chosen layers.
+            device: where the values are needed.
+            heads: `Placement.heads`: under tensor parallelism, only the heads of this process.
+        """
         values = parameter.narrow(0, layer, 1) if self.n_groups is None else parameter.select(1, layer)
         n_heads = self.location.heads_of(layer)
         if values.dim() > 2 and values.shape[2] > n_heads:
             values = values.narrow(2, 0, n_heads)
-        return values if values.device == device else values.to(device, non_blocking=True)
+        if values.device != device:
+            values = values.to(device, non_blocking=True)
+        return values if heads is None else heads.take(values, 2)
 
     @classmethod
     def stack(cls, interventions: Iterable[Intervention]) -> Self:

@@ -35,6 +35,7 @@ class DynScalar(Intervention):
 
     shares_positions: ClassVar[bool] = True
     multiplies: ClassVar[bool] = True
+    edits_own_heads: ClassVar[bool] = True
     activation_power: ClassVar[int] = -1
     probes: nn.Parameter
     _produced: list[Produced] | None = None
@@ -44,14 +45,15 @@ class DynScalar(Intervention):
         return {"probes": (location.n_heads, location.width)}
 
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
-        probes = self.of_layer(self.probes, layer, x.device).squeeze(1)  # [G, H, D]
+        probes = self.of_layer(self.probes, layer, x.device, placement.heads).squeeze(1)  # [G, H, D]
         steered, group = placement.steered(self.location.n_slots), placement.group
         if placement.index is not None:
             alone = self.n_groups in (None, 1)
             group = None if alone else placement.index[:, 0] // (self.location.n_slots + 1)
         y, scalars = dynamic_scale(x, probes, strength=strength, group=group, return_scalars=True)
         if self._produced is not None:
-            self._produced.append(Produced(scalars, steered))
+            whole = scalars if placement.heads is None else placement.heads.join(scalars, 2)
+            self._produced.append(Produced(whole, steered))
         return y if steered is None else torch.where(steered[:, :, None, None], y, x)
 
     def full_step(self, sizes: Tensor) -> Tensor:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..architectures.own_heads import OwnHeads
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class Placement:
             P + 1 rows is zero. R is B, or 1 for all rows. None: no token differs from another.
         slot: the slot that every token uses; None: all slots as they are.
         group: int64 [B], the row group of each row, as `ops.scale_heads` takes it; with an index, the row of the index.
+        heads: the heads that the activation has in this process, under tensor parallelism; None: all.
     """
 
     index: Tensor | None = None
     slot: int | None = None
     group: Tensor | None = None
+    heads: OwnHeads | None = None
 
     def of(self, values: Tensor) -> Tensor:
         """values [G, P, ...] -> [G or R, 1 or T, ...], ready for `ops.scale_heads` with `self.group`."""
@@ -45,14 +49,14 @@ class Placement:
 
     def last(self, n_tokens: int) -> Placement:
         """The placement of the last tokens of the pass alone."""
-        return self if self.index is None else Placement(self.index[:, -n_tokens:], self.slot, self.group)
+        return self if self.index is None else replace(self, index=self.index[:, -n_tokens:])
 
     def to(self, device: torch.device) -> Placement:
         """The same placement on another device."""
         index, group = (
             None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (self.index, self.group)
         )
-        return Placement(index, self.slot, group)
+        return Placement(index, self.slot, group, self.heads)
 
 
 #: Every token uses the one slot that there is.

@@ -21,6 +21,7 @@ class Projection(Intervention):
     """
 
     homogeneous: ClassVar[bool] = False
+    edits_own_heads: ClassVar[bool] = True
     directions: nn.Parameter
     targets: nn.Parameter
 
@@ -29,8 +30,9 @@ class Projection(Intervention):
         return {"directions": (location.n_heads, location.width), "targets": (location.n_heads,)}
 
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
-        directions = placement.of(self.of_layer(self.directions, layer, x.device))  # [G or R, 1 or T, H, D]
-        targets = placement.of(self.of_layer(self.targets, layer, x.device))  # [G or R, 1 or T, H]
+        heads = placement.heads
+        directions = placement.of(self.of_layer(self.directions, layer, x.device, heads))  # [G or R, 1 or T, H, D]
+        targets = placement.of(self.of_layer(self.targets, layer, x.device, heads))  # [G or R, 1 or T, H]
         if placement.group is not None:
             directions, targets = directions[placement.group], targets[placement.group]
         beta = strength.view(-1, 1, 1) if isinstance(strength, Tensor) else strength

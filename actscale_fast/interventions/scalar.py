@@ -38,6 +38,7 @@ class ActivScalar(Intervention):
     """
 
     multiplies: ClassVar[bool] = True
+    edits_own_heads: ClassVar[bool] = True
     alpha: nn.Parameter
 
     @classmethod
@@ -45,7 +46,7 @@ class ActivScalar(Intervention):
         return {"alpha": (location.n_heads,)}
 
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
-        alpha = placement.of(self.of_layer(self.alpha, layer, x.device))
+        alpha = placement.of(self.of_layer(self.alpha, layer, x.device, placement.heads))
         return scale_heads(x, alpha, strength=strength, group=placement.group)
 
     def __getitem__(self, index: Any) -> float | Tensor:

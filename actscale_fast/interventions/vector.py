@@ -22,6 +22,7 @@ class SteerVec(Intervention):
     site H is 1 and D the hidden size.
     """
 
+    edits_own_heads: ClassVar[bool] = True
     activation_power: ClassVar[int] = 1
     vectors: nn.Parameter
 
@@ -30,7 +31,7 @@ class SteerVec(Intervention):
         return {"vectors": (location.n_heads, location.width)}
 
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
-        shift = placement.of(self.of_layer(self.vectors, layer, x.device))
+        shift = placement.of(self.of_layer(self.vectors, layer, x.device, placement.heads))
         return scale_heads(x, None, shift=shift, strength=strength, group=placement.group)
 
     def __add__(self, other: Intervention) -> Intervention:

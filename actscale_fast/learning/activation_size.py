@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import defaults
+from ..architectures.hugging_face import unwrap
 from ..architectures.location import Location
+from ..architectures.sharding import model_processes
 from ..frozen.reader import Reader
 from ..interventions import Intervention
 from .encoded_examples import EncodedExamples, evenly_spaced
@@ -112,7 +114,7 @@ def _of_prompts(model: PreTrainedModel, data: EncodedExamples, place: Location, 
                     found += [of_tokens[:, i, -len(data.prompts[row]) :] for i, row in enumerate(batch)]
             return found
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if size == 1 or not out_of_memory(error):
+            if size == 1 or not out_of_memory(error) or model_processes(unwrap(model)).size > 1:
                 raise
         size //= 2
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..architectures.hugging_face import unwrap
 from ..architectures.layout import layout
 from ..architectures.location import Location
 from ..architectures.site_after_norm import offer_of_site_after_norm
 from ..architectures.site_check import idle_layers
-from ..architectures.weights_digest import sharded_error
 from ..interventions import Composite, Intervention, Projection
 from .objective import Objective
 
@@ -81,10 +79,3 @@ def refuse_inference_mode(function: str) -> None:
     """Raise a RuntimeError where gradients cannot be enabled."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(f"{function} needs gradients, which torch.inference_mode() rules out; call it outside")
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise a ValueError if the model's weights are sharded: the steps of one process would not fit the others'."""
-    name = next((name for name, value in model.named_parameters() if type(value).__name__ == "DTensor"), None)
-    if name is not None:
-        raise sharded_error(name)

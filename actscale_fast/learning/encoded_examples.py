@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..architectures.hugging_face import unwrap
 from ..architectures.layout import layout
+from ..architectures.sharding import ModelProcesses, model_processes
 from ..frozen.batching import Batch, left_padded, padding_known
 from ..frozen.encoder import TextEncoder
 from ..tasks.examples import prompt_of
@@ -79,6 +81,19 @@ class EncodedExamples:
             most = max(len(self.prompts[row]) for row in self.long_answers)
             most += max(one.longest for one in self.long_answers.values()) - 1
             encoder.check_length(most, "examples: the longest prompt with the longest answer of several tokens")
+
+        self._refuse_differences(model_processes(self.model))
+
+    def _refuse_differences(self, together: ModelProcesses) -> None:
+        """ValueError where processes that must run the same passes have other examples, and would wait for ever."""
+        if together.size == 1:
+            return
+        tokens = (self.prompts, self.correct.tolist(), self.wrong.tolist(), self.long_answers)
+        if len(set(together.all_gather(hashlib.sha256(repr(tokens).encode()).hexdigest()))) > 1:
+            raise ValueError(
+                f"examples: the {together.size} processes that hold the model have different examples, expected the "
+                "same in each: a call shares its work by itself"
+            )
 
     def __len__(self) -> int:
         return len(self.prompts)

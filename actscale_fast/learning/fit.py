@@ -170,7 +170,7 @@ def fit(
     data = EncodedExamples(examples, tokenizer, model, paths)
     refuse_tokenless(intervention, data)
     ensure_verified(data.device, progress=progress)
-    with process_group(execution.distributed) as processes:
+    with process_group(execution.distributed, model) as processes:
         if checkpoint.path is not None:
             check_writable_checkpoint(checkpoint.path, processes=processes, new=True)
         # Refuses another model's intervention before any work, and moves the parameters to this model's device.
@@ -213,12 +213,11 @@ def fit(
                     if state.history:
                         bar.set_postfix_str(_summary(state.history[-1], intervention.n_parameters), refresh=False)
                     bar.update()
-                    if processes.is_rank_zero and state.taken % checkpoint.every == 0:
+                    if state.taken % checkpoint.every == 0:
                         state.save()
                 state.read(wait=True)
             finally:
-                if processes.is_rank_zero:  # also after Ctrl-C, SIGTERM and a failed step, whose beginning is kept
-                    state.save()
+                state.save()  # also after Ctrl-C, SIGTERM and a failed step, whose beginning is kept
         return _result(state, begun, path)
 
 

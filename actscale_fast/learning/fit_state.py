@@ -71,6 +71,7 @@ class FitState:
         self._pending: deque[_Step] = deque()
         self._whole = True  # whether parameters, moments and counters belong to the same step
         self._saved = -1
+        self._writes = True  # whether this process writes the checkpoint; the others only read as far as it does
 
     @property
     def minimality(self) -> float:
@@ -187,6 +188,7 @@ class FitState:
             ValueError: the checkpoint is damaged or belongs to another fit, or the processes have different fits.
             OSError: the checkpoint cannot be read, or cannot be written although there are steps left.
         """
+        self._writes = processes.is_rank_zero
         state: checkpoints.SavedFit | None = None
         error: ValueError | OSError | None = None
         if self.checkpoint is not None and processes.is_rank_zero:
@@ -197,7 +199,7 @@ class FitState:
             except (ValueError, OSError) as found:
                 error = found
         resumed = state is not None
-        if processes.size > 1:
+        if processes.n_processes > 1:
             state, resumed, error = self._agree(processes, state, error)
         if error is not None:
             raise error
@@ -230,7 +232,7 @@ class FitState:
         if self.checkpoint is None or not self._whole:
             return
         self.read(wait=True)
-        if self._saved != self.taken:
+        if self._saved != self.taken and self._writes:
             checkpoints.save(
                 self.checkpoint, checkpoints.SavedFit(self.taken, self.tensors(), self.history), self.identity
             )

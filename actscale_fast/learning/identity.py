@@ -52,10 +52,10 @@ def model_identity(model: PreTrainedModel, saved: bool, processes: ProcessGroup 
             ValueError.
         processes: if there are several, they compare their models where that is possible.
     """
-    if not saved and processes.size == 1:
+    if not saved and processes.n_processes == 1:
         return {}
     try:
-        return {"model": weights_digest(model)}
+        return {"model": weights_digest(model, collective=True)}
     except ValueError:
         if saved:
             raise

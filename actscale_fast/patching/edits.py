@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..architectures.own_heads import own_heads
+from ..architectures.sharding import refuse_dtensor
 from ..interventions import Intervention, Placement
 from ..interventions.placement import EVERYWHERE
 from .forward_call import Call
@@ -18,7 +22,7 @@ from .token_slots import per_row, place, refuse_several_sequences
 class LayerEdit:
     """The edit of one layer: hands the activation to the intervention, with the context of the running pass."""
 
-    def __init__(self, steering: Steering, index: int) -> None:
+    def __init__(self, steering: Steering, index: int, projection: nn.Module | None = None) -> None:
         location = steering.intervention.location
         self.steering = steering
         self.intervention = steering.intervention
@@ -26,9 +30,12 @@ class LayerEdit:
         self.layer = location.layers[index]  # in the model
         self.whole = location.site != "head"
         self.n_heads, self.width = location.sizes_of(index)
+        self._projection = None if projection is None else weakref.ref(projection)  # as all references of a patch
+        self.takes_own_heads = steering.intervention.takes_own_heads()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [B, T, H·D] or [B, T, d], or with rows and tokens flattened; returns the edited activation."""
+        refuse_dtensor(x)
         context = self.steering.context or self.steering.context_outside(x)
         if context.device is not None:
             context = context.on(x.device)
@@ -47,22 +54,16 @@ class LayerEdit:
             placement = placement.last(x.shape[1])  # Gemma 4: layers that share keys get the wanted tokens only
         if self.whole:
             return self.intervention.edit(x.unsqueeze(2), self.index, context.strength, placement).squeeze(2)
-        heads = split_heads(x, self.n_heads, self.width)
-        return self.intervention.edit(heads, self.index, context.strength, placement).flatten(2)
-
-
-def split_heads(x: Tensor, n_heads: int, width: int) -> Tensor:
-    """x [B, T, H·D] as heads [B, T, H, D].
-
-    Raises:
-        RuntimeError: another number of channels, such as those of one rank of a tensor-parallel model.
-    """
-    if x.shape[-1] != n_heads * width:
-        raise RuntimeError(
-            f"site: 'head' got {x.shape[-1]} channels, expected {n_heads} heads · {width} = {n_heads * width}; does "
-            "each process hold only some of the heads (tensor parallelism)?"
-        )
-    return x.unflatten(-1, (n_heads, width))
+        projection = None if self._projection is None else self._projection()
+        own = own_heads(projection, x.shape[-1], self.n_heads, self.width)
+        heads = x.unflatten(-1, (-1, self.width))  # [B, T, H, D]
+        if own is None:
+            return self.intervention.edit(heads, self.index, context.strength, placement).flatten(2)
+        if self.takes_own_heads:
+            placement = replace(placement, heads=own)
+            return self.intervention.edit(heads, self.index, context.strength, placement).flatten(2)
+        edited = self.intervention.edit(own.join(heads, 2), self.index, context.strength, placement)
+        return own.take(edited, 2).flatten(2)
 
 
 class Steering(ActivePatch):
@@ -143,10 +144,14 @@ class Steering(ActivePatch):
     def _rowwise(self) -> bool:
         return isinstance(self._strength, Tensor) or self._group is not None
 
-    def edits(self) -> Iterator[tuple[int, LayerEdit]]:
-        """(number of the layer in the model, its edit) for each steered layer."""
+    def edits(self, modules: Mapping[int, nn.Module] | None = None) -> Iterator[tuple[int, LayerEdit]]:
+        """(number of the layer in the model, its edit) for each steered layer.
+
+        Args:
+            modules: the modules of the site by layer, which say what tensor parallelism shards; None: not known.
+        """
         for index, layer in enumerate(self.intervention.location.layers):
-            yield layer, LayerEdit(self, index)
+            yield layer, LayerEdit(self, index, (modules or {}).get(layer))
 
     def context_of(self, call: Call) -> Context:
         """The context of one forward pass: which slot of the parameters each token uses, and β for each row."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..architectures.layout import layout
+from ..architectures.own_heads import own_heads
 from ..interventions.placement import EVERYWHERE
 from ..ops import scale_heads
-from .edits import split_heads
 from .forward_call import Call
 from .forward_context import Context
 from .patch import AttachedPatch
@@ -70,7 +71,7 @@ class HeadMask(AttachedPatch):
         self.mask = mask
         if not bool(torch.isfinite(mask).all()):  # once: setting a mask in a loop must not wait for the device
             raise ValueError("mask: some of its values are not finite")
-        edits = [(module, partial(self._scale, index)) for index, module in enumerate(modules)]
+        edits = [(module, partial(self._scale, index, weakref.ref(module))) for index, module in enumerate(modules)]
         self._attach(found, "head", layers, edits)
 
     @property
@@ -108,7 +109,7 @@ class HeadMask(AttachedPatch):
         factors = mask.to(torch.float32, copy=True)  # a change in place afterwards is for the next pass
         return Context(EVERYWHERE, factors if mask.dim() > 1 else factors[None], n_rows, mask.device)
 
-    def _scale(self, index: int, x: Tensor) -> Tensor:
+    def _scale(self, index: int, projection: weakref.ref[nn.Module], x: Tensor) -> Tensor:
         context = self.context or self._context(self._mask, None)  # None: the layer runs by itself
         if context.placement is None:
             return x
@@ -117,4 +118,6 @@ class HeadMask(AttachedPatch):
         assert isinstance(factors, Tensor)
         alpha = factors[..., min(index, factors.shape[-2] - 1), :n_heads].reshape(-1, 1, n_heads) - 1  # [1 or B, 1, H]
         rows = x.reshape(context.n_rows or len(alpha), -1, x.shape[-1])  # OPT flattens rows and tokens
-        return scale_heads(split_heads(rows, n_heads, width), alpha).view(x.shape)
+        own = own_heads(projection(), x.shape[-1], n_heads, width)
+        alpha = alpha if own is None else own.take(alpha, 2)
+        return scale_heads(rows.unflatten(-1, (-1, width)), alpha).view(x.shape)

@@ -12,6 +12,7 @@ from ..architectures.families import FAMILIES
 from ..architectures.hugging_face import unwrap
 from ..architectures.layout import ModelLayout, layout
 from ..architectures.model_origin import warn_of_other_weights
+from ..architectures.sharding import local, own_part, reshard, storages, stored_as
 from ..interventions import ActivScalar, Intervention, SteerVec
 from .edits import one_strength
 
@@ -47,6 +48,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
     for _, part in parts:
         _check_mergeable(part)
     found = layout(model, intervention.paths)
+    reshard(found.model)
     if _MERGED in found.model.__dict__:
         raise ValueError("model: an intervention is merged already; unmerge it first")
     names = {module: name for name, module in found.model.named_modules()}
@@ -64,11 +66,11 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
             for key, value in _updated(module, name, before, part, index, factor * beta).items():
                 updates[f"{name}.{key}"] = (getattr(module, key), value)
     _refuse_shared(found.model, updates)
-    originals = {name: parameter.detach().to("cpu", copy=True) for name, (parameter, _) in updates.items()}
+    originals = {name: local(parameter).to("cpu", copy=True) for name, (parameter, _) in updates.items()}
     try:
         with torch.no_grad():
             for parameter, value in updates.values():
-                parameter.copy_(value)
+                local(parameter).copy_(value)
     except BaseException:
         _restore(found.model, originals)
         raise
@@ -99,6 +101,7 @@ def unmerge(model: nn.Module) -> None:
     inner = unwrap(model)
     if _MERGED not in inner.__dict__:
         raise ValueError("model: no intervention is merged")
+    reshard(inner)
     _restore(inner, inner.__dict__[_MERGED])
     del inner.__dict__[_MERGED]
 
@@ -106,7 +109,7 @@ def unmerge(model: nn.Module) -> None:
 def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in originals.items():
-            model.get_parameter(name).copy_(value)
+            local(model.get_parameter(name)).copy_(value)
 
 
 def site_linear(found: ModelLayout, site: str, layer: int) -> nn.Module:
@@ -131,8 +134,8 @@ def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
         raise ValueError(
             f"model: layer {layer}'s projection is a {type(module).__name__}, expected nn.Linear or Conv1D"
         )
-    usable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
-    if not usable or type(weight) not in (Tensor, nn.Parameter):  # quantised and sharded weights have other types
+    usable = isinstance(weight, Tensor) and weight.is_floating_point()
+    if not usable or stored_as(weight) not in ("plain", "sharded"):
         kind = "" if type(weight) in (Tensor, nn.Parameter) else f"a {type(weight).__name__} of "
         state = "missing" if not isinstance(weight, Tensor) else f"{kind}{weight.dtype} on {weight.device}"
         raise ValueError(
@@ -152,14 +155,16 @@ def _updated(
 ) -> dict[str, Tensor]:
     """The new weight and bias of one projection, computed in float32 or wider and rounded once.
 
+    Of a sharded projection, the parts that this process holds.
+
     Args:
         module, name: the projection.
         before: its weight and bias where earlier parts have changed them.
         intervention, index: an ActivScalar or SteerVec, and the layer's index in it.
         strength: β.
     """
-    weight: Tensor = before.get("weight", module.weight.detach())
-    bias: Tensor | None = None if module.bias is None else before.get("bias", module.bias.detach())
+    weight: Tensor = before.get("weight", local(module.weight))
+    bias: Tensor | None = None if module.bias is None else before.get("bias", local(module.bias))
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     location = intervention.location
     if isinstance(intervention, SteerVec):
@@ -167,14 +172,14 @@ def _updated(
             reason = "the head site has no bias" if location.site == "head" else f"{name} has no bias"
             raise ValueError(f"intervention: a steering vector adds to a bias, but {reason}; use patch")
         vector = intervention.vectors.detach()[index].reshape(-1).to(bias.device, wide)
-        return {"bias": (bias.to(wide) + strength * vector).to(bias.dtype)}
+        return {"bias": (bias.to(wide) + strength * own_part(vector, module.bias)).to(bias.dtype)}
     assert isinstance(intervention, ActivScalar)
     own = intervention.of_layer(intervention.alpha.detach(), index, weight.device)
     scale = 1 + strength * own.reshape(-1).to(wide)  # [H] or [1]
     inputs_first = _is_conv1d(module)  # Conv1D keeps [in, out], nn.Linear [out, in]
     if location.site == "head":
-        columns = scale.repeat_interleave(weight.shape[0 if inputs_first else 1] // len(scale))
-        columns = columns[:, None] if inputs_first else columns
+        columns = scale.repeat_interleave(module.weight.shape[0 if inputs_first else 1] // len(scale))
+        columns = own_part(columns[:, None] if inputs_first else columns, module.weight)
         return {"weight": (weight.to(wide) * columns).to(weight.dtype)}
     result = {"weight": (weight.to(wide) * scale).to(weight.dtype)}
     if bias is not None:
@@ -186,9 +191,9 @@ def _refuse_shared(model: nn.Module, updates: dict[str, Any]) -> None:
     """Refuse to change a tensor that is also used elsewhere; views of one storage count as shared."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.device.type != "meta":
-            owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+        for storage, _ in storages(parameter):
+            owners.setdefault(storage, []).append(name)
     for name, (parameter, _) in updates.items():
-        others = [other for other in owners[parameter.untyped_storage().data_ptr()] if other != name]
+        others = [other for storage, _ in storages(parameter) for other in owners[storage] if other != name]
         if others:
             raise ValueError(f"model: {name} shares its memory with {', '.join(others)}, so it cannot be changed alone")

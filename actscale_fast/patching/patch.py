@@ -167,7 +167,9 @@ class Patch(ReadablePatch, Steering, AttachedPatch):
                 "positions: PEFT puts virtual tokens before the prompt of this model, so that its positions cannot be "
                 "told; steer every token (positions=None), or merge the tuned prompt into the text"
             )
-        self._attach(found, location.site, location.layers, [(modules[layer], edit) for layer, edit in self.edits()])
+        self._attach(
+            found, location.site, location.layers, [(modules[layer], edit) for layer, edit in self.edits(modules)]
+        )
 
     @property
     def alone(self) -> bool:

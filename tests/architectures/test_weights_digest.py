@@ -231,17 +231,19 @@ def test_a_fit_without_a_checkpoint_does_not_ask_for_the_models_identity(monkeyp
     run(tiny.llama(), conflicts(4), steps=1)
 
 
-def test_sharded_weights_are_refused_by_name() -> None:
+def test_sharded_weights_have_the_digest_of_the_whole_model_where_all_processes_ask() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     model = tiny.llama()
+    whole = weights_digest(model)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)])
         model.lm_head.weight = nn.Parameter(sharded, requires_grad=False)
-        with pytest.raises(ValueError, match=r"model: lm_head\.weight is sharded over processes"):
+        assert weights_digest(model, collective=True) == whole
+        with pytest.raises(ValueError, match="model: its weights are sharded over processes"):
             weights_digest(model)
     finally:
         torch.distributed.destroy_process_group()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...architectures.hugging_face import unwrap
+from ...architectures.sharding import is_sharded
 from ...ops import canary
 from .forward_backward import ForwardBackward, MicrobatchInputs
 
@@ -118,13 +120,15 @@ def _agree(captured: Tensor, plain: Tensor) -> bool:
 
 
 def is_capturable(model: nn.Module) -> bool:
-    """Whether the whole model is on one GPU."""
+    """Whether the whole model is on one GPU, and held by this process alone."""
     devices = _devices(model)
-    return len(devices) == 1 and devices[0].startswith("cuda")
+    return len(devices) == 1 and devices[0].startswith("cuda") and not is_sharded(unwrap(model))
 
 
 def check_capturable(model: nn.Module) -> None:
-    """Raise a ValueError if the model is not on one GPU."""
+    """Raise a ValueError if the model is not on one GPU, or held by several processes."""
+    if is_sharded(unwrap(model)):
+        raise ValueError("capture: got a model that is sharded over processes, whose exchanges are not captured")
     if not is_capturable(model):
         raise ValueError(f"capture: got a model on {', '.join(_devices(model))}, expected one on one GPU")
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...architectures.layout import layout
+from ...architectures.sharding import model_processes
 from ...architectures.site_check import skipped
 from ...interventions import DynScalar, Intervention
 from ...modules.evaluation_mode import evaluation_mode
-from ..arguments import refuse_sharded
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..encoded_examples import EncodedExamples
 from ..execution import Execution
@@ -44,7 +44,7 @@ class Engine:
         processes: the processes that share each step's prompts.
 
     Raises:
-        ValueError: `capture` for a model that is not on one GPU, a sharded model, an objective that the intervention
+        ValueError: `capture` for a model that is not on one GPU, an objective that the intervention
             does not support, or answers of several tokens with `capture` or sparsity="scalars".
     """
 
@@ -65,9 +65,10 @@ class Engine:
         if self.execution.capture is True:
             data.refuse_long_answers("capture=True records passes on prompts alone")
             check_capturable(model)
-        refuse_sharded(model)
         self.model, self.data, self.intervention, self.processes = model, data, intervention, processes
         self.found = layout(model, intervention.paths)
+        #: The processes that hold the model with this one, and must run as many passes.
+        self.together = model_processes(self.found.model)
         self.halved = False
         self._open = contextlib.ExitStack()
 
@@ -82,6 +83,7 @@ class Engine:
                 if strategy is STRATEGIES[-1] or out_of_memory(error) or not self._fails_again(strategy, check):
                     raise
                 problem = f"{type(error).__name__}: {error}"
+            problem = next((one for one in self.together.all_gather(problem) if one is not None), None)
             if problem is None:
                 break
             self._open.close()
@@ -121,6 +123,12 @@ class Engine:
                 terms, gradients = runner.sums(microbatches, requests)
                 break
             except (torch.OutOfMemoryError, RuntimeError) as error:
+                if out_of_memory(error) and self.together.size > 1:  # the others wait inside the pass
+                    raise type(error)(
+                        f"{error}\nprocess {self.together.rank} of the {self.together.size} that hold the model ran "
+                        "out of memory in a pass, which cannot be repeated with fewer tokens because the others are in "
+                        "it too; set memory_bytes= to less, or accumulate= to more"
+                    ) from error
                 divisible = any(len(rows) > 1 or len(rows[0].prompts) > 1 for rows in microbatches)
                 if not out_of_memory(error) or self.halved or not divisible:
                     raise

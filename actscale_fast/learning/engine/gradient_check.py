@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...architectures.layout import layout
+from ...architectures.sharding import stored_as
 from ...interventions import Intervention
 from ...modules.evaluation_mode import evaluation_mode
 from ...modules.hooks import first_of, with_first
@@ -181,7 +182,7 @@ def _recording_lost_gradients(model: nn.Module) -> Iterator[list[nn.Module]]:
 
 def _is_quantised(model: nn.Module) -> bool:
     return any(
-        not p.is_floating_point() or type(p) not in (Tensor, nn.Parameter)
+        stored_as(p) == "packed" or not p.is_floating_point()
         for module in model.modules()
         for p in module._parameters.values()
         if p is not None and p.dim() >= 2

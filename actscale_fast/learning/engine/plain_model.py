@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...architectures.hugging_face import unwrap
+from ...architectures.sharding import model_processes
 from ...frozen.batching import Batch, forward_arguments
 from ...interventions import Intervention
 from ...patching.patch import AnyPatch
@@ -51,6 +53,7 @@ class PlainModel:
     ) -> None:  # fmt: skip
         self.model, self.data, self.patched, self.group = model, data, patched, group
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
+        self.together = model_processes(unwrap(model))
         self.rows = _some_rows(data)
         long = [data.long_answers[row] for row in self.rows if row in data.long_answers]
         self.margin = MARGIN * max((answers.longest for answers in long), default=1)
@@ -66,7 +69,7 @@ class PlainModel:
     @torch.no_grad()
     def loss(self) -> float:
         """The loss at the current parameters."""
-        return float(self._loss())
+        return self.together.leaders(float(self._loss()))
 
     def loss_and_gradients(self) -> LossAndGradients:
         """The loss and its gradients at the current parameters."""
@@ -76,7 +79,8 @@ class PlainModel:
                 return LossAndGradients(float(loss.detach()), [torch.zeros_like(value) for value in self.parameters])
             found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
-        return LossAndGradients(float(loss.detach()), gradients)
+        self.together.broadcast_(gradients)  # what is decided by them is decided alike by all that hold the model
+        return LossAndGradients(self.together.leaders(float(loss.detach())), gradients)
 
     @contextlib.contextmanager
     def moved(self, step: list[Tensor], factor: float) -> Iterator[None]:

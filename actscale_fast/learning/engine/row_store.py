@@ -65,6 +65,11 @@ class RowStore:
         return found
 
     @property
+    def holds_all(self) -> bool:
+        """Whether every row has a place, so that nothing is computed again."""
+        return self.n_near + self.n_far == self.n_rows
+
+    @property
     def n_bytes(self) -> int:
         """Memory that is used, in both places."""
         return sum(t.numel() * t.element_size() for kept in (self.near, self.far) for t in kept.values())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...architectures.layout import layout
+from ...architectures.sharding import model_processes
 from ...frozen.batching import forward_arguments
 from ...frozen.shortcuts import open_frozen_model
 from ...interventions import Intervention
@@ -77,6 +78,9 @@ class StepRunner:
         #: Whether each row has to be a single prompt and direction, from the first layer on.
         self.penalises_scalars = any(objective.sparsity == "scalars" for objective in objectives)
         self.on_cpu = data.device.type == "cpu"
+        self.together = model_processes(self.found.model)
+        #: Whether other processes take part in this one's passes with other rows (FSDP2).
+        self.rows_differ = not self.together.same_rows
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -109,6 +113,11 @@ class StepRunner:
             runs = {True: CudaGraphs, "auto": ProbedGraphs}[capture] if capture else None
             self.compute = (runs(self.forward_backward) if runs else self.forward_backward).compute
             output = cache.fill(sorted({objective.loss_options.kl for objective in self.objectives}))
+            if self.rows_differ and not self.store.holds_all and not self.region.is_whole:
+                raise ValueError(
+                    "cache_bytes and spill_bytes do not hold what is constant for all prompts, and processes that hold "
+                    "a model together cannot compute it again on their own"
+                )
             if strategy.prefix and patched.alone:  # another patch may distinguish between rows or positions
                 self.planner.packs = self._packing_matches(cache, output)
             self._bound_tokens()
@@ -127,10 +136,14 @@ class StepRunner:
         terms = torch.zeros(len(requests), 3, dtype=torch.float32, device=self.intervention.device)
         gradients = [torch.zeros_like(value) for value in self.parameters]
         shared = self._shared_below(requests)
+        n_passes = max(self.together.all_gather(len(microbatches)))  # of the processes that hold the model together
         for rows in microbatches:
             found = self.compute(self.collator.collate(rows, requests, shared))
             for total, added in zip([terms, *gradients], found, strict=True):
                 total += added.to(total.device)
+        for _ in range(n_passes - len(microbatches)):  # others need this process in theirs; the result is not used
+            row = self.planner.unpacked(RequestedPrompt(0, requests[0].rows[0]))
+            self.compute(self.collator.collate([row], requests, shared))
         if self.penalises_scalars:  # a mean over directions, as the norm of parameters is the same for both
             for index, request in enumerate(requests):
                 terms[index, 2] /= len(request.objective.directions)
@@ -138,7 +151,7 @@ class StepRunner:
 
     def _shared_below(self, requests: Sequence[FitRequest]) -> int:
         one_direction = all(len(request.objective.directions) == 1 for request in requests)
-        if not self.partial or not self.on_cpu or self.penalises_scalars or one_direction:
+        if not self.partial or not self.on_cpu or self.penalises_scalars or one_direction or self.rows_differ:
             return 0
         return shared_below(self.intervention, [request.group for request in requests], self.found.n_layers)
 
@@ -164,7 +177,8 @@ class StepRunner:
             first, *_ = itertools.islice(paths, len(self.data.sequences(prompt.row)))
             columns.append(first[len(self.data.prompts[prompt.row]) - 1])
         alone = output[[prompt.row for prompt in row.prompts]]
-        return packing_matches(cache, self.collator.packed_tokens([row]), columns, alone)
+        matches = packing_matches(cache, self.collator.packed_tokens([row]), columns, alone)
+        return self.together.leaders(matches)
 
     def _bound_tokens(self) -> None:
         """Count what one prompt keeps for its backward, and bound the tokens of a microbatch accordingly."""
@@ -176,7 +190,7 @@ class StepRunner:
         budget = self.execution.memory_bytes
         if budget is None:
             budget = int(SHARE_OF_FREE * free_bytes(self.data.device))
-        fit = tokens_that_fit(kept.n_bytes, tokens(rows, requests), budget)
+        fit = min(self.together.all_gather(tokens_that_fit(kept.n_bytes, tokens(rows, requests), budget)))
         fit = 1 << (fit.bit_length() - 1)  # a power of two, so that small changes of free memory change nothing
         bound = self.planner.max_tokens
         self.planner.max_tokens = fit if bound is None else min(fit, bound)

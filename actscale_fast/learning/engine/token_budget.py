@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 import psutil
 import torch
 from torch import Tensor, nn
+
+from ...architectures.sharding import fsdp_mesh, storages
 
 #: Share of the memory that is free when an engine opens.
 SHARE_OF_FREE = 0.5
@@ -15,46 +18,46 @@ PEAK_OVER_KEPT = 1.5
 
 
 class KeptBytes:
-    """Counts the bytes that autograd saves inside the block, each storage once, except for those of some modules."""
+    """Counts the bytes that autograd saves inside the block, each storage once, except for those of some modules.
+
+    FSDP2 gathers the weights of a module just before it runs, so they are looked up once more then.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.known = {
-            address
-            for module in modules
-            for tensor in (*module.parameters(), *module.buffers())
-            for address, _ in _storages(tensor)
-        }
+        roots = list(modules)
+        self.modules = [module for root in roots for module in root.modules()]
+        self.gathers = any(fsdp_mesh(root) is not None for root in roots)
+        self.known: set[int] = set()
         self.found: dict[int, int] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> KeptBytes:
-        self.hooks.__enter__()
+        with contextlib.ExitStack() as stack:
+            for module in self.modules:
+                self._note(module)
+                if self.gathers and any(value is not None for value in module._parameters.values()):
+                    stack.callback(module.register_forward_pre_hook(self._note).remove)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
+        self._open.close()
+
+    def _note(self, module: nn.Module, args: object = None) -> None:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                self.known.update(storage for storage, _ in storages(tensor))
 
     @property
     def n_bytes(self) -> int:
         return sum(self.found.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        for address, n_bytes in _storages(tensor):
-            if address not in self.known:
-                self.found[address] = n_bytes
+        for storage, n_bytes in storages(tensor):
+            if storage not in self.known:
+                self.found[storage] = n_bytes
         return tensor.detach()  # an output kept by its own node would be a cycle that is never freed
-
-
-def _storages(tensor: Tensor) -> list[tuple[int, int]]:
-    """(address, bytes) of the memory behind a tensor, or behind the parts of a quantised or sharded one."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        parts = [getattr(tensor, name) for name in names]
-        return [one for part in parts if isinstance(part, Tensor) for one in _storages(part)]
-    if tensor.is_meta:
-        return []
-    storage = tensor.untyped_storage()
-    return [(storage.data_ptr(), storage.nbytes())]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...interventions import Intervention
+from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest, active_region
 from ..execution import Execution
@@ -45,10 +46,10 @@ class SweepLoop:
 
     def __init__(
         self, model: PreTrainedModel, data: EncodedExamples, rows_of: dict[str | None, range], root: Path | None,
-        checkpoint_every: int, execution: Execution,
+        checkpoint_every: int, execution: Execution, processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:  # fmt: skip
         self.model, self.data, self.rows_of, self.root = model, data, rows_of, root
-        self.checkpoint_every, self.execution = checkpoint_every, execution
+        self.checkpoint_every, self.execution, self.processes = checkpoint_every, execution, processes
         self.fits: dict[int, SweepFit] = {}  # the result of each point, by the point's id
 
     def run(self, chains: Sequence[Sequence[Point]], at_once: int, progress: bool) -> dict[int, SweepFit]:
@@ -77,7 +78,9 @@ class SweepLoop:
             return
         all_points = [point for chain in chains for point in chain]
         stack = _union([point.intervention for point in all_points], n_slots)
-        engine = Engine(self.model, self.data, stack, [point.objective for point in all_points], self.execution)
+        engine = Engine(
+            self.model, self.data, stack, [point.objective for point in all_points], self.execution, self.processes
+        )
         with torch.enable_grad(), engine:
             try:
                 while busy := [(number, slot) for number, slot in enumerate(slots) if slot.state is not None]:
@@ -141,8 +144,9 @@ class SweepLoop:
         fit = SweepFit.of(point, state.intervention, state.history, error)
         if self.root is not None and error is None:
             state.save()
-            write_finished(self.root, fit)
-            self._state_file(point).unlink(missing_ok=True)
+            if self.processes.is_rank_zero:
+                write_finished(self.root, fit)
+                self._state_file(point).unlink(missing_ok=True)
         self.fits[id(point)] = fit
         slot.before, slot.state = state.intervention, None
         bar.update(point.settings.steps - state.taken)
@@ -157,11 +161,12 @@ class SweepLoop:
                 bar.update(point.settings.steps)
                 bar.fits_done()
                 continue
-            found = None if self.root is None else finished(self.root, point)
+            found = self._finished(point)
             if found is not None:
                 self.fits[id(point)] = found
                 slot.before = found.intervention
-                self._state_file(point).unlink(missing_ok=True)  # of a killed process
+                if self.processes.is_rank_zero:
+                    self._state_file(point).unlink(missing_ok=True)  # of a killed process
                 bar.skip(point.settings.steps)
                 bar.fits_done()
                 continue
@@ -171,6 +176,11 @@ class SweepLoop:
             if not slot.state.done():
                 return
             self._finish(slot, bar)
+
+    def _finished(self, point: Point) -> SweepFit | None:
+        """The finished fit of a point in the folder, as the process sees it that writes there."""
+        root = self.root
+        return None if root is None else self.processes.model.from_leader(lambda: finished(root, point))
 
     def _next_point(self, slot: _Slot, waiting: Iterator[Sequence[Point]]) -> Point | None:
         """The next point of the slot's chain, or else of the next chain that is waiting."""
@@ -188,13 +198,14 @@ class SweepLoop:
         path = None
         if self.root is not None:
             path = self._state_file(point)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if self.processes.is_rank_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
         slot.point = point
         slot.state = FitState(
             point.intervention, point.objective, point.settings, self.rows_of[point.task],
             checkpoint=path, identity=point.identity, name=point.label,
         )  # fmt: skip
-        slot.state.resume()
+        slot.state.resume(self.processes)
         if not slot.state.full_steps.are_known:
             slot.state.full_steps.set_sizes(point.sizes)
         slot.watch = ZeroGradientWatch(self.model, self.data, slot.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from ..._checks import check_counts
 from ..._log import notice
 from ...architectures.layout import layout
 from ...architectures.model_origin import ModelOrigin, origin_of
+from ...architectures.sharding import ModelProcesses
 from ...interventions import ActivScalar, Intervention
 from ...patching.patch import patch
 from ...tasks.examples import Example
@@ -130,7 +132,7 @@ def sweep(
         EncodedExamples(some, tokenizer, model, paths)  # refuses a bad one before any work
     root = None if folder is None else Path(folder)
     rows_of = row_ranges(sets)
-    with process_group(execution.distributed) as processes:
+    with process_group(execution.distributed, model) as processes:
         if root is not None:
             check_writable_checkpoint(root / INDEX, processes=processes)
         origin = origin_of(model)
@@ -143,14 +145,15 @@ def sweep(
         if root is not None and processes.is_rank_zero:
             _say_if_none_is_kept(root, made)
         begun = time.perf_counter()
-        loop = SweepLoop(model, data, rows_of, root, checkpoint_every, execution)
+        loop = SweepLoop(model, data, rows_of, root, checkpoint_every, execution, processes.of_one_fit())
         show = progress and processes.is_rank_zero
         with saving_on_sigterm(root is not None):
-            fits = loop.run(processes.shard(chains), len(chains) if at_once is None else at_once, show)
+            mine = chains if processes.splits_rows_alone else processes.shard(chains)
+            fits = loop.run(mine, len(chains) if at_once is None else at_once, show)
         own = {index: fits[id(point)] for index, point in enumerate(made) if id(point) in fits}
         if held_out is not None:
-            _evaluate(model, tokenizer, held_out, list(own.values()), root, show)
-        if processes.size > 1:
+            _evaluate(model, tokenizer, held_out, list(own.values()), root, show, processes.model)
+        if processes.n_processes > 1:
             for fit in own.values():
                 fit.intervention.to("cpu")
         gathered = {index: fit for some in processes.all_gather(own) for index, fit in some.items()}
@@ -202,21 +205,21 @@ def _say_if_none_is_kept(root: Path, made: Sequence[Point]) -> None:
 
 def _evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: dict[str | None, Sequence[Example]],
-    fits: list[SweepFit], root: Path | None, progress: bool,
+    fits: list[SweepFit], root: Path | None, progress: bool, together: ModelProcesses,
 ) -> None:  # fmt: skip
     for task, some in held_out.items():
         mine = [fit for fit in fits if fit.task == task and fit.error is None]
         expected = examples_digest(some)
         if root is not None:
             for fit in mine:
-                fit.evaluation = read_evaluation(root, fit, expected)
+                fit.evaluation = together.from_leader(functools.partial(read_evaluation, root, fit, expected))
         mine = [fit for fit in mine if fit.evaluation is None]
         if not mine:
             continue
         found = evaluate_all(model, tokenizer, some, [fit.intervention for fit in mine], progress=progress)
         for fit, evaluation in zip(mine, found, strict=True):
             fit.evaluation = evaluation
-            if root is not None:
+            if root is not None and together.leads:
                 write_evaluation(root, fit, expected)
 
 

@@ -1,0 +1,431 @@
+"""What one process computes on a model, and what two do that hold the model together; both run the same claims.
+
+Two gloo processes on the CPU import the package once and run every claim on every model; this process runs the same
+claims on the whole models meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from fit_cases import conflicts, interrupted_at
+from model_zoo import randomised, tiny_model
+from torch import Tensor
+
+import actscale_fast as af
+from actscale_fast import ops
+
+PATIENCE = 180  # seconds before processes that wait for each other are given up
+OBJECTIVE = af.Objective(margin=2.0, faithfulness=0.5, minimality=0.02)
+#: Of another length in each row; an even number of tokens, which a reshape of the wrong heads would accept.
+IDS = torch.tensor([[5, 9, 12, 7, 3, 2], [1, 1, 14, 3, 19, 6]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+Claim = Callable[[Any], Any]
+
+
+def made(name: str) -> Any:
+    """A whole random model, with the vocabulary of `tiny`."""
+    if name == "llama":
+        return tiny.llama()
+    changes: dict[str, Any] = {"vocab_size": len(tiny.WORDS)}
+    return tiny_model(name, **changes)
+
+
+def logits(model: Any, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS, attention_mask=MASK, **options).logits[:, -3:]
+
+
+def gradients(model: Any, parameters: list[Tensor], **options: Any) -> list[Tensor]:
+    """Of a sum of chosen log-probabilities."""
+    found = model(IDS, attention_mask=MASK, **options).logits[:, -1].log_softmax(-1)[:, ::3].sum()
+    return list(torch.autograd.grad(found, parameters))
+
+
+def interventions(model: Any) -> dict[str, af.Intervention]:
+    """One of every kind at the heads, all of it away from 0, and scalars at the other sites and positions."""
+    kinds = {"scalar": af.ActivScalar, "vector": af.SteerVec, "dynamic": af.DynScalar, "projection": af.Projection}
+    found = {name: randomised(kind.for_model(model), 1, 0.2) for name, kind in kinds.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # norms that follow a site
+        for site in ("attn_out", "mlp_out", "residual"):
+            found[site] = randomised(af.ActivScalar.for_model(model, site=site), 2, 0.2)
+    places: dict[str, Any] = {"positions": [0, -1], "generated": True}
+    found["positions"] = randomised(af.ActivScalar.for_model(model, **places), 3, 0.5)
+    found["position vectors"] = randomised(af.SteerVec.for_model(model, layers=[1], **places), 4, 0.5)
+    found["all heads at once"] = randomised(OtherHeads.for_model(model), 5, 0.2)
+    return found
+
+
+class OtherHeads(af.ActivScalar):
+    """Adds the next head to each head: an edit that needs all heads, in a class that says nothing of them."""
+
+    def edit(self, x: Tensor, layer: int, strength: Any, placement: Any) -> Tensor:
+        alpha = self.alpha[layer]  # [1, H]
+        return x + strength * alpha[..., None] * x.roll(1, 2)
+
+
+def patched(model: Any) -> Any:
+    found = {}
+    for name, intervention in interventions(model).items():
+        with af.patch(model, intervention, strength=-0.7):
+            found[name] = logits(model)
+    rows = torch.tensor([0.5, -1.0])
+    with af.patch(model, randomised(af.ActivScalar.for_model(model), 1, 0.2), strength=rows):
+        found["strength per row"] = logits(model)
+    stack = af.stack([randomised(af.SteerVec.for_model(model, positions=[-2]), seed, 0.3) for seed in (1, 2)])
+    with af.patch(model, stack, group=torch.tensor([1, 0])):
+        found["groups"] = logits(model)
+    return found
+
+
+def of_parameters(model: Any) -> Any:
+    found = {}
+    for name, intervention in interventions(model).items():
+        with af.patch(model, intervention, strength=-0.7):
+            found[name] = gradients(model, list(intervention.parameters()))
+    return found
+
+
+def generated(model: Any) -> Any:
+    found = {}
+    for name, intervention in interventions(model).items():
+        if name in ("scalar", "positions", "position vectors", "residual"):
+            with af.patch(model, intervention, strength=-1.0):
+                given = {"input_ids": IDS, "attention_mask": MASK}
+                found[name] = model.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    return found
+
+
+def masked(model: Any) -> Any:
+    found = {}
+    n_layers, n_heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((n_heads,), (n_layers, n_heads), (2, n_layers, n_heads)):
+        mask = torch.rand(shape, generator=generator).requires_grad_()
+        with af.head_mask(model, mask):
+            found[str(len(shape))] = [logits(model), *gradients(model, [mask])]
+    return found
+
+
+def evaluated(model: Any) -> Any:
+    scalars = randomised(af.ActivScalar.for_model(model), 1, 0.3)
+    return af.evaluate(model, tiny.tokenizer(), conflicts(6), scalars).to_dict()
+
+
+def attributed(model: Any) -> Any:
+    options: dict[str, Any] = {"progress": False}
+    found = af.attribution(model, tiny.tokenizer(), conflicts(4), **options)
+    ends = af.attribution(model, tiny.tokenizer(), conflicts(3), positions=[-1], knock_out=False, **options)
+    loss = af.attribution(
+        model, tiny.tokenizer(), conflicts(3), objective=OBJECTIVE, knock_out=False, site="mlp_out", **options
+    )
+    return found.scores, found.knock_out, found.logit_difference, ends.scores, loss.scores
+
+
+def fitted(
+    model: Any, kind: Any = af.ActivScalar, where: dict[str, Any] | None = None, objective: Any = OBJECTIVE,
+    n: int = 5, end: str = "", **options: Any,
+) -> Any:  # fmt: skip
+    """Parameters and losses of a short fit; `end` makes the answers longer."""
+    intervention = randomised(kind.for_model(model, **(where or {})), 1, 0.01)
+    examples = conflicts(n)
+    if end:
+        examples = [af.Example(example.prompt, example.correct + end, example.wrong) for example in examples]
+    settings: dict[str, Any] = {"steps": 3, "lr": 0.05, "batch_size": 4, "seed": 3, "progress": False} | options
+    result = af.fit(model, tiny.tokenizer(), examples, intervention, objective, **settings)
+    return list(intervention.parameters()), [record["loss"] for record in result.history]
+
+
+#: Fits that differ in what a step leaves out, or in how its passes are made.
+FITS: dict[str, dict[str, Any]] = {
+    "heads": {},
+    "shares": {"lr": "5%", "objective": af.Objective(minimality="10%")},
+    "the last token": {"where": {"positions": [-1]}},
+    "the upper layer": {"where": {"layers": [1]}},
+    "vectors, nothing kept": {"kind": af.SteerVec, "where": {"layers": [1]}, "cache_bytes": 0, "spill_bytes": 0},
+    "a whole site": {"where": {"site": "mlp_out"}, "kind": af.SteerVec},
+    "produced scalars": {"kind": af.DynScalar, "objective": af.Objective(sparsity="scalars", minimality=0.1)},
+    "long answers": {"end": " one two"},
+    "fewer prompts than processes": {"n": 1},
+    "small passes": {"memory_bytes": 4000, "n": 7, "batch_size": 7},
+    "accumulated": {"accumulate": 3, "n": 7, "batch_size": 7},
+    "few": {"n_active": 6, "steps": 3, "where": {"layers": [1, 2]}},
+}
+
+
+def all_fits(model: Any) -> Any:
+    return {name: _or_error(lambda options=options: fitted(model, **options)) for name, options in FITS.items()}
+
+
+def one_fit(model: Any) -> Any:
+    return fitted(model)
+
+
+def swept(model: Any) -> Any:
+    with tempfile.TemporaryDirectory() as own:  # a disk of its own for every process
+        found = []
+        for _ in range(2):  # the second time, all fits are there
+            result = af.sweep(
+                model, tiny.tokenizer(), conflicts(5), {"minimality": [0.2, 0.02], "seed": [0, 1]}, OBJECTIVE, steps=3,
+                lr=0.05, batch_size=3, folder=own, evaluate_on=conflicts(4, seed=3), progress=False, warm_start=True,
+            )  # fmt: skip
+            found.append([(fit.intervention.alpha.detach(), fit.score("flips")) for fit in result.fits])
+        return found
+
+
+def resumed(model: Any) -> Any:
+    with tempfile.TemporaryDirectory() as own:
+        path = Path(own, "fit.safetensors")
+        short = fitted(model, steps=4, checkpoint=path, checkpoint_every=1, schedule="constant")
+        again = fitted(model, steps=4, checkpoint=path, schedule="constant")
+    return short, again
+
+
+def read(model: Any) -> Any:
+    """Activations as the extraction recipes read them, and the vectors that they make."""
+    tokenizer = tiny.tokenizer()
+    texts = ["The capital of A is Paris", "what is the answer", "one two three"]
+    means = af.mean_activations(model, tokenizer, texts, site="head", layers=[0, 1], progress=False)
+    whole = af.mean_centring(model, tokenizer, texts[:2], texts[2:], layers=[1], progress=False)
+    added = af.act_add(model, tokenizer, "Paris", "Rome", layer=1, padding="Q")
+    latent = af.latent_vectors(model, tokenizer, ["one two"], layer=1, steps=3, restarts=1, ends=False, progress=False)
+    reading = af.perplexity(model, tokenizer, texts)
+    return means.sums, list(whole.parameters()), list(added.parameters()), latent.vectors[0].vectors, reading
+
+
+def exchanged(model: Any) -> Any:
+    """An interchange with a second prompt at the heads, which are rotated."""
+    examples = [
+        af.Example(one.prompt, one.correct, one.wrong, source=other.prompt)
+        for one, other in zip(conflicts(4), conflicts(4, seed=2), strict=True)
+    ]
+    torch.manual_seed(5)
+    das = af.BoundlessDAS.for_model(model, site="head", layers=[1], positions=[-1])
+    result = af.fit_interchange(model, tiny.tokenizer(), examples, das, steps=2, progress=False)
+    evaluation = af.evaluate(model, tiny.tokenizer(), examples, das)
+    return [record["loss"] for record in result.history], evaluation.logit_difference
+
+
+def merged(model: Any) -> Any:
+    found = {}
+    before = logits(model)
+    for site in ("head", "attn_out"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scalars = randomised(af.ActivScalar.for_model(model, site=site), 1, 0.3)
+        af.merge(model, scalars, strength=-0.8)
+        found[site] = logits(model)
+        af.unmerge(model)
+        assert torch.equal(logits(model), before)
+    return found
+
+
+def adapted(model: Any) -> Any:
+    """A model with its intervention inside, trained by an optimizer of the caller's, saved and loaded."""
+    applied = af.get_actscale_model(model, af.ActScaleConfig())
+    optimizer = torch.optim.SGD([p for p in applied.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(2):
+        loss = applied(IDS, attention_mask=MASK, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    values = [value.detach().clone() for value in applied.intervention.parameters()]
+    with tempfile.TemporaryDirectory() as folder:
+        applied.save_pretrained(folder)
+        applied.unload()
+        loaded = af.ActScaleModel.from_pretrained(model, folder)
+        found = logits(loaded)
+        loaded.unload()
+    return losses, values, found
+
+
+def identified(model: Any) -> Any:
+    from actscale_fast.architectures.weights_digest import weights_digest
+
+    return weights_digest(model, collective=True)
+
+
+CLAIMS: dict[str, Claim] = {
+    "patch": patched, "gradients": of_parameters, "generate": generated, "head_mask": masked, "evaluate": evaluated,
+    "attribution": attributed, "fit": all_fits, "sweep": swept, "resume": resumed, "extraction": read,
+    "interchange": exchanged, "merge": merged, "get_actscale_model": adapted, "identity": identified,
+}  # fmt: skip
+#: What runs on families beside Llama.
+SHORT: dict[str, Claim] = {"patch": patched, "generate": generated, "fit": one_fit, "merge": merged}
+
+
+def shared_work(model: Any, folder: Path, rank: int) -> dict[str, Any]:
+    """What only several processes can do, right or wrong."""
+    found: dict[str, Any] = {}
+    found["unequal memory"] = fitted(model, n=7, batch_size=7, memory_bytes=4000 if rank else None)
+    found["each by itself"] = fitted(model, distributed=False)
+    found["other examples"] = _or_error(lambda: fitted(model, n=5 + rank))
+    found["other settings"] = _or_error(lambda: fitted(model, seed=rank))
+    found["evaluate others"] = _or_error(
+        lambda: af.evaluate(model, tiny.tokenizer(), conflicts(3 + rank), af.ActivScalar.for_model(model))
+    )
+    found["graphs"] = _or_error(lambda: fitted(model, capture=True))
+    path = folder / "begun by one" / "fit.safetensors"
+    if rank == 0:
+        with interrupted_at(2):
+            fitted(made("llama"), steps=4, checkpoint=path, schedule="constant", distributed=False)
+    torch.distributed.barrier()
+    found["begun by one"] = fitted(model, steps=4, checkpoint=path, schedule="constant")
+    grid = {"minimality": [0.2, 0.02]}
+    result = af.sweep(
+        model,
+        tiny.tokenizer(),
+        conflicts(5),
+        grid,
+        OBJECTIVE,
+        steps=3,
+        lr=0.05,
+        folder=folder / "sweep",
+        progress=False,
+    )
+    found["one disk"] = [fit.intervention.alpha.detach() for fit in result.fits]
+    found["files"] = sorted(
+        str(file.relative_to(folder / "sweep")) for file in (folder / "sweep").rglob("*.safetensors")
+    )
+    return found
+
+
+def alone_work() -> dict[str, Any]:
+    """What one process finds in place of the shared work."""
+    model = made("llama")
+    grid = {"minimality": [0.2, 0.02]}
+    result = af.sweep(model, tiny.tokenizer(), conflicts(5), grid, OBJECTIVE, steps=3, lr=0.05, progress=False)
+    return {
+        "unequal memory": fitted(model, n=7, batch_size=7),
+        "each by itself": fitted(model),
+        "begun by one": fitted(model, steps=4, schedule="constant"),
+        "one disk": [fit.intervention.alpha.detach() for fit in result.fits],
+    }
+
+
+def without_memory(model: Any, rank: int) -> str:
+    """The error of a fit in which one process runs out of memory; the others wait in its pass until it ends."""
+    loss, calls = ops.intervention_loss, []
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if rank == 1 and len(calls) == 6:
+            raise torch.OutOfMemoryError("out of memory")
+        return loss(*arguments, **options)
+
+    ops.intervention_loss = failing  # type: ignore[assignment]
+    try:
+        return str(_or_error(lambda: fitted(model, n=7, batch_size=7, accumulate=7)))
+    finally:
+        ops.intervention_loss = loss
+
+
+def run_claims(models: dict[str, Any]) -> dict[str, Any]:
+    """The result of every claim, or its error, by "model: claim"."""
+    found = {}
+    for name, model in models.items():
+        claims = CLAIMS if name == "llama" else SHORT
+        for claim, run in claims.items():
+            begun = time.perf_counter()
+            found[f"{name}: {claim}"] = _or_error(lambda run=run, model=model: run(model))
+            if os.environ.get("ACTSCALE_TEST_TIMES"):
+                print(f"{name}: {claim} {time.perf_counter() - begun:.2f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def _or_error(run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except Exception:
+        return traceback.format_exc()
+
+
+def in_process(rank: int, port: int, folder: Path, load: Callable[[str, Path], Any], names: list[str]) -> None:
+    """Join the other process, run all claims, and save what was found."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not have an address
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "TQDM_DISABLE": "1",
+    }  # fmt: skip
+    torch.distributed.init_process_group("gloo")
+    models = {name: load(name, folder) for name in names}
+    found = run_claims(models)
+    found["shared work"] = _or_error(lambda: shared_work(models["llama"], folder, rank))
+    found["memory"] = without_memory(models["llama"], rank)  # the last: afterwards the processes are apart
+    torch.save(found, folder / f"{rank}.pt")
+    os._exit(0)  # the other one may still wait for this one
+
+
+def ranks_and_one(
+    folder: Path, load: Callable[[str, Path], Any], names: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(what each of two processes found on sharded models, what this process found on whole ones)."""
+    for name in names:
+        made(name).save_pretrained(folder / name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = torch.multiprocessing.spawn(in_process, (port, folder, load, names), nprocs=2, join=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = run_claims({name: made(name) for name in names})
+        expected["shared work"] = alone_work()
+    finally:
+        torch.set_num_threads(before)
+    deadline = time.monotonic() + PATIENCE
+    while not started.join(timeout=0.2):
+        if time.monotonic() > deadline:
+            for process in started.processes:
+                process.kill()
+            raise AssertionError(f"two processes did not come to an end in {PATIENCE} seconds")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)], expected
+
+
+def differences(found: Any, expected: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The places in nested results where numbers are further apart than 1e-5, relative to their tensor's largest."""
+    if isinstance(expected, dict):
+        if found.keys() != expected.keys() if isinstance(found, dict) else True:
+            yield where, found, expected
+            return
+        for name in expected:
+            yield from differences(found[name], expected[name], f"{where}[{name}]")
+    elif isinstance(expected, list | tuple) and isinstance(found, list | tuple) and len(found) == len(expected):
+        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+            yield from differences(one, other, f"{where}[{index}]")
+    elif isinstance(expected, Tensor | float) and isinstance(found, Tensor | float):
+        one, other = (torch.as_tensor(value).detach().double() for value in (found, expected))
+        size = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+        if one.shape != other.shape or not bool(((one - other).abs() <= 1e-5 * size).all()):
+            gap = float((one - other).abs().max()) if one.shape == other.shape else (one.shape, other.shape)
+            yield where, gap, size
+    elif type(found) is not type(expected) or found != expected:
+        yield where, found, expected
+
+
+def errors_in(found: Any) -> list[str]:
+    """The errors among nested results."""
+    if isinstance(found, dict):
+        return [error for value in found.values() for error in errors_in(value)]
+    return [found] if isinstance(found, str) and found.startswith("Traceback") else []
+
+
+def claims_of(names: list[str]) -> list[str]:
+    """The names of the results of `run_claims`."""
+    return [f"{name}: {claim}" for name in names for claim in (CLAIMS if name == "llama" else SHORT)]
