@@ -52,6 +52,13 @@ class ProcessGroup:
         torch.distributed.all_gather_object(gathered, value)
         return gathered
 
+    def refuse_different(self, value: Any, what: str) -> None:
+        """Raise a ValueError in every process if they do not all have the same value."""
+        if any(other != value for other in self.all_gather(value)):
+            raise ValueError(
+                f"distributed: the processes have different {what}; pass distributed=False if each works alone"
+            )
+
 
 SINGLE_PROCESS = ProcessGroup()
 
