@@ -20,10 +20,10 @@ NAMES = {
         ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint Composite DynScalar Evaluation
         Example Execution FitResult InstructionVectors InterchangeResult Intervention LatentResult LayerChoice
         LayerScore Means Objective Projection SteerVec SweepFit SweepResult act_add attribution decode_latent evaluate
-        fit fit_interchange gather_sweep get_actscale_model get_backend head_mask instruction_vectors latent_vectors load_demo_model
-        load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge minimality_path ops
-        patch perplexity plots reproduce save_examples set_backend source_activations stack sweep tasks unmerge
-        use_backend verify_kernels Verification
+        fit fit_interchange gather_sweep get_actscale_model get_backend head_mask instruction_vectors latent_vectors
+        load_demo_model load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge
+        minimality_path ops patch perplexity plots reproduce save_examples set_backend source_activations stack sweep
+        tasks unmerge use_backend verify_kernels Verification
     """,
     "actscale_fast.ops": """
         ReferenceStatistics dynamic_scale get_backend intervention_loss kl_div_from_logits linear_intervention_loss
