@@ -6,12 +6,15 @@ import contextlib
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from .._log import notice
 
 T = TypeVar("T")
 
@@ -69,8 +72,9 @@ def process_group(distributed: bool | None) -> Iterator[ProcessGroup]:
 
     Args:
         distributed: None: use the existing process group, or create the one that the environment of torchrun or
-            accelerate describes (gloo for CPUs, nccl for GPUs); without either, work alone. True: as None, but raise
-            if there is only one process. False: work alone.
+            accelerate describes (gloo for CPUs, nccl for GPUs); without either, work alone, and so in a worker of Ray,
+            whose ranks serve other purposes. True: use the group or the environment, but raise if there is only one
+            process. False: work alone.
 
     Raises:
         RuntimeError: `distributed` is True, and there is neither a group nor such an environment.
@@ -78,6 +82,10 @@ def process_group(distributed: bool | None) -> Iterator[ProcessGroup]:
     from torch import distributed as processes
 
     available = distributed is not False and processes.is_available()
+    if available and distributed is None and _is_worker_of_ray():
+        if processes.is_initialized() or "RANK" in os.environ:
+            notice("this worker of Ray works alone; distributed=True shares the work with the others")
+        available = False
     if available and processes.is_initialized():
         yield ProcessGroup(processes.get_rank(), processes.get_world_size())
     elif available and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
@@ -95,6 +103,12 @@ def process_group(distributed: bool | None) -> Iterator[ProcessGroup]:
         raise RuntimeError("distributed: there is one process only; start several with torchrun or accelerate")
     else:
         yield SINGLE_PROCESS
+
+
+def _is_worker_of_ray() -> bool:
+    """Whether Ray started this process; one that torchrun started may use Ray too."""
+    ray = sys.modules.get("ray")
+    return ray is not None and "TORCHELASTIC_RUN_ID" not in os.environ and bool(ray.is_initialized())
 
 
 @functools.cache

@@ -178,7 +178,7 @@ def sweep(
                 point.family = digest([family, point.identity.get("model"), execution.accumulate, *same])
             if part is not None and root is not None and processes.is_rank_zero and is_newer(plan, wanted):
                 write_plan(root, wanted, made, expected)
-        processes.refuse_different([point.folder for point in made], "points")
+        processes.refuse_different((points, [point.folder for point in made]), "points")
         if root is not None and processes.is_rank_zero:
             _say_if_none_is_kept(root, made)
         mine = chains if part is None else share(chains, part)
