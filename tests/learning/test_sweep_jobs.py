@@ -210,6 +210,7 @@ def test_what_killed_processes_left_is_cleared(tmp_path: Path) -> None:
     os.waitpid(child, 0)
     name = _files._temporary_name(place / "summary.json").replace(f"-{os.getpid()}-", f"-{child}-")
     (place / name).write_text("half")
+    (place / ".lock").write_text("a process that is gone")
     run_sweep({"seed": [0]}, folder=tmp_path)
     assert contents(tmp_path) == before
 

@@ -81,6 +81,8 @@ def entry(root: Path, name: str) -> tuple[dict[str, Any], str] | None:
         OSError: a file cannot be read; the message names it.
     """
     folder = root / name
+    if folder.is_symlink():
+        raise ValueError(f"{folder}: a link, expected a folder")
     listed_in = next((file for file in (SUMMARY, FAILURE) if os.path.lexists(folder / file)), None)
     if listed_in is None:
         return None
@@ -200,12 +202,17 @@ def check_entry(path: Path, entry: Any, folder: str | None = None) -> None:
         if name not in entry or not isinstance(entry[name], kind):
             raise ValueError(f"{path}: damaged ({name} is missing or of a wrong type)")
     name = entry["folder"]
-    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+    if not is_folder_name(name):
         raise ValueError(f"{path}: damaged (the folder is {ascii(name)[:100]}, expected a name)")
     if folder not in (None, name):
         raise ValueError(f"{path}: of another fit, {ascii(name)[:100]}")
     if entry["files"].keys() != {HISTORY, DESCRIPTION}:
         raise ValueError(f"{path}: damaged (files is not {HISTORY} and {DESCRIPTION})")
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a name from a file is that of a folder in the sweep's own."""
+    return name not in ("", ".", "..") and re.search(r"[/\\\0]", name) is None
 
 
 def read_inside(folder: Path, name: str) -> Any:

@@ -14,9 +14,10 @@ from typing import Any
 
 from ..._files import remove_stale_temporaries
 from ..._json import write_sealed
-from ..._locks import locked
+from ..._locks import locked, try_lock
 from ..._log import notice
 from .fit_folder import (
+    LOCK,
     SUMMARY,
     check_entry,
     checked_evaluation,
@@ -185,10 +186,13 @@ def _without_plan(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def clear(root: Path) -> None:
-    """Remove the temporaries that killed processes left in the folder of a sweep and those of its fits."""
+    """Remove the temporaries and locks that killed processes left in the folder of a sweep and those of its fits."""
     if root.is_dir():
         for folder in (root, *(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())):
             remove_stale_temporaries(folder)
+            lock = try_lock(folder / LOCK) if (folder / LOCK).exists() else None
+            if lock is not None:
+                lock.release()
 
 
 def load_sweep(folder: str | os.PathLike[str]) -> SweepResult:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._json import encoded, parsed, read_sealed, write_sealed
-from .fit_folder import LOCK
+from .fit_folder import LOCK, is_folder_name
 from .grid import Point
 from .result import jsonable
 
@@ -69,7 +69,13 @@ def read_plan(root: Path) -> dict[str, Any] | None:
 
 
 def _is_point(point: Any) -> bool:
-    return isinstance(point, dict) and all(isinstance(point.get(name), str) for name in ("label", "folder", "family"))
+    texts = ("label", "folder", "family")
+    return (
+        isinstance(point, dict)
+        and all(isinstance(point.get(name), str) for name in texts)
+        and isinstance(point.get("minimality"), int | float | None)
+        and is_folder_name(point["folder"])
+    )
 
 
 def check_same(root: Path, plan: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -104,7 +110,7 @@ def take_weights(plan: dict[str, Any], made: Sequence[Point]) -> None:
 
     Another processor would round them otherwise, and the points of two jobs would not be the same.
     """
-    known = {_key(point): point["minimality"] for point in plan["points"]}
+    known = {_key(point): point.get("minimality") for point in plan["points"]}
     for point in made:
         told = {"label": point.label, "chosen": jsonable(point.chosen), "task": point.task}
         point.known_weight = known.get(_key(told))

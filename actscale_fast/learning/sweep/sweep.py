@@ -170,6 +170,9 @@ def sweep(
                     take_weights(plan, made)
             families = [_family(point, warm_start) for point in made]  # before shares are resolved
             resolve_shares(model, data, made, rows_of, execution)
+            agreed = processes.all_gather([(point.objective, point.error) for point in made])[0]
+            for point, (resolved, error) in zip(made, agreed, strict=True):  # another GPU may round otherwise
+                point.objective, point.error = resolved, error
             measure_sizes(model, data, made, rows_of)
             chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
             _identify(model, data, chains, rows_of, execution.accumulate, saved=root is not None)
@@ -177,6 +180,7 @@ def sweep(
                 same = [point.identity[name] for name in ("examples", "tokens") if "task" not in point.chosen]
                 point.family = digest([family, point.identity.get("model"), execution.accumulate, *same])
             if part is not None and root is not None and processes.is_rank_zero and is_newer(plan, wanted):
+                (root / INDEX).unlink(missing_ok=True)  # it would lack the new points
                 write_plan(root, wanted, made, expected)
         processes.refuse_different((points, [point.folder for point in made]), "points")
         if root is not None and processes.is_rank_zero:
