@@ -232,17 +232,12 @@ class SweepLoop:
                 bar.update(point.settings.steps)
                 bar.fits_done()
                 continue
-            found = None if self.root is None else finished(self.root, point)
-            if found is None and self.root is not None:
-                path = self._lock_file(point)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                slot.lock = try_lock(path)
-                if slot.lock is None:
-                    slot.chain.points.appendleft(point)
-                    self.busy.append(slot.chain)
-                    slot.chain = _Chain(())
-                    continue
-                found = finished(self.root, point)  # by a process that has let go of it since
+            found, is_free = self._claim(slot, point)
+            if not is_free:
+                slot.chain.points.appendleft(point)
+                self.busy.append(slot.chain)
+                slot.chain = _Chain(())
+                continue
             if found is not None:
                 self.fits[id(point)] = found
                 slot.chain.before = found.intervention
@@ -257,6 +252,19 @@ class SweepLoop:
             if not slot.state.done():
                 return
             self._finish(slot, bar)
+
+    def _claim(self, slot: _Slot, point: Point) -> tuple[SweepFit | None, bool]:
+        """(the result of a point that is finished, False if another process is working on it); else it is locked."""
+        if self.root is None:
+            return None, True
+        found = finished(self.root, point)
+        if found is not None:
+            return found, True
+        path = self._lock_file(point)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        slot.lock = try_lock(path)
+        # It may have been finished by a process that has let go of it since.
+        return (None, False) if slot.lock is None else (finished(self.root, point), True)
 
     def _next_point(self, slot: _Slot, waiting: deque[_Chain]) -> Point | None:
         """The next point of the slot's chain, or else of the next chain that is waiting."""
