@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,21 @@ def _key(point: dict[str, Any]) -> str:
 
 def _keys(points: Sequence[dict[str, Any]]) -> set[str]:
     return {_key(point) for point in points}
+
+
+def family_of(point: Point, warm_start: bool) -> list[Any]:
+    """What the points of one grid have in common beside model and examples: all that the grid does not vary."""
+    varied = set(point.chosen)
+    common = point.settings.to_dict() | asdict(point.objective)
+    kept: list[Any] = [sorted(varied), warm_start, {name: common[name] for name in sorted(common.keys() - varied)}]
+    if "start" not in varied:
+        place = point.intervention.location.to_dict()
+        kept += [type(point.intervention).__name__, {name: place[name] for name in sorted(place.keys() - varied)}]
+    return kept
+
+
+def by_text(value: Any) -> Any:
+    """A dict whose keys may be None, the name of a single set of examples, with text instead."""
+    if isinstance(value, dict):
+        return {"" if name is None else name: by_text(one) for name, one in value.items()}
+    return value

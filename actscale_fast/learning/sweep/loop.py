@@ -7,12 +7,10 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..._locks import POLL, HeldLock, holder, try_lock
 from ..._log import notice
@@ -24,7 +22,9 @@ from ..fit_state import FitState
 from ..zero_gradient import ZeroGradientError, ZeroGradientWatch
 from .fit_folder import LOCK, finished, write_finished
 from .grid import Point
+from .progress import SweepBar
 from .result import SweepFit
+from .stack import copy_values, places as places_in, union
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +93,7 @@ class SweepLoop:
             everything.setdefault(self._kind(point.intervention), []).append(point)
         waiting = [_Chain(chain) for chain in chains]
         since: float | None = None
-        with _Bar(total, sum(map(len, chains)), progress) as bar:
+        with SweepBar(total, sum(map(len, chains)), progress) as bar:
             while waiting:
                 together: dict[Any, list[_Chain]] = {}
                 for chain in waiting:
@@ -136,7 +136,7 @@ class SweepLoop:
                 self._advance(slot, waiting, bar)
             if all(slot.state is None for slot in slots):
                 return
-            stack = _union([point.intervention for point in alike], n_slots)
+            stack = union([point.intervention for point in alike], n_slots)
             engine = Engine(self.model, self.data, stack, [point.objective for point in alike], self.execution)
             self._take_steps(engine, stack, slots, waiting, bar)
 
@@ -161,7 +161,7 @@ class SweepLoop:
         with torch.no_grad():
             for number, slot in busy:
                 assert slot.state is not None
-                places.append(_places(stack, slot.state.intervention))
+                places.append(places_in(stack, slot.state.intervention))
                 for name, parameter in stack.named_parameters():
                     parameter[number].zero_()
                     parameter[number, places[-1]] = slot.state.intervention.get_parameter(name).detach()
@@ -277,7 +277,7 @@ class SweepLoop:
     def _begin(self, slot: _Slot, point: Point) -> None:
         """Start the fit of a point, or resume it from its checkpoint."""
         if slot.chain.before is not None:
-            _copy_values(slot.chain.before, point.intervention)
+            copy_values(slot.chain.before, point.intervention)
         path = None if self.root is None else self._state_file(point)
         slot.point = point
         slot.state = FitState(
@@ -298,51 +298,3 @@ class SweepLoop:
         """The lock of a fit in progress."""
         assert self.root is not None
         return self.root / point.folder / LOCK
-
-
-def _union(interventions: Sequence[Intervention], n_groups: int) -> Intervention:
-    """A stack with one group for each, at all layers that any of them has."""
-    first = interventions[0]
-    layers = tuple(sorted({layer for one in interventions for layer in one.location.layers}))
-    return type(first)(replace(first.location, layers=layers), n_groups=n_groups, device=first.device)
-
-
-def _places(stack: Intervention, intervention: Intervention) -> Tensor:
-    """The indices of the intervention's layers among the stack's, int64 [L]."""
-    layers = intervention.location.layers
-    return torch.tensor([stack.location.layers.index(layer) for layer in layers], device=stack.device)
-
-
-def _copy_values(source: Intervention, target: Intervention) -> None:
-    with torch.no_grad():
-        for name, parameter in target.named_parameters():
-            parameter.copy_(source.get_parameter(name))
-
-
-class _Bar:
-    """A progress bar over all steps that also counts finished fits; earlier steps do not affect the time left."""
-
-    def __init__(self, total: int, n_fits: int, show: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self.bar = tqdm(total=total, desc="sweep", disable=not show, unit="step", dynamic_ncols=True)
-        self.done, self.n_fits = 0, n_fits
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-    def update(self, steps: int) -> None:
-        self.bar.update(steps)
-
-    def skip(self, steps: int) -> None:
-        if not self.bar.disable:
-            self.bar.initial += steps
-            self.bar.n += steps
-            self.bar.refresh()
-
-    def fits_done(self) -> None:
-        self.done += 1
-        self.bar.set_postfix_str(f"{self.done}/{self.n_fits} fits", refresh=False)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -35,7 +34,19 @@ from .example_sets import by_name, row_ranges
 from .fit_folder import LOCK, examples_digest, finished_folders, read_evaluation, write_evaluation
 from .folder import INDEX, clear, close_jobs, write_index
 from .grid import Grid, Point, chain_by_minimality, points as points_of
-from .jobs import asked, check_same, is_newer, read_plan, root_lock, share, share_of, take_weights, write_plan
+from .jobs import (
+    asked,
+    by_text,
+    check_same,
+    family_of,
+    is_newer,
+    read_plan,
+    root_lock,
+    share,
+    share_of,
+    take_weights,
+    write_plan,
+)
 from .loop import SweepLoop
 from .result import SweepFit, SweepResult
 from .shares import measure_sizes, resolve_shares
@@ -161,14 +172,14 @@ def sweep(
                 common = settings.to_dict() | fit_identity(template, objective) | model_identity(model, True)
                 common |= {"warm_start": warm_start, "accumulate": execution.accumulate, "held_out": expected}
                 common["examples"] = {task: examples_identity(data, rows) for task, rows in rows_of.items()}
-                wanted = asked({name: _by_text(value) for name, value in common.items()}, made)
+                wanted = asked({name: by_text(value) for name, value in common.items()}, made)
                 if processes.is_rank_zero:
                     planning.enter_context(locked(root_lock(root), f"the points of {root}"))
                 plan = _agreed(processes, lambda: read_plan(root))
                 if plan is not None:
                     check_same(root, plan, wanted)
                     take_weights(plan, made)
-            families = [_family(point, warm_start) for point in made]  # before shares are resolved
+            families = [family_of(point, warm_start) for point in made]  # before shares are resolved
             resolve_shares(model, data, made, rows_of, execution)
             agreed = processes.all_gather([(point.objective, point.error) for point in made])[0]
             for point, (resolved, error) in zip(made, agreed, strict=True):  # another GPU may round otherwise
@@ -274,24 +285,6 @@ def _evaluate(
             mine = [fit for fit in mine if fit.evaluation is None]
             if mine and not free:
                 time.sleep(POLL)
-
-
-def _family(point: Point, warm_start: bool) -> list[Any]:
-    """What the points of one grid have in common beside model and examples: all that the grid does not vary."""
-    varied = set(point.chosen)
-    common = point.settings.to_dict() | asdict(point.objective)
-    kept: list[Any] = [sorted(varied), warm_start, {name: common[name] for name in sorted(common.keys() - varied)}]
-    if "start" not in varied:
-        place = point.intervention.location.to_dict()
-        kept += [type(point.intervention).__name__, {name: place[name] for name in sorted(place.keys() - varied)}]
-    return kept
-
-
-def _by_text(value: Any) -> Any:
-    """A dict whose keys may be None, the name of a single set of examples, with text instead."""
-    if isinstance(value, dict):
-        return {"" if name is None else name: _by_text(one) for name, one in value.items()}
-    return value
 
 
 def _agreed(processes: ProcessGroup, read: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
