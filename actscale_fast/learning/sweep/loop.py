@@ -188,7 +188,7 @@ class SweepLoop:
         except FloatingPointError as error:
             slot.error = slot.error or str(error)
         if slot.error is not None:
-            warnings.warn(f"sweep: {slot.error}; the other fits continue", stacklevel=4)
+            warnings.warn(f"sweep: {slot.error}; the other fits continue", stacklevel=6)
             self._finish(slot, bar, slot.error)
             while slot.chain.points:
                 self._failed(slot.chain.points.popleft(), f"not begun: {slot.error}")
