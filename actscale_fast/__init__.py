@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .learning.execution import Execution as Execution
     from .learning.fit import FitResult as FitResult, fit as fit
     from .learning.objective import Objective as Objective
-    from .learning.sweep.folder import load_sweep as load_sweep
+    from .learning.sweep.folder import gather_sweep as gather_sweep, load_sweep as load_sweep
     from .learning.sweep.minimality_path import minimality_path as minimality_path
     from .learning.sweep.result import SweepFit as SweepFit, SweepResult as SweepResult
     from .learning.sweep.sweep import sweep as sweep
@@ -87,7 +87,7 @@ _HOMES = {
     ),
     "learning": (
         "Attribution", "Checkpoint", "Evaluation", "Execution", "FitResult", "Objective", "SweepFit", "SweepResult",
-        "attribution", "evaluate", "fit", "load_sweep", "minimality_path", "sweep",
+        "attribution", "evaluate", "fit", "gather_sweep", "load_sweep", "minimality_path", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),

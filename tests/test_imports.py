@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "actscale_fast"
 FLOORS = (
     ("_version", "_versions", "_checks", "_suggestions", "_tables", "_log", "defaults", "_files", "_cache"),
     ("_json",),
-    ("_tensor_files",),
+    ("_tensor_files", "_locks"),
     ("ops",),
     ("verification",),
     ("modules",),

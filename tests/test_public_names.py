@@ -20,10 +20,10 @@ NAMES = {
         ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint Composite DynScalar Evaluation
         Example Execution FitResult InstructionVectors InterchangeResult Intervention LatentResult LayerChoice
         LayerScore Means Objective Projection SteerVec SweepFit SweepResult act_add attribution decode_latent evaluate
-        fit fit_interchange get_actscale_model get_backend head_mask instruction_vectors latent_vectors load_demo_model
-        load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge minimality_path ops
-        patch perplexity plots reproduce save_examples set_backend source_activations stack sweep tasks unmerge
-        use_backend verify_kernels Verification
+        fit fit_interchange gather_sweep get_actscale_model get_backend head_mask instruction_vectors latent_vectors
+        load_demo_model load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge
+        minimality_path ops patch perplexity plots reproduce save_examples set_backend source_activations stack sweep
+        tasks unmerge use_backend verify_kernels Verification
     """,
     "actscale_fast.ops": """
         ReferenceStatistics dynamic_scale get_backend intervention_loss kl_div_from_logits linear_intervention_loss
@@ -86,7 +86,7 @@ PARAMETERS = {
     ),
     "sweep": (
         "model tokenizer examples grid objective intervention steps lr batch_size seed schedule betas tolerance "
-        "patience warm_start at_once evaluate_on folder checkpoint_every cache_bytes spill_bytes memory_bytes "
+        "patience warm_start at_once points evaluate_on folder checkpoint_every cache_bytes spill_bytes memory_bytes "
         "capture distributed progress"
     ),
     "minimality_path": "model tokenizer examples n smallest objective intervention steps batch_size seed betas",
@@ -137,6 +137,7 @@ PARAMETERS = {
     "ActivScalar.top": "k",
     "ActivScalar.to_frame": "",
     "load_sweep": "folder",
+    "gather_sweep": "folder",
     "load_examples": "path columns",
     "save_examples": "path examples",
     "mean_vector": "vectors",

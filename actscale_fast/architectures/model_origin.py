@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,20 @@ def _quantisation(model: nn.Module) -> str:
         method = str(getattr(method, "value", method) or "unknown")
         # bitsandbytes keeps its flags with an underscore.
         bits = [n for n in ("4", "8") if known.get(f"load_in_{n}bit") or known.get(f"_load_in_{n}bit")]
-        bits = bits or [str(known["bits"])] * (type(known.get("bits")) is int)
-        return ", ".join([method, *(f"{n} bits" for n in bits)])[:_LONGEST]
+        bits = bits or [str(known["bits"]) for _ in range(type(known.get("bits")) is int)]
+        return ", ".join([method, *(f"{n} bits" for n in bits), *_kind(known)])[:_LONGEST]
     return "unknown" if any(stored_as(value) == "packed" for value in model.parameters()) else "none"
+
+
+def _kind(settings: Mapping[str, Any]) -> list[str]:
+    """What else tells two models of one method apart: the type of torchao's weights, or of quanto's."""
+    kind = settings.get("quant_type", settings.get("weights"))
+    kind = next(iter(kind.values()), None) if isinstance(kind, dict) else kind
+    if isinstance(kind, dict):  # as saved in config.json
+        kind = kind.get("_type")
+    if kind is None:
+        return []
+    return [kind if isinstance(kind, str) else type(kind).__name__]
 
 
 def _weights(model: nn.Module) -> str | None:

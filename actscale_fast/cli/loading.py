@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import tasks
+from .._files import check_writable
 from ..demo_model import load_demo_model, quiet_transformers, whole_model
 from ..frozen.chat import has_chat_template, user_message
+from ..interventions.description import DESCRIPTION
 from ..learning.prompt_spaces import without_needless_space
 from ..tasks.examples import Example
 from ..tasks.loading import load_examples
+from .quantize import quantization_config
 from .verbosity import shows_progress
 
 if TYPE_CHECKING:
@@ -34,16 +37,27 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
         ValueError: a device that cannot be used, or a model that cannot be loaded.
         FileNotFoundError: neither a folder nor a model that can be downloaded.
     """
+    if options.device_map is not None and options.device != "auto":
+        raise ValueError("--device-map divides the model between devices and cannot be used with --device")
     device = _device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if options.model is None:
+    more: dict[str, Any] = {} if options.attn is None else {"attn_implementation": options.attn}
+    if options.quantize is not None:
+        more["quantization_config"] = quantization_config(options.quantize)
+        more["device_map"] = {"": str(device)}
+    if options.device_map is not None:
+        more["device_map"] = options.device_map
+    name = options.model
+    if name is None:
         model, tokenizer = load_demo_model()
+        name = model.config._name_or_path if more else None
         if options.dtype != "auto":
             torch.nn.Module.to(model, getattr(torch, options.dtype))
-    else:
-        model, tokenizer = _from_transformers(options.model, options.dtype, bars=shows_progress(options))
-    torch.nn.Module.to(model, device)
+    if name is not None:
+        model, tokenizer = _from_transformers(name, options.dtype, bars=shows_progress(options), **more)
+    if "device_map" not in more:
+        torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -140,6 +154,7 @@ def output_folder(name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"out: {folder} cannot be written to")
+    check_writable(folder / DESCRIPTION)  # a full disk is found out now, not when the result is there
     return folder
 
 
@@ -175,7 +190,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _from_transformers(name: str, dtype: str, *, bars: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_transformers(
+    name: str, dtype: str, *, bars: bool, **more: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
@@ -187,7 +204,7 @@ def _from_transformers(name: str, dtype: str, *, bars: bool) -> tuple[PreTrained
     with quiet_transformers(bars=bars and not local):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            model = whole_model(source, dtype=chosen, local_files_only=local)
+            model = whole_model(source, dtype=chosen, local_files_only=local, **more)
         except OSError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             problem = (

@@ -10,6 +10,7 @@ from .._log import logger
 from ..demo_model import FOLDER_NAME
 from ..interventions.description import DESCRIPTION
 from .loading import load_model
+from .options import QUANTIZERS
 from .record import FILE, read_record
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def load_model_of_fit(
         logger.warning(str(error))
         record = {}
     options.model = record.get("model")
+    if options.quantize is None and record.get("quantize") in QUANTIZERS:
+        options.quantize = record["quantize"]
     if options.model is None:
         if "model" not in record:
             _tell_of_demo_model(folder, intervention)

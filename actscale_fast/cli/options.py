@@ -16,6 +16,7 @@ SITES = ("head", "attn_out", "mlp_out", "residual")
 TASKS = ("country-capital", "indirect-object", "greater-than", "name-order", "price-tagging")
 #: How many examples of a task the commands and the demo use, chosen for SmolLM2-135M-Instruct on two cores.
 N_TRAIN, N_TEST = 192, 96
+QUANTIZERS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-fp8", "quanto-int8", "quanto-int4")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -99,12 +100,15 @@ def intervention(command: argparse.ArgumentParser) -> None:
     command.add_argument("--intervention", required=True, metavar="FOLDER", help=SAVED)
 
 
-def data(command: argparse.ArgumentParser, n_train: int = N_TRAIN, *, required: bool = True) -> None:
+def data(
+    command: argparse.ArgumentParser, n_train: int = N_TRAIN, *, required: bool = True, recorded: bool = False
+) -> None:
     """The options that choose examples.
 
     Args:
         n_train: the default number of training examples of a task.
-        required: whether examples must be named; otherwise those of a fit's record are the default.
+        required: whether examples must be named.
+        recorded: whether those of a fit's record are the default.
     """
     source = command.add_mutually_exclusive_group(required=required)
     source.add_argument(
@@ -132,7 +136,7 @@ def data(command: argparse.ArgumentParser, n_train: int = N_TRAIN, *, required: 
     )  # fmt: skip
     for name, what, default in (("--n-train", "training", n_train), ("--n-test", "held-out", N_TEST)):
         command.add_argument(
-            name, type=positive_int, default=default if required else None, metavar="N",
+            name, type=positive_int, default=None if recorded else default, metavar="N",
             help=f"with --task: number of {what} examples (default: {default})",
         )  # fmt: skip
 
@@ -145,6 +149,19 @@ def model(command: argparse.ArgumentParser, default: str = DEMO_MODEL) -> None:
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", metavar="TYPE", help=", ".join(DTYPES) + " (default: as saved)"
     )
+    group.add_argument(
+        "--attn",
+        metavar="NAME",
+        help="attention implementation of transformers, such as eager, sdpa, flash_attention_2",
+    )
+    group.add_argument(
+        "--quantize", choices=QUANTIZERS, metavar="NAME",
+        help=f"quantise the weights on loading: {', '.join(QUANTIZERS)} (default: no)",
+    )  # fmt: skip
+    group.add_argument(
+        "--device-map", metavar="NAME",
+        help="divide the layers between devices, as in transformers: auto, balanced, sequential (not with --device)",
+    )  # fmt: skip
     device(group)
 
 

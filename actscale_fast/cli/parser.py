@@ -111,7 +111,7 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
     saved.add_argument("folder", nargs="?", metavar="FOLDER", help=options.SAVED)
     saved.add_argument("--intervention", metavar="FOLDER", help="the same as FOLDER")
     options.model(command, options.MODEL_OF_FIT)
-    options.data(command, required=False)
+    options.data(command, required=False, recorded=True)
     command.add_argument(
         "--seed", type=int, metavar="N",
         help=f"with --task: random seed of the examples (default: that of the fit, otherwise {defaults.SEED})",

@@ -87,7 +87,7 @@ def fit(command: argparse.ArgumentParser) -> None:
 
 def sweep(command: argparse.ArgumentParser) -> None:
     options.model(command)
-    options.data(command)
+    options.data(command, required=False)
     options.paths(command)
     command.add_argument(
         "--seed", type=int, default=defaults.SEED, metavar="N",
@@ -124,6 +124,19 @@ def sweep(command: argparse.ArgumentParser) -> None:
     grid.add_argument(
         "--warm-start", action="store_true",
         help="start each fit from the result of the next larger --minimality, all else being equal",
+    )  # fmt: skip
+    jobs = command.add_argument_group("jobs that divide a grid between them")
+    jobs.add_argument(
+        "--points", metavar="I/N",
+        help="fit the I-th of N shares of the grid, counted from 1; all jobs get the same options and the same --out",
+    )  # fmt: skip
+    jobs.add_argument(
+        "--gather", action="store_true",
+        help="only check that all points in --out are finished, write its sweep.json, and draw the front",
+    )  # fmt: skip
+    jobs.add_argument(
+        "--at-once", type=positive_int, metavar="N",
+        help="fits in progress at the same time; with 1 a fit has the same bits in any job (default: all)",
     )  # fmt: skip
     options.steps(command).add_argument(
         "--tolerance", type=weight, metavar="X", help="stop a fit whose scalars change by no more than this"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FILE, EVALUATION = "fit.json", "evaluation.json"
 _KEPT = (
-    "model", "data", "test_data", "columns", "chat", "answers_stripped", "task", "aligned", "split",
+    "model", "quantize", "attn", "data", "test_data", "columns", "chat", "answers_stripped", "task", "aligned", "split",
     "n_train", "n_test", "seed",
     "steps", "lr", "batch_size",
     "schedule", "accumulate", "kind", "margin", "faithfulness", "minimality", "n_active", "kl",

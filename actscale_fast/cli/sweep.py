@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .. import defaults, learning, plots
 from ..interventions import ActivScalar
+from ..learning.sweep.jobs import share_of
 from .loading import check_file, examples_for, load_files, load_model, output_folder
 from .options import given_paths
 from .output import print_table, say
+from .sweep_jobs import keep_records, path_of_jobs
 from .verbosity import shows_progress
 
 
 def sweep(options: argparse.Namespace) -> int:
     """Fit every combination of the lists, save and evaluate the fits, and draw their Pareto front."""
+    if options.gather:
+        return _gather(options)
+    if options.task is None and options.data is None:
+        raise ValueError("one of --data and --task is required (or --gather)")
+    share_of(options.points)
     if options.path is not None and options.minimality is not None:
         raise ValueError("--path chooses the weights of the ℓ1 norm and cannot be used with --minimality")
     if options.task_seed is None:
@@ -33,21 +41,25 @@ def sweep(options: argparse.Namespace) -> int:
             grid[name] = getattr(options, name)
     grid["seed"] = options.seeds
     if options.path is not None:
-        paths = [
-            learning.minimality_path(
-                model,
-                tokenizer,
-                train,
-                options.path,
-                objective=learning.Objective(margin=max(options.margin or [defaults.MARGIN])),
-                intervention=template,
-                steps=options.steps,
-                batch_size=options.batch_size,
-                seed=seed,
-            )
-            for seed in options.seeds
-        ]
-        grid["minimality"] = max(paths, key=lambda weights: weights[0])  # the scalars of every seed stay at 0
+
+        def weights() -> list[float]:
+            paths = [
+                learning.minimality_path(
+                    model,
+                    tokenizer,
+                    train,
+                    options.path,
+                    objective=learning.Objective(margin=max(options.margin or [defaults.MARGIN])),
+                    intervention=template,
+                    steps=options.steps,
+                    batch_size=options.batch_size,
+                    seed=seed,
+                )
+                for seed in options.seeds
+            ]
+            return max(paths, key=lambda weights: weights[0])  # the scalars of every seed stay at 0
+
+        grid["minimality"] = path_of_jobs(out, options, weights)
     result = learning.sweep(
         model,
         tokenizer,
@@ -59,10 +71,30 @@ def sweep(options: argparse.Namespace) -> int:
         tolerance=options.tolerance,
         warm_start=options.path is not None or options.warm_start,
         progress=shows_progress(options),
+        at_once=options.at_once,
+        points=options.points,
         evaluate_on=test or None,
         folder=out,
         checkpoint_every=options.checkpoint_every,
     )
+    keep_records(out, options, result, model, train, test)
+    if options.points is None:
+        return _show(options, result, out)
+    columns, rows = result.table()
+    print_table(f"{len(rows)} fits of the share {options.points}", columns, rows)
+    say(f"saved in {out}: one folder for each fit; when all jobs have finished: sweep --gather --out {out}")
+    return 0
+
+
+def _gather(options: argparse.Namespace) -> int:
+    """Write the index of a sweep whose points several jobs have fitted, and draw its front."""
+    if options.points is not None or options.data is not None or options.task is not None:
+        raise ValueError("--gather reads what is in --out; it cannot be used with --points, --data or --task")
+    check_file(options.plot, "plot")
+    return _show(options, learning.gather_sweep(options.out), Path(options.out))
+
+
+def _show(options: argparse.Namespace, result: learning.SweepResult, out: Path) -> int:
     columns, rows = result.table()
     print_table(f"{len(rows)} fits", columns, rows)
     picture = options.plot or out / "front.png"

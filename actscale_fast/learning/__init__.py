@@ -6,7 +6,7 @@ from .evaluate import Evaluation, evaluate, evaluate_all
 from .execution import Execution
 from .fit import FitResult, fit
 from .objective import Objective
-from .sweep.folder import load_sweep
+from .sweep.folder import gather_sweep, load_sweep
 from .sweep.minimality_path import minimality_path
 from .sweep.result import SweepFit, SweepResult
 from .sweep.sweep import sweep
@@ -24,6 +24,7 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "fit",
+    "gather_sweep",
     "load_sweep",
     "minimality_path",
     "sweep",

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._log import notice
 from ..architectures.hugging_face import unwrap
 from ..architectures.sharding import ALONE, ModelProcesses, model_processes
 
@@ -81,6 +83,13 @@ class ProcessGroup:
             return self
         return ProcessGroup(model=self.model, n_processes=self.model.size, everybody=self.model.group)
 
+    def refuse_different(self, value: Any, what: str) -> None:
+        """Raise a ValueError in every process if they do not all have the same value."""
+        if any(other != value for other in self.all_gather(value)):
+            raise ValueError(
+                f"distributed: the processes have different {what}; pass distributed=False if each works alone"
+            )
+
 
 SINGLE_PROCESS = ProcessGroup()
 
@@ -91,9 +100,9 @@ def process_group(distributed: bool | None, model: nn.Module | None = None) -> I
 
     Args:
         distributed: None: use the existing process group, or create the one that the environment of torchrun or
-            accelerate describes (gloo for CPUs, nccl for GPUs); without either, work alone. True: as None, but raise
-            if there is only one process. False: work alone; the processes that hold a sharded model do all of it
-            together.
+            accelerate describes (gloo for CPUs, nccl for GPUs); without either, work alone, and so in a worker of Ray,
+            whose ranks serve other purposes. True: use the group or the environment, but raise if there is only one
+            process. False: work alone; the processes that hold a sharded model do all of it together.
         model: the model that works, which may be sharded over some of the processes; None: it is not sharded.
 
     Raises:
@@ -104,6 +113,10 @@ def process_group(distributed: bool | None, model: nn.Module | None = None) -> I
 
     held = ALONE if model is None else model_processes(unwrap(model))
     available = distributed is not False and processes.is_available()
+    if available and distributed is None and _is_worker_of_ray():
+        if processes.is_initialized() or "RANK" in os.environ:
+            notice("this worker of Ray works alone; distributed=True shares the work with the others")
+        available = False
     if available and processes.is_initialized():
         with _sharing(held) as found:
             yield found
@@ -151,6 +164,12 @@ def _sharing(held: ModelProcesses) -> Iterator[ProcessGroup]:
         yield ProcessGroup(copies.index(held.ranks), len(copies), held, size, (groups[held.rank],))
     finally:
         processes.destroy_process_group(groups[held.rank])
+
+
+def _is_worker_of_ray() -> bool:
+    """Whether Ray started this process; one that torchrun started may use Ray too."""
+    ray = sys.modules.get("ray")
+    return ray is not None and "TORCHELASTIC_RUN_ID" not in os.environ and bool(ray.is_initialized())
 
 
 @functools.cache

@@ -36,8 +36,8 @@ class Execution:
             GPU and the first three passes agree with plain ones; otherwise plain passes, with a warning if a capture
             fails. Not yet run on a GPU.
         distributed: None: share the work with the other processes of an existing group, or of one that torchrun or
-            accelerate describes, which then lasts until the end of the call. True: the same, but raise if there is only
-            one process. False: work alone.
+            accelerate describes, which then lasts until the end of the call; a worker of Ray works alone. True: share
+            the work, and raise if there is only one process. False: work alone.
 
     Raises:
         ValueError: a count or a budget that is not an integer, or is too small; `capture` is something else.

@@ -138,8 +138,9 @@ def site_projection(found: ModelLayout, site: str, layer: int) -> nn.Module:
     if not usable or stored_as(weight) not in ("plain", "sharded"):
         kind = "" if type(weight) in (Tensor, nn.Parameter) else f"a {type(weight).__name__} of "
         state = "missing" if not isinstance(weight, Tensor) else f"{kind}{weight.dtype} on {weight.device}"
+        hint = "; what is quantised or sharded cannot hold the product exactly: use patch" if kind else ""
         raise ValueError(
-            f"model: the weight of layer {layer}'s projection is {state}, expected floating-point and in memory"
+            f"model: the weight of layer {layer}'s projection is {state}, expected floating-point and in memory{hint}"
         )
     return module
 

@@ -2,8 +2,9 @@
 
 It holds the intervention as `save_pretrained` writes it, `history.json`, and finally `summary.json`, which marks the
 fit as finished and holds the checksums of both. `evaluation.json` is there if the fit was evaluated,
-`state.safetensors` while it is running. All files are written atomically; a file that was changed since raises an
-error that names it. In particular, a damaged evaluation is not silently recomputed.
+`state.safetensors` and a lock while it is running, `failure.json` if it ended with an error. All files are written
+atomically; a file that was changed since raises an error that names it. In particular, a damaged evaluation is not
+silently recomputed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from .grid import Point
 from .result import SweepFit
 
 SUMMARY, HISTORY, EVALUATION = "summary.json", "history.json", "evaluation.json"
+#: In place of the summary of a fit that ended with an error; it is tried again.
+FAILURE = "failure.json"
+LOCK = ".lock"
 
 _FIELDS = {
     "label": str, "chosen": dict, "task": str | None, "settings": dict, "folder": str, "error": str | None,
@@ -57,11 +61,40 @@ def finished_folders(root: Path) -> set[str]:
     return {path.parent.name for path in root.glob(f"*/{SUMMARY}")}
 
 
-def write_finished(root: Path, fit: SweepFit) -> None:
-    """Write a finished fit; `summary.json`, which holds the checksums of the other files, commits it."""
+def write_finished(root: Path, fit: SweepFit, family: str = "") -> None:
+    """Write a finished fit; `summary.json`, which holds the checksums of the other files, commits it.
+
+    A fit with an error gets `failure.json` instead, and is saved in the state that it reached.
+    """
     folder = root / fit.folder
     files = write_learned(folder, fit)
-    write_sealed(folder / SUMMARY, fit.to_dict() | {"files": files})
+    write_sealed(folder / (FAILURE if fit.error else SUMMARY), fit.to_dict() | {"files": files, "family": family})
+    if fit.error is None:
+        (folder / FAILURE).unlink(missing_ok=True)
+
+
+def entry(root: Path, name: str) -> tuple[dict[str, Any], str] | None:
+    """(what the index says about a fit, except for its evaluation; the family of its grid), or None if it is not there.
+
+    Raises:
+        ValueError: a file was changed or is missing; the message names it.
+        OSError: a file cannot be read; the message names it.
+    """
+    folder = root / name
+    if folder.is_symlink():
+        raise ValueError(f"{folder}: a link, expected a folder")
+    listed_in = next((file for file in (SUMMARY, FAILURE) if os.path.lexists(folder / file)), None)
+    if listed_in is None:
+        return None
+    try:
+        found = read_inside(folder, listed_in)
+        check_entry(folder / listed_in, found, name)
+        if found["files"] != learned_checksums(folder):
+            raise ValueError(f"{folder}: {HISTORY} or {DESCRIPTION} is damaged")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"folder: {folder} is damaged ({error}); delete it to fit this point again") from None
+    family = found.pop("family", "")  # fits of earlier versions have none
+    return found, str(family)
 
 
 def write_learned(folder: Path, fit: SweepFit) -> dict[str, str]:
@@ -169,12 +202,17 @@ def check_entry(path: Path, entry: Any, folder: str | None = None) -> None:
         if name not in entry or not isinstance(entry[name], kind):
             raise ValueError(f"{path}: damaged ({name} is missing or of a wrong type)")
     name = entry["folder"]
-    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+    if not is_folder_name(name):
         raise ValueError(f"{path}: damaged (the folder is {ascii(name)[:100]}, expected a name)")
     if folder not in (None, name):
         raise ValueError(f"{path}: of another fit, {ascii(name)[:100]}")
     if entry["files"].keys() != {HISTORY, DESCRIPTION}:
         raise ValueError(f"{path}: damaged (files is not {HISTORY} and {DESCRIPTION})")
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a name from a file is that of a folder in the sweep's own."""
+    return name not in ("", ".", "..") and re.search(r"[/\\\0]", name) is None
 
 
 def read_inside(folder: Path, name: str) -> Any:

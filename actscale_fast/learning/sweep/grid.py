@@ -41,6 +41,8 @@ class Point:
     after: Point | None = None  # the point whose result it starts from
     identity: dict[str, Any] = field(default_factory=dict)
     error: str | None = None  # why it cannot begin
+    known_weight: float | None = None  # λ_M as another job of the same sweep resolved it
+    family: str = ""  # a digest of what all points of its grid have in common
     sizes: list[Tensor | None] = field(default_factory=list)  # of the activations, where the learning rate is a share
 
     @property

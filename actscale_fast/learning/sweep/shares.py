@@ -37,6 +37,9 @@ def resolve_shares(
         share = point.objective.minimality_share
         if share is None:
             continue
+        if point.known_weight is not None:
+            point.objective = replace(point.objective, minimality=point.known_weight)
+            continue
         whole = replace(point.objective, minimality="100%", faithfulness=0.0)
         place = point.intervention.location
         key = (point.task, whole, type(point.intervention), place.site, place.layers, place.positions, place.generated)

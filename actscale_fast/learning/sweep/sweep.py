@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ... import defaults
 from ..._checks import check_counts
+from ..._locks import POLL, locked, try_lock
 from ..._log import notice
 from ...architectures.layout import layout
 from ...architectures.model_origin import ModelOrigin, origin_of
@@ -22,18 +24,31 @@ from ...tasks.loading import ExampleSource
 from ...verification.ensure import ensure_verified
 from ..arguments import checked_location, checked_objective, refuse_idle, refuse_inference_mode, refuse_tokenless
 from ..checkpoint import check_writable_checkpoint, digest
-from ..distributed import process_group
+from ..distributed import ProcessGroup, process_group
 from ..encoded_examples import EncodedExamples
-from ..evaluate import evaluate_all
+from ..evaluate import Evaluation, evaluate_all
 from ..execution import Execution, ExecutionKeywords, with_keywords
 from ..fit_settings import FitSettings, Schedule
 from ..identity import examples_identity, fit_identity, model_identity
 from ..objective import Objective
 from ..termination import saving_on_sigterm
 from .example_sets import by_name, row_ranges
-from .fit_folder import examples_digest, finished_folders, read_evaluation, write_evaluation
-from .folder import INDEX, write_index
-from .grid import Grid, Point, chain_by_minimality, points
+from .fit_folder import LOCK, examples_digest, finished_folders, read_evaluation, write_evaluation
+from .folder import INDEX, clear, close_jobs, write_index
+from .grid import Grid, Point, chain_by_minimality, points as points_of
+from .jobs import (
+    asked,
+    by_text,
+    check_same,
+    family_of,
+    is_newer,
+    read_plan,
+    root_lock,
+    share,
+    share_of,
+    take_weights,
+    write_plan,
+)
 from .loop import SweepLoop
 from .result import SweepFit, SweepResult
 from .shares import measure_sizes, resolve_shares
@@ -60,6 +75,7 @@ def sweep(
     patience: int = defaults.PATIENCE,
     warm_start: bool = False,
     at_once: int | None = None,
+    points: str | None = None,
     evaluate_on: ExampleSource | Mapping[str, ExampleSource] | None = None,
     folder: str | os.PathLike[str] | None = None,
     checkpoint_every: int = defaults.CHECKPOINT_EVERY,
@@ -89,17 +105,22 @@ def sweep(
             the grid says.
         warm_start: points that differ only in `minimality` form a path: they are fitted one after another from the
             largest down, each starting from the scalars of the one before.
-        at_once: number of fits in progress at the same time; None: all. Passes are bounded in any case.
+        at_once: number of fits in progress at the same time; None: all. Passes are bounded in any case. With 1, each
+            fit has passes of its own, and the same bits whatever else is fitted, in this process or in others.
+        points: "2/4": fit the second of four shares of the grid (counted from 1), for jobs that divide a grid between
+            them in one folder. Fits that start from each other's results stay in one share. None: all of it.
         evaluate_on: held-out examples (by name if `examples` are) on which every result is evaluated.
         folder: where fits are kept: one folder per fit, and `sweep.json`. Without it an interrupted sweep leaves
-            nothing. Ctrl-C and SIGTERM save. A file in it that was changed since is an error that names it.
+            nothing. Ctrl-C and SIGTERM save. A file in it that was changed since is an error that names it. A fit that
+            another process is working on is left to it, and read when it is finished. With `points`, the last job
+            writes `sweep.json`; `gather_sweep` checks that all have finished.
         checkpoint_every: number of steps between two checkpoints of a fit in that folder.
         execution: how the passes run, as for `fit`.
         progress: show a progress bar with the time left.
         keywords: the fields of `Execution` are still accepted as keyword arguments, as before `execution` existed.
 
     Returns:
-        SweepResult: `.fits` in the grid's order, `.pareto()`, `.table()`.
+        SweepResult: `.fits` in the grid's order (with `points`, those of the share), `.pareto()`, `.table()`.
 
     Raises:
         TypeError, ValueError: bad arguments, examples or points, which are named; or a damaged folder.
@@ -116,6 +137,9 @@ def sweep(
     objective = checked_objective(objective)
     settings = FitSettings(steps, lr, batch_size, seed, schedule, betas, tolerance, patience)
     check_counts(checkpoint_every=checkpoint_every, **({} if at_once is None else {"at_once": at_once}))
+    part = share_of(points)
+    if part is not None and folder is None:
+        raise ValueError(f"points: got {points!r} without a folder, in which jobs put their fits together")
     execution = with_keywords(execution, keywords, "sweep")
     refuse_inference_mode("sweep")
     sets = by_name("examples", examples)
@@ -124,7 +148,7 @@ def sweep(
         raise ValueError(f"evaluate_on: got the sets {sorted(map(str, held_out))}, expected {sorted(map(str, sets))}")
     template = intervention or _first_intervention(grid) or ActivScalar.for_model(model)
     paths = checked_location(template).paths
-    made = points(grid, template, objective, settings, list(sets), layout(model, paths))
+    made = points_of(grid, template, objective, settings, list(sets), layout(model, paths))
     data = EncodedExamples([example for some in sets.values() for example in some], tokenizer, model, paths)
     refuse_tokenless(template, data)
     ensure_verified(data.device, progress=progress)
@@ -133,35 +157,68 @@ def sweep(
     root = None if folder is None else Path(folder)
     rows_of = row_ranges(sets)
     with process_group(execution.distributed, model) as processes:
+        begun = time.perf_counter()
         if root is not None:
-            check_writable_checkpoint(root / INDEX, processes=processes)
+            states = (value for point in made for value in point.intervention.parameters() for _ in range(3))
+            room = {str(number): value.data for number, value in enumerate(states)}  # with Adam's moments
+            check_writable_checkpoint(root / INDEX, room, processes=processes)
+            if processes.is_rank_zero:
+                clear(root)
         origin = origin_of(model)
         for point in made:
             _check_point(model, origin, point, data)
-        resolve_shares(model, data, made, rows_of, execution)
-        measure_sizes(model, data, made, rows_of)
-        chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
-        _identify(model, data, chains, rows_of, execution.accumulate, saved=root is not None)
+        expected = {task: examples_digest(some) for task, some in (held_out or {}).items()}
+        with contextlib.ExitStack() as planning:
+            if part is not None:
+                assert root is not None
+                common = settings.to_dict() | fit_identity(template, objective) | model_identity(model, True)
+                common |= {"warm_start": warm_start, "accumulate": execution.accumulate, "held_out": expected}
+                common["examples"] = {task: examples_identity(data, rows) for task, rows in rows_of.items()}
+                wanted = asked({name: by_text(value) for name, value in common.items()}, made)
+                if processes.is_rank_zero:
+                    planning.enter_context(locked(root_lock(root), f"the points of {root}"))
+                plan = _agreed(processes, lambda: read_plan(root))
+                if plan is not None:
+                    check_same(root, plan, wanted)
+                    take_weights(plan, made)
+            families = [family_of(point, warm_start) for point in made]  # before shares are resolved
+            resolve_shares(model, data, made, rows_of, execution)
+            agreed = processes.all_gather([(point.objective, point.error) for point in made])[0]
+            for point, (resolved, error) in zip(made, agreed, strict=True):  # another GPU may round otherwise
+                point.objective, point.error = resolved, error
+            measure_sizes(model, data, made, rows_of)
+            chains = chain_by_minimality(made) if warm_start else [[point] for point in made]
+            _identify(model, data, chains, rows_of, execution.accumulate, saved=root is not None)
+            for point, family in zip(made, families, strict=True):
+                same = [point.identity[name] for name in ("examples", "tokens") if "task" not in point.chosen]
+                point.family = digest([family, point.identity.get("model"), execution.accumulate, *same])
+            if part is not None and root is not None and processes.is_rank_zero and is_newer(plan, wanted):
+                (root / INDEX).unlink(missing_ok=True)  # it would lack the new points
+                write_plan(root, wanted, made, expected)
+        processes.refuse_different((points, [point.folder for point in made]), "points")
         if root is not None and processes.is_rank_zero:
             _say_if_none_is_kept(root, made)
-        begun = time.perf_counter()
+        mine = chains if part is None else share(chains, part)
+        own_share = mine if processes.splits_rows_alone else processes.shard(mine)
         loop = SweepLoop(model, data, rows_of, root, checkpoint_every, execution, processes.of_one_fit())
         show = progress and processes.is_rank_zero
         with saving_on_sigterm(root is not None):
-            mine = chains if processes.splits_rows_alone else processes.shard(chains)
-            fits = loop.run(mine, len(chains) if at_once is None else at_once, show)
+            fits = loop.run(own_share, len(mine) if at_once is None else at_once, show, made)
         own = {index: fits[id(point)] for index, point in enumerate(made) if id(point) in fits}
         if held_out is not None:
-            _evaluate(model, tokenizer, held_out, list(own.values()), root, show, processes.model)
+            _evaluate(model, tokenizer, held_out, list(own.values()), root, expected, show, processes.model)
         if processes.n_processes > 1:
             for fit in own.values():
                 fit.intervention.to("cpu")
         gathered = {index: fit for some in processes.all_gather(own) for index, fit in some.items()}
         for fit in gathered.values():
             fit.intervention.to(template.device)
-        result = SweepResult([gathered[index] for index in range(len(made))], time.perf_counter() - begun)
+        result = SweepResult([gathered[index] for index in sorted(gathered)], time.perf_counter() - begun)
         if root is not None and processes.is_rank_zero:
-            write_index(root, result)
+            if part is None:
+                write_index(root, result, made[0].family, expected)
+            else:
+                close_jobs(root)
         return result
 
 
@@ -205,22 +262,61 @@ def _say_if_none_is_kept(root: Path, made: Sequence[Point]) -> None:
 
 def _evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: dict[str | None, Sequence[Example]],
-    fits: list[SweepFit], root: Path | None, progress: bool, together: ModelProcesses,
+    fits: list[SweepFit], root: Path | None, expected: dict[str | None, str], progress: bool, together: ModelProcesses,
 ) -> None:  # fmt: skip
+    """Evaluate fits; those that another job is evaluating are read when it has finished.
+
+    The processes that hold the model together do what the first of them finds; it holds the locks for all.
+    """
     for task, some in held_out.items():
         mine = [fit for fit in fits if fit.task == task and fit.error is None]
-        expected = examples_digest(some)
-        if root is not None:
-            for fit in mine:
-                fit.evaluation = together.from_leader(functools.partial(read_evaluation, root, fit, expected))
-        mine = [fit for fit in mine if fit.evaluation is None]
-        if not mine:
-            continue
-        found = evaluate_all(model, tokenizer, some, [fit.intervention for fit in mine], progress=progress)
-        for fit, evaluation in zip(mine, found, strict=True):
-            fit.evaluation = evaluation
-            if root is not None and together.leads:
-                write_evaluation(root, fit, expected)
+        while mine:
+            with contextlib.ExitStack() as locks:
+                free = []
+                for fit in mine:
+                    if root is not None:
+                        is_free, fit.evaluation = together.from_leader(
+                            functools.partial(_claim_evaluation, root, fit, expected[task], locks)
+                        )
+                        if not is_free:
+                            continue
+                    if fit.evaluation is None:
+                        free.append(fit)
+                if free:
+                    found = evaluate_all(model, tokenizer, some, [fit.intervention for fit in free], progress=progress)
+                    for fit, evaluation in zip(free, found, strict=True):
+                        fit.evaluation = evaluation
+                        if root is not None and together.leads:
+                            write_evaluation(root, fit, expected[task])
+            mine = [fit for fit in mine if fit.evaluation is None]
+            if mine and not free:
+                time.sleep(POLL)
+
+
+def _claim_evaluation(
+    root: Path, fit: SweepFit, examples: str, locks: contextlib.ExitStack
+) -> tuple[bool, Evaluation | None]:
+    """(whether this job may evaluate a fit, the evaluation that is there); the lock is kept until `locks` ends."""
+    lock = try_lock(root / fit.folder / LOCK)
+    if lock is None:
+        return False, None
+    locks.callback(lock.release)
+    return True, read_evaluation(root, fit, examples)
+
+
+def _agreed(processes: ProcessGroup, read: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """What rank 0 reads, or the error that it meets, in all processes."""
+    plan: dict[str, Any] | None = None
+    error: Exception | None = None
+    if processes.is_rank_zero:
+        try:
+            plan = read()
+        except (ValueError, OSError) as found:
+            error = found
+    plan, error = processes.all_gather((plan, error))[0]
+    if error is not None:
+        raise error
+    return plan
 
 
 def _first_intervention(grid: Any) -> Intervention | None:

@@ -1,0 +1,74 @@
+"""What the jobs of `actscale-fast sweep` share in their folder beside the fits: the path's weights, and records."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._json import read_sealed, write_sealed
+from .._locks import locked
+from ..learning import Objective, SweepResult
+from .provenance import provenance
+from .record import FILE, read_record, save_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..tasks.examples import Example
+
+#: The weights of --path as the first job found them; another processor would round them otherwise.
+PATH = "path.json"
+_OBJECTIVE = tuple(item.name for item in fields(Objective))
+
+
+def path_of_jobs(out: Path, options: argparse.Namespace, find: Callable[[], list[float]]) -> list[float]:
+    """The weights of --path; the jobs of a sweep take those of the one that began first.
+
+    Raises:
+        ValueError: the folder has those of jobs with other options, which are named; or the file was changed.
+    """
+    if options.points is None:
+        return find()
+    asked = {name: getattr(options, name) for name in ("path", "steps", "batch_size", "margin", "seeds")}
+    with locked(out / ".lock", f"the weights of --path in {out}"):
+        try:
+            found = read_sealed(out / PATH)
+        except FileNotFoundError:
+            found = {"options": asked, "weights": find()}
+            write_sealed(out / PATH, found)
+    if found["options"] != asked:
+        other = [f"{name} {found['options'].get(name)}, now {asked[name]}" for name in asked]
+        raise ValueError(f"out: {out} belongs to jobs with another --path ({'; '.join(other)})")
+    return [float(weight) for weight in found["weights"]]
+
+
+def keep_records(
+    out: Path, options: argparse.Namespace, result: SweepResult, model: PreTrainedModel,
+    train: list[Example], test: list[Example],
+) -> None:  # fmt: skip
+    """Write into the folder of each finished fit the record that `evaluate FOLDER` needs, where it is not there yet."""
+    told = provenance(model, train, test)
+    for fit in result.fits:
+        folder = out / fit.folder
+        if fit.error is not None or _has_record(folder):
+            continue
+        given: dict[str, Any] = {name: fit.settings[name] for name in _OBJECTIVE}
+        objective = given | {"directions": list(given["directions"])}
+        own = argparse.Namespace(**vars(options))
+        for name in ("margin", "faithfulness", "minimality", "kl", "sparsity", "steps", "lr", "batch_size", "schedule"):
+            setattr(own, name, fit.settings[name])
+        own.seed = options.task_seed  # of the held-out examples
+        own.kind, own.accumulate, own.n_active = "activ-scalar", 1, None
+        own.include_answers = not fit.settings["exclude_answers"]
+        own.one_direction = len(objective["directions"]) == 1
+        save_record(folder, own, **told | {"objective": objective, "fit_seed": fit.settings["seed"]})
+
+
+def _has_record(folder: Path) -> bool:
+    with contextlib.suppress(ValueError):  # a damaged one is written again
+        return bool((folder / FILE).is_file() and read_record(folder))
+    return False
