@@ -3,33 +3,23 @@
 A gate G = σ(θ), [L, H], multiplies each head before the attention's output projection: `scale_heads` with α = G − 1.
 Adam minimises NLL(θ) − λ·mean(clip(θ, ±c)): first with λ = 0, then from there with λ > 0 (gates open, G⁺) and with
 λ < 0 (gates close, G⁻).
+
+This is the method on any labelled texts; `select_heads(method="gates")` runs it on examples with two answers, with its
+contrastive variant and a choice of heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..architectures.layout import layout
+from ..learning.head_selection.gates import HeadGates
 from ..modules.evaluation_mode import evaluation_mode
 from ..patching.head_mask import HeadMask, head_mask
-
-
-class HeadGates(NamedTuple):
-    """The gates of the three fits, each fp32 [L, H] from 0 to 1: λ = 0, λ > 0 (G⁺), λ < 0 (G⁻)."""
-
-    free: Tensor
-    opened: Tensor
-    closed: Tensor
-
-    @property
-    def roles(self) -> dict[str, Tensor]:
-        """Facilitating heads stay open under λ < 0, interfering ones close under λ > 0 (our reading)."""
-        irrelevant = self.opened * (1 - self.closed)
-        return {"facilitating": self.closed, "interfering": 1 - self.opened, "irrelevant": irrelevant}
 
 
 def scored(batch: Mapping[str, Tensor]) -> Tensor:

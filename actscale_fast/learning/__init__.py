@@ -5,6 +5,9 @@ from .checkpoint import Checkpoint
 from .evaluate import Evaluation, evaluate, evaluate_all
 from .execution import Execution
 from .fit import FitResult, fit
+from .head_selection.compare import HeadComparison, compare_heads
+from .head_selection.select_heads import select_heads
+from .head_selection.selection import HeadSelection, ScoredHead
 from .objective import Objective
 from .sweep.folder import load_sweep
 from .sweep.minimality_path import minimality_path
@@ -17,14 +20,19 @@ __all__ = [
     "Evaluation",
     "Execution",
     "FitResult",
+    "HeadComparison",
+    "HeadSelection",
     "Objective",
+    "ScoredHead",
     "SweepFit",
     "SweepResult",
     "attribution",
+    "compare_heads",
     "evaluate",
     "evaluate_all",
     "fit",
     "load_sweep",
     "minimality_path",
+    "select_heads",
     "sweep",
 ]
