@@ -18,11 +18,11 @@ import actscale_fast as af
 NAMES = {
     "actscale_fast": """
         ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint Composite DynScalar Evaluation
-        Example Execution FitResult InstructionVectors InterchangeResult Intervention LatentResult LayerChoice
-        LayerScore Means Objective Projection SteerVec SweepFit SweepResult act_add attribution decode_latent evaluate
+        Example Execution FitResult HeadComparison HeadInterchange HeadSelection InstructionVectors InterchangeResult Intervention LatentResult LayerChoice
+        LayerScore Means Objective Projection RunTwice ScoredHead SteerVec SweepFit SweepResult act_add attribution compare_heads decode_latent evaluate
         fit fit_interchange get_actscale_model get_backend head_mask instruction_vectors latent_vectors load_demo_model
         load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge minimality_path ops
-        patch perplexity plots reproduce save_examples set_backend source_activations stack sweep tasks unmerge
+        patch perplexity plots reproduce save_examples select_heads set_backend source_activations stack sweep tasks unmerge
         use_backend verify_kernels Verification
     """,
     "actscale_fast.ops": """
@@ -35,7 +35,7 @@ NAMES = {
         indirect_object_identification load_examples name_order price_tagging save_examples
     """,
     "actscale_fast.plots": """
-        Measured PathPoint attribution comparison heatmap history overlap pareto path strengths
+        Measured PathPoint attribution comparison head_scores heatmap history overlap pareto path strengths
     """,
 }
 
@@ -84,6 +84,14 @@ PARAMETERS = {
         "model tokenizer examples site layers positions intervention objective knock_out batch_size cache_bytes "
         "progress"
     ),
+    "select_heads": (
+        "model tokenizer examples method k layers strength strengths validation max_kl direction seed batch_size "
+        "progress"
+    ),
+    "compare_heads": (
+        "model tokenizer examples test methods k layers strengths validation max_kl direction seed batch_size progress "
+        "options"
+    ),
     "sweep": (
         "model tokenizer examples grid objective intervention steps lr batch_size seed schedule betas tolerance "
         "patience warm_start at_once evaluate_on folder checkpoint_every cache_bytes spill_bytes memory_bytes "
@@ -109,6 +117,8 @@ PARAMETERS = {
     "get_backend": "",
     "use_backend": "name",
     "Intervention.for_model": "model site layers positions generated projection layers_path mlp",
+    "HeadInterchange.for_model": "model site layers positions generated projection layers_path mlp",
+    "RunTwice.for_prompts": "model longest layers projection layers_path",
     "BoundlessDAS.for_model": "model site layers positions generated seed projection layers_path mlp",
     "Example": "prompt correct wrong source messages where",
     "tasks.country_capital_conflicts": (

@@ -60,6 +60,21 @@ class StoredHeads(TakesSource, abstract=True):
         y = (base + beta * amounts.to(source.dtype)[:, None, :, None] * self._change(base, stored)).to(x.dtype)
         return torch.where(slot < self.location.n_slots, y, x)
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(column names, rows) as text: the heads with the largest numbers."""
+        values = self.get_parameter(self.amount).detach().cpu()
+        values = values if self.n_groups is not None else values[None]  # [G, L, 1, H]
+        n_layers, n_heads = len(self.location.layers), self.location.n_heads
+        rows = []
+        for flat in values.abs().flatten().argsort(descending=True, stable=True)[:10].tolist():
+            value = float(values.flatten()[flat])
+            if value:
+                group, rest = divmod(flat, n_layers * n_heads)
+                layer, head = divmod(rest, n_heads)
+                place = [str(group)] if self.n_groups is not None else []
+                rows.append([*place, str(self.location.layers[layer]), str(head), f"{value:+.3f}"])
+        return [*(["group"] if self.n_groups is not None else []), "layer", "head", self.amount], rows
+
     def _change(self, base: Tensor, stored: Tensor) -> Tensor:
         """What an amount of 1 adds to each head."""
         raise NotImplementedError

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..._suggestions import did_you_mean
-from .contrast import Texts as Texts
 from .fitting import by_path, refitted
 from .gates import by_gates
 from .head_pursuit import by_pursuit

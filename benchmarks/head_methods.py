@@ -1,0 +1,108 @@
+"""Methods that choose heads, side by side on country-capital conflicts: the figures of docs/heads.md.
+
+    python -m benchmarks.head_methods --out benchmarks/results/heads           # all methods; hours on two cores
+    python -m benchmarks.head_methods --quick --out benchmarks/results/heads   # minutes: fewer prompts and methods
+    python -m benchmarks.head_methods --cost --out benchmarks/results/heads    # the time to score heads, beside one pass per head
+
+Without --model the demo's model is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import actscale_fast as af
+from actscale_fast.frozen.batching import forward_arguments
+from actscale_fast.learning.head_selection.methods import METHODS
+from actscale_fast.learning.head_selection.select_heads import score
+from actscale_fast.learning.head_selection.subject import Subject
+
+#: Of the quick run: what each method costs most is made small.
+QUICK = ("random", "attribution", "attribution-refit", "activ-scalar", "sami", "sadi", "head-pursuit")
+QUICK_OPTIONS: dict[str, dict[str, Any]] = {
+    "attribution-refit": {"steps": 8, "fit_batch_size": 12},
+    "activ-scalar": {"steps": 8, "fit_batch_size": 12},
+}
+
+
+def compared(model: Any, tokenizer: Any, *, quick: bool, seed: int = 0) -> af.HeadComparison:
+    """The comparison at 5, 10, 20 and 40 heads."""
+    n_train, n_test = (24, 12) if quick else (96, 64)
+    train, test = af.tasks.country_capital_conflicts(
+        tokenizer, n_train=n_train, n_test=n_test, seed=seed, templates=af.tasks.CONFLICT_TEMPLATES[:1]
+    )
+    names = QUICK if quick else [name for name in METHODS if name != "interchange"]  # the task has no sources
+    return af.compare_heads(
+        model, tokenizer, train, test, names, seed=seed, strengths=(1.0, 3.0) if quick else None,
+        options=QUICK_OPTIONS if quick else None, progress=False,
+    )  # fmt: skip
+
+
+def costs(model: Any, tokenizer: Any, *, n_prompts: int = 2) -> list[dict[str, Any]]:
+    """The time to score all heads by each method, and that of one forward pass per head, on the same prompts."""
+    train, _ = af.tasks.country_capital_conflicts(tokenizer, n_train=n_prompts, n_test=2)
+    subject = Subject(model, tokenizer, train)
+    arguments = forward_arguments(model, subject.data.batch(range(n_prompts)))
+    n_heads = int(subject.exists.sum())
+    rows = []
+    for name in ("attribution", "knock-out", "juice-once", "sami", "sadi", "head-pursuit", "gates"):
+        options: dict[str, Any] = {}
+        times = 1.0  # in how many parts the whole method comes
+        if name == "juice-once":  # one of its eight scales is timed
+            options, times = {"positive": (1.0,), "negative": (-1.0,)}, 4.0
+        if name == "gates":
+            options, times = {"steps": 1}, 60.0
+        with torch.no_grad():
+            model(**arguments)
+            begun = time.perf_counter()
+            for _ in range(3):
+                model(**arguments)
+            one = (time.perf_counter() - begun) / 3
+        begun = time.perf_counter()
+        score(subject, METHODS[name], 10, options)
+        seconds = times * (time.perf_counter() - begun)
+        # JuICE by hand takes one pass per head and scale.
+        by_hand = one * n_heads * (8 if name == "juice-once" else 1)
+        rows.append({"method": name, "seconds": seconds, "pass_per_head": by_hand, "ratio": seconds / by_hand})
+        print(
+            f"{name:14} {seconds:8.2f} s   one pass per head {by_hand:8.1f} s   ratio {seconds / by_hand:.3f}",
+            flush=True,
+        )
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or name (default: the demo's model)")
+    parser.add_argument("--out", required=True, type=Path, help="output folder")
+    parser.add_argument("--quick", action="store_true", help="fewer prompts, steps and methods")
+    parser.add_argument("--cost", action="store_true", help="time the scores instead")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.model is None:
+        model, tokenizer = af.load_demo_model()
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model, tokenizer = (kind.from_pretrained(options.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    if options.cost:
+        text = json.dumps({"threads": torch.get_num_threads(), "rows": costs(model, tokenizer)}, indent=1)
+        (options.out / "cost.json").write_text(text + "\n", encoding="utf-8")
+        return 0
+    result = compared(model, tokenizer, quick=options.quick, seed=options.seed)
+    result.save(options.out / "capitals.json")
+    print(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
