@@ -53,6 +53,11 @@ if TYPE_CHECKING:
     from .learning.evaluate import Evaluation as Evaluation, evaluate as evaluate
     from .learning.execution import Execution as Execution
     from .learning.fit import FitResult as FitResult, fit as fit
+    from .learning.head_selection.circuit_metrics import (
+        CircuitMetrics as CircuitMetrics,
+        circuit_metrics as circuit_metrics,
+        save_mib_scores as save_mib_scores,
+    )
     from .learning.head_selection.compare import HeadComparison as HeadComparison, compare_heads as compare_heads
     from .learning.head_selection.select_heads import select_heads as select_heads
     from .learning.head_selection.selection import HeadSelection as HeadSelection, ScoredHead as ScoredHead
@@ -91,9 +96,9 @@ _HOMES = {
         "SteerVec", "load_intervention", "stack",
     ),
     "learning": (
-        "Attribution", "Checkpoint", "Evaluation", "Execution", "FitResult", "HeadComparison", "HeadSelection",
-        "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution", "compare_heads", "evaluate", "fit",
-        "load_sweep", "minimality_path", "select_heads", "sweep",
+        "Attribution", "Checkpoint", "CircuitMetrics", "Evaluation", "Execution", "FitResult", "HeadComparison",
+        "HeadSelection", "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution", "circuit_metrics",
+        "compare_heads", "evaluate", "fit", "load_sweep", "minimality_path", "save_mib_scores", "select_heads", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),

@@ -2,7 +2,9 @@
 
     python -m benchmarks.head_methods --out benchmarks/results/heads           # all methods; hours on two cores
     python -m benchmarks.head_methods --quick --out benchmarks/results/heads   # minutes: fewer prompts and methods
-    python -m benchmarks.head_methods --cost --out benchmarks/results/heads    # the time to score heads, beside one pass per head
+    python -m benchmarks.head_methods --cost --out benchmarks/results/heads    # the time to score heads
+
+The last one times each method's scores beside one forward pass per head on the same prompts.
 
 Without --model the demo's model is used.
 """
@@ -25,6 +27,8 @@ from actscale_fast.learning.head_selection.methods import METHODS
 from actscale_fast.learning.head_selection.select_heads import score
 from actscale_fast.learning.head_selection.subject import Subject
 
+#: Updates of each fit of the gates; one is timed.
+GATE_STEPS = 60
 #: Of the quick run: what each method costs most is made small.
 QUICK = ("random", "attribution", "attribution-refit", "activ-scalar", "sami", "sadi", "head-pursuit")
 QUICK_OPTIONS: dict[str, dict[str, Any]] = {
@@ -46,20 +50,18 @@ def compared(model: Any, tokenizer: Any, *, quick: bool, seed: int = 0) -> af.He
     )  # fmt: skip
 
 
-def costs(model: Any, tokenizer: Any, *, n_prompts: int = 2) -> list[dict[str, Any]]:
-    """The time to score all heads by each method, and that of one forward pass per head, on the same prompts."""
+def costs(model: Any, tokenizer: Any, *, n_prompts: int = 1) -> list[dict[str, Any]]:
+    """The time to score all heads by each method, and that of one forward pass per head, on the same prompts.
+
+    JuICE runs the passes of a knock-out once per scale, so that its ratio to one pass per head and scale is the same.
+    """
     train, _ = af.tasks.country_capital_conflicts(tokenizer, n_train=n_prompts, n_test=2)
     subject = Subject(model, tokenizer, train)
     arguments = forward_arguments(model, subject.data.batch(range(n_prompts)))
     n_heads = int(subject.exists.sum())
     rows = []
-    for name in ("attribution", "knock-out", "juice-once", "sami", "sadi", "head-pursuit", "gates"):
-        options: dict[str, Any] = {}
-        times = 1.0  # in how many parts the whole method comes
-        if name == "juice-once":  # one of its eight scales is timed
-            options, times = {"positive": (1.0,), "negative": (-1.0,)}, 4.0
-        if name == "gates":
-            options, times = {"steps": 1}, 60.0
+    for name in ("sami", "sadi", "head-pursuit", "attribution", "gates", "knock-out"):
+        options, parts = ({"steps": 1}, GATE_STEPS) if name == "gates" else ({}, 1)
         with torch.no_grad():
             model(**arguments)
             begun = time.perf_counter()
@@ -68,14 +70,9 @@ def costs(model: Any, tokenizer: Any, *, n_prompts: int = 2) -> list[dict[str, A
             one = (time.perf_counter() - begun) / 3
         begun = time.perf_counter()
         score(subject, METHODS[name], 10, options)
-        seconds = times * (time.perf_counter() - begun)
-        # JuICE by hand takes one pass per head and scale.
-        by_hand = one * n_heads * (8 if name == "juice-once" else 1)
+        seconds, by_hand = parts * (time.perf_counter() - begun), one * n_heads
         rows.append({"method": name, "seconds": seconds, "pass_per_head": by_hand, "ratio": seconds / by_hand})
-        print(
-            f"{name:14} {seconds:8.2f} s   one pass per head {by_hand:8.1f} s   ratio {seconds / by_hand:.3f}",
-            flush=True,
-        )
+        print(f"{name:13} {seconds:7.2f} s   one pass per head {by_hand:7.1f} s   ratio {seconds / by_hand:.3f}")
     return rows
 
 

@@ -17,13 +17,14 @@ import actscale_fast as af
 
 NAMES = {
     "actscale_fast": """
-        ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint Composite DynScalar Evaluation
-        Example Execution FitResult HeadComparison HeadInterchange HeadSelection InstructionVectors InterchangeResult Intervention LatentResult LayerChoice
-        LayerScore Means Objective Projection RunTwice ScoredHead SteerVec SweepFit SweepResult act_add attribution compare_heads decode_latent evaluate
-        fit fit_interchange get_actscale_model get_backend head_mask instruction_vectors latent_vectors load_demo_model
-        load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge minimality_path ops
-        patch perplexity plots reproduce save_examples select_heads set_backend source_activations stack sweep tasks unmerge
-        use_backend verify_kernels Verification
+        ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint CircuitMetrics Composite DynScalar
+        Evaluation Example Execution FitResult HeadComparison HeadInterchange HeadSelection InstructionVectors
+        InterchangeResult Intervention LatentResult LayerChoice LayerScore Means Objective Projection RunTwice
+        ScoredHead SteerVec SweepFit SweepResult act_add attribution circuit_metrics compare_heads decode_latent
+        evaluate fit fit_interchange get_actscale_model get_backend head_mask instruction_vectors latent_vectors
+        load_demo_model load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge
+        minimality_path ops patch perplexity plots reproduce save_examples save_mib_scores select_heads set_backend
+        source_activations stack sweep tasks unmerge use_backend verify_kernels Verification
     """,
     "actscale_fast.ops": """
         ReferenceStatistics dynamic_scale get_backend intervention_loss kl_div_from_logits linear_intervention_loss
@@ -88,6 +89,8 @@ PARAMETERS = {
         "model tokenizer examples method k layers strength strengths validation max_kl direction seed batch_size "
         "progress"
     ),
+    "circuit_metrics": "model tokenizer examples scores layers ablation absolute batch_size",
+    "save_mib_scores": "path model scores layers parallel",
     "compare_heads": (
         "model tokenizer examples test methods k layers strengths validation max_kl direction seed batch_size progress "
         "options"

@@ -155,8 +155,8 @@ def attribution(command: argparse.ArgumentParser) -> None:
 def heads(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Scores all attention heads by one of several methods, keeps the best, chooses their strength on training\n"
-        "examples that are held back, and saves the intervention with heads.json and heads.png. With several methods or\n"
-        "numbers of heads it compares them on the held-out examples: comparison.json, and a folder for each."
+        "examples that are held back, and saves the intervention with heads.json and heads.png. With several methods\n"
+        "or numbers of heads it compares them on the held-out examples: comparison.json, and a folder for each."
     )
     options.model(command)
     options.data(command, n_train=64)

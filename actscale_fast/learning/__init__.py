@@ -5,6 +5,7 @@ from .checkpoint import Checkpoint
 from .evaluate import Evaluation, evaluate, evaluate_all
 from .execution import Execution
 from .fit import FitResult, fit
+from .head_selection.circuit_metrics import CircuitMetrics, circuit_metrics, save_mib_scores
 from .head_selection.compare import HeadComparison, compare_heads
 from .head_selection.select_heads import select_heads
 from .head_selection.selection import HeadSelection, ScoredHead
@@ -17,6 +18,7 @@ from .sweep.sweep import sweep
 __all__ = [
     "Attribution",
     "Checkpoint",
+    "CircuitMetrics",
     "Evaluation",
     "Execution",
     "FitResult",
@@ -27,12 +29,14 @@ __all__ = [
     "SweepFit",
     "SweepResult",
     "attribution",
+    "circuit_metrics",
     "compare_heads",
     "evaluate",
     "evaluate_all",
     "fit",
     "load_sweep",
     "minimality_path",
+    "save_mib_scores",
     "select_heads",
     "sweep",
 ]

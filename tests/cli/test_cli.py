@@ -23,8 +23,8 @@ from actscale_fast.learning.head_selection.selection import HeadSelection
 from actscale_fast.tasks.examples import Example, save_examples
 
 COMMANDS = (
-    "demo", "fit", "sweep", "attribution", "heads", "interchange", "extract", "combine", "evaluate", "info", "generate", "plot",
-    "merge", "reproduce", "completion", "doctor", "verify", "bench",
+    "demo", "fit", "sweep", "attribution", "heads", "interchange", "extract", "combine", "evaluate", "info", "generate",
+    "plot", "merge", "reproduce", "completion", "doctor", "verify", "bench",
 )  # fmt: skip
 
 
@@ -547,12 +547,11 @@ def test_heads_saves_a_selection_that_is_evaluated_and_compares_several(
     assert (tmp_path / "one" / "heads.png").read_bytes().startswith(b"\x89PNG")
     assert main(["evaluate", one, "--data", data]) == 0
     assert main(["info", one]) == 0
-    assert (
-        main([*words, "--method", "juice", "--option", "n_scored=1", "--k", "1,2", "--out", str(tmp_path / "two")]) == 0
-    )
-    found = json.loads((tmp_path / "two" / "comparison.json").read_text(encoding="utf-8"))["results"]
+    two = tmp_path / "two"
+    assert main([*words, "--method", "juice", "--option", "n_scored=1", "--k", "1,2", "--out", str(two)]) == 0
+    found = json.loads((two / "comparison.json").read_text(encoding="utf-8"))["results"]
     assert [row["k"] for row in found] == [1, 2]
-    words_of = ["generate", "--intervention", str(tmp_path / "two" / "juice-2"), "--max-new-tokens", "2"]
+    words_of = ["generate", "--intervention", str(two / "juice-2"), "--max-new-tokens", "2"]
     assert main([*words_of, "--prompt", "The capital of Italy is"]) == 0  # its first run is that of the prompt
     out = ["--out", str(tmp_path / "no")]
     assert "--method: got 'sammy'" in refused(capsys, *words, "--method", "sammy", *out)
