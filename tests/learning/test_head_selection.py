@@ -335,6 +335,19 @@ def test_of_equal_strengths_the_smallest_is_taken_and_a_direction_counts_alone()
         chosen_strength(records, None, "up")  # type: ignore[arg-type]
 
 
+def test_a_second_run_may_be_for_longer_prompts(model: Any) -> None:
+    found = selection(model, "juice", positive=[1.0], negative=[-1.0], n_scored=1)
+    long = [af.Example("Q " * 63 + "The answer", " Paris", " Rome") for _ in range(2)]
+    wide = tiny.llama(context=128)
+    with pytest.raises(
+        ValueError, match="the prompt has 65 tokens, but the intervention has positions for the last 64"
+    ):
+        af.evaluate(wide, tiny.tokenizer(), long, found.intervention())
+    assert af.evaluate(wide, tiny.tokenizer(), long, found.intervention(longest=65)).kl > 0
+    with pytest.raises(ValueError, match="longest: is for a RunTwice"):
+        selection(model).intervention(longest=65)
+
+
 def test_heads_without_a_value_are_never_chosen() -> None:
     scores, values = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0.0, 1.0, -1.0]])
     assert top(scores, values, 1).tolist() == [[False, True, False]]

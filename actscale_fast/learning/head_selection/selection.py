@@ -79,11 +79,13 @@ class HeadSelection(Readable):
             found.append(ScoredHead(layers[index], head, float(self.scores[index, head]), alpha))
         return found
 
-    def intervention(self, strength: float | None = None) -> Intervention:
+    def intervention(self, strength: float | None = None, *, longest: int | None = None) -> Intervention:
         """The chosen heads as an intervention on the CPU; `patch` moves it to the model.
 
         Args:
             strength: what α is multiplied by; None: the selection's own.
+            longest: for a RunTwice, the most tokens of a prompt; None: those of the longest prompt that heads were
+                scored on, and 64 at least.
 
         Returns:
             An ActivScalar; for the method "juice" a RunTwice, and for "interchange" a HeadInterchange, which read
@@ -91,7 +93,15 @@ class HeadSelection(Readable):
         """
         strength = self.strength if strength is None else strength
         check_finite(strength=strength)
-        made = _CLASSES[METHODS[self.method].kind](self.location)
+        kind, location = METHODS[self.method].kind, self.location
+        if longest is not None:
+            check_counts(longest=longest)
+            if kind != "run-twice":
+                raise ValueError(
+                    f"longest: is for a RunTwice, but the method {self.method!r} makes another intervention"
+                )
+            location = replace(location, positions=tuple(range(-longest, 0)))
+        made = _CLASSES[kind](location)
         with torch.no_grad():
             (parameter,) = made.parameters()
             parameter.copy_((strength * self.values * self.chosen)[:, None].expand_as(parameter))
