@@ -38,20 +38,27 @@ def gated_nll(model: Any, handle: HeadMask, gates: Tensor, batch: Mapping[str, T
 
 def fit_gates(
     model: Any, batches: Sequence[Mapping[str, Tensor]], *, steps: int = 100, lr: float = 0.1, weight: float = 0.1,
-    clip: float = 4.0, start: float = 2.0) -> HeadGates:  # fmt: skip
+    clip: float = 4.0, start: float = 2.0, forget: Sequence[Mapping[str, Tensor]] = ()) -> HeadGates:  # fmt: skip
     """Run the three fits, one batch per update.
 
     Args:
         batches: each holds the model's inputs and `labels`; −100 is ignored.
         weight: |λ|.
+        forget: batches of a task that the gated model is to forget, in the contrastive variant: the NLL of one of them
+            per update is subtracted (our reading).
     """
     found, fits, columns = layout(model), list[Tensor](), [scored(batch) for batch in batches]
+    forgotten = [scored(batch) for batch in forget]
     first = torch.full((found.n_layers, found.n_heads), start, dtype=torch.float32, device=model.device)
     with evaluation_mode(model), head_mask(model, first.sigmoid()) as handle:
         for pressure in (0.0, weight, -weight):
             optimizer = torch.optim.Adam([theta := (fits[0] if fits else first).clone().requires_grad_()], lr=lr)
-            for at in (step % len(batches) for step in range(steps)):
+            for step in range(steps):
+                at = step % len(batches)
                 loss = gated_nll(model, handle, theta.sigmoid(), batches[at], columns[at])
+                if forget:
+                    other = step % len(forget)
+                    loss = loss - gated_nll(model, handle, theta.sigmoid(), forget[other], forgotten[other])
                 (theta.grad,) = torch.autograd.grad(loss - pressure * theta.clamp(-clip, clip).mean(), theta)
                 optimizer.step()
             fits.append(theta.detach())
