@@ -58,7 +58,11 @@ if TYPE_CHECKING:
         circuit_metrics as circuit_metrics,
         save_mib_scores as save_mib_scores,
     )
-    from .learning.head_selection.compare import HeadComparison as HeadComparison, compare_heads as compare_heads
+    from .learning.head_selection.compare import (
+        HeadComparison as HeadComparison,
+        HeadResult as HeadResult,
+        compare_heads as compare_heads,
+    )
     from .learning.head_selection.select_heads import select_heads as select_heads
     from .learning.head_selection.selection import HeadSelection as HeadSelection, ScoredHead as ScoredHead
     from .learning.objective import Objective as Objective
@@ -97,7 +101,7 @@ _HOMES = {
     ),
     "learning": (
         "Attribution", "Checkpoint", "CircuitMetrics", "Evaluation", "Execution", "FitResult", "HeadComparison",
-        "HeadSelection", "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution", "circuit_metrics",
+        "HeadResult", "HeadSelection", "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution", "circuit_metrics",
         "compare_heads", "evaluate", "fit", "load_sweep", "minimality_path", "save_mib_scores", "select_heads", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),

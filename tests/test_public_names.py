@@ -18,13 +18,13 @@ import actscale_fast as af
 NAMES = {
     "actscale_fast": """
         ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint CircuitMetrics Composite DynScalar
-        Evaluation Example Execution FitResult HeadComparison HeadInterchange HeadSelection InstructionVectors
-        InterchangeResult Intervention LatentResult LayerChoice LayerScore Means Objective Projection RunTwice
-        ScoredHead SteerVec SweepFit SweepResult act_add attribution circuit_metrics compare_heads decode_latent
-        evaluate fit fit_interchange get_actscale_model get_backend head_mask instruction_vectors latent_vectors
-        load_demo_model load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge
-        minimality_path ops patch perplexity plots reproduce save_examples save_mib_scores select_heads set_backend
-        source_activations stack sweep tasks unmerge use_backend verify_kernels Verification
+        Evaluation Example Execution FitResult HeadComparison HeadInterchange HeadResult HeadSelection
+        InstructionVectors InterchangeResult Intervention LatentResult LayerChoice LayerScore Means Objective Projection
+        RunTwice ScoredHead SteerVec SweepFit SweepResult act_add attribution circuit_metrics compare_heads
+        decode_latent evaluate fit fit_interchange get_actscale_model get_backend head_mask instruction_vectors
+        latent_vectors load_demo_model load_examples load_intervention load_sweep mean_activations mean_centring
+        mean_vector merge minimality_path ops patch perplexity plots reproduce save_examples save_mib_scores
+        select_heads set_backend source_activations stack sweep tasks unmerge use_backend verify_kernels Verification
     """,
     "actscale_fast.ops": """
         ReferenceStatistics dynamic_scale get_backend intervention_loss kl_div_from_logits linear_intervention_loss

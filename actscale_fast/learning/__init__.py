@@ -6,7 +6,7 @@ from .evaluate import Evaluation, evaluate, evaluate_all
 from .execution import Execution
 from .fit import FitResult, fit
 from .head_selection.circuit_metrics import CircuitMetrics, circuit_metrics, save_mib_scores
-from .head_selection.compare import HeadComparison, compare_heads
+from .head_selection.compare import HeadComparison, HeadResult, compare_heads
 from .head_selection.select_heads import select_heads
 from .head_selection.selection import HeadSelection, ScoredHead
 from .objective import Objective
@@ -23,6 +23,7 @@ __all__ = [
     "Execution",
     "FitResult",
     "HeadComparison",
+    "HeadResult",
     "HeadSelection",
     "Objective",
     "ScoredHead",

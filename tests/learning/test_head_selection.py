@@ -374,25 +374,22 @@ def test_every_method_gives_what_patch_save_and_evaluate_take(method: str, model
 def test_a_comparison_computes_shared_scores_once_and_judges_on_held_out_prompts(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    calls = []
-    real = METHODS["attribution"].score
+    calls = list[int]()
+    counted = _counted(METHODS["attribution"].score, calls)
     for name in ("attribution", "attribution-refit"):
-        counted = replace(METHODS[name], score=_counted(real, calls))
-        monkeypatch.setitem(METHODS, name, counted)
-    monkeypatch.setitem(
-        METHODS, "attribution-refit", replace(METHODS["attribution-refit"], score=METHODS["attribution"].score)
-    )
+        monkeypatch.setitem(METHODS, name, replace(METHODS[name], score=counted))
     test = conflicts(5, seed=9)
+    names = ["attribution", "juice", "attribution-refit"]  # the one between reads stored activations
+    own = {"attribution-refit": {"steps": 2}, "juice": {"positive": [1.0], "negative": [-1.0], "n_scored": 1}}
     result = af.compare_heads(
-        model, tiny.tokenizer(), conflicts(8), test, ["attribution", "attribution-refit"], k=[1, 3], strengths=[1.0],
-        progress=False, options={"attribution-refit": {"steps": 2}},
-    )  # fmt: skip
+        model, tiny.tokenizer(), conflicts(8), test, names, k=[1, 3], strengths=[1.0], progress=False, options=own
+    )
     assert len(calls) == 1
     assert [(one.selection.method, one.selection.k) for one in result.results] == [
-        ("attribution", 1), ("attribution", 3), ("attribution-refit", 1), ("attribution-refit", 3),
-    ]  # fmt: skip
-    last_one = result.results[-1]
-    assert last_one.evaluation == af.evaluate(model, tiny.tokenizer(), test, last_one.selection.intervention())
+        (n, k) for n in names for k in (1, 3)
+    ]
+    for one in result.results[1::2]:
+        assert one.evaluation == af.evaluate(model, tiny.tokenizer(), test, one.selection.intervention())
     assert "attribution-refit" in str(result)
     result.save(tmp_path / "heads.json")
     with pytest.raises(ValueError, match="options: got some for gates"):

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from ..._checks import check_counts
 from ..._json import write_json
 from ..._tables import Readable
+from ...tasks.examples import Example
 from ...tasks.loading import ExampleSource, examples_from
 from ..arguments import refuse_inference_mode
-from ..evaluate import Evaluation, evaluate
+from ..evaluate import Evaluation, evaluate, evaluate_all
 from .methods import METHODS, SHARES, checked_method
 from .select_heads import score, selected, split_examples
 from .selection import HeadSelection
@@ -31,9 +32,14 @@ class HeadResult:
 
     selection: HeadSelection
     evaluation: Evaluation
-    #: Duration of scoring, of the fit if there is one, and of the choice of the strength. Scores that several rows
-    #: share were computed once and count in each.
-    seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Duration of scoring, of the fit if there is one, and of the choice of the strength.
+
+        Scores that several rows share were computed once and count in each.
+        """
+        return self.selection.seconds
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -143,7 +149,7 @@ def compare_heads(
         model, tokenizer, scored_on, None if layers is None else tuple(layers), batch_size, seed, progress
     )
     known: dict[Any, tuple[Scored, float]] = {}
-    results = []
+    chosen: list[HeadSelection] = []
     for name, method in found.items():
         own = given[name]
         for count in counts:
@@ -166,7 +172,21 @@ def compare_heads(
                     raise
                 warnings.warn(f"{name} with {count} heads is left out: {error}", stacklevel=2)
                 continue
-            seconds = round(spent + time.perf_counter() - begun, 3)
-            evaluation = evaluate(model, tokenizer, tested, made.intervention(), batch_size=batch_size)
-            results.append(HeadResult(replace(made, seconds=seconds), evaluation, seconds))
-    return HeadComparison(results)
+            chosen.append(replace(made, seconds=round(spent + time.perf_counter() - begun, 3)))
+    evaluations = _evaluated(model, tokenizer, tested, chosen, batch_size)
+    return HeadComparison([HeadResult(one, evaluation) for one, evaluation in zip(chosen, evaluations, strict=True)])
+
+
+def _evaluated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tested: list[Example], chosen: Sequence[HeadSelection],
+    batch_size: int,
+) -> list[Evaluation]:  # fmt: skip
+    """The evaluations of all selections; those without stored activations share the passes of the frozen model."""
+    made = [one.intervention() for one in chosen]
+    alone = [any(part.needs_source for part in one.singles) for one in made]
+    together = [one for one, is_alone in zip(made, alone, strict=True) if not is_alone]
+    shared = iter(evaluate_all(model, tokenizer, tested, together, batch_size=batch_size) if together else [])
+    return [
+        evaluate(model, tokenizer, tested, one, batch_size=batch_size) if is_alone else next(shared)
+        for one, is_alone in zip(made, alone, strict=True)
+    ]
