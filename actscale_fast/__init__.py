@@ -101,8 +101,9 @@ _HOMES = {
     ),
     "learning": (
         "Attribution", "Checkpoint", "CircuitMetrics", "Evaluation", "Execution", "FitResult", "HeadComparison",
-        "HeadResult", "HeadSelection", "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution", "circuit_metrics",
-        "compare_heads", "evaluate", "fit", "load_sweep", "minimality_path", "save_mib_scores", "select_heads", "sweep",
+        "HeadResult", "HeadSelection", "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution",
+        "circuit_metrics", "compare_heads", "evaluate", "fit", "load_sweep", "minimality_path", "save_mib_scores",
+        "select_heads", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),
