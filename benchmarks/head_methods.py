@@ -4,7 +4,9 @@
     python -m benchmarks.head_methods --quick --out benchmarks/results/heads   # minutes: fewer prompts and methods
     python -m benchmarks.head_methods --cost --out benchmarks/results/heads    # the time to score heads
 
-The last one times each method's scores beside one forward pass per head on the same prompts.
+    python -m benchmarks.head_methods --mib --out benchmarks/results/heads     # CPR and CMD of six scores on IOI
+
+`--cost` times each method's scores beside one forward pass per head on the same prompts.
 
 Without --model the demo's model is used.
 """
@@ -16,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +75,33 @@ def costs(model: Any, tokenizer: Any, *, n_prompts: int = 1) -> list[dict[str, A
     return rows
 
 
+def mib(model: Any, tokenizer: Any, *, quick: bool, seed: int = 0) -> list[dict[str, Any]]:
+    """MIB's circuit metrics of several scores on indirect object identification, by both ablations.
+
+    A prompt's source is the next one: other names, place and thing at the same tokens.
+    """
+    n_train, n_test = (8, 4) if quick else (64, 64)
+    train, test = af.tasks.indirect_object_identification(
+        tokenizer, n_train=n_train, n_test=n_test, seed=seed, aligned=True
+    )
+    judged = [replace(one, source=test[(row + 1) % len(test)].prompt) for row, one in enumerate(test)]
+    names = ["random", "attribution", "sami", "sadi", "head-pursuit"] + ["knock-out"] * (not quick)
+    rows = []
+    for name in names:
+        selection = af.select_heads(model, tokenizer, train, name, 1, strength=1.0, seed=seed, progress=False)
+        for ablation in ("zero", "interchange"):
+            found = af.circuit_metrics(model, tokenizer, judged, selection, ablation=ablation)  # type: ignore[arg-type]
+            rows.append({"method": name} | found.to_dict())
+            print(f"{name:13} {ablation:12} CPR {found.cpr:6.3f}  CMD {found.cmd:6.3f}")
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or name (default: the demo's model)")
     parser.add_argument("--out", required=True, type=Path, help="output folder")
     parser.add_argument("--quick", action="store_true", help="few prompts, and only methods without a fit or a sweep")
+    parser.add_argument("--mib", action="store_true", help="judge scores by CPR and CMD instead")
     parser.add_argument("--cost", action="store_true", help="time the scores instead")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -93,6 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cost:
         text = json.dumps({"threads": torch.get_num_threads(), "rows": costs(model, tokenizer)}, indent=1)
         (options.out / "cost.json").write_text(text + "\n", encoding="utf-8")
+        return 0
+    if options.mib:
+        text = json.dumps({"rows": mib(model, tokenizer, quick=options.quick, seed=options.seed)}, indent=1)
+        (options.out / "mib.json").write_text(text + "\n", encoding="utf-8")
         return 0
     result = compared(model, tokenizer, quick=options.quick, seed=options.seed)
     result.save(options.out / "capitals.json")

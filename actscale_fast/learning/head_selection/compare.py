@@ -17,7 +17,7 @@ from ...tasks.loading import ExampleSource, examples_from
 from ..arguments import refuse_inference_mode
 from ..evaluate import Evaluation, evaluate, evaluate_all
 from .methods import METHODS, SHARES, checked_method
-from .select_heads import score, selected, split_examples
+from .select_heads import check_k, score, selected, split_examples
 from .selection import HeadSelection
 from .strength import Direction
 from .subject import Scored, Subject
@@ -143,11 +143,14 @@ def compare_heads(
     counts = list(k)
     for count in counts:
         check_counts(k=count)
+    if not counts or not names:
+        raise ValueError(f"{'k' if names else 'methods'}: got none, expected at least one")
     if not held_back:
         raise ValueError("validation: got 0, expected a share of the examples, or examples, to choose strengths on")
     subject = Subject(
         model, tokenizer, scored_on, None if layers is None else tuple(layers), batch_size, seed, progress
     )
+    check_k(subject, max(counts))
     known: dict[Any, tuple[Scored, float]] = {}
     chosen: list[HeadSelection] = []
     for name, method in found.items():

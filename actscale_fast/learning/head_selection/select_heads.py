@@ -113,6 +113,7 @@ def select_heads(
     subject = Subject(
         model, tokenizer, scored_on, None if layers is None else tuple(layers), batch_size, seed, progress
     )
+    check_k(subject, k)
     scored = score(subject, found, k, options)
     made = selected(subject, method, found, scored, k, options)
     made = replace(made, seconds=round(time.perf_counter() - begun, 3))
@@ -128,6 +129,13 @@ def select_heads(
     return made.choose_strength(
         model, tokenizer, held_back, strengths=tried, max_kl=max_kl, direction=direction, batch_size=batch_size
     )
+
+
+def check_k(subject: Subject, k: int) -> None:
+    """Raise a ValueError if there are fewer than k heads."""
+    n_heads = int(subject.exists.sum())
+    if k > n_heads:
+        raise ValueError(f"k: got {k}, expected at most {n_heads}, the number of heads")
 
 
 def score(subject: Subject, method: Method, k: int, options: dict[str, Any]) -> Scored:
@@ -146,9 +154,6 @@ def selected(
     subject: Subject, name: str, method: Method, scored: Scored, k: int, options: dict[str, Any]
 ) -> HeadSelection:
     """The k best heads, with their values fitted where the method does so."""
-    n_heads = int(subject.exists.sum())
-    if k > n_heads:
-        raise ValueError(f"k: got {k}, expected at most {n_heads}, the number of heads")
     chosen, values = top(scored.scores, scored.directions, k), scored.directions
     if int(chosen.sum()) < k:
         warnings.warn(
