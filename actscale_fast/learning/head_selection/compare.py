@@ -19,7 +19,7 @@ from ..evaluate import Evaluation, evaluate, evaluate_all
 from .methods import METHODS, SHARES, checked_method
 from .select_heads import check_k, score, selected, split_examples
 from .selection import HeadSelection
-from .strength import Direction
+from .strength import Direction, check_choice
 from .subject import Scored, Subject
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def compare_heads(
         check_counts(k=count)
     if not counts or not names:
         raise ValueError(f"{'k' if names else 'methods'}: got none, expected at least one")
+    check_choice((1.0,) if strengths is None else strengths, max_kl, direction)
     if not held_back:
         raise ValueError("validation: got 0, expected a share of the examples, or examples, to choose strengths on")
     subject = Subject(
@@ -164,7 +165,9 @@ def compare_heads(
             scored, spent = known[key]
             begun = time.perf_counter()
             made = selected(subject, name, method, scored, count, own)
-            tried = strengths or (SHARES if method.is_fitted and max_kl is not None else method.strengths)
+            tried = strengths
+            if tried is None:
+                tried = SHARES if method.is_fitted and max_kl is not None else method.strengths
             try:
                 made = made.choose_strength(
                     model, tokenizer, held_back, strengths=tried, max_kl=max_kl, direction=direction,

@@ -18,7 +18,7 @@ from ..arguments import refuse_inference_mode
 from .fitting import refitted
 from .methods import SHARES, Method, checked_method
 from .selection import HeadSelection, top
-from .strength import Direction
+from .strength import Direction, check_choice
 from .subject import Scored, Subject
 
 if TYPE_CHECKING:
@@ -109,6 +109,12 @@ def select_heads(
         if strengths is not None or max_kl is not None:
             raise ValueError("strength: given together with strengths or max_kl, expected one or the other")
     scored_on, held_back = split_examples(examples, validation if strength is None else 0.0, seed)
+    tried = strengths
+    if tried is None:
+        tried = SHARES if found.is_fitted and max_kl is not None else found.strengths
+    check_choice(tried, max_kl, direction)
+    if strength is None and not held_back and (len(tried) > 1 or max_kl is not None):
+        raise ValueError("validation: got 0, but several strengths are to be compared; give a share, or one strength")
     begun = time.perf_counter()
     subject = Subject(
         model, tokenizer, scored_on, None if layers is None else tuple(layers), batch_size, seed, progress
@@ -119,13 +125,8 @@ def select_heads(
     made = replace(made, seconds=round(time.perf_counter() - begun, 3))
     if strength is not None:
         return replace(made, strength=float(strength))
-    tried = strengths
-    if tried is None:
-        tried = SHARES if found.is_fitted and max_kl is not None else found.strengths
-    if len(tried) == 1 and max_kl is None and not held_back:
-        return replace(made, strength=float(tried[0]))
     if not held_back:
-        raise ValueError("validation: got 0, but several strengths are to be compared; give a share, or one strength")
+        return replace(made, strength=float(tried[0]))
     return made.choose_strength(
         model, tokenizer, held_back, strengths=tried, max_kl=max_kl, direction=direction, batch_size=batch_size
     )

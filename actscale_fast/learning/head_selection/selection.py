@@ -19,7 +19,7 @@ from ...architectures.model_origin import ModelOrigin
 from ...interventions import ActivScalar, HeadInterchange, Intervention, RunTwice
 from ...tasks.loading import ExampleSource
 from .methods import METHODS
-from .strength import Direction, chosen_strength, strengths_measured
+from .strength import Direction, check_choice, chosen_strength, strengths_measured
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,6 +150,7 @@ class HeadSelection(Readable):
         """
         if strengths is None:
             strengths = METHODS[self.method].strengths
+        check_choice(strengths, max_kl, direction)
         records = strengths_measured(
             model, tokenizer, examples, self.intervention, strengths, batch_size=batch_size, progress=progress
         )

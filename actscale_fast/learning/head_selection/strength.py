@@ -37,12 +37,8 @@ def strengths_measured(
 
     Args:
         made: maps a strength to the intervention.
-        strengths: finite numbers.
+        strengths: see `check_choice`.
     """
-    if not len(strengths):
-        raise ValueError("strengths: got none, expected at least one number")
-    for strength in strengths:
-        check_finite(strengths=strength)
     examples = examples_from(examples)
     interventions = [made(float(strength)) for strength in strengths]
     # Those that read stored activations are measured one by one: each keeps as many of them as there are examples.
@@ -58,6 +54,20 @@ def strengths_measured(
     ]
 
 
+def check_choice(strengths: Sequence[float], max_kl: float | None, direction: str) -> None:
+    """Raise a ValueError for arguments that no strength can be chosen by; see `HeadSelection.choose_strength`."""
+    if not len(strengths):
+        raise ValueError("strengths: got none, expected at least one number")
+    for strength in strengths:
+        check_finite(strengths=strength)
+    if direction not in _FLIPS:
+        raise ValueError(f"direction: got {direction!r}, expected 'both', 'correct' or 'wrong'")
+    if max_kl is not None:
+        check_finite(max_kl=max_kl)
+        if max_kl < 0:
+            raise ValueError(f"max_kl: got {max_kl}, expected a number >= 0")
+
+
 def chosen_strength(records: Sequence[dict[str, float]], max_kl: float | None, direction: Direction) -> float:
     """The strength with the most flips among those within the bound; of equal ones the smallest.
 
@@ -66,14 +76,8 @@ def chosen_strength(records: Sequence[dict[str, float]], max_kl: float | None, d
         max_kl, direction: as in `HeadSelection.choose_strength`.
 
     Raises:
-        ValueError: no strength is within the bound, or an unknown direction.
+        ValueError: no strength is within the bound.
     """
-    if direction not in _FLIPS:
-        raise ValueError(f"direction: got {direction!r}, expected 'both', 'correct' or 'wrong'")
-    if max_kl is not None:
-        check_finite(max_kl=max_kl)
-        if max_kl < 0:
-            raise ValueError(f"max_kl: got {max_kl}, expected a number >= 0")
     kl = _KL[direction]
     allowed = [record for record in records if record[kl] <= (math.inf if max_kl is None else max_kl)]
     if not allowed:
