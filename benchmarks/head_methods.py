@@ -49,6 +49,42 @@ def compared(model: Any, tokenizer: Any, *, quick: bool, seed: int = 0) -> af.He
     )  # fmt: skip
 
 
+#: The figures of an evaluation that are kept, and where they stand in the table.
+FIGURES = ("flip_to_correct", "flip_to_wrong", "kl")
+
+
+def slim(result: af.HeadComparison, *, quick: bool, seed: int) -> dict[str, Any]:
+    """What is kept of a comparison: the figures with their intervals, the strength and the heads."""
+    rows = []
+    for one in result.results:
+        found = one.evaluation
+        figures: dict[str, Any] = {name: round(getattr(found, name), 4) for name in FIGURES}
+        figures |= {f"{name}_interval": [round(end, 4) for end in found.intervals[name]] for name in FIGURES}
+        heads = [[head.layer, head.head] for head in one.selection.heads]
+        chosen = {"method": one.selection.method, "k": one.selection.k, "strength": one.selection.strength}
+        rows.append(chosen | figures | {"seconds": one.seconds, "heads": heads})
+    frozen = result.results[0].evaluation.baseline
+    assert frozen is not None
+    counts = {"quick": quick, "seed": seed, "n_test": result.results[0].evaluation.n_examples}
+    return counts | {"frozen": {name: getattr(frozen, name) for name in FIGURES[:2]}, "rows": rows}
+
+
+def table(folder: Path) -> str:
+    """The table of docs/heads.md, from capitals.json."""
+    kept = json.loads((folder / "capitals.json").read_text(encoding="utf-8"))
+    lines = ["| method | heads | strength | correct above wrong, β = +1 | wrong above correct, β = −1 | KL |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    frozen = kept["frozen"]
+    lines += [f"| frozen model | | | {frozen['flip_to_correct']:.2f} | {frozen['flip_to_wrong']:.2f} | |"]
+    for row in kept["rows"]:
+        cells = [row["method"], str(row["k"]), f"{row['strength']:g}"]
+        for name in FIGURES[:2]:
+            low, high = row[f"{name}_interval"]
+            cells.append(f"{row[name]:.2f} [{low:.2f}, {high:.2f}]")
+        lines.append(f"| {' | '.join([*cells, format(row['kl'], '.2f')])} |")
+    return "\n".join(lines)
+
+
 def costs(model: Any, tokenizer: Any, *, n_prompts: int = 1) -> list[dict[str, Any]]:
     """The time to score all heads by each method, and that of one forward pass per head, on the same prompts.
 
@@ -124,8 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.out / "mib.json").write_text(text + "\n", encoding="utf-8")
         return 0
     result = compared(model, tokenizer, quick=options.quick, seed=options.seed)
-    result.save(options.out / "capitals.json")
+    text = json.dumps(slim(result, quick=options.quick, seed=options.seed))
+    (options.out / "capitals.json").write_text(text.replace('{"method"', '\n{"method"') + "\n", encoding="utf-8")
     print(result)
+    print(table(options.out))
     return 0
 
 
