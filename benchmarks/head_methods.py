@@ -6,7 +6,7 @@
 
     python -m benchmarks.head_methods --mib --out benchmarks/results/heads     # CPR and CMD of six scores on IOI
 
-`--cost` times each method's scores beside one forward pass per head on the same prompts.
+`--cost` takes the CPU time of each method's scores beside one forward pass per head on the same prompts.
 
 Without --model the demo's model is used.
 """
@@ -86,10 +86,13 @@ def table(folder: Path) -> str:
 
 
 def costs(model: Any, tokenizer: Any, *, n_prompts: int = 1) -> list[dict[str, Any]]:
-    """The time to score all heads by each method, and that of one forward pass per head, on the same prompts.
+    """CPU seconds to score all heads by each method, and those of one forward pass per head, on the same prompts.
+
+    The processor's time of this process, on one thread, because other processes make the time on the clock uncertain.
 
     JuICE runs the passes of a knock-out once per scale, so that its ratio to one pass per head and scale is the same.
     """
+    torch.set_num_threads(1)
     train, _ = af.tasks.country_capital_conflicts(tokenizer, n_train=n_prompts, n_test=2)
     subject = Subject(model, tokenizer, train)
     arguments = forward_arguments(model, subject.data.batch(range(n_prompts)))
@@ -99,13 +102,13 @@ def costs(model: Any, tokenizer: Any, *, n_prompts: int = 1) -> list[dict[str, A
         options, parts = ({"steps": 6}, GATE_STEPS // 6) if name == "gates" else ({}, 1)
         with torch.no_grad():
             model(**arguments)
-            begun = time.perf_counter()
+            begun = time.process_time()
             for _ in range(3):
                 model(**arguments)
-            one = (time.perf_counter() - begun) / 3
-        begun = time.perf_counter()
+            one = (time.process_time() - begun) / 3
+        begun = time.process_time()
         score(subject, METHODS[name], 10, options)
-        seconds, by_hand = parts * (time.perf_counter() - begun), one * n_heads
+        seconds, by_hand = parts * (time.process_time() - begun), one * n_heads
         rows.append({"method": name, "seconds": seconds, "pass_per_head": by_hand, "ratio": seconds / by_hand})
         print(f"{name:13} {seconds:7.2f} s   one pass per head {by_hand:7.1f} s   ratio {seconds / by_hand:.3f}")
     return rows

@@ -19,7 +19,7 @@ from .sami import by_concept
 from .subject import Scored
 
 #: Strengths that are tried on the validation examples.
-STRENGTHS = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
 

@@ -77,7 +77,7 @@ def select_heads(
         k: the number of heads. Fewer are chosen, with a warning, where the method gives fewer a value that is not 0.
         layers: the layers whose heads are scored; None: all.
         strength: a given strength; no validation examples are then held back.
-        strengths: strengths to try; None: those of the method (0.5 to 8; with a fit 1, or with `max_kl` 0.25 to 1).
+        strengths: strengths to try; None: those of the method (0.25 to 8; with a fit 1, or with `max_kl` 0.25 to 1).
         validation: the share of the examples to hold back for the choice of the strength, or other examples for it.
         max_kl: the largest mean KL divergence of the other tokens, in nats, on the validation examples; None: any.
         direction: which flips the strength is chosen by, "both" directions, to the "correct" answer under β = +1, or to
