@@ -33,7 +33,8 @@ from actscale_fast.learning.head_selection.subject import Subject
 #: Updates of each fit of the gates, by default; six are timed.
 GATE_STEPS = 60
 #: Of the quick run: what each method costs most is made small.
-QUICK = ("random", "attribution", "sami", "sadi", "head-pursuit")
+QUICK = ("random", "attribution", "sami", "sadi", "head-pursuit", "attribution-refit")
+QUICK_OPTIONS: dict[str, dict[str, Any]] = {"attribution-refit": {"steps": 12, "fit_batch_size": 6, "lr": 0.15}}
 
 
 def compared(model: Any, tokenizer: Any, *, quick: bool, seed: int = 0) -> af.HeadComparison:
@@ -45,7 +46,7 @@ def compared(model: Any, tokenizer: Any, *, quick: bool, seed: int = 0) -> af.He
     names = QUICK if quick else [name for name in METHODS if name != "interchange"]  # the task has no sources
     return af.compare_heads(
         model, tokenizer, train, test, names, seed=seed, strengths=(1.0, 3.0) if quick else None,
-        progress=False,
+        options=QUICK_OPTIONS if quick else None, progress=False,
     )  # fmt: skip
 
 
