@@ -53,9 +53,9 @@ def source_activations(
     """
     if not isinstance(das, Intervention) or not das.needs_source:
         raise TypeError(f"das: got {type(das).__name__}, expected a BoundlessDAS, a HeadInterchange or a RunTwice")
-    if type(das).source_activations is not Intervention.source_activations:
+    own = type(das).source_activations is not Intervention.source_activations
+    if own or not isinstance(das, TakesSource):
         return das.source_activations(model, tokenizer, texts, batch_size=batch_size, progress=progress)
-    assert isinstance(das, TakesSource)
     was_paused, das.paused = das.paused, True
     try:
         return activations_at(
