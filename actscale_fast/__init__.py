@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from . import ops as ops, plots as plots, tasks as tasks
     from .das.boundless_das import BoundlessDAS as BoundlessDAS
     from .das.fit_interchange import InterchangeResult as InterchangeResult, fit_interchange as fit_interchange
-    from .das.sources import source_activations as source_activations
     from .demo_model import load_demo_model as load_demo_model
     from .extraction.act_add import act_add as act_add
     from .extraction.instruction import (
@@ -41,17 +40,31 @@ if TYPE_CHECKING:
         mean_centring as mean_centring,
     )
     from .frozen.perplexity import perplexity as perplexity
+    from .frozen.stored_activations import source_activations as source_activations
     from .interventions.base import Intervention as Intervention, load_intervention as load_intervention
     from .interventions.composite import Composite as Composite, stack as stack
     from .interventions.dynamic import DynScalar as DynScalar
     from .interventions.projection import Projection as Projection
     from .interventions.scalar import ActivScalar as ActivScalar
+    from .interventions.stored_heads import HeadInterchange as HeadInterchange, RunTwice as RunTwice
     from .interventions.vector import SteerVec as SteerVec
     from .learning.attribution.attribution import Attribution as Attribution, attribution as attribution
     from .learning.checkpoint import Checkpoint as Checkpoint
     from .learning.evaluate import Evaluation as Evaluation, evaluate as evaluate
     from .learning.execution import Execution as Execution
     from .learning.fit import FitResult as FitResult, fit as fit
+    from .learning.head_selection.circuit_metrics import (
+        CircuitMetrics as CircuitMetrics,
+        circuit_metrics as circuit_metrics,
+        save_mib_scores as save_mib_scores,
+    )
+    from .learning.head_selection.compare import (
+        HeadComparison as HeadComparison,
+        HeadResult as HeadResult,
+        compare_heads as compare_heads,
+    )
+    from .learning.head_selection.select_heads import select_heads as select_heads
+    from .learning.head_selection.selection import HeadSelection as HeadSelection, ScoredHead as ScoredHead
     from .learning.objective import Objective as Objective
     from .learning.sweep.folder import gather_sweep as gather_sweep, load_sweep as load_sweep
     from .learning.sweep.minimality_path import minimality_path as minimality_path
@@ -74,20 +87,23 @@ if TYPE_CHECKING:
 # The public names, by the module that each is imported from when it is first used: the command line answers --help
 # without importing torch, which takes 3 s. The block above says the same to type checkers.
 _HOMES = {
-    "das": ("BoundlessDAS", "InterchangeResult", "fit_interchange", "source_activations"),
+    "das": ("BoundlessDAS", "InterchangeResult", "fit_interchange"),
     "demo_model": ("load_demo_model",),
     "extraction": (
         "InstructionVectors", "LatentResult", "LayerChoice", "LayerScore", "Means", "act_add", "decode_latent",
         "instruction_vectors", "latent_vectors", "mean_activations", "mean_centring", "mean_vector",
     ),
     "frozen.perplexity": ("perplexity",),
+    "frozen.stored_activations": ("source_activations",),
     "interventions": (
-        "ActivScalar", "Composite", "DynScalar", "Intervention", "Projection", "SteerVec", "load_intervention",
-        "stack",
+        "ActivScalar", "Composite", "DynScalar", "HeadInterchange", "Intervention", "Projection", "RunTwice",
+        "SteerVec", "load_intervention", "stack",
     ),
     "learning": (
-        "Attribution", "Checkpoint", "Evaluation", "Execution", "FitResult", "Objective", "SweepFit", "SweepResult",
-        "attribution", "evaluate", "fit", "gather_sweep", "load_sweep", "minimality_path", "sweep",
+        "Attribution", "Checkpoint", "CircuitMetrics", "Evaluation", "Execution", "FitResult", "HeadComparison",
+        "HeadResult", "HeadSelection", "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution",
+        "circuit_metrics", "compare_heads", "evaluate", "fit", "gather_sweep", "load_sweep", "minimality_path",
+        "save_mib_scores", "select_heads", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),

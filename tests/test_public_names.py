@@ -17,13 +17,15 @@ import actscale_fast as af
 
 NAMES = {
     "actscale_fast": """
-        ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint Composite DynScalar Evaluation
-        Example Execution FitResult InstructionVectors InterchangeResult Intervention LatentResult LayerChoice
-        LayerScore Means Objective Projection SteerVec SweepFit SweepResult act_add attribution decode_latent evaluate
-        fit fit_interchange gather_sweep get_actscale_model get_backend head_mask instruction_vectors latent_vectors
-        load_demo_model load_examples load_intervention load_sweep mean_activations mean_centring mean_vector merge
-        minimality_path ops patch perplexity plots reproduce save_examples set_backend source_activations stack sweep
-        tasks unmerge use_backend verify_kernels Verification
+        ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint CircuitMetrics Composite
+        DynScalar Evaluation Example Execution FitResult HeadComparison HeadInterchange HeadResult HeadSelection
+        InstructionVectors InterchangeResult Intervention LatentResult LayerChoice LayerScore Means Objective
+        Projection RunTwice ScoredHead SteerVec SweepFit SweepResult act_add attribution circuit_metrics compare_heads
+        decode_latent evaluate fit fit_interchange gather_sweep get_actscale_model get_backend head_mask
+        instruction_vectors latent_vectors load_demo_model load_examples load_intervention load_sweep mean_activations
+        mean_centring mean_vector merge minimality_path ops patch perplexity plots reproduce save_examples
+        save_mib_scores select_heads set_backend source_activations stack sweep tasks unmerge use_backend
+        verify_kernels Verification
     """,
     "actscale_fast.ops": """
         ReferenceStatistics dynamic_scale get_backend intervention_loss kl_div_from_logits linear_intervention_loss
@@ -35,7 +37,7 @@ NAMES = {
         indirect_object_identification load_examples name_order price_tagging save_examples
     """,
     "actscale_fast.plots": """
-        Measured PathPoint attribution comparison heatmap history overlap pareto path strengths
+        Measured PathPoint attribution comparison head_scores heatmap history overlap pareto path strengths
     """,
 }
 
@@ -53,6 +55,7 @@ INTEGRATIONS = {
     "steering_vectors": ("steering_vectors", "from_steering_vectors to_steering_vectors"),
     "trainer": ("", "ProximalCallback"),
     "transformer_lens": ("transformer_lens", "for_transformer_lens head_patching head_scaling hooks"),
+    "vllm": ("", ""),  # a plug-in: vLLM calls it
 }
 
 #: The parameters of each function, in the order of its first version; new ones may be added.
@@ -61,7 +64,7 @@ PARAMETERS = {
     "ops.scale_heads": "x alpha strength shift group",
     "ops.dynamic_scale": "x weight bias strength group return_scalars",
     "ops.intervention_loss": (
-        "logits reference_logits correct wrong direction margin exclude_answers kl scalars inplace_gradient"
+        "logits reference_logits correct wrong direction margin exclude_answers kl scalars inplace_gradient weights"
     ),
     "ops.reference_statistics": (
         "hidden weight correct wrong bias softcap logit_scale exclude_answers kl keep_logits chunk_bytes"
@@ -83,6 +86,16 @@ PARAMETERS = {
     "attribution": (
         "model tokenizer examples site layers positions intervention objective knock_out batch_size cache_bytes "
         "progress"
+    ),
+    "select_heads": (
+        "model tokenizer examples method k layers strength strengths validation max_kl direction seed batch_size "
+        "progress"
+    ),
+    "circuit_metrics": "model tokenizer examples scores layers ablation absolute batch_size",
+    "save_mib_scores": "path model scores layers parallel",
+    "compare_heads": (
+        "model tokenizer examples test methods k layers strengths validation max_kl direction seed batch_size progress "
+        "options"
     ),
     "sweep": (
         "model tokenizer examples grid objective intervention steps lr batch_size seed schedule betas tolerance "
@@ -109,6 +122,8 @@ PARAMETERS = {
     "get_backend": "",
     "use_backend": "name",
     "Intervention.for_model": "model site layers positions generated projection layers_path mlp",
+    "HeadInterchange.for_model": "model site layers positions generated projection layers_path mlp",
+    "RunTwice.for_prompts": "model longest layers projection layers_path",
     "BoundlessDAS.for_model": "model site layers positions generated seed projection layers_path mlp",
     "Example": "prompt correct wrong source messages where",
     "tasks.country_capital_conflicts": (

@@ -21,7 +21,7 @@ from .suggesting_parser import SuggestingParser
 
 FILE = "config.toml"
 #: The commands whose folder gets a file.
-WRITERS = ("fit", "sweep", "attribution", "interchange", "extract")
+WRITERS = ("fit", "sweep", "attribution", "heads", "interchange", "extract")
 #: Options that say how a run is shown, not what it does.
 _NOT_KEPT = ("--config", "--debug", "--quiet", "--json", "--help")
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE]-?\d+)?")

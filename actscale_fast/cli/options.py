@@ -14,6 +14,11 @@ MODEL_OF_FIT = "that of the fit, otherwise the demo model"
 SHELLS = ("bash", "zsh", "fish")
 SITES = ("head", "attn_out", "mlp_out", "residual")
 TASKS = ("country-capital", "indirect-object", "greater-than", "name-order", "price-tagging")
+#: The methods of `select_heads`.
+HEAD_METHODS = (
+    "attribution", "attribution-refit", "knock-out", "knock-out-refit", "activ-scalar", "juice", "juice-once", "sami",
+    "sadi", "head-pursuit", "gates", "gates-contrastive", "interchange", "random", "random-refit",
+)  # fmt: skip
 #: How many examples of a task the commands and the demo use, chosen for SmolLM2-135M-Instruct on two cores.
 N_TRAIN, N_TEST = 192, 96
 QUANTIZERS = ("bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-fp8", "quanto-int8", "quanto-int4")

@@ -13,6 +13,7 @@ from ..architectures.layout import layout
 from ..extraction.continuations import greedy
 from ..frozen.chat import Messages
 from ..frozen.encoder import TextEncoder
+from ..frozen.stored_activations import source_activations
 from ..patching.patch import patch
 from .verbosity import is_quiet
 
@@ -94,7 +95,8 @@ def continuations(
         check_sources(intervention, sources, len(prompts))
         for part in intervention.singles:
             if part.needs_source:
-                values = part.source_activations(model, tokenizer, list(sources))
+                from_texts = list(prompts if part.source_is_prompt else sources)
+                values = source_activations(model, tokenizer, part, from_texts)
                 stack.enter_context(part.interchange(values.repeat_interleave(times, 0)))
         stack.enter_context(patch(model, intervention, strength=strength))
         made = decode(model, tokenizer, batch, max_new_tokens)
@@ -104,7 +106,7 @@ def continuations(
 
 def check_sources(intervention: Intervention, sources: Sequence[str | Messages], n_prompts: int) -> None:
     """Raise a ValueError unless each prompt has a source exactly if the intervention needs one."""
-    needed = any(part.needs_source for part in intervention.singles)
+    needed = any(part.needs_source and not part.source_is_prompt for part in intervention.singles)
     if needed and len(sources) != n_prompts:
         raise ValueError(f"source: got {len(sources)} for {n_prompts} prompts, but an interchange needs one for each")
     if sources and not needed:

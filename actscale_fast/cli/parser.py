@@ -35,6 +35,7 @@ def build_parser() -> SuggestingParser:
     parser_learning.fit(add("fit", learned, "learn an intervention from examples"))
     parser_learning.sweep(add("sweep", learned, "fit many interventions at once and compare them"))
     parser_learning.attribution(add("attribution", learned, "find what each head contributes to the answers"))
+    parser_learning.heads(add("heads", learned, "choose the attention heads to scale, by one or several methods"))
     pairs = "(--data FILE | --task TASK) --layers LIST --out FOLDER [options]"
     parser_learning.interchange(add("interchange", pairs, "learn which directions hold a variable of a task"))
     parser_extract.extract(

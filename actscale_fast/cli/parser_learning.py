@@ -1,4 +1,4 @@
-"""The options of the commands that learn or measure: fit, sweep, interchange, attribution, reproduce."""
+"""The options of the commands that learn or measure: fit, sweep, interchange, attribution, heads, reproduce."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import argparse
 from .. import defaults
 from . import options
 from .values import (
+    count_list,
     layer_list,
     minimality,
     minimality_list,
+    name_list,
+    named_value,
     positive_float,
     positive_int,
     rate,
     rate_list,
     seed_list,
+    share,
     site_list,
     weight,
     weight_list,
@@ -159,6 +163,46 @@ def attribution(command: argparse.ArgumentParser) -> None:
     options.positions(command)
     command.add_argument("--no-knock-out", action="store_true", help="only predict, which takes seconds")
     options.number(command, "--top", positive_int, 10, "number of heads to print")
+
+
+def heads(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Scores all attention heads by one of several methods, keeps the best, chooses their strength on training\n"
+        "examples that are held back, and saves the intervention with heads.json and heads.png. With several methods\n"
+        "or numbers of heads it compares them on the held-out examples: comparison.json, and a folder for each."
+    )
+    options.model(command)
+    options.data(command, n_train=64)
+    options.seed(command, what="random seed of the split, of what a method draws and, with --task, of the examples")
+    options.test_data(command)
+    options.out(command, "the selection and its intervention")
+    options.as_json(command)
+    choice = command.add_argument_group("heads")
+    choice.add_argument(
+        "--method", type=name_list, default=["attribution"], metavar="LIST",
+        help=f"{', '.join(options.HEAD_METHODS)}; several are compared (default: attribution)",
+    )  # fmt: skip
+    choice.add_argument(
+        "--k", type=count_list, default=[10], metavar="LIST", help="number of heads; several are compared (default: 10)"
+    )
+    options.layers(choice)
+    choice.add_argument(
+        "--option", type=named_value, action="append", metavar="NAME=VALUE",
+        help="an option of the method, such as n_scored=4 or steps=30; may be repeated",
+    )  # fmt: skip
+    strength = command.add_argument_group("strength")
+    strength.add_argument(
+        "--strengths", type=weight_list, metavar="LIST", help="strengths to try, such as 1,2,4 (default: the method's)"
+    )
+    options.number(strength, "--validation", share, 0.25, "share of the training examples that chooses it", "X")
+    strength.add_argument(
+        "--max-kl", type=weight, metavar="X",
+        help="largest mean KL divergence of the other tokens, in nats, on these examples (default: any)",
+    )  # fmt: skip
+    options.choice(
+        strength, "--direction", ("both", "correct", "wrong"), "flips that count: both, correct or wrong", "WHAT"
+    )
+    options.number(strength, "--batch-size", positive_int, 32, "examples per forward pass")
 
 
 def interchange(command: argparse.ArgumentParser) -> None:

@@ -51,6 +51,14 @@ def keep_learned(folder: Path, options: argparse.Namespace, result: Learned, **m
     save_record(folder, options, **more)
 
 
+def keep_selected(folder: Path, options: argparse.Namespace, intervention: Intervention, **more: Any) -> None:
+    """Write an intervention that was chosen without a history, and its record, replacing earlier ones."""
+    for name in (EVALUATION, "history.json"):  # of an earlier intervention in this folder
+        (folder / name).unlink(missing_ok=True)
+    intervention.save_pretrained(folder)
+    save_record(folder, options, **more)
+
+
 def measure_learned(folder: Path, evaluation: Evaluation, title: str) -> None:
     """Print an evaluation and write it beside the intervention."""
     print_evaluation(title, evaluation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -57,6 +58,27 @@ def rate_list(text: str) -> list[float | str]:
 def seed_list(text: str) -> list[int]:
     """ "0-4,7" as numbers; a range includes both ends."""
     return _integers(text, "seeds", ranges=True)
+
+
+def count_list(text: str) -> list[int]:
+    """ "5,10,20" as whole numbers that are at least 1."""
+    return [positive_int(part.strip()) for part in text.split(",")]
+
+
+def name_list(text: str) -> list[str]:
+    """ "juice,sami" as names, which are checked when the command runs."""
+    return [part.strip() for part in text.split(",")]
+
+
+def named_value(text: str) -> tuple[str, object]:
+    """ "steps=30" as a name and a value: JSON, or else a text."""
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE, such as steps=30")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def column_names(text: str) -> dict[str, str]:

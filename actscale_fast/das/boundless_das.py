@@ -21,17 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..architectures.location import Location
-from ..interventions.base import Intervention
 from ..interventions.placement import Placement
+from ..interventions.takes_source import TakesSource, check_source_positions
 from .rotation import Rotation
 from .sources import activations_at
 
 LEAST_BOUNDARY = 1e-3  # the paper's code clamps b to [1e-3, 1]
 TEMPERATURE = 50.0  # where annealing begins
-_SOURCE_HELP = "with das.interchange(source_activations(model, tokenizer, das, texts)): ..."
 
 
-class BoundlessDAS(Intervention):
+class BoundlessDAS(TakesSource):
     """Swaps a subspace of an activation for that of another prompt, the source: Rᵀ((1−m)⊙R·h_base + m⊙R·h_source).
 
     Each layer, position and head (or whole site) has a rotation R and a boundary b (arXiv 2305.08809). β = 1 is the
@@ -50,12 +49,12 @@ class BoundlessDAS(Intervention):
     """
 
     homogeneous: ClassVar[bool] = False
-    needs_source: ClassVar[bool] = True
+    called: ClassVar[str] = "das"
     boundary: nn.Parameter
     temperature: Tensor
 
     def __init__(self, location: Location, *, n_groups: int | None = None, device: torch.device | None = None) -> None:
-        _check_positions(location.positions, location.generated)
+        check_source_positions(location.positions, location.generated)
         if n_groups is not None:
             raise ValueError("n_groups: a BoundlessDAS is not stacked; give each row a source of its own")
         super().__init__(location, device=device)
@@ -65,9 +64,6 @@ class BoundlessDAS(Intervention):
         self.register_buffer("temperature", torch.tensor(TEMPERATURE, dtype=torch.float32, device=device))
         n_matrices = location.n_slots * location.n_heads
         self.rotations = nn.ModuleList(Rotation(n_matrices, location.width, device) for _ in location.layers)
-        #: While True an edit does nothing, and needs no source.
-        self.paused = False
-        self._sources: list[Tensor] = []  # the last one is in use
         self._shared: list[Tensor] | None = None
 
     @classmethod
@@ -100,7 +96,7 @@ class BoundlessDAS(Intervention):
             >>> with das.interchange(source_activations(model, tokenizer, das, sources)), patch(model, das):
             ...     model.generate(**bases)
         """
-        _check_positions(positions, generated)
+        check_source_positions(positions, generated)
         das = super().for_model(
             model, site, layers, positions, generated, projection=projection, layers_path=layers_path, mlp=mlp
         )
@@ -138,37 +134,6 @@ class BoundlessDAS(Intervention):
         finally:
             self.paused = was_paused
 
-    def check_source(self, n_rows: int) -> None:
-        if self._sources and self._sources[-1].shape[0] != n_rows:
-            raise ValueError(
-                f"source: got {self._sources[-1].shape[0]} rows for a batch of {n_rows}, expected one each"
-            )
-
-    @contextlib.contextmanager
-    def interchange(self, source: Tensor) -> Iterator[Self]:
-        """Let the passes inside the `with` block take the subspace from these activations.
-
-        Args:
-            source: [B, L, P, H, D], floating point, as `source_activations` returns it, with one row for each row of
-                the batch. In generate() a prompt's row is repeated for its beams or returned sequences.
-
-        Raises:
-            TypeError, ValueError: not such a tensor.
-        """
-        where = self.location
-        shape = (len(where.layers), where.n_slots, where.n_heads, where.width)
-        if not isinstance(source, Tensor) or not source.is_floating_point():
-            got = source.dtype if isinstance(source, Tensor) else type(source).__name__
-            raise TypeError(f"source: got {got}, expected a floating-point tensor [B, L, P, H, D]")
-        if source.dim() != 5 or not source.shape[0] or source.shape[1:] != shape:
-            expected = ", ".join(map(str, shape))
-            raise ValueError(f"source: got shape {tuple(source.shape)}, expected [B, L, P, H, D] = [B, {expected}]")
-        self._sources.append(source.to(self.device))
-        try:
-            yield self
-        finally:
-            self._sources.pop()
-
     @contextlib.contextmanager
     def shared_rotation(self) -> Iterator[None]:
         """Compute each rotation once for all passes in the `with` block, and its gradient once at the block's end.
@@ -189,12 +154,10 @@ class BoundlessDAS(Intervention):
     def edit(self, x: Tensor, layer: int, strength: float | Tensor, placement: Placement) -> Tensor:
         if self.paused:
             return x
-        if not self._sources:
-            raise RuntimeError(f"source: a BoundlessDAS ran without the source's activations; use `{_SOURCE_HELP}`")
+        source = self.source_of(layer, x)  # [B, P, H, D]
         assert placement.index is not None  # it has a list of positions, and no slot for generated tokens
         n_rows, n_tokens = x.shape[:2]
         wide = torch.promote_types(x.dtype, torch.float32)
-        source = _of_rows(self._sources[-1][:, layer].to(x.device), n_rows).to(wide)  # [B, P, H, D]
         columns = _columns(placement.index, self.location.n_slots, n_tokens).expand(n_rows, -1)  # [B, P]
         index = columns[:, :, None, None].expand_as(source)
         base = x.gather(1, index.clamp(max=n_tokens - 1)).to(wide)
@@ -256,27 +219,7 @@ class BoundlessDAS(Intervention):
         return weight.unflatten(0, (-1, self.location.n_heads))
 
 
-def _check_positions(positions: object, generated: bool) -> None:
-    if positions is None:
-        raise ValueError(
-            "positions: got None, expected a list: an interchange pairs tokens of the base with tokens of the source, "
-            "and prompts of other lengths have no partner for every token"
-        )
-    if generated:
-        raise ValueError("generated: got True, but the source is a prompt: it has no generated tokens to take from")
-
-
 def _columns(index: Tensor, n_slots: int, n_tokens: int) -> Tensor:
     """The column of each slot's token, int64 [R, P], from the slot of each token [R, T]; T where it has none."""
     hit = index[:, None] == torch.arange(n_slots, device=index.device)[:, None]  # [R, P, T]
     return torch.where(hit.any(-1), hit.to(torch.uint8).argmax(-1), n_tokens)
-
-
-def _of_rows(source: Tensor, n_rows: int) -> Tensor:
-    """[S, ...] as [B, ...], each row repeated for its beams."""
-    times, rest = divmod(n_rows, source.shape[0])
-    if rest or not times:
-        raise ValueError(
-            f"source: got {source.shape[0]} rows for a batch of {n_rows} rows, expected {n_rows} or a divisor of it"
-        )
-    return source if times == 1 else source.repeat_interleave(times, 0)

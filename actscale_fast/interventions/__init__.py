@@ -6,17 +6,22 @@ from .dynamic import DynScalar, Produced, produced_l1
 from .placement import Placement
 from .projection import Projection
 from .scalar import ActivScalar
+from .stored_heads import HeadInterchange, RunTwice
+from .takes_source import TakesSource
 from .vector import SteerVec
 
 __all__ = [
     "ActivScalar",
     "Composite",
     "DynScalar",
+    "HeadInterchange",
     "Intervention",
     "Placement",
     "Produced",
     "Projection",
+    "RunTwice",
     "SteerVec",
+    "TakesSource",
     "load_intervention",
     "produced_l1",
     "stack",

@@ -47,9 +47,11 @@ class Intervention(Readable, nn.Module):
     shares_positions: ClassVar[bool] = False
     #: Whether an edit multiplies activations by factors, which a norm without scale after the site would undo.
     multiplies: ClassVar[bool] = False
-    #: Whether an edit takes activations from a second prompt for each row. Such a class implements
-    #: `source_activations`, `interchange` and `check_source`.
+    #: Whether an edit takes stored activations for each row, of a second prompt. Such a class implements `interchange`
+    #: and `check_source`, and `source_activations` unless these are those at its location; see `TakesSource`.
     needs_source: ClassVar[bool] = False
+    #: Whether these are the activations of an unsteered run on the prompt itself.
+    source_is_prompt: ClassVar[bool] = False
     #: Whether the `edit` of this class treats each head by itself and reads its parameters by `of_layer(...,
     #: placement.heads)`. Under tensor parallelism a process then edits its own heads; otherwise it is given all heads,
     #: which the processes exchange. A class that overrides `edit` says so anew.
@@ -59,9 +61,10 @@ class Intervention(Readable, nn.Module):
     activation_power: ClassVar[int] = 0
     _wanted: Tensor
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Intervention.classes[cls.__name__] = cls
+        if not abstract:  # a saved intervention is never one of a base class
+            Intervention.classes[cls.__name__] = cls
 
     def __init__(self, location: Location, *, n_groups: int | None = None, device: torch.device | None = None) -> None:
         super().__init__()
@@ -176,9 +179,8 @@ class Intervention(Readable, nn.Module):
     ) -> Tensor:
         """Read from the frozen model what an edit takes from these texts, one item for each: [N, ...].
 
-        A text may also be a list of chat messages.
-
-        Implemented by classes with `needs_source`.
+        A text may also be a list of chat messages. Implemented by classes with `needs_source` that take something else
+        than the activations at their location; `actscale_fast.source_activations` reads for all classes.
         """
         raise NotImplementedError(f"{type(self).__name__} takes no activations from other prompts")
 

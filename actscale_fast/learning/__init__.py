@@ -5,6 +5,10 @@ from .checkpoint import Checkpoint
 from .evaluate import Evaluation, evaluate, evaluate_all
 from .execution import Execution
 from .fit import FitResult, fit
+from .head_selection.circuit_metrics import CircuitMetrics, circuit_metrics, save_mib_scores
+from .head_selection.compare import HeadComparison, HeadResult, compare_heads
+from .head_selection.select_heads import select_heads
+from .head_selection.selection import HeadSelection, ScoredHead
 from .objective import Objective
 from .sweep.folder import gather_sweep, load_sweep
 from .sweep.minimality_path import minimality_path
@@ -14,18 +18,27 @@ from .sweep.sweep import sweep
 __all__ = [
     "Attribution",
     "Checkpoint",
+    "CircuitMetrics",
     "Evaluation",
     "Execution",
     "FitResult",
+    "HeadComparison",
+    "HeadResult",
+    "HeadSelection",
     "Objective",
+    "ScoredHead",
     "SweepFit",
     "SweepResult",
     "attribution",
+    "circuit_metrics",
+    "compare_heads",
     "evaluate",
     "evaluate_all",
     "fit",
     "gather_sweep",
     "load_sweep",
     "minimality_path",
+    "save_mib_scores",
+    "select_heads",
     "sweep",
 ]

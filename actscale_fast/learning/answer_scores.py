@@ -6,8 +6,8 @@ rows at a time and their gradient is taken in the forward pass, so that no more 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ..ops.losses.linear_logits import chunks
 from ..ops.losses.linear_softmax import CHUNK_BYTES
 from ..ops.once_differentiable import once_differentiable
 from ..ops.reference import accumulation_dtype, kl_divergence, without_columns
+
+if TYPE_CHECKING:
+    from .encoded_examples import EncodedExamples
 
 
 def log_probability_differences(
@@ -36,6 +39,33 @@ def log_probability_differences(
     sign = given["sign"].to(logits)
     found = logits.new_zeros(n_losses).index_add(0, loss, sign * logits)
     return found.index_add(0, loss[later], -sign[later] * log_normalisers(states[later], head))
+
+
+def answer_log_probabilities(
+    output: Tensor, data: EncodedExamples, rows: Sequence[int], head: OutputHead | None
+) -> Tensor:
+    """log p(correct) and log p(wrong) of each example [B, 2], in fp32 or wider and with gradient.
+
+    Args:
+        output: where both answers are one token, the head's inputs [B, d], or the logits [B, V], at the prompts' last
+            tokens. Otherwise [2·B, T, ·], first with the correct answers and then with the wrong ones, from the
+            prompts' last tokens on.
+        data: the examples.
+        rows: numbers of examples of one kind (see `EncodedExamples.kind`).
+        head: the head; None: the output is logits.
+    """
+    if rows[0] not in data.long_answers:
+        ids = torch.stack([data.correct[list(rows)], data.wrong[list(rows)]], -1)  # [B, 2]
+        chosen = chosen_logits(output, ids, head)
+        return chosen - log_normalisers(output, head)[:, None].to(chosen)
+    both = [data.long_answers[row] for row in rows]
+    answers = [one.correct for one in both] + [one.wrong for one in both]
+    tokens = [(of, t, token) for of, answer in enumerate(answers) for t, token in enumerate(answer)]
+    of, column, ids = torch.tensor(tokens, dtype=torch.int64, device=output.device).unbind(1)
+    states = output[of, column]
+    values = chosen_logits(states, ids[:, None], head)[:, 0]
+    values = values - log_normalisers(states, head).to(values)
+    return values.new_zeros(2 * len(rows)).index_add(0, of, values).view(2, -1).T
 
 
 def chosen_logits(states: Tensor, ids: Tensor, head: OutputHead | None) -> Tensor:

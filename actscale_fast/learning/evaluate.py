@@ -16,11 +16,12 @@ from .._tables import Readable
 from ..architectures.layout import layout
 from ..frozen.batching import forward_arguments
 from ..frozen.shortcuts import open_frozen_model
+from ..frozen.stored_activations import source_activations
 from ..interventions import Intervention
 from ..modules.evaluation_mode import evaluation_mode
 from ..ops import canary
 from ..patching.patch import AnyPatch, patch
-from ..tasks.examples import sources_of
+from ..tasks.examples import prompt_of, sources_of
 from ..tasks.loading import ExampleSource
 from ..verification.ensure import ensure_verified
 from .answer_ranks import AnswerRanks, answer_ranks
@@ -188,8 +189,9 @@ def evaluate_all(
     for part in dict.fromkeys(part for intervention in interventions for part in intervention.singles):
         if part.needs_source:
             data.refuse_long_answers(f"a {type(part).__name__} is evaluated on the next token alone")
-            texts = sources_of(data.examples)
-            sources[part] = part.source_activations(model, tokenizer, texts, batch_size=batch_size, progress=progress)
+            own = part.source_is_prompt
+            texts = [prompt_of(example) for example in data.examples] if own else sources_of(data.examples)
+            sources[part] = source_activations(model, tokenizer, part, texts, batch_size=batch_size, progress=progress)
     rows: list[Tensor] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))

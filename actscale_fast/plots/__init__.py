@@ -10,7 +10,7 @@ from .curves import history
 from .dots import Measured, comparison
 from .fronts import pareto
 from .lines import strengths
-from .maps import attribution, heatmap
+from .maps import attribution, head_scores, heatmap
 from .matrices import overlap
 from .paths import PathPoint, path
 
@@ -19,6 +19,7 @@ __all__ = [
     "PathPoint",
     "attribution",
     "comparison",
+    "head_scores",
     "heatmap",
     "history",
     "overlap",

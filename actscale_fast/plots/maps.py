@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..architectures.location import Location
 from ..interventions import ActivScalar, Intervention
@@ -225,6 +226,60 @@ def _readable(token: str) -> str:
     """A token as a label, without tokenizers' marks of a space and with line breaks visible."""
     text = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
     return text.replace("\n", "↵").replace("$", r"\$").strip() or "␣"
+
+
+def head_scores(
+    scores: Tensor,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    chosen: Tensor | None = None,
+    title: str | None = None,
+    limit: float | None = None,
+    dpi: int = 160,
+    ax: Axes | Sequence[Axes] | None = None,
+) -> Figure:
+    """Draw a score of every head, layers from left to right: red is above 0, blue is below.
+
+    Args:
+        scores: [L, H], finite.
+        path, dpi: as in `heatmap`.
+        layers: the numbers of the layers; None: 0, 1, ….
+        chosen: bool [L, H], the heads with an outline; None: none.
+        title: the first line of the title; default "Scores of heads".
+        limit: the magnitude shown in full colour; None: the largest one.
+        ax: draw into this axes instead of a new figure.
+
+    Returns:
+        The figure, which shows itself in a notebook.
+
+    Raises:
+        TypeError: scores that are not a tensor, or `ax` is not a matplotlib Axes.
+        ValueError: tensors of other shapes, scores that are not finite, a limit that is not positive, or a suffix that
+            is not a picture format.
+
+    Example::
+
+        head_scores(selection.scores, "scores.png", layers=selection.location.layers, chosen=selection.chosen)
+    """
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores: got {type(scores).__name__}, expected a tensor [L, H]")
+    if scores.dim() != 2 or not bool(scores.isfinite().all()):
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected finite values [L, H]")
+    marked = torch.zeros_like(scores, dtype=torch.bool) if chosen is None else chosen
+    if marked.shape != scores.shape:
+        raise ValueError(f"chosen: got shape {tuple(marked.shape)}, expected {tuple(scores.shape)} like scores")
+    numbers = range(scores.shape[0]) if layers is None else list(layers)
+    if len(numbers) != scores.shape[0]:
+        raise ValueError(f"layers: got {len(numbers)}, expected {scores.shape[0]}, one for each row of scores")
+    values, outlined = scores.detach().float().cpu().T.numpy(), marked.cpu().T.numpy()
+    summary = f"{int(marked.sum())} of {marked.numel()} heads are outlined" if chosen is not None else ""
+    names = Names(numbers, [str(head) for head in range(scores.shape[1])], "head")
+    figure = panels_figure(
+        [Panel(values, "score", None, outlined)], names, title=title or "Scores of heads", summary=summary,
+        limit=_checked(limit), dpi=dpi, ax=ax,
+    )  # fmt: skip
+    return written(figure, path)
 
 
 def _agreement(result: Any) -> str:

@@ -14,14 +14,17 @@ import word_models
 
 from actscale_fast import defaults
 from actscale_fast.cli import main
+from actscale_fast.cli.options import HEAD_METHODS
 from actscale_fast.cli.parser import build_parser
 from actscale_fast.cli.values import joined_signed_lists
 from actscale_fast.interventions import ActivScalar, load_intervention
+from actscale_fast.learning.head_selection.methods import METHODS
+from actscale_fast.learning.head_selection.selection import HeadSelection
 from actscale_fast.tasks.examples import Example, save_examples
 
 COMMANDS = (
-    "demo", "fit", "sweep", "attribution", "interchange", "extract", "combine", "evaluate", "info", "generate", "plot",
-    "merge", "reproduce", "completion", "doctor", "verify", "bench",
+    "demo", "fit", "sweep", "attribution", "heads", "interchange", "extract", "combine", "evaluate", "info", "generate",
+    "plot", "merge", "reproduce", "completion", "doctor", "verify", "bench",
 )  # fmt: skip
 
 
@@ -529,6 +532,31 @@ def test_attribution_writes_figures_and_a_picture_and_prints_the_top(
     found = json.loads((tmp_path / "attribution.json").read_text(encoding="utf-8"))
     assert (found["n_examples"], found["knock_out"]) == (4, None)
     assert "layers: got 9" in refused(capsys, *words, "--data", data, "--layers", "9")
+
+
+def test_heads_saves_a_selection_that_is_evaluated_and_compares_several(
+    capsys: pytest.CaptureFixture[str], model: str, data: str, tmp_path: Path
+) -> None:
+    assert tuple(METHODS) == HEAD_METHODS
+    words = ["heads", "--model", model, "--threads", "1", "--data", data, "--test-data", data, "--strengths", "1,2"]
+    one = str(tmp_path / "one")
+    assert main([*words, "--method", "gates", "--option", "steps=2", "--k", "2", "--out", one]) == 0
+    assert "2 of 8 heads by gates" in capsys.readouterr().out
+    selection = HeadSelection.load(tmp_path / "one" / "heads.json")
+    assert load_intervention(one).n_active == selection.k == 2
+    assert (tmp_path / "one" / "heads.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["evaluate", one, "--data", data]) == 0
+    assert main(["info", one]) == 0
+    two = tmp_path / "two"
+    assert main([*words, "--method", "juice", "--option", "n_scored=1", "--k", "1,2", "--out", str(two)]) == 0
+    found = json.loads((two / "comparison.json").read_text(encoding="utf-8"))["results"]
+    assert [row["k"] for row in found] == [1, 2]
+    words_of = ["generate", "--intervention", str(two / "juice-2"), "--max-new-tokens", "2"]
+    assert main([*words_of, "--prompt", "The capital of Italy is"]) == 0  # its first run is that of the prompt
+    out = ["--out", str(tmp_path / "no")]
+    assert "--method: got 'sammy'" in refused(capsys, *words, "--method", "sammy", *out)
+    assert "give --test-data" in refused(capsys, *words[:7], "--k", "1,2", *out)
+    assert "NAME=VALUE" in usage_error(capsys, *words, "--option", "steps", *out)
 
 
 @pytest.mark.parametrize("command", ["fit", "sweep", "attribution"])

@@ -17,14 +17,14 @@ import actscale_fast as af
 from actscale_fast import defaults
 from actscale_fast._checks import share_of
 from actscale_fast.modules.hooks import record_of
-from benchmarks import by_the_defaults
+from benchmarks import by_the_defaults, head_methods
 
 EXAMPLES = [(page.relative_to(ROOT), heading, code) for page in pages() for heading, code in blocks(page)]
 
 
 def test_a_quick_start_of_every_system_has_twelve_lines_at_most() -> None:
     systems = blocks(ROOT / "docs" / "systems.md")[1:]
-    assert len({name for name, _ in systems}) == 9
+    assert len({name for name, _ in systems}) == 10
     assert {name: len(code.splitlines()) for name, code in systems if len(code.splitlines()) > 12} == {}
 
 
@@ -57,6 +57,11 @@ def test_the_first_example_is_the_demo_and_the_table_has_its_figures(page: str) 
 def test_the_table_of_fits_with_the_defaults_is_that_of_their_files() -> None:
     folder = ROOT / "benchmarks/results/defaults"
     assert by_the_defaults.table(folder) in (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_methods_that_choose_heads_is_that_of_its_file() -> None:
+    folder = ROOT / "benchmarks/results/heads"
+    assert head_methods.table(folder) in (ROOT / "docs/heads.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.real_model

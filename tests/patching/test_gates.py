@@ -70,10 +70,11 @@ def test_the_loss_of_gates_and_its_gradient_are_the_plain_ones(family: str) -> N
     assert gradient.abs().min() > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_three_fits_are_those_of_a_plain_loop(family: str) -> None:
+@pytest.mark.parametrize(("family", "contrastive"), [*((family, False) for family in FAMILIES), ("llama", True)])
+def test_the_three_fits_are_those_of_a_plain_loop(family: str, contrastive: bool) -> None:
     model, batches = tiny_model(family), [labelled(), labelled(1)]
-    found = fit_gates(model, batches, steps=4, lr=0.3, weight=0.2, clip=2.5, start=2.0)
+    forget = [labelled(3)] if contrastive else []
+    found = fit_gates(model, batches, steps=4, lr=0.3, weight=0.2, clip=2.5, start=2.0, forget=forget)
     fits: list[Tensor] = []
     for pressure in (0.0, 0.2, -0.2):
         theta = (fits[0] if fits else torch.full((L, H), 2.0)).clone().requires_grad_()
@@ -81,6 +82,8 @@ def test_the_three_fits_are_those_of_a_plain_loop(family: str) -> None:
         for step in range(4):
             optimizer.zero_grad()
             loss = plain_nll(model, theta.sigmoid(), batches[step % 2]) - pressure * theta.clamp(-2.5, 2.5).mean()
+            for batch in forget:
+                loss = loss - plain_nll(model, theta.sigmoid(), batch)
             loss.backward(inputs=[theta])
             optimizer.step()
         fits.append(theta.detach())

@@ -1,4 +1,4 @@
-"""The passes of an attribution: a gradient at α = 0, and each head removed once, starting at its layer.
+"""The passes of an attribution: a gradient at α = 0, and each head removed (or scaled) once, starting at its layer.
 
 The prompts run in pieces that fit the memory. One forward pass of the frozen model over a piece, with scalars of 0,
 gives the logit differences, their gradient and the hidden states that enter each chosen layer. The knock-outs of a
@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ...frozen.shortcuts import open_frozen_model
 from ...interventions import ActivScalar
 from ...patching.patch import Patch
 from ..answer_batch import AnswerBatch, answer_batch
-from ..answer_scores import chosen_logits, log_probability_differences
+from ..answer_scores import answer_log_probabilities, chosen_logits, log_probability_differences
 from ..encoded_examples import EncodedExamples
 from ..engine import PASS_COST_CPU, PASS_COST_GPU, PASS_TOKENS_CPU, even_size, plan
 
@@ -38,7 +38,7 @@ _PASS_TOKENS_GPU = 1 << 14
 class Found:
     """Means over all examples."""
 
-    difference: float  # the frozen model's log p(correct) − log p(wrong), for one token each z[c] − z[w]
+    difference: float  # the frozen model's measure: log p(correct) − log p(wrong), for one token each z[c] − z[w]
     gradient: Tensor | None  # [L, P, H]
     changes: Tensor | None  # fp32 [L, P, H] on the CPU
 
@@ -52,11 +52,16 @@ class KnockOut:
         scalars: scalars that are all 0.
         batch_size: the largest number of prompts in a piece.
         cache_bytes: memory for the hidden states of a piece; a single prompt may exceed it.
+        alpha: what a head's scalar is set to; −1 removes the head.
+        measure: what is measured, and what the gradient is of: "difference", or "probability", that of the correct
+            answer.
     """
 
     def __init__(
-        self, model: PreTrainedModel, data: EncodedExamples, scalars: ActivScalar, batch_size: int, cache_bytes: int
-    ) -> None:
+        self, model: PreTrainedModel, data: EncodedExamples, scalars: ActivScalar, batch_size: int, cache_bytes: int,
+        *, alpha: float = -1.0, measure: Literal["difference", "probability"] = "difference",
+    ) -> None:  # fmt: skip
+        self.alpha, self.measure = alpha, measure
         self.data, self.scalars = data, scalars
         self.batch_size, self.cache_bytes = batch_size, cache_bytes
         self.location = scalars.location
@@ -144,7 +149,7 @@ class KnockOut:
     def _frozen(
         self, rows: Sequence[int], batch: Batch | AnswerBatch, gradient: bool, knock_out: bool
     ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
-        """The frozen model's difference [B], the gradient of its sum, and hidden states by the layer they enter."""
+        """The frozen model's measure [B], the gradient of its sum, and hidden states by the layer they enter."""
         wanted = sorted({start for start in self.starts if start}) if knock_out else []
         with torch.set_grad_enabled(gradient), Patch(self._model, self.scalars) as patched:
             output, noted = self._pass(patched, batch, wanted=wanted)
@@ -156,7 +161,7 @@ class KnockOut:
     def _removed(
         self, index: int, rows: Sequence[int], batch: Batch | AnswerBatch, hidden: dict[int, Tensor]
     ) -> Tensor:
-        """The difference [B, n_groups] with one (slot, head) of the index-th chosen layer removed per group."""
+        """The measure [B, n_groups] with one (slot, head) of the index-th chosen layer removed per group."""
         n_items = len(rows) * self.n_groups
         inner = batch.batch if isinstance(batch, AnswerBatch) else batch
         size = even_size(n_items, self.max_tokens // (inner.input_ids.shape[1] * (len(inner) // len(rows))))
@@ -188,14 +193,16 @@ class KnockOut:
             return self.section.run(forward_arguments(self._model, batch), **options)
 
     def _one_hot(self, index: int) -> ActivScalar:
-        """A stack for the index-th chosen layer, whose g-th group removes the g-th (slot, head)."""
+        """A stack for the index-th chosen layer, whose g-th group removes (or scales) the g-th (slot, head)."""
         location = replace(self.location, layers=(self.location.layers[index],))
         stack = ActivScalar(location, n_groups=self.n_groups, device=self.scalars.device).requires_grad_(False)
-        stack.alpha.view(self.n_groups, -1).fill_diagonal_(-1.0)
+        stack.alpha.view(self.n_groups, -1).fill_diagonal_(self.alpha)
         return stack
 
     def _difference(self, output: Tensor, rows: Sequence[int], batch: Batch | AnswerBatch) -> Tensor:
-        """log p(correct) − log p(wrong) [B] in fp32 or wider; for one token each z[c] − z[w], from two head rows."""
+        """The measure [B] in fp32 or wider: log p(correct) − log p(wrong), for one token each z[c] − z[w]; or p."""
+        if self.measure == "probability":
+            return answer_log_probabilities(output, self.data, rows, self.head)[:, 0].exp()
         if isinstance(batch, AnswerBatch):
             return log_probability_differences(output, batch.tokens, len(rows), self.head)
         correct, wrong = self.data.correct[list(rows)], self.data.wrong[list(rows)]
