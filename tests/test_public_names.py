@@ -61,7 +61,7 @@ PARAMETERS = {
     "ops.scale_heads": "x alpha strength shift group",
     "ops.dynamic_scale": "x weight bias strength group return_scalars",
     "ops.intervention_loss": (
-        "logits reference_logits correct wrong direction margin exclude_answers kl scalars inplace_gradient"
+        "logits reference_logits correct wrong direction margin exclude_answers kl scalars inplace_gradient weights"
     ),
     "ops.reference_statistics": (
         "hidden weight correct wrong bias softcap logit_scale exclude_answers kl keep_logits chunk_bytes"

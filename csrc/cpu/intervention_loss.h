@@ -4,6 +4,7 @@
 //   forward  F = ln2·(Σ p·(x - y) + log2(Sz/Sr))    dF/dz = t·(q - p)
 //   reverse  F = Σ q·d - ln2·log2(Sz/Sr)            dF/dz = t·q·(d - ln2·log2(Sz/Sr) - F),  d = t·((z - Z) - (r - R))
 //   hinge    E = max(0, m - s·(z[c] - z[w]))        dE/dz[c] = -s, dE/dz[w] = s, where positive
+//   with answers on request: weights w_E, w_F of rows in the gradient alone, that of w_E·E + w_F·F
 //   without answers on request: weights of rows, w·F and w·dF/dz; a soft-cap u(z), u(r), whose slope du/dz the gradient
 //   takes as a factor
 //
@@ -36,6 +37,10 @@ struct Row {
 };
 
 INLINE float weight_of(const InterventionLoss& c, int64_t row) { return c.row_weight ? c.row_weight[row] : 1.0f; }
+// Of the faithfulness in the gradient.
+INLINE float gradient_weight_of(const InterventionLoss& c, int64_t row) {
+    return c.gradient_weight ? c.gradient_weight[2 * row + 1] : weight_of(c, row);
+}
 INLINE bool skipped(const InterventionLoss& c, int64_t row) { return weight_of(c, row) == 0; }
 
 INLINE bool nothing_left(const InterventionLoss& c) {
@@ -77,7 +82,7 @@ struct Scales {
 };
 static Scales scales_of(const InterventionLoss& c, int64_t n, const Row& row, const Block& block) {
     if (nothing_left(c)) return {0, 0};
-    const double t = double(c.inverse_temperature) * weight_of(c, n), scale = scale_of(c);
+    const double t = double(c.inverse_temperature) * gradient_weight_of(c, n), scale = scale_of(c);
     const double dz = scale * (double(block.z_anchor) - row.z_anchor),
                  dr = scale * (double(block.r_anchor) - row.r_anchor);
     const double a = exp2(dz) * t / row.z_sum;
@@ -150,6 +155,7 @@ static void finish(const InterventionLoss& c, int64_t n, const Row& row, const B
     c.effectiveness[n] = hinge <= 0 ? 0 : hinge;  // NaN stays
     if (!out) return;
     out[2] = hinge > 0 ? -c.direction[n] : 0.0f;
+    if (c.gradient_weight) out[2] *= c.gradient_weight[2 * n];
     T* grad = (T*)c.grad + n * c.vocab;
     for (int a = 0; a < 2; a++) {
         const int64_t i = answers[a];

@@ -32,6 +32,7 @@ def loss_arguments(inputs: Inputs, device: torch.device, **changes: Any) -> tupl
         "logits": rows.logits.requires_grad_(), "reference_logits": rows.reference, "correct": rows.correct,
         "wrong": rows.wrong, "direction": rows.direction, "scalars": None, "margin": 1.5, "inverse_temperature": 1.0,
         "exclude_answers": True, "reverse": False, "need_grad": True, "row_weight": None, "softcap": None,
+        "gradient_weight": None,
     }  # fmt: skip
     return tuple({**values, **changes}.values())
 
