@@ -127,6 +127,7 @@ def _is_short_product(x: object, alpha: object, strength: object) -> bool:
         and alpha.dtype == torch.float32  # type: ignore[attr-defined]
         and x.dtype in backends.KERNEL_DTYPES
         and backends.get_backend() == "auto"
+        and backends.has_extension()  # without it, the call that follows says so
     )
 
 

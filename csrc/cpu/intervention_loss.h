@@ -117,7 +117,7 @@ INLINE void write(T* grad, int64_t count, bool streamed, Whole whole, Part part)
 template <class T, bool REVERSE, bool CAPPED>
 INLINE void second_pass(const float* first, const float* second, const T* r, const Powers& r_powers, int64_t count,
                         Scales s, T* grad, bool streamed, const T* next_z, const T* next_r) {
-    constexpr bool KEPT = REVERSE || CAPPED;
+    constexpr bool KEPT = KEEPS_BOTH || REVERSE || CAPPED;
     const F a = set1(s.a), b = set1(s.b);
     auto whole = [&](int64_t i) __attribute__((always_inline)) {
         if (streamed) __builtin_prefetch(next_z + i, 0, 2), __builtin_prefetch(next_r + i, 0, 2);
@@ -162,7 +162,7 @@ static void finish(const InterventionLoss& c, int64_t n, const Row& row, const B
         const Scales s = scales_of(c, n, row, blocks[i / BLOCK]);
         const T* r = at(c.reference, n * c.reference_stride + i, T());
         const Powers r_powers(blocks[i / BLOCK].r_anchor, scale_of(c));
-        const F other = REVERSE ? set1(second[i]) : exponential2(r_powers.of(set1(widen(*r))));
+        const F other = KEEPS_BOTH || REVERSE ? set1(second[i]) : exponential2(r_powers.of(set1(widen(*r))));
         float value[W];
         store(value, gradient<REVERSE>(set1(first[i]), other, set1(s.a), set1(s.b)));
         out[a] = c.exclude_answers ? 0.0f : value[0];
@@ -179,7 +179,7 @@ static void run(const InterventionLoss& c) {
     const int64_t block_floats = padded(blocks * int64_t(sizeof(Block) / sizeof(float)));
     // Few rows: their blocks are dealt out, with a barrier after each pass. Many: each thread takes whole rows.
     const bool split = threads > 1 && c.rows < 4 * threads;
-    const int64_t slots = split ? c.rows : threads, slot = (REVERSE || CAPPED ? 2 : 1) * width + block_floats;
+    const int64_t slots = split ? c.rows : threads, slot = (KEEPS_BOTH || REVERSE || CAPPED ? 2 : 1) * width + block_floats;
     float* memory = scratch(slots * (slot + 16));
     auto first_of = [&](int64_t s) { return memory + s * slot; };
     auto blocks_of = [&](int64_t s) { return (Block*)(memory + (s + 1) * slot - block_floats); };

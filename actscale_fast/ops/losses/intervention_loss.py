@@ -30,7 +30,8 @@ def _empty_results(call: LossArguments) -> tuple[Tensor, ...]:
 _loss_op = define(
     "intervention_loss(Tensor logits, Tensor reference_logits, Tensor? correct, Tensor? wrong, Tensor? direction,"
     " Tensor? scalars, float margin, float inverse_temperature, bool exclude_answers, bool reverse, bool need_grad,"
-    " Tensor? row_weight, float? softcap, Tensor? gradient_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? row_weight, float? softcap, Tensor? gradient_weight=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda *arguments: _empty_results(LossArguments(*arguments)),
 )
 _scale_op_ = define(
@@ -118,7 +119,7 @@ def intervention_loss(
         total = None if factors is None else _WeightedSum.apply(*losses, factors)
     if total is not None:
         losses = [*(loss.detach() for loss in losses), total]
-    return tuple(losses) if scalars is None else (*losses, l1)
+    return tuple(losses) if l1 is None or scalars is None else (*losses, l1)
 
 
 def _checked_weights(weights: object, n_rows: int, device: torch.device) -> Tensor:
