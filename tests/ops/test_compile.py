@@ -75,7 +75,9 @@ def test_opcheck_passes_for_every_op(backend: Backend, inputs: Inputs) -> None:
         torch.library.opcheck(library.intervention_loss.default, loss_arguments(inputs, device, **changes))
     plain = loss_arguments(inputs, device, correct=None, wrong=None, direction=None, exclude_answers=False)
     torch.library.opcheck(library.intervention_loss.default, plain)
-    torch.library.opcheck(library.intervention_loss.default, (*plain[:-3], inputs.normal(5).abs().to(device), 4.0))
+    torch.library.opcheck(
+        library.intervention_loss.default, (*plain[:-3], inputs.normal(5).abs().to(device), 4.0, None)
+    )
     inference = [v.detach() if isinstance(v, Tensor) else v for v in loss_arguments(inputs, device, need_grad=False)]
     torch.library.opcheck(library.intervention_loss.default, tuple(inference))
     rows = inputs.rows(5, 37).to(device)

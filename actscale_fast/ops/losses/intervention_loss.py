@@ -30,7 +30,7 @@ def _empty_results(call: LossArguments) -> tuple[Tensor, ...]:
 _loss_op = define(
     "intervention_loss(Tensor logits, Tensor reference_logits, Tensor? correct, Tensor? wrong, Tensor? direction,"
     " Tensor? scalars, float margin, float inverse_temperature, bool exclude_answers, bool reverse, bool need_grad,"
-    " Tensor? row_weight, float? softcap, Tensor? gradient_weight=None)"
+    " Tensor? row_weight, float? softcap, Tensor? gradient_weight)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda *arguments: _empty_results(LossArguments(*arguments)),
 )
