@@ -74,6 +74,7 @@ struct InterventionLoss {
     const int64_t* wrong;
     const float* direction;
     const float* row_weight;  // [N], only without answers; null: 1. A row of weight 0 is not read
+    const float* gradient_weight;  // [N, 2], only with answers: of E and F, in the gradient alone; null: 1
     float margin, inverse_temperature;
     float softcap;  // of both sides, before the temperature, only without answers; 0: none
     bool exclude_answers, reverse;

@@ -28,7 +28,8 @@ def intervention_loss(call: LossArguments, results: Sequence[Tensor]) -> dict[st
         type=TYPES[logits.dtype], rows=logits.shape[0], vocab=logits.shape[1], logits=logits,
         logits_stride=logits.stride(0), reference=reference, reference_stride=reference.stride(0),
         correct=call.correct, wrong=call.wrong, direction=call.direction, row_weight=call.row_weight,
-        margin=call.margin, inverse_temperature=call.inverse_temperature, softcap=call.softcap,
-        exclude_answers=call.exclude_answers, reverse=call.reverse, scalars=scalars,
-        n_scalars=None if scalars is None else scalars.numel(), **dict(zip(names, results, strict=True)),
+        gradient_weight=call.gradient_weight, margin=call.margin, softcap=call.softcap,
+        inverse_temperature=call.inverse_temperature, exclude_answers=call.exclude_answers, reverse=call.reverse,
+        scalars=scalars, n_scalars=None if scalars is None else scalars.numel(),
+        **dict(zip(names, results, strict=True)),
     )  # fmt: skip

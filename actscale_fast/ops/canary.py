@@ -256,7 +256,8 @@ def _spread_of_logits(call: _Call, reference: BackendModule) -> Terms:
         counted = wide > wide.amax(-1, keepdim=True) - NO_PROBABILITY
         sizes.append(wide.where(counted, torch.zeros_like(wide)).abs().amax())
     size = (1 + sizes[0] + sizes[1]) * max(1.0, loss.inverse_temperature)
-    size = size if loss.row_weight is None else size * (1 + loss.row_weight.abs().amax())
+    for weight in (loss.row_weight, loss.gradient_weight):
+        size = size if weight is None else size * (1 + weight.abs().amax())
     return [size, size, size, None if loss.correct is None else size, 0.0, 0.0]
 
 
@@ -290,10 +291,8 @@ def _has_no_weight(call: _Call) -> bool:
     return weight is not None and not weight.is_cuda and not bool(weight.any())
 
 
-_ROWS_OF_LOSS = tuple(
-    0 if name in ("logits", "reference_logits", "correct", "wrong", "direction", "row_weight") else None
-    for name in LossArguments._fields
-)
+_BY_ROW = ("logits", "reference_logits", "correct", "wrong", "direction", "row_weight", "gradient_weight")
+_ROWS_OF_LOSS = tuple(0 if name in _BY_ROW else None for name in LossArguments._fields)
 #: Head 0; the first channels; row 0; the first values of a parameter.
 _PARTS = {
     "scale_heads": _Part((2, 2, 2), (2,), _magnitudes),

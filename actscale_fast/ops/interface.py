@@ -27,6 +27,7 @@ class LossArguments(NamedTuple):
     need_grad: bool = False
     row_weight: Tensor | None = None  # [N] float32 contiguous; without answers
     softcap: float | None = None  # of both sides' logits, before the temperature; without answers
+    gradient_weight: Tensor | None = None  # [N, 2] float32 contiguous: w_E, w_F in the gradient alone; with answers
 
 
 class BackendModule(Protocol):
@@ -118,8 +119,9 @@ class BackendModule(Protocol):
         grad: d(effectiveness + faithfulness)/dlogits in the logits' dtype, contiguous, the two answer columns summed in
         float32 before rounding. answer_grad: d faithfulness/dz[c], d faithfulness/dz[w], d effectiveness/dz[c] in
         float32 (d effectiveness/dz[w] is minus the last). All but the logits' gradient are float32. With in_place grad
-        overwrites the logits. With row_weight both faithfulness and grad are multiplied by
-        the row's; where it is 0, neither row is read and both are 0.
+        overwrites the logits. With row_weight both faithfulness and grad are multiplied by the row's; where it is 0,
+        neither row is read and both are 0. With gradient_weight, grad and answer_grad are those of
+        w_E·effectiveness + w_F·faithfulness, and the two losses stay as they are.
         """
 
     def intervention_loss_scale_(

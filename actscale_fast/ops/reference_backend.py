@@ -146,6 +146,8 @@ def _loss_gradients(call: LossArguments) -> tuple[Tensor, Tensor]:
         gradient = torch.zeros_like(z) * valid
     else:
         gradient = valid * reference.kl_gradient(z, r, call.reverse, call.inverse_temperature)
+    if call.gradient_weight is not None:
+        hinge, gradient = call.gradient_weight[:, :1] * hinge, call.gradient_weight[:, 1:] * gradient
     answer_grad = torch.cat([gradient.gather(1, answers), hinge], 1)
     return gradient.scatter_add(1, answers, torch.cat([hinge, -hinge], 1)), answer_grad
 

@@ -1,8 +1,8 @@
 """intervention_loss with its gradient: hinge on two answers and KL over the other tokens, from two tensors of logits.
 
 Least traffic an element: read both logits, write the gradient. Ours moves exactly that where the upstream gradient of
-the KL is 1; any other upstream (a weight, a mean) costs one more read and write of the gradient, shown as settings of
-their own.
+the KL is 1, or where its weights are given to the forward pass (`weights beforehand`); any other upstream costs one
+more read and write of the gradient. Both are shown in settings of their own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..case import (
 from .kl_div import liger_divergence
 
 MARGIN = 4.0
-SCALED = "Upstream gradients other than 1 cost the fused op one more pass over the gradient."
+SCALED = "Upstream gradients other than 1 cost the fused op one more pass over the gradient; weights beforehand do not."
 
 
 def hinge(z: Tensor, answers: Tensor, direction: Tensor) -> Tensor:
@@ -91,6 +91,16 @@ def fused(
     return losses[0].detach(), losses[1].detach(), gradient
 
 
+def fused_with_weights(
+    logits: Tensor, reference: Tensor, answers: Tensor, direction: Tensor, u_e: Tensor, u_f: Tensor
+) -> tuple[Tensor, ...]:
+    effectiveness, faithfulness, loss = ops.intervention_loss(
+        logits, reference, answers[:, 0], answers[:, 1], direction=direction, margin=MARGIN, weights=(u_e, u_f)
+    )
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    return effectiveness, faithfulness, gradient
+
+
 def make(rows: int, width: int, dtype: torch.dtype, uniform: bool, device: torch.device) -> Problem:
     normal = generator()
     distinct = min(rows, DISTINCT_ROWS)
@@ -131,7 +141,11 @@ def make(rows: int, width: int, dtype: torch.dtype, uniform: bool, device: torch
             Variant("Liger's KL", lambda: run(functools.partial(liger, divergence), logits, reference, *rest))
         )
     for backend in kernel_backends(device):
-        variants.append(Variant(f"actscale_fast {backend}", lambda: fused(logits, reference, *rest), backend))
+        name = f"actscale_fast {backend}"
+        variants.append(Variant(name, lambda: fused(logits, reference, *rest), backend))
+        if not uniform:
+            known = functools.partial(fused_with_weights, logits, reference, *rest)
+            variants.append(Variant(f"{name}, weights beforehand", known, backend))
     size = rows * width
     return Problem(variants, exact, n_bytes=3 * size * dtype.itemsize, flops=12 * size, terms=terms)
 

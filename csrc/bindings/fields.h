@@ -140,8 +140,8 @@ FIELDS_OF(ScaleChannels, FIELD(type), FIELD(rows), FIELD(width), FIELD(x), FIELD
 FIELDS_OF(InterventionLoss, FIELD(type), FIELD(rows), FIELD(vocab), FIELD(logits), FIELD(logits_stride),
           FIELD(reference), FIELD(reference_stride), FIELD(correct), FIELD(wrong), FIELD(direction), FIELD(margin),
           FIELD(inverse_temperature), FIELD(exclude_answers), FIELD(reverse), FIELD(effectiveness), FIELD(faithfulness),
-          OPTIONAL(row_weight), OPTIONAL(softcap), OPTIONAL(grad), OPTIONAL(answer_grad), OPTIONAL(scalars),
-          OPTIONAL(n_scalars), OPTIONAL(l1), OPTIONAL(sign), OPTIONAL(threads), OPTIONAL(stream))
+          OPTIONAL(row_weight), OPTIONAL(gradient_weight), OPTIONAL(softcap), OPTIONAL(grad), OPTIONAL(answer_grad),
+          OPTIONAL(scalars), OPTIONAL(n_scalars), OPTIONAL(l1), OPTIONAL(sign), OPTIONAL(threads), OPTIONAL(stream))
 
 FIELDS_OF(InterventionLossScale, FIELD(type), FIELD(rows), FIELD(vocab), FIELD(grad), FIELD(d_effectiveness),
           FIELD(d_effectiveness_stride), FIELD(d_faithfulness), FIELD(d_faithfulness_stride), FIELD(correct),

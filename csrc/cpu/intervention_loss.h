@@ -4,6 +4,7 @@
 //   forward  F = ln2·(Σ p·(x - y) + log2(Sz/Sr))    dF/dz = t·(q - p)
 //   reverse  F = Σ q·d - ln2·log2(Sz/Sr)            dF/dz = t·q·(d - ln2·log2(Sz/Sr) - F),  d = t·((z - Z) - (r - R))
 //   hinge    E = max(0, m - s·(z[c] - z[w]))        dE/dz[c] = -s, dE/dz[w] = s, where positive
+//   with answers on request: weights w_E, w_F of rows in the gradient alone, that of w_E·E + w_F·F
 //   without answers on request: weights of rows, w·F and w·dF/dz; a soft-cap u(z), u(r), whose slope du/dz the gradient
 //   takes as a factor
 //
@@ -36,6 +37,10 @@ struct Row {
 };
 
 INLINE float weight_of(const InterventionLoss& c, int64_t row) { return c.row_weight ? c.row_weight[row] : 1.0f; }
+// Of the faithfulness in the gradient.
+INLINE float gradient_weight_of(const InterventionLoss& c, int64_t row) {
+    return c.gradient_weight ? c.gradient_weight[2 * row + 1] : weight_of(c, row);
+}
 INLINE bool skipped(const InterventionLoss& c, int64_t row) { return weight_of(c, row) == 0; }
 
 INLINE bool nothing_left(const InterventionLoss& c) {
@@ -77,7 +82,7 @@ struct Scales {
 };
 static Scales scales_of(const InterventionLoss& c, int64_t n, const Row& row, const Block& block) {
     if (nothing_left(c)) return {0, 0};
-    const double t = double(c.inverse_temperature) * weight_of(c, n), scale = scale_of(c);
+    const double t = double(c.inverse_temperature) * gradient_weight_of(c, n), scale = scale_of(c);
     const double dz = scale * (double(block.z_anchor) - row.z_anchor),
                  dr = scale * (double(block.r_anchor) - row.r_anchor);
     const double a = exp2(dz) * t / row.z_sum;
@@ -112,7 +117,7 @@ INLINE void write(T* grad, int64_t count, bool streamed, Whole whole, Part part)
 template <class T, bool REVERSE, bool CAPPED>
 INLINE void second_pass(const float* first, const float* second, const T* r, const Powers& r_powers, int64_t count,
                         Scales s, T* grad, bool streamed, const T* next_z, const T* next_r) {
-    constexpr bool KEPT = REVERSE || CAPPED;
+    constexpr bool KEPT = KEEPS_BOTH || REVERSE || CAPPED;
     const F a = set1(s.a), b = set1(s.b);
     auto whole = [&](int64_t i) __attribute__((always_inline)) {
         if (streamed) __builtin_prefetch(next_z + i, 0, 2), __builtin_prefetch(next_r + i, 0, 2);
@@ -150,13 +155,14 @@ static void finish(const InterventionLoss& c, int64_t n, const Row& row, const B
     c.effectiveness[n] = hinge <= 0 ? 0 : hinge;  // NaN stays
     if (!out) return;
     out[2] = hinge > 0 ? -c.direction[n] : 0.0f;
+    if (c.gradient_weight) out[2] *= c.gradient_weight[2 * n];
     T* grad = (T*)c.grad + n * c.vocab;
     for (int a = 0; a < 2; a++) {
         const int64_t i = answers[a];
         const Scales s = scales_of(c, n, row, blocks[i / BLOCK]);
         const T* r = at(c.reference, n * c.reference_stride + i, T());
         const Powers r_powers(blocks[i / BLOCK].r_anchor, scale_of(c));
-        const F other = REVERSE ? set1(second[i]) : exponential2(r_powers.of(set1(widen(*r))));
+        const F other = KEEPS_BOTH || REVERSE ? set1(second[i]) : exponential2(r_powers.of(set1(widen(*r))));
         float value[W];
         store(value, gradient<REVERSE>(set1(first[i]), other, set1(s.a), set1(s.b)));
         out[a] = c.exclude_answers ? 0.0f : value[0];
@@ -173,7 +179,7 @@ static void run(const InterventionLoss& c) {
     const int64_t block_floats = padded(blocks * int64_t(sizeof(Block) / sizeof(float)));
     // Few rows: their blocks are dealt out, with a barrier after each pass. Many: each thread takes whole rows.
     const bool split = threads > 1 && c.rows < 4 * threads;
-    const int64_t slots = split ? c.rows : threads, slot = (REVERSE || CAPPED ? 2 : 1) * width + block_floats;
+    const int64_t slots = split ? c.rows : threads, slot = (KEEPS_BOTH || REVERSE || CAPPED ? 2 : 1) * width + block_floats;
     float* memory = scratch(slots * (slot + 16));
     auto first_of = [&](int64_t s) { return memory + s * slot; };
     auto blocks_of = [&](int64_t s) { return (Block*)(memory + (s + 1) * slot - block_floats); };

@@ -132,8 +132,7 @@ INLINE F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
 INLINE F lesser(F a, F b) { return _mm256_min_ps(a, b); }
 INLINE F times_power_of_two(F v, F shifted) {
-    const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
-    return v * _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+    return v * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
 }
 INLINE Mask not_below(F v, F bound) { return _mm256_cmp_ps(v, bound, _CMP_NLT_UQ); }
 INLINE F keep(Mask mask, F v) { return _mm256_and_ps(mask, v); }
@@ -161,7 +160,7 @@ INLINE F fmadd(F a, F b, F c) { return a * b + c; }
 INLINE F choose(Mask mask, F a, F b) { return F((mask & Mask(a)) | (~mask & Mask(b))); }
 INLINE F larger(F a, F b) { return choose(a > b, a, b); }
 INLINE F lesser(F a, F b) { return choose(a < b, a, b); }
-INLINE F times_power_of_two(F v, F shifted) { return v * F((Mask(shifted) + 127) << 23); }
+INLINE F times_power_of_two(F v, F shifted) { return v * F(Mask(shifted) << 23); }
 INLINE Mask not_below(F v, F bound) { return ~(v < bound); }
 INLINE F keep(Mask mask, F v) { return F(mask & Mask(v)); }
 INLINE F absolute(F v) { return F(Mask(v) & 0x7fffffff); }
@@ -209,7 +208,7 @@ INLINE Split split(F x) {
     const F f = _mm512_reduce_ps(x, 0);  // f of -inf is 0
     return {f, x - f};
 #else
-    const F magic = set1(0x1.8p23f), shifted = x + magic;  // its lowest bits are n
+    const F magic = set1(0x1.8p23f + 127), shifted = x + magic;  // its lowest bits are n + 127
     return {x - (shifted - magic), shifted};
 #endif
 }
@@ -224,19 +223,14 @@ INLINE F slope_of_power(F f) {
     return fmadd(q, f, set1(0x1.62e432p-1f));
 }
 
-// 2^x, at most 1.5 ulp off; below 2^-126 0 or, in AVX-512, the subnormal number; infinite from x = 128 on; NaN stays
-// NaN.
+// 2^x, at most 1.5 ulp off; below 2^-126 the subnormal number, or without AVX-512 one up to 2^-126.5 and then 0;
+// infinite from x = 128 on; NaN stays NaN.
 INLINE F exponential2(F x) {
 #if !defined(ACTSCALE_AVX512)
-    x = lesser(set1(128.0f), x);
+    x = larger(set1(-127.0f), lesser(set1(128.0f), x));  // the powers that a float's exponent has bits for
 #endif
     const Split s = split(x);
-    const F result = times_power_of_two(fmadd(slope_of_power(s.f), s.f, set1(1.0f)), s.power);
-#if defined(ACTSCALE_AVX512)
-    return result;
-#else
-    return keep(not_below(x, set1(-126.0f)), result);
-#endif
+    return times_power_of_two(fmadd(slope_of_power(s.f), s.f, set1(1.0f)), s.power);
 }
 
 // Calls `run` with a zero of the C++ type that `type` names.

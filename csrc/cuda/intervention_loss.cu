@@ -5,6 +5,7 @@
 //   effectiveness E = max(0, m − s·(z[c] − z[w]))     dE/dz[c] = −s where E > 0, dE/dz[w] = s where E > 0
 //   faithfulness  F = Σ p (log p − log q)             dF/dz = i·(q − p)
 //                 F = Σ q (log q − log p)  (reverse)  dF/dz = i·q·(log q − log p − F)
+// With answers on request: weights w_E, w_F of rows in the gradient alone, which becomes that of w_E·E + w_F·F.
 // Without answers on request: weights of rows, w·F and w·dF/dz, and a soft-cap of both sides' logits, whose slope is a
 // factor of the gradient. A row of weight 0 is not read, its gradient is written as zeros.
 // The sums behind F and dF/dz are those of softmaxes.h. Saved for backward: the gradient and three numbers per row.
@@ -118,12 +119,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
     for (int step = 0; step < AHEAD; step++) share.stage(step, step * STEP<T>);
     // Read while the first copies are under way.
     int64_t answers[2] = {-1, -1};
-    float w_at[2] = {}, o_at[2] = {}, direction = 0;
+    float w_at[2] = {}, o_at[2] = {}, direction = 0, hinge_weight = 1, gradient_weight = weight;
     bool valid = true;
     if (c.correct) {
         answers[0] = c.correct[row], answers[1] = c.wrong[row], direction = c.direction[row];
         valid = answers[0] >= 0 && answers[0] < c.vocab && answers[1] >= 0 && answers[1] < c.vocab;
         if (!valid) answers[0] = answers[1] = -1;
+        if (c.gradient_weight) hinge_weight = c.gradient_weight[2 * row], gradient_weight = c.gradient_weight[2 * row + 1];
         if (valid)
 #pragma unroll
             for (int i = 0; i < 2; i++) w_at[i] = widen(share.w[answers[i]]), o_at[i] = widen(share.o[answers[i]]);
@@ -151,13 +153,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) intervention_loss_kernel(co
                    log2f(sums.sum_o),
                    divergence,
                    scale,
-                   c.inverse_temperature * weight};
+                   c.inverse_temperature * gradient_weight};
     if (call.nothing_left) s.divergence = 0, s.log_w = s.log_o = infinity();
     s.divergence += poison, s.log_w += poison, s.log_o += poison;
 
     const float difference = c.reverse ? w_at[0] - w_at[1] : o_at[0] - o_at[1];
     const float missing = c.margin - direction * difference + poison;
-    const float hinge = (missing > 0 && answers[0] != answers[1] ? -direction : 0.0f) + poison;
+    const float hinge = (missing > 0 && answers[0] != answers[1] ? -direction * hinge_weight : 0.0f) + poison;
     if (rank == 0 && threadIdx.x == 0) {
         c.effectiveness[row] = !c.correct || missing <= 0 ? 0.0f : missing;  // NaN stays
         c.faithfulness[row] = weight * s.divergence;

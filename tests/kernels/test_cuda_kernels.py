@@ -184,6 +184,27 @@ def test_capped_and_weighted_rows_are_the_same_however_they_are_cut(
             torch.testing.assert_close(other, gradients[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_weights_of_the_gradient_are_in_it_however_the_rows_are_cut(
+    inputs: Inputs, device: ModuleType, reverse: bool
+) -> None:
+    rows, weights = inputs.rows(2, 1531), inputs.normal(2, 2)
+    arguments = (*rows, None, 4.0, 1.0, False, reverse, True, None, None)
+    kl = "reverse" if reverse else "forward"
+    options: dict[str, Any] = {"margin": 4.0, "exclude_answers": False, "kl": kl}
+    exact, eager = (
+        textbook_losses(rows, (weights[:, 0], weights[:, 1]), dtype, **options)
+        for dtype in (torch.float64, torch.float32)
+    )
+    for cluster, kept in ((1, True), (4, True), (1, False)):
+        device.set_limits(*limits_for(device, cluster, rows) if kept else (1, 512 + 2 * 16 * 3 * 1024, 10**6, 0, 1))
+        plain, got = cuda.intervention_loss(*arguments), cuda.intervention_loss(*arguments, weights)
+        assert same(plain[:2], got[:2])
+        condition = 4 * exact.gradient_condition
+        assert_as_exact_as_eager("gradient", got[2], exact.gradient, eager.gradient, condition=condition)
+        torch.testing.assert_close(got[3], plain[3] * weights[:, [1, 1, 0]])
+
+
 @pytest.mark.parametrize("cluster", [1, 4])
 def test_a_row_of_weight_zero_is_not_read(inputs: Inputs, device: ModuleType, cluster: int) -> None:
     """Its logits would lie where no memory is."""

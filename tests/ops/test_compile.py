@@ -32,6 +32,7 @@ def loss_arguments(inputs: Inputs, device: torch.device, **changes: Any) -> tupl
         "logits": rows.logits.requires_grad_(), "reference_logits": rows.reference, "correct": rows.correct,
         "wrong": rows.wrong, "direction": rows.direction, "scalars": None, "margin": 1.5, "inverse_temperature": 1.0,
         "exclude_answers": True, "reverse": False, "need_grad": True, "row_weight": None, "softcap": None,
+        "gradient_weight": None,
     }  # fmt: skip
     return tuple({**values, **changes}.values())
 
@@ -68,11 +69,15 @@ def test_opcheck_passes_for_every_op(backend: Backend, inputs: Inputs) -> None:
         given = (dy, d_scalars, *detached[:2], alpha, *detached[3:], *needs)
         torch.library.opcheck(library.dynamic_scale_backward.default, given)
     scalars = inputs.normal(1, 3, 2).to(device).requires_grad_()
-    for changes in ({"scalars": scalars}, {"reverse": True}, {"exclude_answers": False}):
+    weights = inputs.normal(5, 2).to(device)
+    options: list[dict[str, Any]] = [{"scalars": scalars}, {"reverse": True}, {"exclude_answers": False}]
+    for changes in (*options, {"gradient_weight": weights}):
         torch.library.opcheck(library.intervention_loss.default, loss_arguments(inputs, device, **changes))
     plain = loss_arguments(inputs, device, correct=None, wrong=None, direction=None, exclude_answers=False)
     torch.library.opcheck(library.intervention_loss.default, plain)
-    torch.library.opcheck(library.intervention_loss.default, (*plain[:-2], inputs.normal(5).abs().to(device), 4.0))
+    torch.library.opcheck(
+        library.intervention_loss.default, (*plain[:-3], inputs.normal(5).abs().to(device), 4.0, None)
+    )
     inference = [v.detach() if isinstance(v, Tensor) else v for v in loss_arguments(inputs, device, need_grad=False)]
     torch.library.opcheck(library.intervention_loss.default, tuple(inference))
     rows = inputs.rows(5, 37).to(device)

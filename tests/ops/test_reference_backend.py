@@ -75,3 +75,8 @@ def test_the_loss_has_the_gradients_of_the_reference(inputs: Inputs, answers: bo
         reference_backend.intervention_loss_scale_(grad, *upstream, call.correct, call.wrong, answer_grad)
     torch.testing.assert_close(torch.stack([effectiveness, faithfulness]), torch.stack(losses))
     torch.testing.assert_close(grad, expected)
+    if answers:
+        with torch.no_grad():
+            weighted = reference_backend.intervention_loss(*call._replace(gradient_weight=upstream.t().contiguous()))
+        torch.testing.assert_close(weighted[2], expected)
+        assert torch.equal(torch.stack(weighted[:2]), torch.stack([effectiveness, faithfulness]))

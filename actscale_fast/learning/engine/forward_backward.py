@@ -107,9 +107,12 @@ class ForwardBackward:
         if inputs.shape.packed or inputs.shape.answered:
             output = output[given["row_of"].to(output.device), given["column_of"].to(output.device)]
             direction = direction[given["row_of"]]
-        effectiveness, faithfulness = self._row_losses(output, direction.to(output.device), inputs, differences)
-        mean, weight = (given[name].to(output.device, effectiveness.dtype) for name in ("mean", "weight"))
-        loss = (effectiveness * mean.sum(0)).sum() + (faithfulness * weight).sum()
+        acc = torch.float64 if output.dtype == torch.float64 else torch.float32
+        mean, weight = (given[name].to(output.device, acc) for name in ("mean", "weight"))
+        effectiveness, faithfulness, weighted = self._row_losses(
+            output, direction.to(output.device), inputs, differences, (mean.sum(0), weight)
+        )
+        loss = weighted.sum()
         produced = torch.zeros_like(effectiveness) if produced is None else produced.to(effectiveness)
         if "sparsity" in given:
             loss = loss + (produced * given["sparsity"].to(produced)).sum()
@@ -179,26 +182,32 @@ class ForwardBackward:
         return output[:, -shape.n_last :] if shape.answered and end is None else output
 
     def _row_losses(
-        self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs, differences: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Effectiveness and faithfulness of each loss [R]; `differences` of log-probabilities [R] if answered."""
+        self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs, differences: Tensor | None,
+        weights: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Effectiveness, faithfulness and their sum with two weights [R] of each loss [R].
+
+        Args:
+            differences: of log-probabilities [R], if answered.
+        """
         parts = []
         for number, options in enumerate(inputs.shape.losses):
             places = inputs.tensors.get(f"places.{number}")
             mine = slice(None) if places is None else places.to(output.device)
             own = None if differences is None else differences[mine]
-            parts.append(self._loss(output[mine], direction[mine], inputs, number, options, own))
+            chosen = (weights[0][mine], weights[1][mine])
+            parts.append(self._loss(output[mine], direction[mine], inputs, number, options, own, chosen))
         if len(parts) == 1:
             return parts[0]
         every = [inputs.tensors[f"places.{number}"] for number in range(len(parts))]
         order = torch.cat(every).argsort().to(output.device)
-        effectiveness, faithfulness = (torch.cat(column)[order] for column in zip(*parts, strict=True))
-        return effectiveness, faithfulness
+        effectiveness, faithfulness, weighted = (torch.cat(column)[order] for column in zip(*parts, strict=True))
+        return effectiveness, faithfulness, weighted
 
     def _loss(
         self, output: Tensor, direction: Tensor, inputs: MicrobatchInputs, number: int, options: LossOptions,
-        differences: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        differences: Tensor | None, weights: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         correct, wrong = (inputs.tensors[f"{name}.{number}"].to(output.device) for name in ("correct", "wrong"))
         given: dict[str, Any] = {"direction": direction, "margin": options.margin, **options.kl._asdict()}
         reference = inputs.references[number]
@@ -208,11 +217,12 @@ class ForwardBackward:
             faithfulness = first_token_divergence(
                 output, reference.to(output.device), correct, wrong, **options.kl._asdict(), head=self.head
             )
-        elif isinstance(reference, Tensor):
-            effectiveness, faithfulness = ops.intervention_loss(output, reference, correct, wrong, **given)
+        elif isinstance(reference, Tensor):  # with the weights in the gradient [R, V], which is then final
+            results = ops.intervention_loss(output, reference, correct, wrong, **given, weights=weights)
+            return results[0], results[1], results[2]
         else:
             assert self.head is not None
             effectiveness, faithfulness = ops.linear_intervention_loss(
                 output, self.head.weight, reference, correct, wrong, **given, **self.head.options
             )
-        return effectiveness, faithfulness
+        return effectiveness, faithfulness, weights[0] * effectiveness + weights[1] * faithfulness

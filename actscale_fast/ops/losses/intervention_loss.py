@@ -2,11 +2,13 @@
 
 The gradient of the logits is computed in the forward pass, where both rows are at hand. With q = softmax(z) and
 p = softmax(r) over V∖{c, w}: dKL(p‖q)/dz = q − p, dKL(q‖p)/dz = q·(log q − log p − KL), and the hinge adds ∓s at
-the two answers. Each row is then scaled by its upstream gradient, which is exact for every reduction.
+the two answers. Each row is then scaled by its upstream gradient, which is exact for every reduction. Where weights are
+given to the forward pass, it writes the gradient of w_E·E + w_F·F, and an upstream of 1 takes no second pass over it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,7 +30,8 @@ def _empty_results(call: LossArguments) -> tuple[Tensor, ...]:
 _loss_op = define(
     "intervention_loss(Tensor logits, Tensor reference_logits, Tensor? correct, Tensor? wrong, Tensor? direction,"
     " Tensor? scalars, float margin, float inverse_temperature, bool exclude_answers, bool reverse, bool need_grad,"
-    " Tensor? row_weight, float? softcap) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? row_weight, float? softcap, Tensor? gradient_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda *arguments: _empty_results(LossArguments(*arguments)),
 )
 _scale_op_ = define(
@@ -49,6 +52,7 @@ def intervention_loss(
     kl: KLDirection = "forward",
     scalars: Tensor | None = None,
     inplace_gradient: bool = False,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Effectiveness and faithfulness of each row, and on request the ℓ1 norm of the scalars, with all gradients.
 
@@ -68,10 +72,15 @@ def intervention_loss(
             no leaf, and not be used again: their version is raised, so that a graph that has saved them says so in its
             backward. No effect without a gradient, on the reference backend and in traces (a compiler plans its own
             memory).
+        weights: (w_E [N], w_F [N]), for example 1/N and λ_F/N; not differentiated. They add a result, the loss
+            w_E·effectiveness + w_F·faithfulness of each row, and the other two then have no gradient. Where the
+            weights are known beforehand this is the fastest form: as long as the loss is only summed up, its gradient
+            is finished in the forward pass. The gradient holds the weights in the logits' dtype, so scale the loss of
+            float16 logits by factors in the weights and not afterwards.
 
     Returns:
-        (effectiveness [N], faithfulness [N]) or (effectiveness [N], faithfulness [N], ‖scalars‖₁ []), float32. The
-        gradient of the ℓ1 norm is sign(scalars), 0 at 0.
+        (effectiveness [N], faithfulness [N]), then the weighted loss [N] if there are weights, then ‖scalars‖₁ [] if
+        there are scalars, all float32. The gradient of the ℓ1 norm is sign(scalars), 0 at 0.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also a token id out of range, equal answers
@@ -88,22 +97,48 @@ def intervention_loss(
         checks.same_device("scalars", checks.floating_tensor("scalars", scalars, "of any shape"), logits.device)
     if inplace_gradient:
         check_overwritable(logits, reference_logits)
+    factors = None if weights is None else _checked_weights(weights, n_rows, logits.device)
     margin, reverse = checks.number("margin", margin), is_reverse(kl)
+    losses: Sequence[Tensor]
     if backends.serving("intervention_loss", logits) == "reference":
         check_answers(correct, wrong, direction, logits.shape[1])
         losses = reference.intervention_loss(
             logits, reference_logits, correct, wrong, direction,
             margin=margin, exclude_answers=exclude_answers, reverse=reverse,
         )  # fmt: skip
-        return losses if scalars is None else (*losses, reference.l1_norm(scalars))
-    if scalars is not None:
-        scalars = scalars.to(torch.float32).contiguous()
-    direction = direction.to(torch.float32)
-    results = fused_losses(
-        logits, reference_logits, correct=correct, wrong=wrong, direction=direction, scalars=scalars, margin=margin,
-        exclude_answers=exclude_answers, reverse=reverse, in_place=inplace_gradient,
-    )  # fmt: skip
-    return results if scalars is not None else results[:2]
+        l1 = None if scalars is None else reference.l1_norm(scalars)
+        total = None if factors is None else (factors * torch.stack(losses, -1)).sum(-1)
+    else:
+        factors = None if factors is None else factors.to(torch.float32)
+        scalars = None if scalars is None else scalars.to(torch.float32).contiguous()
+        *losses, l1 = fused_losses(
+            logits, reference_logits, correct=correct, wrong=wrong, direction=direction.to(torch.float32),
+            scalars=scalars, margin=margin, exclude_answers=exclude_answers, reverse=reverse, gradient_weight=factors,
+            in_place=inplace_gradient,
+        )  # fmt: skip
+        total = None if factors is None else _WeightedSum.apply(*losses, factors)
+    if total is not None:
+        losses = [*(loss.detach() for loss in losses), total]
+    return tuple(losses) if l1 is None or scalars is None else (*losses, l1)
+
+
+def _checked_weights(weights: object, n_rows: int, device: torch.device) -> Tensor:
+    """[N, 2]."""
+    if not isinstance(weights, tuple | list) or len(weights) != 2:
+        raise TypeError(f"weights: got {type(weights).__name__}, expected two tensors [{n_rows}]")
+    return torch.stack([checks.row_values(f"weights[{i}]", one, n_rows, device) for i, one in enumerate(weights)], -1)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """w_E·E + w_F·F of losses that have the weights in their gradients already."""
+
+    @staticmethod
+    def forward(ctx: Any, effectiveness, faithfulness, weights):  # type: ignore[no-untyped-def]
+        return weights[:, 0] * effectiveness + weights[:, 1] * faithfulness
+
+    @staticmethod
+    def backward(ctx: Any, upstream):  # type: ignore[no-untyped-def]
+        return upstream, upstream, None
 
 
 def check_logits(logits: Tensor, reference_logits: Tensor) -> None:

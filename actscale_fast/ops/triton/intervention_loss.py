@@ -5,7 +5,8 @@ are kept (all, or all but the answers c and w), s = ±1 the direction:
     effectiveness E = max(0, m − s·(z[c] − z[w]))              dE/dz[c] = −s where E > 0, dE/dz[w] = s where E > 0
     faithfulness  F = Σ p (log p − log q)                      dF/dz = i·(q − p)
                   F = Σ q (log q − log p)   (reverse)          dF/dz = i·q·(log q − log p − F)
-The sums behind F and dF/dz are those of softmaxes.py. Without answers on request: weights of rows, w·F and w·dF/dz, and
+The sums behind F and dF/dz are those of softmaxes.py. With answers on request: weights w_E, w_F of rows in the gradient
+alone, which becomes that of w_E·E + w_F·F. Without answers on request: weights of rows, w·F and w·dF/dz, and
 a soft-cap of both sides' logits. A row of weight 0 is not read, its gradient is written as zeros.
 
 Nothing is saved for backward but the gradient itself and three numbers per row. Bytes per logit of b bytes: 2·b for the
@@ -165,6 +166,7 @@ def intervention_loss_finish_kernel(
     p_wrong,
     p_direction,  # [N] or None
     p_weight,  # [N] or None
+    p_gradient_weight,  # [N, 2] or None: w_E, w_F
     p_effectiveness,  # [N]
     p_faithfulness,  # [N]
     p_grad,  # [N, V] or None; may be p_o or p_w
@@ -216,6 +218,8 @@ def intervention_loss_finish_kernel(
             if p_grad is not None:
                 _write_zeros(p_grad, row, V, split * tiles, tiles, UNROLL, LANES, VECTOR, SHIFTED)
             return
+    if p_gradient_weight is not None:
+        factor = factor * tl.load(p_gradient_weight + 2 * row + 1)
     c, w, valid = _answers(p_correct, p_wrong, row, V)
     p_first = p_w + row * stride_w
     p_second = p_o + row * stride_o
@@ -255,7 +259,10 @@ def intervention_loss_finish_kernel(
             difference = o_c - o_w
         missing = margin - direction * difference
         effectiveness = tl.where(missing <= 0.0, 0.0, missing)
-        hinge = tl.where((missing > 0.0) & (c != w), -direction, 0.0) + poison
+        slope = -direction
+        if p_gradient_weight is not None:
+            slope = slope * tl.load(p_gradient_weight + 2 * row)
+        hinge = tl.where((missing > 0.0) & (c != w), slope, 0.0) + poison
     else:
         effectiveness = tl.zeros([], tl.float32)
 
@@ -342,8 +349,8 @@ def intervention_loss(*arguments: Any, in_place: bool = False) -> tuple[Tensor, 
         grid = N * programs + (scalars is not None)
         if grid > 0:
             intervention_loss_finish_kernel[(grid,)](
-                partials, answers, p_w, p_o, correct, wrong, call.direction, row_weight, effectiveness, faithfulness,
-                grad if need_grad else None, answer_grad if need_grad else None,
+                partials, answers, p_w, p_o, correct, wrong, call.direction, row_weight, call.gradient_weight,
+                effectiveness, faithfulness, grad if need_grad else None, answer_grad if need_grad else None,
                 scalars, l1 if scalars is not None else None, sign if scalars is not None and need_grad else None,
                 0 if scalars is None else scalars.numel(), V, *strides[:2], tiling.splits, programs, tiling.tiles,
                 call.margin, call.inverse_temperature, softcap, EXCLUDE=exclude, CAPPED=call.softcap is not None,

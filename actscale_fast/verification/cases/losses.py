@@ -46,6 +46,7 @@ def intervention_loss(inputs: Inputs, multiprocessors: int) -> Iterator[Case]:
     yield case("answers counted", 3, 257, settings={"exclude_answers": False})
     yield case("reverse KL", 3, 2049, settings={"kl": "reverse"})
     yield case("an upstream of 1", 3, 640, call=_intervention_loss_of_ones)
+    yield case("weights in the gradient", 3, 641, call=_weighted, terms=_of_weighted)
     yield case("the ℓ1 norm beside it", 2, 128, call=_with_scalars, terms=None)
     yield case("over the logits", 3, 1024, call=_in_place, terms=_of_loss_in_place)
     yield case("no rows", 0, 12)
@@ -119,6 +120,15 @@ def _intervention_loss_of_ones(*arguments: Any) -> tuple[Tensor, ...]:
     return call(*rows, torch.ones_like(upstream), settings)
 
 
+def _weighted(
+    logits: Tensor, reference: Tensor, correct: Tensor, wrong: Tensor, direction: Tensor, upstream: Tensor,
+    settings: dict[str, Any],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    z = logits.detach().requires_grad_()
+    *losses, loss = _losses(z, reference, correct, wrong, direction, weights=(upstream[0], upstream[1]), **settings)
+    return losses[0], losses[1], loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
+
+
 def _without_hinge(*arguments: Any) -> tuple[Tensor, ...]:
     *rows, upstream, settings = arguments
     weights = torch.stack([torch.zeros_like(upstream[0]), torch.ones_like(upstream[0])])
@@ -163,6 +173,14 @@ def _of_kl(logits: Tensor, reference: Tensor, *rest: Any) -> tuple[float, ...]:
 def _of_loss(logits: Tensor, reference: Tensor, *rest: Any) -> tuple[float, ...]:
     kl, gradient = _kl_terms(logits, reference, float(rest[3].abs().max()) if rest[3].numel() else 0.0)
     return (float(logits.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if logits.numel() else 0.0, kl, gradient)
+
+
+def _of_weighted(*arguments: Any) -> tuple[float, ...]:
+    """The losses are not weighted; their sum and the gradient are."""
+    size, _, gradient = _of_loss(*arguments)
+    *rest, upstream, settings = arguments
+    kl = _of_loss(*rest, torch.ones_like(upstream), settings)[1]
+    return size, kl, float(upstream.abs().max()) * (size + kl), gradient
 
 
 def _of_kl_alone(*arguments: Any) -> tuple[float, ...]:
