@@ -35,6 +35,7 @@ from typing import Any
 import pytest
 from cuda_emulation.emulation import emulated_backend
 from op_cases import Backend, Inputs
+from triton_interpreter import remember_lookups
 
 from actscale_fast.ops import backends
 
@@ -114,6 +115,11 @@ def inputs(request: pytest.FixtureRequest) -> Inputs:
     return Inputs(torch.Generator().manual_seed(seed))
 
 
+def quicken_interpreter() -> None:
+    if backends.triton_interpreted() and "ptx.plugin" not in sys.modules:  # real PTX is compiled
+        remember_lookups()
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The backend named by the parameter, chosen for the test; skipped with the reason where it cannot run.
@@ -128,6 +134,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     reason = backends.unavailable(name)
     if reason:
         pytest.skip(f"backend {name!r}: {reason}")
+    if name == "triton":
+        quicken_interpreter()
     on_gpu = name in ("triton", "cuda") and torch.cuda.is_available()
     with backends.use_backend(name):
         yield Backend(name, torch.device("cuda" if on_gpu else "cpu"))
@@ -154,6 +162,7 @@ def device() -> torch.device:
         return torch.device("cuda")
     if not backends.triton_interpreted():
         pytest.skip("no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)")
+    quicken_interpreter()
     return torch.device("cpu")
 
 
