@@ -6,6 +6,7 @@ Triton is imported; torch.compile imports it too (and compiles for the CPU as us
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -70,6 +71,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in kept]
     n_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -n_slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays until the end; the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def fast_part(items: list[pytest.Item]) -> set[pytest.Item]:
