@@ -6,6 +6,7 @@ Triton is imported; torch.compile imports it too (and compiles for the CPU as us
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -35,6 +36,7 @@ from typing import Any
 import pytest
 from cuda_emulation.emulation import emulated_backend
 from op_cases import Backend, Inputs
+from triton_interpreter import remember_lookups
 
 from actscale_fast.ops import backends
 
@@ -69,6 +71,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in kept]
     n_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -n_slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays until the end; the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def fast_part(items: list[pytest.Item]) -> set[pytest.Item]:
@@ -114,6 +126,11 @@ def inputs(request: pytest.FixtureRequest) -> Inputs:
     return Inputs(torch.Generator().manual_seed(seed))
 
 
+def quicken_interpreter() -> None:
+    if backends.triton_interpreted() and "ptx.plugin" not in sys.modules:  # real PTX is compiled
+        remember_lookups()
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The backend named by the parameter, chosen for the test; skipped with the reason where it cannot run.
@@ -128,6 +145,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     reason = backends.unavailable(name)
     if reason:
         pytest.skip(f"backend {name!r}: {reason}")
+    if name == "triton":
+        quicken_interpreter()
     on_gpu = name in ("triton", "cuda") and torch.cuda.is_available()
     with backends.use_backend(name):
         yield Backend(name, torch.device("cuda" if on_gpu else "cpu"))
@@ -154,6 +173,7 @@ def device() -> torch.device:
         return torch.device("cuda")
     if not backends.triton_interpreted():
         pytest.skip("no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)")
+    quicken_interpreter()
     return torch.device("cpu")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,8 +65,13 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     """(sdist, wheel), the wheel built from the sdist as `python -m build` does."""
     pytest.importorskip("build")
     tree = copied(tmp_path_factory.mktemp("build") / "source tree")
-    # Without CUDA: test_cuda_compile compiles those kernels, and installing this project for its tests builds them.
-    done = python("-m", "build", "--no-isolation", cwd=tree, ACTSCALE_BUILD_CUDA="0")
+    # Without CUDA and optimisation, which take minutes: installing this project for its tests builds it with both, and
+    # test_cuda_compile compiles the CUDA kernels.
+    compiler = tree.parent / "c++"
+    chosen = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {chosen} "$@" -O0\n')
+    compiler.chmod(0o755)
+    done = python("-m", "build", "--no-isolation", cwd=tree, ACTSCALE_BUILD_CUDA="0", CXX=shlex.quote(str(compiler)))
     assert done.returncode == 0, done.stdout + done.stderr
     (sdist,), (wheel,) = (tree / "dist").glob("*.tar.gz"), (tree / "dist").glob("*.whl")
     return sdist, wheel
