@@ -132,16 +132,18 @@ def _folded(parts: Sequence[tuple[_Part, int]], served: ServedModel) -> Row:
             probes = np.zeros(wide)
             probes[layers] = strength * _numbers(single.probes)[:, 0]  # shared by positions
     names = " + ".join(dict.fromkeys(part.name for part, _ in parts))
-    return Row(*(_rounded(values, names) for values in (alpha, shift, probes)))
+    return Row(
+        _rounded(alpha, names),
+        None if shift is None else _rounded(shift, names),
+        None if probes is None else _rounded(probes, names),
+    )
 
 
 def _numbers(parameter: object) -> NDArray[np.float64]:
     return parameter.detach().cpu().double().numpy()  # type: ignore[attr-defined,no-any-return]
 
 
-def _rounded(values: NDArray[np.float64] | None, names: str) -> NDArray[np.float32] | None:
-    if values is None:
-        return None
+def _rounded(values: NDArray[np.float64], names: str) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
         rounded = values.astype(np.float32)
     if not np.isfinite(rounded).all():

@@ -50,7 +50,10 @@ class ServedModel:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ServedModel:
         """The inverse of `to_dict`."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return cls(**fields)
 
     @classmethod
     def of_config(cls, vllm_config: Any) -> ServedModel | None:

@@ -48,7 +48,7 @@ class LayerRows(nn.Module):
 def attach(attention: nn.Module, rows: LayerRows) -> None:
     """Let the layer's output be steered. Must happen before vLLM compiles the model or captures graphs."""
     attention.add_module(ATTRIBUTE, rows)
-    attention.__class__ = _steered(type(attention))  # type: ignore[assignment]
+    attention.__class__ = _steered(type(attention))  # type: ignore[assignment, arg-type]
 
 
 @functools.cache

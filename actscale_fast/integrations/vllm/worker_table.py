@@ -25,7 +25,7 @@ class Span(NamedTuple):
 
     plan: Plan | None
     start: int  # the position of the first token in its sequence
-    count: int
+    n_tokens: int
 
 
 class WorkerTable:
@@ -77,7 +77,7 @@ class WorkerTable:
         if not steered and not self._filled:
             return
         numbers = self._rows_of(row for span in steered for row in (span.plan.rows if span.plan else ()))
-        total = sum(span.count for span in spans)
+        total = sum(span.n_tokens for span in spans)
         if total > len(self.index):
             raise ValueError(f"spans: got {total} tokens, expected at most {len(self.index)}")
         filled = total if steered else 0
@@ -88,8 +88,8 @@ class WorkerTable:
             if span.plan is not None:
                 of_plan = np.array([numbers[row.key] for row in span.plan.rows] + [0], dtype=np.int64)
                 assert NO_ROW == -1  # the last of these, the identity
-                staged[at : at + span.count] = of_plan[span.plan.row_numbers(span.start, span.count)]
-            at += span.count
+                staged[at : at + span.n_tokens] = of_plan[span.plan.row_numbers(span.start, span.n_tokens)]
+            at += span.n_tokens
         changed = max(filled, self._filled)
         self.index[:changed].copy_(self._staged[:changed], non_blocking=True)
         self._filled = filled
