@@ -10,6 +10,7 @@ from ..._version import __version__
 from .._token_rows import rank_heads
 from . import compatibility, configuration, runner_v1, runner_v2
 from .served_model import ServedModel
+from .settings import Settings
 from .sites import attention_sites
 from .steered_attention import attach
 from .worker_table import WorkerTable
@@ -36,6 +37,8 @@ def follow(worker: Any, vllm_config: Any) -> None:
         RuntimeError: the engine's configuration does not say what is served.
     """
     served = ServedModel.of_config(vllm_config)
+    if served is None and Settings.from_environment() is None:
+        return  # an engine without interventions, in a process that had another one
     if served is None:
         raise RuntimeError(
             "actscale_fast: ACTSCALE_INTERVENTIONS is set, but the engine's configuration was not made by vLLM's "
