@@ -38,6 +38,9 @@ from op_cases import Backend, Inputs
 
 from actscale_fast.ops import backends
 
+#: `make test-vllm` collects this folder, in an environment that has vLLM.
+collect_ignore = ["vllm_plugin"]
+
 #: The seed of every run that does not ask for another one.
 DEFAULT_SEED = 20241004
 

@@ -1,4 +1,4 @@
-"""The vLLM plug-in's own arithmetic, which needs no vLLM: options, the folder, plans, the table and the runners' rows."""
+"""The arithmetic of the vLLM plug-in, without vLLM: options, the folder, plans, the table and the rows of runners."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_a_strength_that_overflows_is_refused(model: Any, served: ServedModel) -
 
 def test_more_rows_than_the_table_has_for_a_request_are_refused(model: Any, served: ServedModel) -> None:
     many = random(model, positions=list(range(9)))
-    with pytest.raises(ValueError, match="needs 9 rows.*ACTSCALE_ROWS_PER_REQUEST"):
+    with pytest.raises(ValueError, match=r"needs 9 rows.*ACTSCALE_ROWS_PER_REQUEST"):
         plan_of(served, many, length=20)
 
 
