@@ -53,6 +53,7 @@ INTEGRATIONS = {
     "steering_vectors": ("steering_vectors", "from_steering_vectors to_steering_vectors"),
     "trainer": ("", "ProximalCallback"),
     "transformer_lens": ("transformer_lens", "for_transformer_lens head_patching head_scaling hooks"),
+    "vllm": ("", ""),  # a plug-in: vLLM calls it
 }
 
 #: The parameters of each function, in the order of its first version; new ones may be added.

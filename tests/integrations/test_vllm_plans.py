@@ -12,6 +12,7 @@ import torch
 from tiny import llama
 
 import actscale_fast as af
+from actscale_fast.architectures.layout import layout
 from actscale_fast.integrations._token_rows import steer_heads
 from actscale_fast.integrations.vllm import admission, runner_v1, runner_v2
 from actscale_fast.integrations.vllm.plan import Plan, Row
@@ -31,7 +32,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def served(model: Any) -> ServedModel:
-    found = af.layout(model).fingerprint
+    found = layout(model).fingerprint
     return ServedModel(
         "tiny",
         (found.model_type,),
@@ -87,7 +88,7 @@ def test_options_are_read() -> None:
         ({"actscale": ""}, "holds an empty name"),
         ({"actscale": 3}, "expected a name"),
         ({"actscale": {"a": 1}}, "expected a name"),
-        ({"actscale": ["a"] * 65}, "at most 64 names"),
+        ({"actscale": ["a"] * 65}, "got 65 names, expected at most 64"),
         ({"actscale": "a", "actscale_strength": "1"}, "expected a number"),
         ({"actscale": "a", "actscale_strength": True}, "expected a number"),
         ({"actscale": "a", "actscale_strength": float("nan")}, "expected a finite number"),
@@ -386,6 +387,15 @@ def test_the_table_keeps_its_addresses(served: ServedModel) -> None:
         table.assign([Span(Plan((plain_row(served, number + 1.0),), 0, 0, {}, 3), 0, 3)])
         assert all(float(layer.alpha[layer.index[0], 0, 0]) == number + 1 for layer in layers)
     assert before == [(layer.alpha.data_ptr(), layer.index.data_ptr()) for layer in layers]
+
+
+def test_a_layer_that_lost_the_table_is_noticed(served: ServedModel) -> None:
+    table = table_for(served)
+    layers = [table.layer(number) for number in range(served.n_layers)]
+    layers[1].alpha = layers[1].alpha.clone()
+    table.assign([Span(None, 0, 3)])  # nothing is steered
+    with pytest.raises(RuntimeError, match="the buffers of layer 1 were replaced"):
+        table.assign([Span(Plan((plain_row(served, 1.0),), 0, 0, {}, 3), 0, 3)])
 
 
 def test_a_rank_holds_its_own_heads(served: ServedModel) -> None:

@@ -83,7 +83,11 @@ def test_preempted_requests_compute_generated_tokens_again_as_generated_ones(
         require_equal(tiny, prompt, result, edit)
 
 
-def test_speculated_tokens_are_verified_by_the_steered_model(tiny: TinyLlama, folder: Path) -> None:
+def test_speculated_tokens_are_verified_by_the_steered_model_in_a_process_of_its_own(
+    tiny: TinyLlama, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In the test's own process, numba, which the speculation imports, would keep vLLM from starting another engine.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     repeated = [[5, 6, 7, 8] * 8, [9, 9, 10] * 12]
     asked = [(prompt, extra, edit) for prompt in repeated for extra, edit in kinds(folder, len(prompt))]

@@ -59,13 +59,14 @@ class WorkerTable:
         self._row_of: dict[str, int] = {}  # in the order of their last use
         self._free = list(range(self.n_rows - 1, 0, -1))
         self.n_written = 0
+        self._layers: dict[int, LayerRows] = {}
 
     def layer(self, number: int) -> LayerRows:
         """The part of one layer, whose buffers share the table's memory."""
-        parts = (None if part is None else part[number] for part in (self.alpha, self.shift, self.probes))
-        alpha, shift, probes = parts
+        alpha, shift, probes = self._parts(number)
         assert alpha is not None
-        return LayerRows(len(self.heads), self.index, alpha, shift, probes)
+        self._layers[number] = LayerRows(len(self.heads), self.index, alpha, shift, probes)
+        return self._layers[number]
 
     def assign(self, spans: Sequence[Span]) -> None:
         """Set the row of each token of the next forward pass; tokens beyond the spans use row 0.
@@ -76,6 +77,7 @@ class WorkerTable:
         steered = [span for span in spans if span.plan is not None]
         if not steered and not self._filled:
             return
+        self._require_shared()
         numbers = self._rows_of(row for span in steered for row in (span.plan.rows if span.plan else ()))
         total = sum(span.n_tokens for span in spans)
         if total > len(self.index):
@@ -122,6 +124,20 @@ class WorkerTable:
                 self._row_of[key] = number
                 self._write(number, row)
         return {key: self._row_of[key] for key in wanted}
+
+    def _parts(self, number: int) -> list[Tensor | None]:
+        return [None if part is None else part[number] for part in (self.alpha, self.shift, self.probes)]
+
+    def _require_shared(self) -> None:
+        """Raise a RuntimeError where a layer no longer reads the table, because vLLM has replaced its buffers."""
+        for number, layer in self._layers.items():
+            held = [layer.index, layer.alpha, layer.shift, layer.probes]
+            for buffer, part in zip(held, [self.index, *self._parts(number)], strict=True):
+                if buffer is not None and part is not None and buffer.data_ptr() != part.data_ptr():
+                    raise RuntimeError(
+                        f"actscale_fast: the buffers of layer {number} were replaced, as a reload of weights may do; "
+                        "requests can no longer be steered: start the server again"
+                    )
 
     def _write(self, number: int, row: Row) -> None:
         own = slice(self.heads.start, self.heads.stop)
