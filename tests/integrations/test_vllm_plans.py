@@ -168,7 +168,7 @@ def test_a_folder_whose_name_no_request_can_use_is_refused(model: Any, served: S
     ("make", "message"),
     [
         (lambda model: random(model, site="attn_out"), "at the site 'attn_out' cannot be served.*merge"),
-        (lambda model: random(model, site="residual"), "at the site 'residual' cannot be served"),
+        (lambda model: random(model, site="residual", layers=[0]), "at the site 'residual' cannot be served"),
         (lambda model: af.Projection.for_model(model, site="residual"), "a Projection cannot be served"),
         (lambda model: random(model) + random(model, site="mlp_out"), "at the site 'mlp_out' cannot be served"),
         (lambda model: af.stack([random(model), random(model)]), "a stack of 2"),
