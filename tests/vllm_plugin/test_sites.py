@@ -108,11 +108,18 @@ def test_other_families_equal_a_patch_in_transformers(name: str, tmp_path: Path)
     scalars.save_pretrained(tmp_path / "interventions" / "a")
     with serving(tmp_path / "model", tmp_path / "interventions") as llm:
         results = ask(llm, [(prompt, params()), (prompt, params(actscale="a", actscale_strength=-0.5))])
+    errors, effects = [], []
     for result, strength in zip(results, (0.0, -0.5), strict=True):
         tokens = said(result)
-        with af.patch(model, scalars, strength=strength), torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *tokens]])).logits[0]
-        expected = logits.double().log_softmax(-1)[len(prompt) - 1 : -1]
-        chosen = expected[torch.arange(len(tokens)), torch.tensor(tokens)]
-        assert (log_probabilities(result) - chosen).abs().max() <= TOLERANCE
-    assert said(results[0]) != said(results[1])
+        with torch.no_grad():
+            plain = model(torch.tensor([[*prompt, *tokens]])).logits[0].double().log_softmax(-1)
+            with af.patch(model, scalars, strength=strength):
+                logits = model(torch.tensor([[*prompt, *tokens]])).logits[0].double().log_softmax(-1)
+        at = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(tokens)), torch.tensor(tokens)
+        errors.append(float((log_probabilities(result) - logits[at]).abs().max()))
+        effects.append(float((plain - logits)[at].abs().max()))
+    # Without an intervention vLLM differs from transformers by up to 4e-4: in Gemma 2, another tanh.
+    assert errors[0] <= 10 * TOLERANCE
+    assert errors[1] <= max(TOLERANCE, 3 * errors[0])
+    assert effects[0] == 0
+    assert effects[1] > 20 * max(errors)
