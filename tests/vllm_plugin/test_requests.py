@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,10 +200,20 @@ def test_a_merged_checkpoint_says_the_same(tiny: TinyLlama, folder: Path, tmp_pa
         assert (log_probabilities(one) - log_probabilities(other)).abs().max() < 1e-4
 
 
-def test_the_start_says_what_is_served(tiny: TinyLlama, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with serving(tiny, folder, max_num_seqs=5) as engine:
-        status = engine.collective_rpc("actscale_status")
-    printed = capfd.readouterr().err
-    assert f"ActivScalar in {LAYERS} layers, heads 0 to {HEADS - 1} of {HEADS} (rank 0 of 1); 40 rows for 5" in printed
+def test_the_start_says_what_is_served(tiny: TinyLlama, folder: Path) -> None:
+    said_at_start: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("vllm.actscale_fast")
+    handler.emit = lambda record: said_at_start.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        with serving(tiny, folder, max_num_seqs=5) as engine:
+            status = engine.collective_rpc("actscale_status")
+    finally:
+        logger.removeHandler(handler)
+    assert len(said_at_start) == 1
+    assert (
+        f"ActivScalar in {LAYERS} layers, heads 0 to {HEADS - 1} of {HEADS} (rank 0 of 1); 40 rows for 5"
+        in said_at_start[0]
+    )
     assert status[0]["rows"] == 40
     assert status[0]["rows_held"] == 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
-from ..._log import notice
 from ..._version import __version__
 from .._token_rows import rank_heads
 from . import compatibility, configuration, runner_v1, runner_v2
@@ -98,9 +98,10 @@ def _announce(table: WorkerTable, vllm_config: Any, rank: int, size: int) -> Non
 
     found, runner = table.status(), "V2" if vllm_config.use_v2_model_runner else "V1"
     first, after = found["heads"]
-    notice(
-        f"{__version__} on vLLM {vllm.__version__} ({runner} model runner) and PyTorch {torch.__version__}: "
-        f"{', '.join(found['kinds'])} in {found['layers']} layers, heads {first} to {after - 1} of "
+    # A logger of vLLM's, because the root logger of a server is often silent.
+    logging.getLogger("vllm.actscale_fast").info(
+        f"actscale-fast {__version__} on vLLM {vllm.__version__} ({runner} model runner) and PyTorch "
+        f"{torch.__version__}: {', '.join(found['kinds'])} in {found['layers']} layers, heads {first} to {after - 1} of "
         f"{table.served.n_heads} (rank {rank} of {size}); {found['rows']} rows for "
         f"{vllm_config.scheduler_config.max_num_seqs} requests and {found['tokens']} tokens, "
         f"{found['bytes'] / 2**20:.1f} MiB"
