@@ -101,8 +101,8 @@ def _announce(table: WorkerTable, vllm_config: Any, rank: int, size: int) -> Non
     # A logger of vLLM's, because the root logger of a server is often silent.
     logging.getLogger("vllm.actscale_fast").info(
         f"actscale-fast {__version__} on vLLM {vllm.__version__} ({runner} model runner) and PyTorch "
-        f"{torch.__version__}: {', '.join(found['kinds'])} in {found['layers']} layers, heads {first} to {after - 1} of "
-        f"{table.served.n_heads} (rank {rank} of {size}); {found['rows']} rows for "
+        f"{torch.__version__}: {', '.join(found['kinds'])} in {found['layers']} layers, heads {first} to {after - 1} "
+        f"of {table.served.n_heads} (rank {rank} of {size}); {found['rows']} rows for "
         f"{vllm_config.scheduler_config.max_num_seqs} requests and {found['tokens']} tokens, "
         f"{found['bytes'] / 2**20:.1f} MiB"
     )
