@@ -66,12 +66,8 @@ test-versions: test-oldest test-newest
 test-oldest test-newest: test-%: .venv-%/installed
 	$(THREADS) .venv-$*/bin/$(PYTEST) -m "not real_model" $(VERSION_TESTS:%=tests/%.py)
 
-# In one process, because an engine uses both cores. Exit status 75: the package index has no vLLM for this machine.
 test-vllm:
-	@if [ ! -e .venv-vllm/installed ] || [ -n "$$(find $(SOURCES) tests/vllm_plugin/constraints.txt -newer .venv-vllm/installed)" ]; \
-	then rm -rf .venv-vllm; nice tests/vllm_plugin/make_environment.sh .venv-vllm $(PYTHON) $(VLLM); fi; status=$$?; \
-	if [ $$status = 75 ]; then exit 0; elif [ $$status != 0 ]; then exit $$status; fi; \
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -c tests/vllm_plugin/pytest.ini tests/vllm_plugin
+	tests/vllm_plugin/run.sh $(PYTHON) $(VLLM)
 
 check: $(VENV)/tested
 	$(RUN)/ruff check .
