@@ -200,20 +200,15 @@ def test_a_merged_checkpoint_says_the_same(tiny: TinyLlama, folder: Path, tmp_pa
         assert (log_probabilities(one) - log_probabilities(other)).abs().max() < 1e-4
 
 
-def test_the_start_says_what_is_served(tiny: TinyLlama, folder: Path) -> None:
-    said_at_start: list[str] = []
-    handler, logger = logging.Handler(), logging.getLogger("vllm.actscale_fast")
-    handler.emit = lambda record: said_at_start.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    try:
-        with serving(tiny, folder, max_num_seqs=5) as engine:
-            status = engine.collective_rpc("actscale_status")
-    finally:
-        logger.removeHandler(handler)
-    assert len(said_at_start) == 1
-    assert (
-        f"ActivScalar in {LAYERS} layers, heads 0 to {HEADS - 1} of {HEADS} (rank 0 of 1); 40 rows for 5"
-        in said_at_start[0]
+def test_the_start_says_what_is_served(tiny: TinyLlama, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(logging.getLogger("vllm.actscale_fast"), "info", lines.append)
+    with serving(tiny, folder, max_num_seqs=5) as engine:
+        status = engine.collective_rpc("actscale_status")
+    expected = (
+        f"ActivScalar in {LAYERS} layers, heads 0 to {HEADS - 1} of {HEADS} (rank 0 of 1); 40 rows for 5 requests"
     )
+    assert len(lines) == 1
+    assert expected in lines[0]
     assert status[0]["rows"] == 40
     assert status[0]["rows_held"] == 0
