@@ -13,12 +13,15 @@ os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     HF_HUB_OFFLINE="1",
     ACTSCALE_VERIFY="0",
+    PYTHONSAFEPATH="1",  # processes that a test starts find the installed package
 )
 
 from pathlib import Path
 
 import pytest
 from tiny_llama import TinyLlama, make_interventions, make_model
+
+import actscale_fast.ops._C  # noqa: F401 (without its compiled kernels the tests would run another op)
 
 
 @pytest.fixture(scope="session")

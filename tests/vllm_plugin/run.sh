@@ -32,4 +32,5 @@ if [ ! -e "$venv/installed" ] || [ -n "$(find "${sources[@]}" -type f -not -name
     touch "$venv/installed"
 fi
 
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -c "$here/pytest.ini" "$here"
+# The installed package, with its compiled kernels, not the sources in this folder.
+PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -c "$here/pytest.ini" "$here"
