@@ -13,6 +13,7 @@ import torch
 from tiny_llama import TinyLlama
 from torch import Tensor
 
+from actscale_fast.integrations.vllm import plugin
 from actscale_fast.integrations.vllm.settings import FOLDER
 
 #: Log-probabilities of a float32 engine differ from float64 by rounding: about 1e-5 for this model, whose logits reach
@@ -31,6 +32,7 @@ def serving(tiny: TinyLlama | Path, folder: Path | None, **options: Any) -> Iter
     before = os.environ.pop(FOLDER, None)
     if folder is not None:
         os.environ[FOLDER] = str(folder)
+        plugin.register()  # vLLM calls it only for the first engine of a process
     settings: dict[str, Any] = {
         "enforce_eager": True, "dtype": "float32", "max_model_len": 256, "max_num_seqs": 32, "block_size": BLOCK,
         "skip_tokenizer_init": True, "disable_log_stats": False, **options,

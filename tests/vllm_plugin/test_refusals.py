@@ -62,9 +62,12 @@ def test_a_request_that_comes_another_way_is_refused(tiny: TinyLlama, folder: Pa
         assert admission.admission_of(engine).n_steered == 0
 
 
-def test_a_server_without_interventions_refuses_names(tiny: TinyLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_interventions_refuses_names(
+    tiny: TinyLlama, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.exceptions import VLLMValidationError
 
+    configured(tiny, folder, monkeypatch)  # registers the plug-in
     with serving(tiny, None) as llm:
         monkeypatch.setattr(plugin, "_registered", False)
         with pytest.raises(VLLMValidationError, match="no interventions are loaded"):
