@@ -21,7 +21,7 @@ from actscale_fast.tasks.examples import Example, save_examples
 
 COMMANDS = (
     "demo", "fit", "sweep", "attribution", "interchange", "extract", "combine", "evaluate", "info", "generate", "plot",
-    "merge", "reproduce", "completion", "doctor", "verify", "bench",
+    "merge", "reproduce", "completion", "doctor", "verify", "serving", "bench",
 )  # fmt: skip
 
 
