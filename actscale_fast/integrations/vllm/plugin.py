@@ -22,13 +22,14 @@ def register() -> None:
         return
     import vllm
 
-    from . import admission, compatibility, worker
+    from . import admission, compatibility, metrics, worker
     from .settings import Settings
 
     Settings.from_environment()
     compatibility.require_version(vllm.__version__)
     compatibility.require_signatures(compatibility.ADMISSION)
     admission.install()
+    admission.observers.append(metrics.count_steered)
     worker.install()
     _registered = True
 

@@ -17,11 +17,11 @@ from ..._suggestions import did_you_mean
 from ...architectures.model_origin import public_name
 from ...interventions import Intervention, load_intervention
 from ...interventions.description import DESCRIPTION
+from ...interventions.named import checked_name, is_name
 from .request_options import NAME
 from .served_model import ServedModel
 from .settings import KINDS, SERVED_KINDS
 
-_LONGEST_NAME = 128
 _INSTEAD = "merge it into the model's weights (actscale_fast.merge) or run it in transformers (actscale_fast.patch)"
 
 
@@ -104,8 +104,8 @@ class Registry:
         if (self.folder / DESCRIPTION).is_file():
             return {self.folder.resolve().name: self.folder}
         if wanted is not None:
-            return {wanted: self.folder / wanted} if _is_name(wanted) and _is_saved(self.folder / wanted) else {}
-        return {path.name: path for path in self._subfolders() if _is_name(path.name)}
+            return {wanted: self.folder / wanted} if is_name(wanted) and _is_saved(self.folder / wanted) else {}
+        return {path.name: path for path in self._subfolders() if is_name(path.name)}
 
     def _subfolders(self) -> Iterator[Path]:
         if not self.folder.is_dir():
@@ -117,11 +117,8 @@ class Registry:
         if (self.folder / DESCRIPTION).is_file():
             return
         for path in self._subfolders():
-            if not _is_name(path.name):
-                raise ValueError(
-                    f"{path}: the name cannot be used in a request, expected at most {_LONGEST_NAME} printable "
-                    'characters without "+" and spaces at the ends'
-                )
+            if not is_name(path.name):
+                checked_name(path.name)
 
     def _read(self, name: str, path: Path, stamp: tuple[int, int, int]) -> Entry:
         from ...interventions.description import read_description
@@ -167,11 +164,6 @@ def _warn_of_another_model(entry: Entry, served: ServedModel) -> None:
                 "%s: made for %s, served is %s of the same shape; what was measured there may not hold here",
                 entry.name, origin.name, here,
             )  # fmt: skip
-
-
-def _is_name(name: str) -> bool:
-    usable = name.isprintable() and "+" not in name and "/" not in name and "\\" not in name and name == name.strip()
-    return usable and 0 < len(name) <= _LONGEST_NAME and not name.startswith(".")
 
 
 def _is_saved(path: Path) -> bool:
