@@ -123,9 +123,9 @@ class Registry:
     def _read(self, name: str, path: Path, stamp: tuple[int, int, int]) -> Entry:
         from ...interventions.description import read_description
 
-        intervention = load_intervention(path).requires_grad_(False)
-        entry = Entry(name, path, intervention, read_description(path).sha256, stamp)
         try:
+            intervention = load_intervention(path).requires_grad_(False)
+            entry = Entry(name, path, intervention, read_description(path).sha256, stamp)
             require_served(intervention, self.served)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} ({path}): {error}") from None
