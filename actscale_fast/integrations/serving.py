@@ -22,8 +22,8 @@ from ..architectures.layout import layout
 from ..architectures.location import ModelFingerprint
 from ..interventions import ActivScalar, Intervention
 from ..modules import hooks
-from ..ops import scale_heads
 from ..patching.edits import one_strength
+from ._token_rows import steer_heads
 
 
 class ScalarTable(nn.Module):
@@ -124,10 +124,10 @@ class ScalarTable(nn.Module):
         n_heads, width = len(self.heads), self.fingerprint.head_dim
         if x.shape[-1] != n_heads * width:
             raise ValueError(f"x: got {x.shape[-1]} channels, expected {n_heads} heads · {width} = {n_heads * width}")
-        heads = x.reshape(-1, 1, n_heads, width)  # [N, 1, H, D]
-        if heads.shape[0] > self.index.shape[0]:
-            raise ValueError(f"x: got {heads.shape[0]} tokens, expected at most max_tokens = {self.index.shape[0]}")
-        return scale_heads(heads, self.alpha[layer], group=self.index[: heads.shape[0]]).view(x.shape)
+        n_tokens = x.numel() // x.shape[-1]
+        if n_tokens > self.index.shape[0]:
+            raise ValueError(f"x: got {n_tokens} tokens, expected at most max_tokens = {self.index.shape[0]}")
+        return steer_heads(x, self.index, n_heads=n_heads, alpha=self.alpha[layer])
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:

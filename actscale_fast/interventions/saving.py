@@ -131,6 +131,12 @@ def _memory() -> int:
         return 1 << 36
 
 
+def remove_files(folder: Path) -> None:
+    """Remove the files of an intervention whose description is gone already; other files stay."""
+    with exclusive(folder):
+        _remove_replaced(folder, (), set())
+
+
 def _parts_of_format_1(folder: Path) -> set[str]:
     """The part folders of a Composite that an earlier version saved here."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
