@@ -111,7 +111,7 @@ class SweepLoop:
         if not waiting:
             return None
         now = time.monotonic()
-        if since is not None and since < now - _PATIENCE:
+        if since is not None and since < now - _PATIENCE and self.processes.is_rank_zero:
             path = self._lock_file(waiting[0].points[0])
             notice(
                 f"sweep: waiting for {len(waiting)} fits that other processes are working on, such as "
