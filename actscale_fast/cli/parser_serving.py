@@ -16,7 +16,9 @@ def serving(command: argparse.ArgumentParser, make: Make) -> None:
         "Shows and changes the folder of interventions that a vLLM server with this package's plug-in follows. A\n"
         "change takes effect with the next request; requests that are running keep what they began with."
     )
-    actions = command.add_subparsers(dest="action", required=True, metavar="COMMAND", title="commands")
+    actions = command.add_subparsers(
+        dest="action", required=True, metavar="COMMAND", title="commands", help="what to do with the folder"
+    )
     shown = make(actions, "list", "[options]", "list the interventions that requests can name")
     _where(shown)
     added = make(actions, "add", "SAVED [--name NAME] [options]", "add a saved intervention, or replace one")
