@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import word_models
 
-from actscale_fast._json import read_sealed
+from actscale_fast._json import read_sealed, write_sealed
 from actscale_fast.cli import main
 from actscale_fast.tasks.examples import Example, save_examples
 
@@ -65,8 +65,12 @@ def test_how_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str], model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["fit", "--model", model, "--data", data, "--steps", "1", "--layers", "1"]
-    assert main([*words, "--attn", "eager", "--device-map", "cpu", "--out", str(tmp_path / "eager")]) == 0
-    assert read_sealed(tmp_path / "eager" / "fit.json")["attn"] == "eager"
+    out = tmp_path / "eager"
+    assert main([*words, "--attn", "eager", "--device-map", "cpu", "--out", str(out)]) == 0
+    record = read_sealed(out / "fit.json")
+    assert record["attn"] == "eager"
+    write_sealed(out / "fit.json", record | {"quantize": "torchao-int8"})
+    assert main(["evaluate", str(out), "--data", data, "--quantize", "none"]) == 0
     assert "--device-map divides the model" in refused(
         capsys, *words, "--device-map", "auto", "--device", "cpu", "--out", str(tmp_path / "two")
     )
