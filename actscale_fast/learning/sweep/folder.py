@@ -122,7 +122,7 @@ def gather_sweep(folder: str | os.PathLike[str]) -> SweepResult:
     """Check that the jobs of a sweep have finished every point, write the index of all of them, and read it.
 
     Neither the model nor the examples are needed. Without `points.json`, which `sweep(points=…)` writes, all finished
-    fits in the folder are taken, which must then differ in nothing but the grid.
+    fits in the folder are taken, which must then differ in nothing but the grid, and be evaluated on the same examples.
 
     Args:
         folder: the folder of a sweep whose points several jobs have divided between them.
@@ -132,7 +132,7 @@ def gather_sweep(folder: str | os.PathLike[str]) -> SweepResult:
 
     Raises:
         FileNotFoundError: there is no such folder, or no fit in it.
-        ValueError: points are missing, or not evaluated, which are named; the fits have other settings; or a file was
+        ValueError: points are missing, or not evaluated, which are named; the fits cannot be compared; or a file was
             changed since it was written.
 
     Example:
