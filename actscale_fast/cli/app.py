@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = _command(options.command)
         with printing(options):
             status = run(options)
-            if status == 0 and options.command in WRITERS:
+            if status == 0 and options.command in WRITERS and not getattr(options, "gather", False):
                 write_config(Path(options.out), words, parser)
         return status
     except KeyboardInterrupt:

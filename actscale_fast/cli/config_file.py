@@ -55,11 +55,11 @@ def with_config(words: Sequence[str], parser: SuggestingParser) -> list[str]:
 
 
 def write_config(folder: Path, words: Sequence[str], parser: SuggestingParser) -> None:
-    """Write the options of a run into its folder, so that `--config` repeats it."""
+    """Write the options of a run into its folder, so that `--config` repeats it; for a share of a sweep, the sweep."""
     command, depth = parser.subparser(words)
     table: dict[str, Any] = {}
     for option, value in _given(words[depth:], command):
-        if option in _NOT_KEPT:
+        if option in (*_NOT_KEPT, "--points"):  # all jobs of a sweep write the same file
             continue
         key = option.removeprefix("--")
         if isinstance(command.options[option], argparse._AppendAction):

@@ -43,7 +43,7 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     more: dict[str, Any] = {} if options.attn is None else {"attn_implementation": options.attn}
-    if options.quantize is not None:
+    if options.quantize not in (None, "none"):
         more["quantization_config"] = quantization_config(options.quantize)
         more["device_map"] = {"": str(device)}
     if options.device_map is not None:

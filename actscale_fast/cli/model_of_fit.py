@@ -40,6 +40,7 @@ def load_model_of_fit(
     options.model = record.get("model")
     if options.quantize is None and record.get("quantize") in QUANTIZERS:
         options.quantize = record["quantize"]
+        logger.info(f"quantising the model as for the fit: {options.quantize} ({FILE}; --quantize none loads it plain)")
     if options.model is None:
         if "model" not in record:
             _tell_of_demo_model(folder, intervention)

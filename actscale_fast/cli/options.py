@@ -160,8 +160,9 @@ def model(command: argparse.ArgumentParser, default: str = DEMO_MODEL) -> None:
         help="attention implementation of transformers, such as eager, sdpa, flash_attention_2",
     )
     group.add_argument(
-        "--quantize", choices=QUANTIZERS, metavar="NAME",
-        help=f"quantise the weights on loading: {', '.join(QUANTIZERS)} (default: no)",
+        "--quantize", choices=("none", *QUANTIZERS), metavar="NAME",
+        help=f"quantise the weights on loading: {', '.join(QUANTIZERS)}, or none (default: "
+        f"{'none' if default == DEMO_MODEL else 'as for the fit, unless --model is given'})",
     )  # fmt: skip
     group.add_argument(
         "--device-map", metavar="NAME",

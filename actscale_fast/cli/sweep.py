@@ -59,7 +59,7 @@ def sweep(options: argparse.Namespace) -> int:
             ]
             return max(paths, key=lambda weights: weights[0])  # the scalars of every seed stay at 0
 
-        grid["minimality"] = path_of_jobs(out, options, weights)
+        grid["minimality"] = path_of_jobs(out, options, model, train, template, weights)
     result = learning.sweep(
         model,
         tokenizer,

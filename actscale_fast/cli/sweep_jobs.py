@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from .._json import read_sealed, write_sealed
 from .._locks import locked
+from ..architectures.model_origin import origin_of
 from ..learning import Objective, SweepResult
-from .provenance import provenance
+from .provenance import examples_record, provenance
 from .record import FILE, read_record, save_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..interventions import Intervention
     from ..tasks.examples import Example
 
 #: The weights of --path as the first job found them; another processor would round them otherwise.
@@ -25,8 +27,16 @@ PATH = "path.json"
 _OBJECTIVE = tuple(item.name for item in fields(Objective))
 
 
-def path_of_jobs(out: Path, options: argparse.Namespace, find: Callable[[], list[float]]) -> list[float]:
+def path_of_jobs(
+    out: Path, options: argparse.Namespace, model: PreTrainedModel, train: list[Example], template: Intervention,
+    find: Callable[[], list[float]],
+) -> list[float]:  # fmt: skip
     """The weights of --path; the jobs of a sweep take those of the one that began first.
+
+    Args:
+        out, options: the folder of the sweep, and the options of this job.
+        model, train, template: the model, examples and intervention that the weights are found with.
+        find: finds them.
 
     Raises:
         ValueError: the folder has those of jobs with other options, which are named; or the file was changed.
@@ -34,6 +44,9 @@ def path_of_jobs(out: Path, options: argparse.Namespace, find: Callable[[], list
     if options.points is None:
         return find()
     asked = {name: getattr(options, name) for name in ("path", "steps", "batch_size", "margin", "seeds")}
+    asked |= {"weights": origin_of(model).weights, "examples": examples_record(train)}
+    asked |= {name: getattr(template.location, name) for name in ("site", "layers", "positions")}
+    asked = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}  # as in JSON
     with locked(out / ".lock", f"the weights of --path in {out}"):
         try:
             found = read_sealed(out / PATH)
@@ -41,7 +54,8 @@ def path_of_jobs(out: Path, options: argparse.Namespace, find: Callable[[], list
             found = {"options": asked, "weights": find()}
             write_sealed(out / PATH, found)
     if found["options"] != asked:
-        other = [f"{name} {found['options'].get(name)}, now {asked[name]}" for name in asked]
+        former = found["options"]
+        other = [f"{name} {former.get(name)}, now {asked[name]}" for name in asked if former.get(name) != asked[name]]
         raise ValueError(f"out: {out} belongs to jobs with another --path ({'; '.join(other)})")
     return [float(weight) for weight in found["weights"]]
 

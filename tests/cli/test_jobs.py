@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 import word_models
 
-from actscale_fast._json import read_sealed
+from actscale_fast._json import read_sealed, write_sealed
 from actscale_fast.cli import main
 from actscale_fast.tasks.examples import Example, save_examples
 
@@ -43,12 +44,17 @@ def test_shares_of_a_path_are_gathered_and_their_fits_are_evaluated_by_their_fol
     assert main([*words, "--points", "1/2"]) == 0
     assert "2 fits of the share 1/2" in capsys.readouterr().out
     assert "2 of 4 points in" in refused(capsys, "sweep", "--gather", "--out", str(out))
-    assert "belongs to jobs with another --path (path 2, now 3" in refused(
+    assert "belongs to jobs with another --path (path 2, now 3)" in refused(
         capsys, *words, "--path", "3", "--points", "2/2"
+    )
+    assert "belongs to jobs with another --path (site head, now mlp_out)" in refused(
+        capsys, *words, "--site", "mlp_out", "--points", "2/2"
     )
     assert main([*words, "--points", "2/2"]) == 0
     assert main(["sweep", "--gather", "--out", str(out)]) == 0
     assert "4 fits" in capsys.readouterr().out
+    config = tomllib.loads((out / "config.toml").read_text())  # of the whole sweep, for --config
+    assert (config["path"], config.keys() & {"points", "gather"}) == (2, set())
     assert (out / "front.png").is_file()
     (first, *_) = json.loads((out / "sweep.json").read_text())
     record = read_sealed(out / first["folder"] / "fit.json")
@@ -65,8 +71,12 @@ def test_how_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str], model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["fit", "--model", model, "--data", data, "--steps", "1", "--layers", "1"]
-    assert main([*words, "--attn", "eager", "--device-map", "cpu", "--out", str(tmp_path / "eager")]) == 0
-    assert read_sealed(tmp_path / "eager" / "fit.json")["attn"] == "eager"
+    out = tmp_path / "eager"
+    assert main([*words, "--attn", "eager", "--device-map", "cpu", "--out", str(out)]) == 0
+    record = read_sealed(out / "fit.json")
+    assert record["attn"] == "eager"
+    write_sealed(out / "fit.json", record | {"quantize": "torchao-int8"})
+    assert main(["evaluate", str(out), "--data", data, "--quantize", "none"]) == 0
     assert "--device-map divides the model" in refused(
         capsys, *words, "--device-map", "auto", "--device", "cpu", "--out", str(tmp_path / "two")
     )

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from fit_cases import conflicts
 from sweep_cases import run_sweep
 
 import actscale_fast as af
+from actscale_fast._json import write_sealed
 from actscale_fast._locks import locked, try_lock
 from actscale_fast.learning.distributed import _is_worker_of_ray, process_group
 from actscale_fast.learning.fit_state import FitState
@@ -134,6 +136,30 @@ def test_parts_of_a_grid_that_are_fitted_one_after_another_share_an_index(tmp_pa
     assert [(fit.label, len(fit.history)) for fit in af.load_sweep(tmp_path).fits] == [("seed=1", 6), ("seed=0", 6)]
     with pytest.raises(ValueError, match=r"belong to 2 grids; .* differ in steps 1 and 6"):
         af.gather_sweep(tmp_path)
+
+
+def test_fits_that_cannot_be_compared_are_not_gathered(tmp_path: Path) -> None:
+    for seed, held_out in ((0, 9), (1, 8)):
+        run_sweep({"seed": [seed]}, folder=tmp_path, evaluate_on=conflicts(3, seed=held_out))
+    with pytest.raises(ValueError, match=r"seed=0-.* and seed=1-.* were evaluated on different examples"):
+        af.gather_sweep(tmp_path)
+    (place,) = tmp_path.glob("seed=1-*")
+    (place / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match=r"1 of 2 points .*: seed=1 \(.*\), which is not evaluated yet"):
+        af.gather_sweep(tmp_path)
+    summary = json.loads((place / "summary.json").read_text())
+    write_sealed(place / "summary.json", {name: summary[name] for name in summary if name != "family"})
+    with pytest.raises(ValueError, match=r"seed=1-.* was fitted by an earlier version, which did not record"):
+        af.gather_sweep(tmp_path)
+
+
+def test_a_job_that_starts_from_other_values_is_refused(tmp_path: Path) -> None:
+    scalars = af.ActivScalar.for_model(tiny.llama())
+    run_sweep({"seed": [0, 1]}, folder=tmp_path, points="1/2", intervention=scalars)
+    with torch.no_grad():
+        scalars.alpha.fill_(0.1)
+    with pytest.raises(ValueError, match=r"the jobs of .* fit seed=0 in .*; give all jobs the same starting values"):
+        run_sweep({"seed": [0, 1]}, folder=tmp_path, points="2/2", intervention=scalars)
 
 
 def test_a_failed_fit_is_gathered_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,8 @@ class StepRunner:
             runs = {True: CudaGraphs, "auto": ProbedGraphs}[capture] if capture else None
             self.compute = (runs(self.forward_backward) if runs else self.forward_backward).compute
             output = cache.fill(sorted({objective.loss_options.kl for objective in self.objectives}))
-            if self.rows_differ and not self.store.holds_all and not self.region.is_whole:
+            lacks_rows = self.rows_differ and not self.store.holds_all and not self.region.is_whole
+            if self.together.any(lacks_rows):
                 raise ValueError(
                     "cache_bytes and spill_bytes do not hold what is constant for all prompts, and processes that hold "
                     "a model together cannot compute it again on their own"

@@ -122,7 +122,7 @@ def gather_sweep(folder: str | os.PathLike[str]) -> SweepResult:
     """Check that the jobs of a sweep have finished every point, write the index of all of them, and read it.
 
     Neither the model nor the examples are needed. Without `points.json`, which `sweep(points=…)` writes, all finished
-    fits in the folder are taken, which must then differ in nothing but the grid.
+    fits in the folder are taken, which must then differ in nothing but the grid, and be evaluated on the same examples.
 
     Args:
         folder: the folder of a sweep whose points several jobs have divided between them.
@@ -132,7 +132,7 @@ def gather_sweep(folder: str | os.PathLike[str]) -> SweepResult:
 
     Raises:
         FileNotFoundError: there is no such folder, or no fit in it.
-        ValueError: points are missing, or not evaluated, which are named; the fits have other settings; or a file was
+        ValueError: points are missing, or not evaluated, which are named; the fits cannot be compared; or a file was
             changed since it was written.
 
     Example:
@@ -164,6 +164,11 @@ def _without_plan(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
         families.setdefault(found[1], []).append(found[0])
     if not families:
         raise FileNotFoundError(f"folder: there is no finished fit in {root}")
+    if "" in families:
+        raise ValueError(
+            f"folder: {root / families[''][0]['folder']} was fitted by an earlier version, which did not record what "
+            f"the fits of a grid have in common; run the sweep again: it keeps them, and writes {INDEX}"
+        )
     if len(families) > 1:
         (first, *_), (other, *_) = sorted(families.values(), key=len)[:2]
         differ = [
@@ -176,13 +181,28 @@ def _without_plan(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
             f"differ in {'; '.join(differ) or 'the model, the examples, the places or the names of their grids'}"
         )
     ((entries,),) = (families.values(),)
-    made = []
+    return _evaluated_alike(root, entries)
+
+
+def _evaluated_alike(root: Path, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """(the fits with their evaluations, those without one in words); none may have been evaluated on other examples."""
+    made: list[dict[str, Any]] = []
+    without: list[str] = []
+    first: dict[str | None, tuple[str, str]] = {}  # (digest of the examples, folder) by task
     for fit in entries:
         try:
-            made.append(fit | {"evaluation": stored_evaluation(root / fit["folder"])[1].to_dict()})
+            examples, evaluation = stored_evaluation(root / fit["folder"])
         except FileNotFoundError:
             made.append(fit)
-    return made, []
+            without.append(f"{fit['label']} ({fit['folder']}), which is not evaluated yet")
+            continue
+        known, other = first.setdefault(fit["task"], (examples, fit["folder"]))
+        if known != examples:
+            raise ValueError(f"folder: in {root}, {other} and {fit['folder']} were evaluated on different examples")
+        made.append(fit | {"evaluation": evaluation.to_dict()})
+    if not first:
+        return made, []
+    return [fit for fit in made if fit["evaluation"] is not None], without
 
 
 def clear(root: Path) -> None:

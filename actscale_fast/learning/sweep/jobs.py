@@ -117,6 +117,29 @@ def take_weights(plan: dict[str, Any], made: Sequence[Point]) -> None:
         point.known_weight = known.get(_key(told))
 
 
+def check_folders(root: Path, plan: dict[str, Any], wanted: dict[str, Any], made: Sequence[Point]) -> None:
+    """Refuse a job whose fits would not be those of the others, because they start from other values.
+
+    Args:
+        root, plan: the folder of the sweep, and its `points.json`.
+        wanted: what `asked` returned for these points.
+        made: the points, whose folders are known now.
+
+    Raises:
+        ValueError: a point has another folder than it has for the other jobs.
+    """
+    known = {_key(point): point for point in plan["points"]}
+    for told, point in zip(wanted["points"], made, strict=True):
+        other = known.get(_key(told))
+        if other is None or other.get("minimality") is None or point.error is not None:
+            continue
+        if other["folder"] != point.folder:
+            raise ValueError(
+                f"folder: the jobs of {root} fit {point.label} in {other['folder']}, but this job would in "
+                f"{point.folder}; give all jobs the same starting values, or name another folder"
+            )
+
+
 def write_plan(root: Path, wanted: dict[str, Any], made: Sequence[Point], held_out: dict[str | None, str]) -> None:
     """Write `points.json`.
 

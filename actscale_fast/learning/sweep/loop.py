@@ -276,7 +276,10 @@ class SweepLoop:
             # It may have been finished by a process that has let go of it since.
             return (None, False) if slot.lock is None else (finished(root, point), True)
 
-        return self.processes.model.from_leader(claim)
+        found, is_free = self.processes.model.from_leader(claim)
+        if found is not None:  # that of the first process is on its device
+            found.intervention.to(point.intervention.device)
+        return found, is_free
 
     def _next_point(self, slot: _Slot, waiting: deque[_Chain]) -> Point | None:
         """The next point of the slot's chain, or else of the next chain that is waiting."""

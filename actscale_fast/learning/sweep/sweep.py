@@ -39,6 +39,7 @@ from .grid import Grid, Point, chain_by_minimality, points as points_of
 from .jobs import (
     asked,
     by_text,
+    check_folders,
     check_same,
     family_of,
     is_newer,
@@ -192,9 +193,12 @@ def sweep(
             for point, family in zip(made, families, strict=True):
                 same = [point.identity[name] for name in ("examples", "tokens") if "task" not in point.chosen]
                 point.family = digest([family, point.identity.get("model"), execution.accumulate, *same])
-            if part is not None and root is not None and processes.is_rank_zero and is_newer(plan, wanted):
-                (root / INDEX).unlink(missing_ok=True)  # it would lack the new points
-                write_plan(root, wanted, made, expected)
+            if part is not None and root is not None:
+                if plan is not None:
+                    check_folders(root, plan, wanted, made)
+                if processes.is_rank_zero and is_newer(plan, wanted):
+                    (root / INDEX).unlink(missing_ok=True)  # it would lack the new points
+                    write_plan(root, wanted, made, expected)
         processes.refuse_different((points, [point.folder for point in made]), "points")
         if root is not None and processes.is_rank_zero:
             _say_if_none_is_kept(root, made)
