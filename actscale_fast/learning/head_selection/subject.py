@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...architectures.layout import layout
+from ...architectures.sharding import is_sharded
 from ...frozen.batching import forward_arguments
 from ...frozen.encoder import TextEncoder
 from ...frozen.shortcuts import open_frozen_model
@@ -91,6 +92,14 @@ class Subject:
         encoder = TextEncoder(layout(self.model, self.scalars.paths), self.tokenizer)
         later = (len(encoder.prompt(prompt_of(example), str(example.where))) for example in self.later)
         return max(*map(len, self.data.prompts), *later, 0)
+
+    def require_whole_weights(self, method: str) -> None:
+        """Raise a ValueError if the model's weights, which the method reads, are sharded over processes."""
+        if is_sharded(self.model):
+            raise ValueError(
+                f"method: {method!r} reads weights, which are sharded over processes; choose the heads on a whole "
+                "model, or by another method"
+            )
 
     def require_equal_heads(self, method: str) -> None:
         """Raise a ValueError unless all layers have heads of one number and width, as stored activations need."""
