@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,20 @@ def attributed(model: Any) -> Any:
         model, tiny.tokenizer(), conflicts(3), objective=OBJECTIVE, knock_out=False, site="mlp_out", **options
     )
     return found.scores, found.knock_out, found.logit_difference, ends.scores, loss.scores
+
+
+def heads_chosen(model: Any) -> Any:
+    examples = [replace(example, source=" ".join(reversed(example.prompt.split()))) for example in conflicts(6)]
+    own = {"juice": {"positive": [1.0], "negative": [-1.0], "n_scored": 2}, "gates": {"steps": 2}}
+    names = ["sadi", "juice", "gates", "interchange", "attribution-refit"]
+    options = own | {"interchange": {"steps": 2}, "attribution-refit": {"steps": 2}}
+    found = af.compare_heads(
+        model, tiny.tokenizer(), examples, examples[:3], names, [2], strengths=[1.0], options=options, progress=False
+    )
+    scores = found.results[0].selection.scores
+    metrics = af.circuit_metrics(model, tiny.tokenizer(), examples, scores, ablation="interchange")
+    rows = [(one.selection.scores, one.selection.values, one.evaluation.to_dict()) for one in found.results]
+    return rows, list(metrics.faithfulness)
 
 
 def fitted(
@@ -262,7 +277,8 @@ def identified(model: Any) -> Any:
 CLAIMS: dict[str, Claim] = {
     "patch": patched, "gradients": of_parameters, "generate": generated, "head_mask": masked, "evaluate": evaluated,
     "attribution": attributed, "fit": all_fits, "sweep": swept, "resume": resumed, "extraction": read,
-    "interchange": exchanged, "merge": merged, "get_actscale_model": adapted, "identity": identified,
+    "heads": heads_chosen, "interchange": exchanged, "merge": merged, "get_actscale_model": adapted,
+    "identity": identified,
 }  # fmt: skip
 #: What runs on families beside Llama.
 SHORT: dict[str, Claim] = {"patch": patched, "generate": generated, "fit": one_fit, "merge": merged}
@@ -279,6 +295,10 @@ def shared_work(model: Any, folder: Path, rank: int) -> dict[str, Any]:
         lambda: af.evaluate(model, tiny.tokenizer(), conflicts(3 + rank), af.ActivScalar.for_model(model))
     )
     found["graphs"] = _or_error(lambda: fitted(model, capture=True))
+    for method in ("sami", "head-pursuit"):
+        found[method] = _or_error(
+            lambda method=method: af.select_heads(model, tiny.tokenizer(), conflicts(4), method, 1, progress=False)
+        )
     path = folder / "begun by one" / "fit.safetensors"
     if rank == 0:
         with interrupted_at(2):

@@ -109,6 +109,10 @@ def test_a_selection_is_judged_and_written_in_the_tracks_format(model: Any, tmp_
         f"a{i}.h{j}" for i in (0, 2) for j in range(4)
     }
     assert found["nodes"]["a2.h1"]["score"] == float(selection.scores[1, 1])
+    for layers, message in (([0, 3], "layers: got 3, expected -3 to 2"), ([0, -3], "layers")):  # the same layer twice
+        with pytest.raises(ValueError, match=message):
+            af.save_mib_scores(tmp_path / "none.json", model, selection.scores, layers=layers)
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_what_cannot_be_judged_is_refused(model: Any) -> None:

@@ -346,6 +346,26 @@ def test_a_second_run_may_be_for_longer_prompts(model: Any) -> None:
         selection(model).intervention(longest=65)
 
 
+def test_a_second_run_has_positions_for_the_prompts_that_only_choose_the_strength_or_judge() -> None:
+    wide, tokenizer = tiny.llama(context=128), tiny.tokenizer()
+    longer, longest = ([af.Example("Q " * n + "The answer", " Paris", " Rome")] for n in (64, 70))
+    own = {"positive": [1.0], "negative": [-1.0], "n_scored": 1}
+    common: dict[str, Any] = {"strengths": [1.0], "progress": False, "validation": longer}
+    found = af.select_heads(wide, tokenizer, SHORT, "juice", 1, **common, **own)
+    assert found.validation
+    assert found.location.n_slots == 66
+    result = af.compare_heads(wide, tokenizer, SHORT, longest, ["juice"], [1], options={"juice": own}, **common)
+    assert result.results[0].selection.location.n_slots == 72
+
+
+def test_fewer_heads_with_a_value_than_were_asked_for_are_a_warning(model: Any) -> None:
+    found = selection(model)
+    values = torch.zeros_like(found.values)
+    values[0, 0] = 1.0
+    with pytest.warns(UserWarning, match="k: got 2, but the method 'random' gives a value other than 0 to 1 of the"):
+        assert replace(found, values=values).at(2).k == 1
+
+
 def test_heads_without_a_value_are_never_chosen() -> None:
     scores, values = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0.0, 1.0, -1.0]])
     assert top(scores, values, 1).tolist() == [[False, True, False]]

@@ -52,6 +52,12 @@ def test_calls_that_differ_between_the_processes_are_an_error_in_each(results: A
         assert "capture: got a model that is sharded over processes" in shared["graphs"]
 
 
+def test_methods_that_read_weights_are_refused(results: Any) -> None:
+    for found in results[0]:
+        for method in ("sami", "head-pursuit"):
+            assert f"method: '{method}' reads weights, which are sharded" in found["shared work"][method]
+
+
 def test_one_process_writes_the_folder_of_a_sweep(results: Any) -> None:
     first, second = (found["shared work"]["files"] for found in results[0])
     assert first == second

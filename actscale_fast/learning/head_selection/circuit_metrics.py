@@ -160,12 +160,15 @@ def save_mib_scores(
         model: the model that was scored.
         scores, layers: as in `circuit_metrics`.
         parallel: whether attention and MLP of a layer read the same input, as in GPT-NeoX.
+
+    Raises:
+        TypeError, ValueError: layers that the model does not have or that have no heads, or scores of another shape.
     """
     found = layout(model)
     if isinstance(scores, HeadSelection):
         layers = scores.location.layers if layers is None else layers
         scores = scores.scores
-    numbers = list(found.layers_of("head")) if layers is None else [layer % found.n_layers for layer in layers]
+    numbers = found.location("head", layers).layers
     scores = checked_scores(scores, (len(numbers), found.n_heads))
     index_of = {layer: index for index, layer in enumerate(numbers)}
     nodes: dict[str, dict[str, Any]] = {"input": {"in_graph": True}}

@@ -149,8 +149,9 @@ def compare_heads(
     if not held_back:
         raise ValueError("validation: got 0, expected a share of the examples, or examples, to choose strengths on")
     subject = Subject(
-        model, tokenizer, scored_on, None if layers is None else tuple(layers), batch_size, seed, progress
-    )
+        model, tokenizer, scored_on, None if layers is None else tuple(layers), batch_size, seed, progress,
+        later=[*held_back, *tested],
+    )  # fmt: skip
     check_k(subject, max(counts))
     known: dict[Any, tuple[Scored, float]] = {}
     chosen: list[HeadSelection] = []

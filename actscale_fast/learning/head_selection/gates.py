@@ -10,9 +10,10 @@ interferes with it, and what follows either pressure is irrelevant.
 The loss is −log p(correct). The contrastive variant retains one task and makes the model forget another: its loss is
 −log p(correct) + log p(wrong).
 
-Our reading: the forgotten task of the contrastive variant is that of the wrong answers on the same prompts. For a
-choice of heads, a head's score is the larger one of facilitating and interfering; α = 1 amplifies the former, −1
-suppresses the latter.
+Our reading: the pressure is the mean over the heads, so that one λ serves models of any size, where the paper's formula
+has a sum; the forgotten task of the contrastive variant is that of the wrong answers on the same prompts. For a choice
+of heads, a head's score is the larger one of facilitating and interfering; α = 1 amplifies the former, −1 suppresses
+the latter.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ def by_pursuit(subject: Subject, *, concept: Sequence[str] | None = None, n_atom
         ValueError: the model's output head is not a known matrix.
     """
     subject.require_equal_heads("head-pursuit")
+    subject.require_whole_weights("head-pursuit")
     check_counts(n_atoms=n_atoms)
     with AnswerPasses(subject, subject.scalars) as passes:
         head = passes.head

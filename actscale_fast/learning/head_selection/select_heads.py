@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from ...tasks.loading import ExampleSource, examples_from
 from ..arguments import refuse_inference_mode
 from .fitting import refitted
 from .methods import SHARES, Method, checked_method
-from .selection import HeadSelection, top
+from .selection import HeadSelection, top, warn_of_fewer
 from .strength import Direction, check_choice
 from .subject import Scored, Subject
 
@@ -117,8 +116,9 @@ def select_heads(
         raise ValueError("validation: got 0, but several strengths are to be compared; give a share, or one strength")
     begun = time.perf_counter()
     subject = Subject(
-        model, tokenizer, scored_on, None if layers is None else tuple(layers), batch_size, seed, progress
-    )
+        model, tokenizer, scored_on, None if layers is None else tuple(layers), batch_size, seed, progress,
+        later=held_back,
+    )  # fmt: skip
     check_k(subject, k)
     scored = score(subject, found, k, options)
     made = selected(subject, method, found, scored, k, options)
@@ -141,6 +141,8 @@ def check_k(subject: Subject, k: int) -> None:
 
 def score(subject: Subject, method: Method, k: int, options: dict[str, Any]) -> Scored:
     """The scores of all heads; heads that do not exist have the score 0 and no value."""
+    if method.kind == "run-twice":
+        subject.require_equal_heads("juice")
     own = {name: value for name, value in options.items() if name in method.score_options} | dict(method.fixed)
     found = method.score(subject, k, **own) if method.by_number else method.score(subject, **own)
     if not bool(found.scores.isfinite().all()):
@@ -156,11 +158,7 @@ def selected(
 ) -> HeadSelection:
     """The k best heads, with their values fitted where the method does so."""
     chosen, values = top(scored.scores, scored.directions, k), scored.directions
-    if int(chosen.sum()) < k:
-        warnings.warn(
-            f"k: got {k}, but the method {name!r} gives only {int(chosen.sum())} heads a value that is not 0",
-            stacklevel=3,
-        )
+    warn_of_fewer(name, chosen, k)
     if not bool(chosen.any()):
         raise ValueError(f"method: {name!r} gives no head a value that is not 0")
     if method.refits:
@@ -177,8 +175,7 @@ def _location(subject: Subject, method: Method, scored: Scored) -> Location:
     found = layout(subject.model, subject.scalars.paths)
     positions: tuple[int, ...] | None = method.positions
     if method.kind == "run-twice":
-        subject.require_equal_heads("juice")
-        longest = max(_LONGEST, *map(len, subject.data.prompts))
+        longest = max(_LONGEST, subject.longest_prompt())
         positions = tuple(range(-longest, 0))
     if "positions" in scored.details:
         positions = tuple(scored.details["positions"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -58,7 +59,7 @@ class HeadSelection(Readable):
     n_examples: int = 0  #: number of examples that the heads were scored on
     #: One record per strength that was tried on validation examples; see `strength.strengths_measured`.
     validation: list[dict[str, float]] = field(default_factory=list, repr=False)
-    seconds: float = 0.0  #: duration of scoring and fitting
+    seconds: float = 0.0  #: duration of scoring and fitting; by `compare_heads` also of the choice of the strength
     details: dict[str, Any] = field(default_factory=dict, repr=False)  #: further findings of the method, by name
 
     @property
@@ -84,8 +85,8 @@ class HeadSelection(Readable):
 
         Args:
             strength: what α is multiplied by; None: the selection's own.
-            longest: for a RunTwice, the most tokens of a prompt; None: those of the longest prompt that heads were
-                scored on, and 64 at least.
+            longest: for a RunTwice, the most tokens of a prompt; None: those of the longest prompt that
+                `select_heads` or `compare_heads` was given, and 64 at least.
 
         Returns:
             An ActivScalar; for the method "juice" a RunTwice, and for "interchange" a HeadInterchange, which read
@@ -112,12 +113,16 @@ class HeadSelection(Readable):
 
         Raises:
             ValueError: the method learns its values for one number of heads, or there are fewer heads.
+
+        Warns:
+            UserWarning: fewer heads have a value that is not 0.
         """
         if METHODS[self.method].is_fitted:
             raise ValueError(
                 f"k: the method {self.method!r} fits its values for one number of heads; call select_heads with k={k}"
             )
         chosen = top(self.scores, self.values, k)
+        warn_of_fewer(self.method, chosen, k)
         return replace(self, chosen=chosen, validation=[])
 
     def choose_strength(
@@ -168,7 +173,7 @@ class HeadSelection(Readable):
         return f"{self.k} of {self.scores.numel()} heads by {self.method}: {what} ({self.n_examples} prompts)"
 
     def _notes(self) -> list[str]:
-        notes = [f"{self.k - 10} more heads"] if self.k > 10 else []
+        notes = [f"and {self.k - 10} more"] if self.k > 10 else []
         note = f"strength {self.strength:g}"
         measured = [record for record in self.validation if record["strength"] == self.strength]
         if measured:
@@ -237,6 +242,15 @@ class HeadSelection(Readable):
         except ValueError as error:
             text = str(error)
             raise ValueError(text if str(path) in text else f"{path}: {text}") from None
+
+
+def warn_of_fewer(method: str, chosen: Tensor, k: int) -> None:
+    """Warn the caller's caller if fewer than k heads are chosen."""
+    if (n_chosen := int(chosen.sum())) < k:
+        warnings.warn(
+            f"k: got {k}, but the method {method!r} gives a value other than 0 to {n_chosen} of the heads only",
+            stacklevel=3,
+        )
 
 
 def top(scores: Tensor, values: Tensor, k: int) -> Tensor:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ...architectures.layout import layout
+from ...architectures.sharding import is_sharded
 from ...frozen.batching import forward_arguments
+from ...frozen.encoder import TextEncoder
 from ...frozen.shortcuts import open_frozen_model
 from ...interventions import ActivScalar, Intervention
 from ...modules.evaluation_mode import evaluation_mode
 from ...patching.patch import Patch
-from ...tasks.examples import Example
+from ...tasks.examples import Example, prompt_of
 from ..answer_batch import answer_batch
 from ..answer_scores import answer_log_probabilities
 from ..encoded_examples import EncodedExamples
@@ -48,6 +50,7 @@ class Subject:
         batch_size: the largest number of prompts in one pass.
         seed: seed of whatever a method draws.
         progress: show progress bars.
+        later: examples that the intervention will also run on; a RunTwice has positions for their prompts too.
 
     Raises:
         TypeError, ValueError: bad examples, or layers that the model does not have.
@@ -61,6 +64,7 @@ class Subject:
     seed: int = 0
     progress: bool = False
     cache_bytes: int = CACHE_BYTES
+    later: Sequence[Example] = ()
     data: EncodedExamples = field(init=False)
     #: One scalar per head, all 0: where the heads are.
     scalars: ActivScalar = field(init=False)
@@ -82,6 +86,20 @@ class Subject:
         location, (n_layers, n_heads) = self.scalars.location, self.shape
         own = torch.tensor([location.heads_of(index) for index in range(n_layers)], device="cpu")
         return torch.arange(n_heads, device="cpu") < own[:, None]
+
+    def longest_prompt(self) -> int:
+        """The most tokens that a prompt of the examples, or of the later ones, has."""
+        encoder = TextEncoder(layout(self.model, self.scalars.paths), self.tokenizer)
+        later = (len(encoder.prompt(prompt_of(example), str(example.where))) for example in self.later)
+        return max(*map(len, self.data.prompts), *later, 0)
+
+    def require_whole_weights(self, method: str) -> None:
+        """Raise a ValueError if the model's weights, which the method reads, are sharded over processes."""
+        if is_sharded(self.model):
+            raise ValueError(
+                f"method: {method!r} reads weights, which are sharded over processes; choose the heads on a whole "
+                "model, or by another method"
+            )
 
     def require_equal_heads(self, method: str) -> None:
         """Raise a ValueError unless all layers have heads of one number and width, as stored activations need."""
