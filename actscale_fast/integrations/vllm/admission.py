@@ -54,8 +54,9 @@ class Admission:
         length = _prompt_length(request)
         try:
             found = [self.registry.get(name).intervention for name in options.names]
-        except OSError as error:
-            raise ValueError(f"{NAME}: {error}") from error
+        except (OSError, ValueError) as error:
+            message = self.registry.public(error)
+            raise ValueError(message if message.startswith(NAME) else f"{NAME}: {message}") from error
         plan = resolve(options, found, length, self.served)
         kept = {key: value for key, value in params.extra_args.items() if not mentions({key: value})}
         if plan is None:  # of strength 0, say: the same as a request without an intervention
