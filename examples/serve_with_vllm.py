@@ -73,7 +73,8 @@ def serving(model: Path, interventions: Path, port: int) -> Iterator[str]:
             raise RuntimeError(f"the server did not start in five minutes; see {log}")
         yield url
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=60)
 
 

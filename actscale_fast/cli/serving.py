@@ -62,9 +62,8 @@ def _add(options: argparse.Namespace) -> int:
         try:
             _asked(options.url, name)
         except (ValueError, OSError):
-            if (
-                not there
-            ):  # what was replaced cannot be restored: the server refuses the name until it is replaced again
+            # What was replaced cannot be restored: the server refuses the name until it is replaced again.
+            if not there:
                 remove_named(root, name)
             raise
     say(f"{'replaced' if there else 'added'} {name!r} in {root}")

@@ -23,6 +23,7 @@ from actscale_fast.integrations.vllm.served_model import KEY, ServedModel
 from actscale_fast.integrations.vllm.settings import SERVED_KINDS, Settings
 from actscale_fast.integrations.vllm.worker_table import Span, WorkerTable
 from actscale_fast.interventions import Intervention
+from actscale_fast.interventions.named import remove_named
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,8 @@ def test_options_are_read() -> None:
         ({"actscale": "a", "actscale_strength": True}, "expected a number"),
         ({"actscale": "a", "actscale_strength": float("nan")}, "expected a finite number"),
         ({"actscale": "a", "actscale_strength": float("inf")}, "expected a finite number"),
-        ({"actscale": "a", "actscale_strength": 10**40}, "expected a finite number"),
+        ({"actscale": "a", "actscale_strength": 10**40}, r"expected a finite number, 1e\+30 at most"),
+        ({"actscale": "a", "actscale_strength": -(10**400)}, "expected a finite number"),
         ({"actscale": "a+b", "actscale_strength": [1.0]}, "1 numbers for 2 names"),
         ({"actscale": "a", "actscale_where": "promt"}, "did you mean 'prompt'"),
         ({"actscale": "a", "actscale_where": []}, "a list of prompt positions"),
@@ -341,6 +343,29 @@ def test_admission_attaches_a_plan_and_a_salt(model: Any, served: ServedModel, t
     assert gate.n_steered == 1
     with pytest.raises(ValueError, match="in pieces"):
         gate.admit(request({"actscale": "a"}), resumable=True)
+
+
+def test_the_reason_of_a_refusal_does_not_tell_where_the_folder_is(
+    model: Any, served: ServedModel, tmp_path: Path
+) -> None:
+    gate = admission.Admission(Registry(tmp_path, served), served)
+    random(llama(layers=2)).save_pretrained(tmp_path / "foreign")
+    random(model).save_pretrained(tmp_path / "damaged")
+    (tmp_path / "damaged" / "intervention.json").write_text("{")
+    for name, reason in (("foreign", "made for another model"), ("damaged", "damaged/intervention.json: ")):
+        with pytest.raises(ValueError, match=f"^actscale: {name}.*") as refused:
+            gate.admit(request({"actscale": name}))
+        assert reason in str(refused.value)
+        assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_removed_intervention_is_not_kept_in_memory(model: Any, served: ServedModel, tmp_path: Path) -> None:
+    registry = Registry(tmp_path, served)
+    for name in "abc":
+        random(model).save_pretrained(tmp_path / name)
+        registry.get(name)
+        remove_named(tmp_path, name)
+    assert list(registry._entries) == ["c"]
 
 
 def test_the_configuration_carries_what_is_served(served: ServedModel) -> None:

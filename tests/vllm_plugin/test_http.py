@@ -202,6 +202,34 @@ def test_a_beam_search_is_refused(client: openai.OpenAI) -> None:
     assert "beam search" in refused.value.message
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_options_outside_of_the_extra_arguments_are_refused(client: openai.OpenAI, stream: bool) -> None:
+    extra = {"actscale": "capitals", "actscale_strength": 1}
+    with pytest.raises(openai.BadRequestError, match=r"actscale, actscale_strength as a field .*inside vllm_xargs"):
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, stream=stream, extra_body=extra)
+    talk = [{"role": "user", "content": "w1"}]
+    with pytest.raises(openai.BadRequestError, match="inside vllm_xargs"):
+        client.chat.completions.create(model="tiny", messages=talk, max_tokens=2, stream=stream, extra_body=extra)
+
+
+def test_a_route_that_drops_the_extra_arguments_refuses_them(client: openai.OpenAI) -> None:
+    body = {"model": "tiny", "query": "w1", "items": ["w2"], "label_token_ids": [1, 2]}
+    address = str(client.base_url).replace("/v1/", "/generative_scoring")
+    client.post(address, body=body, cast_to=object)
+    with pytest.raises(openai.BadRequestError, match="generative scoring cannot be steered"):
+        client.post(address, body={**body, "vllm_xargs": {"actscale": "capitals"}}, cast_to=object)
+
+
+def test_a_batch_of_chats_is_steered(client: openai.OpenAI) -> None:
+    talk = [{"role": "user", "content": " ".join(f"w{token}" for token in PROMPT)}]
+    options = {"actscale": "capitals", "actscale_strength": -0.7}
+    body = {"model": "tiny", "messages": [talk, talk], "max_tokens": 8, "temperature": 0, "vllm_xargs": options}
+    found = client.post("/chat/completions/batch", body=body, cast_to=object)
+    right = complete(client, PROMPT, options).choices[0].text
+    assert right != complete(client, PROMPT, {}).choices[0].text
+    assert [choice["message"]["content"] for choice in found["choices"]] == [right, right]
+
+
 def test_interventions_change_while_the_server_runs(
     client: openai.OpenAI, root: Path, model: TinyLlama, tmp_path: Path
 ) -> None:
@@ -236,7 +264,7 @@ def test_a_running_request_keeps_what_it_began_with(client: openai.OpenAI, root:
     )
     first = next(iter(stream))
     add_named(root, "brief", scalars(model, 22), replace=True)
-    assert answer(complete(client, PROMPT, options))[1] != first.choices[0].logprobs.token_logprobs
+    assert answer(complete(client, PROMPT, options))[1][:1] != first.choices[0].logprobs.token_logprobs
     remove_named(root, "brief")
     parts = [first, *stream]
     tokens = [token for part in parts for token in part.choices[0].token_ids or []]

@@ -18,6 +18,7 @@ from actscale_fast.integrations.vllm import (
     admission,
     compatibility,
     configuration,
+    dropped_arguments,
     plugin,
     request_check,
     settings,
@@ -153,7 +154,10 @@ def test_an_unknown_version_or_build_of_vllm_is_refused(monkeypatch: pytest.Monk
     for version in ("0.31.2", "0.33.0", "1.0"):
         with pytest.raises(ImportError, match=f"got vLLM {version}"):
             compatibility.require_version(version)
-    known = (*compatibility.ADMISSION, *compatibility.ATTENTION, *compatibility.RUNNER_V1, *compatibility.RUNNER_V2)
+    known = (
+        *compatibility.ADMISSION, *compatibility.HTTP, *compatibility.ATTENTION,
+        *compatibility.RUNNER_V1, *compatibility.RUNNER_V2,
+    )  # fmt: skip
     compatibility.require_signatures(known)
     for one in known:
         changed = one._replace(parameters=(*one.parameters[:-1], "renamed"))
@@ -163,16 +167,29 @@ def test_an_unknown_version_or_build_of_vllm_is_refused(monkeypatch: pytest.Monk
         compatibility.require_signatures((compatibility.RUNNER_V1[0]._replace(name="GPUModelRunner.gone"),))
 
 
-def test_a_beam_search_with_an_intervention_is_refused(tiny: TinyLlama, folder: Path) -> None:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+def test_requests_whose_options_vllm_would_drop_are_refused() -> None:
+    from vllm.entrypoints.generate.generative_scoring.serving import GenerativeScoringRequest
+    from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
 
-    admission.refuse_beam_search()
-    xargs = {"actscale": "a"}
+    why, xargs, messages = dropped_arguments.why_dropped, {"actscale": "a"}, [{"role": "user", "content": "x"}]
+    scoring = {"query": "x", "items": ["y"], "label_token_ids": [1, 2]}
     for request in (
         CompletionRequest(prompt=[1], use_beam_search=True, vllm_xargs=xargs),
-        ChatCompletionRequest(messages=[{"role": "user", "content": "x"}], use_beam_search=True, vllm_xargs=xargs),
+        ChatCompletionRequest(messages=messages, use_beam_search=True, vllm_xargs=xargs),
+        TranscriptionRequest.model_construct(use_beam_search=True, vllm_xargs=xargs),
     ):
-        with pytest.raises(ValueError, match="a beam search cannot be steered"):
-            request.to_beam_search_params(4, {})
-    CompletionRequest(prompt=[1], use_beam_search=True).to_beam_search_params(4, {})
+        assert "a beam search cannot be steered" in (why("", request) or "")
+    assert "expected it inside vllm_xargs" in (why("", CompletionRequest(prompt=[1], actscale="a")) or "")
+    refused = GenerativeScoringRequest(**scoring, vllm_xargs=xargs)
+    assert "generative scoring cannot be steered" in (why("ServingGenerativeScoring", refused) or "")
+    batch = BatchChatCompletionRequest(messages=[messages], vllm_xargs=xargs)
+    assert batch.to_chat_completion_request(messages).vllm_xargs == xargs
+    for name, request in (
+        ("", CompletionRequest(prompt=[1], use_beam_search=True)),
+        ("", CompletionRequest(prompt=[1], vllm_xargs=xargs)),
+        ("", batch),
+        ("ServingGenerativeScoring", GenerativeScoringRequest(**scoring)),
+    ):
+        assert why(name, request) is None

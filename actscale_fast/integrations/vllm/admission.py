@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from . import configuration
+from . import configuration, dropped_arguments
 from .plan import Plan
 from .registry import Registry
 from .request_options import NAME, PLAN, RequestOptions, mentions, parse
@@ -54,8 +54,9 @@ class Admission:
         length = _prompt_length(request)
         try:
             found = [self.registry.get(name).intervention for name in options.names]
-        except OSError as error:
-            raise ValueError(f"{NAME}: {error}") from error
+        except (OSError, ValueError) as error:
+            message = self.registry.public(error)
+            raise ValueError(message if message.startswith(NAME) else f"{NAME}: {message}") from error
         plan = resolve(options, found, length, self.served)
         kept = {key: value for key, value in params.extra_args.items() if not mentions({key: value})}
         if plan is None:  # of strength 0, say: the same as a request without an intervention
@@ -123,7 +124,7 @@ def install() -> None:
         vllm_config = create(self, *args, **kwargs)
         settings = Settings.from_environment()
         if settings is not None:
-            refuse_beam_search()
+            dropped_arguments.install()
             configuration.configure(vllm_config, settings)
         return vllm_config
 
@@ -156,27 +157,3 @@ def install() -> None:
     InputProcessor.__init__ = __init__
     InputProcessor.process_inputs = process_inputs
     EngineCore.preprocess_add_request = preprocess_add_request
-
-
-def refuse_beam_search() -> None:
-    """Let HTTP requests for a beam search be refused where they name an intervention, which vLLM would drop."""
-    import sys
-
-    for module, name in (
-        ("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest"),
-        ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
-    ):
-        found = getattr(sys.modules.get(module), name, None)
-        if found is None or hasattr(found.to_beam_search_params, "__wrapped__"):
-            continue
-        found.to_beam_search_params = _refusing(found.to_beam_search_params)
-
-
-def _refusing(convert: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(convert)
-    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if mentions(self.vllm_xargs):
-            raise ValueError(f"{NAME}: a beam search cannot be steered, since vLLM drops the request's extra arguments")
-        return convert(self, *args, **kwargs)
-
-    return to_beam_search_params

@@ -42,6 +42,9 @@ ADMISSION = (
     Wrapped("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", ("self",)),
 )  # fmt: skip
 
+#: In the processes that answer HTTP requests.
+HTTP = (Wrapped("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model", ("self", "request")),)
+
 #: In workers.
 ATTENTION = (
     Wrapped(

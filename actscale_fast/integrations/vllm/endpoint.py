@@ -48,7 +48,10 @@ async def all_interventions(request: Request) -> dict[str, Any]:
     """What requests can name now, with the number of requests that this API server process has steered by it."""
     engine = request.app.state.engine_client
     registry = _registry(engine)
-    rows, refused = await asyncio.to_thread(_rows, registry)
+    try:
+        rows, refused = await asyncio.to_thread(_rows, registry)
+    except (ValueError, OSError) as error:  # the folder itself cannot be read
+        raise HTTPException(500, registry.public(error)) from None
     workers = await engine.collective_rpc("actscale_status")
     return {"object": "list", "data": rows, "refused": refused, "workers": workers}
 
@@ -56,12 +59,12 @@ async def all_interventions(request: Request) -> dict[str, Any]:
 async def one_intervention(name: str, request: Request) -> dict[str, Any]:
     """One intervention, as it is on disk now."""
     registry = _registry(request.app.state.engine_client)
-    if name not in registry.names():
-        raise HTTPException(404, f"there is no intervention {name!r}")
     try:
+        if name not in registry.names():
+            raise HTTPException(404, f"there is no intervention {name!r}")
         return _row(await asyncio.to_thread(registry.get, name))
     except (ValueError, OSError) as error:
-        raise HTTPException(400, str(error)) from None
+        raise HTTPException(400, registry.public(error)) from None
 
 
 def _registry(engine: EngineClient) -> Registry:
@@ -78,7 +81,7 @@ def _rows(registry: Registry) -> tuple[list[dict[str, Any]], dict[str, str]]:
         try:
             rows.append(_row(registry.get(name)))
         except (ValueError, OSError) as error:
-            refused[name] = str(error)
+            refused[name] = registry.public(error)
     return rows, refused
 
 

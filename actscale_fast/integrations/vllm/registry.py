@@ -97,8 +97,17 @@ class Registry:
             stamp = _stamp(path)
             entry = self._entries.get(name)
             if entry is None or entry.stamp != stamp:
+                # What was removed from the folder is not kept in memory.
+                self._entries = {key: held for key, held in self._entries.items() if _is_saved(held.path)}
                 entry = self._entries[name] = self._read(name, path, stamp)
             return entry
+
+    def public(self, error: Exception) -> str:
+        """The message of an error for a client, without the path of the folder on the server."""
+        message = str(error)
+        for folder in (self.folder, self.folder.resolve()):
+            message = message.replace(f"{folder}/", "").replace(str(folder), "the folder of interventions")
+        return message
 
     def _folders(self, wanted: str | None = None) -> dict[str, Path]:
         if (self.folder / DESCRIPTION).is_file():
@@ -117,8 +126,10 @@ class Registry:
         if (self.folder / DESCRIPTION).is_file():
             return
         for path in self._subfolders():
-            if not is_name(path.name):
+            try:
                 checked_name(path.name)
+            except ValueError as error:
+                raise ValueError(f"{path}: its name cannot be used in a request ({error})") from None
 
     def _read(self, name: str, path: Path, stamp: tuple[int, int, int]) -> Entry:
         from ...interventions.description import read_description
@@ -127,8 +138,8 @@ class Registry:
             intervention = load_intervention(path).requires_grad_(False)
             entry = Entry(name, path, intervention, read_description(path).sha256, stamp)
             require_served(intervention, self.served)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} ({path}): {error}") from None
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         if self.served is not None:
             _warn_of_another_model(entry, self.served)
         return entry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ PLAN = "actscale_plan"
 OPTIONS = (NAME, STRENGTH, WHERE)
 #: No request names more interventions.
 MOST_NAMES = 64
+_STRONGEST = 1e30
 ROWS_HINT = "the server can be started with a larger ACTSCALE_ROWS_PER_REQUEST"
 
 
@@ -99,8 +99,8 @@ def _strengths(value: Any, n_names: int) -> tuple[float, ...]:
     for number in values:
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise ValueError(f"{STRENGTH}: got {shown(number)}, expected a number")
-        if not math.isfinite(number) or abs(number) > 1e30:
-            raise ValueError(f"{STRENGTH}: got {shown(number)}, expected a finite number")
+        if not abs(number) <= _STRONGEST:  # also where it is not a number, or an integer without a float
+            raise ValueError(f"{STRENGTH}: got {shown(number)}, expected a finite number, {_STRONGEST:g} at most")
     return tuple(float(number) for number in values)
 
 

@@ -1,8 +1,7 @@
 """Tells the table which tokens a forward pass of vLLM's V1 model runner holds.
 
 `GPUModelRunner._prepare_inputs` is private. After it, the runner's `input_batch` has the requests in the order of their
-tokens, with the number of tokens computed before; both are what vLLM computes positions from. It runs where vLLM guards
-its own staging buffers, so the table's copy is as safe as vLLM's.
+tokens, with the number of tokens computed before; both are what vLLM computes positions from.
 """
 
 from __future__ import annotations

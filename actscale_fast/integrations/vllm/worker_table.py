@@ -54,7 +54,6 @@ class WorkerTable:
         self.shift = zeros(layers, rows, 1, n_heads, width) if "SteerVec" in served.kinds else None
         self.probes = zeros(layers, rows, n_heads, width) if "DynScalar" in served.kinds else None
         self.index = torch.zeros(max_tokens, dtype=torch.int64, device=device)
-        self._staged = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=self.index.is_cuda)
         self._filled = 0  # tokens of the index that may not be 0
         self._row_of: dict[str, int] = {}  # in the order of their last use
         self._free = list(range(self.n_rows - 1, 0, -1))
@@ -83,8 +82,11 @@ class WorkerTable:
         if total > len(self.index):
             raise ValueError(f"spans: got {total} tokens, expected at most {len(self.index)}")
         filled = total if steered else 0
-        staged = self._staged.numpy()
-        staged[: max(filled, self._filled)] = 0
+        changed = max(filled, self._filled)
+        # New for each pass: the copy of the pass before may still wait behind its forward pass on the GPU. PyTorch does
+        # not hand pinned memory out again before the copies from it are done.
+        pinned = torch.zeros(changed, dtype=torch.int64, pin_memory=self.index.is_cuda)
+        staged = pinned.numpy()
         at = 0
         for span in spans:
             if span.plan is not None:
@@ -92,8 +94,7 @@ class WorkerTable:
                 assert NO_ROW == -1  # the last of these, the identity
                 staged[at : at + span.n_tokens] = of_plan[span.plan.row_numbers(span.start, span.n_tokens)]
             at += span.n_tokens
-        changed = max(filled, self._filled)
-        self.index[:changed].copy_(self._staged[:changed], non_blocking=True)
+        self.index[:changed].copy_(pinned, non_blocking=True)
         self._filled = filled
 
     def status(self) -> dict[str, Any]:

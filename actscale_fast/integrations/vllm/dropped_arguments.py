@@ -1,0 +1,53 @@
+"""HTTP requests whose `actscale…` keys vLLM would drop on the way are refused, not answered by the unsteered model.
+
+All routes that generate ask `BaseServing._check_model` first. What it returns is the answer, here HTTP 400.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from . import compatibility
+from .request_options import NAME, mentions
+
+#: The handlers that make sampling parameters of their own, from requests that have no field `vllm_xargs`.
+_WITHOUT_ARGUMENTS = {
+    "ServingGenerativeScoring": "generative scoring",
+    "ServingStructuredDecisions": "a structured decision",
+}
+
+
+def install() -> None:
+    """Wrap vLLM's check of a request's model, once per process."""
+    compatibility.require_signatures(compatibility.HTTP)
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    check = BaseServing._check_model
+    if hasattr(check, "__wrapped__"):
+        return
+
+    @functools.wraps(check)
+    async def _check_model(self: Any, request: Any) -> Any:
+        reason = why_dropped(type(self).__name__, request)
+        return await check(self, request) if reason is None else self.create_error_response(reason)
+
+    BaseServing._check_model = _check_model
+
+
+def why_dropped(handler: str, request: Any) -> str | None:
+    """Why vLLM would not hand a request's options on; None: it does, or there are none.
+
+    Args:
+        handler: the name of the class that answers the request.
+        request: the request, a pydantic model that keeps unknown fields.
+    """
+    unknown = getattr(request, "model_extra", None) or {}
+    if mentions(unknown):
+        found = ", ".join(sorted(key for key in unknown if mentions({key: None})))
+        return f"{NAME}: got {found} as a field of the request, expected it inside vllm_xargs"
+    arguments = getattr(request, "vllm_xargs", None)
+    if not isinstance(arguments, dict) or not mentions(arguments):
+        return None
+    way = "a beam search" if getattr(request, "use_beam_search", False) else _WITHOUT_ARGUMENTS.get(handler)
+    return way and f"{NAME}: {way} cannot be steered, since vLLM drops the request's extra arguments"
