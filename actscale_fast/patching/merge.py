@@ -70,7 +70,7 @@ def merge(model: nn.Module, intervention: Intervention, strength: float | Tensor
     try:
         with torch.no_grad():
             for parameter, value in updates.values():
-                local(parameter).copy_(value)
+                _overwrite(parameter, value)
     except BaseException:
         _restore(found.model, originals)
         raise
@@ -109,7 +109,12 @@ def unmerge(model: nn.Module) -> None:
 def _restore(model: nn.Module, originals: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in originals.items():
-            local(model.get_parameter(name)).copy_(value)
+            _overwrite(model.get_parameter(name), value)
+
+
+def _overwrite(parameter: Tensor, value: Tensor) -> None:
+    """Write into a parameter, or into the part of a sharded one that this process holds."""
+    (local(parameter) if stored_as(parameter) == "sharded" else parameter).copy_(value)
 
 
 def site_linear(found: ModelLayout, site: str, layer: int) -> nn.Module:

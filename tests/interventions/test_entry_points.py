@@ -122,12 +122,19 @@ def test_every_class_outside_the_interventions_folder_is_declared() -> None:
     if not described.exists():
         pytest.skip("needs the source tree")
     declared = tomllib.loads(described.read_text())["project"]["entry-points"]["actscale_fast.interventions"]
-    found = {}
     package = Path(af.__file__).parent
-    for path in package.rglob("*.py"):
-        module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
-        for node in ast.walk(ast.parse(path.read_text())):
-            bases = [base.id for base in getattr(node, "bases", ()) if isinstance(base, ast.Name)]
-            if isinstance(node, ast.ClassDef) and "Intervention" in bases and path.parent.name != "interventions":
-                found[node.name] = f"{module}:{node.name}"
+    classes = [
+        (path, node, {base.id for base in node.bases if isinstance(base, ast.Name)})
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    known = {"Intervention"}
+    while more := {node.name for _, node, bases in classes if bases & known} - known:
+        known |= more
+    found = {
+        node.name: ".".join(path.relative_to(package.parent).with_suffix("").parts) + f":{node.name}"
+        for path, node, _ in classes
+        if node.name in known and path.parent.name != "interventions"
+    }
     assert declared == found
