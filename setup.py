@@ -4,6 +4,7 @@ Environment: CXX (the compiler), ACTSCALE_BUILD_CUDA=auto|0|1, ACTSCALE_CUDA_ARC
 ACTSCALE_WERROR=1 (the C++ compiler's warnings are errors; for CI). Architectures that nvcc does not know are left out,
 with a warning and in the record that `actscale-fast doctor` prints."""
 
+import hashlib
 import json
 import os
 import platform
@@ -119,9 +120,18 @@ def literal(text: str) -> str:
     return shown.replace("?", "\\?")  # "??" may begin a trigraph
 
 
+def digest_of_sources() -> str:
+    """Tells whether an extension was built from these sources."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(CSRC).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
 def record(compiler: str, openmp: bool, built: Cuda) -> str:
     """A header with what the extension says of its own build."""
-    texts = {"COMPILER": compiler, "NVCC": built.nvcc, "NO_CUDA": built.missing}
+    texts = {"COMPILER": compiler, "NVCC": built.nvcc, "NO_CUDA": built.missing, "SOURCES": digest_of_sources()}
     lines = [f"#define ACTSCALE_{name} {literal(text)}" for name, text in texts.items()]
     pairs = ", ".join(f"{{{literal(arch)}, {literal(reason)}}}" for arch, reason in built.dropped)
     return "\n".join([*lines, f"#define ACTSCALE_OPENMP {int(openmp)}", f"#define ACTSCALE_DROPPED {pairs}", ""])

@@ -122,6 +122,17 @@ def demo_model() -> tuple[Any, Any]:
 
 
 @pytest.fixture
+def unchecked_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits begin without their gradient check, which takes longer than a few steps of a tiny model.
+
+    For tests of something else. A shortcut that is wrong shows in them: with the check it would be left out.
+    """
+    from actscale_fast.learning.engine import Engine
+
+    monkeypatch.setattr(Engine, "_gradient_check", lambda self: None)
+
+
+@pytest.fixture
 def inputs(request: pytest.FixtureRequest) -> Inputs:
     """Random inputs of this test's own: seeded by the run's seed and the test's name, printed when the test fails."""
     seed = zlib.crc32(f"{run_seed()} {request.node.name}".encode())

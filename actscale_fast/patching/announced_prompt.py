@@ -6,7 +6,9 @@ model on other sequences meanwhile; these are told apart by their KV cache or, w
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +46,17 @@ class AnnouncedPrompt:
         self.foreign: Tensor | None = None  # the tokens of the last pass without a cache of another sequence
         self.cache: Any = None  # of the sequence
         self.first: Tensor | None = None  # ids or embeddings of its first pass, where it has no cache
+        self._outside_of_graphs = _outside_of_graphs()
 
     def prompt_of(self, call: Call) -> Prompt | None:
         """The prompt that a pass belongs to; None: another sequence, or no prompt."""
         if self.prompt is None or self.every_pass:
             return self.prompt
         if torch.compiler.is_compiling():
-            return self.prompt if self.alone else self._outside_of_graphs(call)
-        return self.prompt if self._owns(call) else None
+            return self.prompt if self.alone else self._outside_of_graphs(self, call)
+        return self._owned(call)
 
-    @torch.compiler.disable
-    def _outside_of_graphs(self, call: Call) -> Prompt | None:
+    def _owned(self, call: Call) -> Prompt | None:
         return self.prompt if self._owns(call) else None
 
     def _owns(self, call: Call) -> bool:
@@ -98,6 +100,12 @@ class AnnouncedPrompt:
                 f"positions: generate() was given {length} tokens, but the model got {call.n_tokens}: tokens were put "
                 "before the prompt (prompt tuning?), so that its positions cannot be told"
             )
+
+
+@functools.cache
+def _outside_of_graphs() -> Callable[[AnnouncedPrompt, Call], Prompt | None]:
+    """`AnnouncedPrompt._owned`, untraced by torch.compile; made late, because this imports all of the compiler."""
+    return torch.compiler.disable(AnnouncedPrompt._owned)
 
 
 def refuse_unannounced(call: Call) -> None:

@@ -53,11 +53,14 @@ class Context:
 _compiled: list[bool] = []
 
 
-@torch.compiler.assume_constant_result
 def _note_compiled() -> int:
     """Runs while a graph is traced, but not when the graph runs."""
     _compiled.append(True)
     return 0
+
+
+# What torch.compiler.assume_constant_result does, which imports all of the compiler.
+_note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def uses_are_counted() -> bool:

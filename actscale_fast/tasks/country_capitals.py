@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from .._suggestions import did_you_mean
 from .countries import CAPITALS
@@ -130,15 +130,35 @@ def country_capital_conflicts(
     countries = (order, order) if split == "template" else (order[held_out:], order[:held_out])
     of_train, of_test = (texts, texts) if split == "country" else held_out_templates(texts, rng)
     sides = {
-        "n_test": (n_test, _conflicts(countries[1], answers, of_test, rng)),
-        "n_train": (n_train, _conflicts(countries[0], answers, of_train, rng)),
+        "n_test": (n_test, _claims(countries[1], of_test, rng)),
+        "n_train": (n_train, _claims(countries[0], of_train, rng)),
     }
     if aligned:
         sides = _aligned(tokenizer, sides)
-    for name, (wanted, made) in sides.items():
-        if wanted > len(made):
-            raise ValueError(f"{name}: got {wanted}, but these templates and countries make only {len(made)} prompts")
-    return TaskSplit(**{name[2:]: made[:wanted] for name, (wanted, made) in sides.items()})
+    for name, (wanted, claims) in sides.items():
+        if wanted > len(claims):
+            raise ValueError(f"{name}: got {wanted}, but these templates and countries make only {len(claims)} prompts")
+    examples = {
+        name: [_example(claim, answers) for claim in claims[:wanted]] for name, (wanted, claims) in sides.items()
+    }
+    return TaskSplit(train=examples["n_train"], test=examples["n_test"])
+
+
+class _Claim(NamedTuple):
+    """That the capital of `other` is that of `country`; of a hundred thousand a few become examples."""
+
+    country: str
+    other: str
+    template: str
+
+
+def _example(claim: _Claim, answers: dict[str, str]) -> Example:
+    return Example(_prompt(claim), answers[claim.country], answers[claim.other])
+
+
+def _prompt(claim: _Claim) -> str:
+    text = claim.template.format(country=claim.country, claim=CAPITALS[claim.other])
+    return text[0].upper() + text[1:]
 
 
 def _answers(tokenizer: PreTrainedTokenizerBase, whole_names: bool) -> dict[str, str]:
@@ -171,9 +191,7 @@ def _whole_answers(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     }
 
 
-def _conflicts(
-    countries: list[str], answers: dict[str, str], templates: list[str], rng: random.Random
-) -> list[Example]:
+def _claims(countries: list[str], templates: list[str], rng: random.Random) -> list[_Claim]:
     """Every (country, false claim, template) once, in rounds that each ask for every country and claim every capital.
 
     A round is a shift s on the circle of countries: country i is given the capital of country i + s. Shifts are in
@@ -186,17 +204,16 @@ def _conflicts(
     for turn, shift in rounds:
         places = list(range(n))
         rng.shuffle(places)
-        for i in places:
-            country, other = countries[i], countries[(i + shift) % n]
-            text = templates[(turn + i) % len(templates)].format(country=country, claim=CAPITALS[other])
-            made.append(Example(text[0].upper() + text[1:], answers[country], answers[other]))
+        made += [
+            _Claim(countries[i], countries[(i + shift) % n], templates[(turn + i) % len(templates)]) for i in places
+        ]
     return made
 
 
 def _aligned(
-    tokenizer: PreTrainedTokenizerBase, sides: dict[str, tuple[int, list[Example]]]
-) -> dict[str, tuple[int, list[Example]]]:
-    lengths = {name: prompt_lengths(tokenizer, [e.prompt for e in made]) for name, (_, made) in sides.items()}
+    tokenizer: PreTrainedTokenizerBase, sides: dict[str, tuple[int, list[_Claim]]]
+) -> dict[str, tuple[int, list[_Claim]]]:
+    lengths = {name: prompt_lengths(tokenizer, [_prompt(c) for c in claims]) for name, (_, claims) in sides.items()}
     counts = {name: Counter(lengths[name]) for name in sides}
     total = sum(counts.values(), Counter())
 
@@ -206,6 +223,6 @@ def _aligned(
 
     common = max(total, key=merit)
     return {
-        name: (wanted, [e for e, length in zip(made, lengths[name], strict=True) if length == common])
-        for name, (wanted, made) in sides.items()
+        name: (wanted, [c for c, length in zip(claims, lengths[name], strict=True) if length == common])
+        for name, (wanted, claims) in sides.items()
     }

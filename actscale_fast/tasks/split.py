@@ -56,7 +56,7 @@ def single_token_words(tokenizer: PreTrainedTokenizerBase, words: Iterable[str])
 
 def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
     """The number of tokens of each prompt, including special ones."""
-    return [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    return [len(ids) for ids in tokenizer(list(prompts), return_attention_mask=False)["input_ids"]]
 
 
 def of_one_shape(

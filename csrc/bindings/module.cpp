@@ -116,6 +116,7 @@ PYBIND11_MODULE(_C, module) {
 #endif
         record["compiler"] = ACTSCALE_COMPILER, record["openmp"] = bool(ACTSCALE_OPENMP);
         record["nvcc"] = ACTSCALE_NVCC, record["no_cuda"] = ACTSCALE_NO_CUDA, record["dropped_archs"] = dropped;
+        record["sources"] = ACTSCALE_SOURCES;
         return record;
     });
 

@@ -1,4 +1,4 @@
-"""The examples of README and documentation run as they are written, on the real model; fits take a step or two."""
+"""The examples of README and documentation run as they are written, on the real model, with short fits and texts."""
 
 from __future__ import annotations
 
@@ -77,9 +77,10 @@ def test_the_example_runs(
     monkeypatch.chdir(tmp_path)
     for fit in ("fit", "fit_interchange"):
         monkeypatch.setattr(af, fit, functools.partial(getattr(af, fit), steps=1, batch_size=2, progress=False))
-    few = "n_train=4, n_test=2"
+    few = f"n_train={2 if page.stem == 'sweeps' else 4}, n_test=2"  # each fit of a sweep takes them all
     fewer = re.sub(r"n_train=\d+, n_test=\d+", few, code)
     fewer = fewer.replace("country_capital_conflicts(tokenizer)", f"country_capital_conflicts(tokenizer, {few})")
+    fewer = re.sub(r"max_new_tokens=\d+", "max_new_tokens=4", fewer)
     model, tokenizer = demo_model
     monkeypatch.setattr(af, "load_demo_model", lambda: demo_model)
     if page.name != "README.md":  # a fit checks the model's gradients first: once is enough for one model

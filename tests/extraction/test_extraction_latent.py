@@ -227,12 +227,14 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
 @pytest.mark.real_model
 @EVERY
 def test_the_real_model_says_unseen_sentences_of_ten_tokens(every_step: bool, demo_model: tuple[Any, Any]) -> None:
+    """Four of five: each way to add the vector has sentences of its own."""
     model, tokenizer = demo_model
-    assert {len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in UNSEEN} == {10}
-    result = latent_vectors(model, tokenizer, UNSEEN, layer=14, every_step=every_step, progress=False)
-    print(f"{sum(result.exact)} of 10 in {result.seconds:.0f} s, steps {result.steps}")
-    assert sum(result.exact) >= 8
-    for sentence, vector, exact in list(zip(UNSEEN, result.vectors, result.exact, strict=True))[:3]:
+    sentences = UNSEEN[::2] if every_step else UNSEEN[1::2]
+    assert {len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in sentences} == {10}
+    result = latent_vectors(model, tokenizer, sentences, layer=14, every_step=every_step, progress=False)
+    print(f"{sum(result.exact)} of 5 in {result.seconds:.0f} s, steps {result.steps}")
+    assert sum(result.exact) >= 4
+    for sentence, vector, exact in list(zip(sentences, result.vectors, result.exact, strict=True))[:3]:
         assert (decode_latent(model, tokenizer, vector, 24) == sentence) is exact
 
 

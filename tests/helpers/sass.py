@@ -44,16 +44,21 @@ def disassembled(cubin: Path) -> str:
     return subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
-@functools.cache
 def nvdisasm() -> str:
     """The path of the disassembler; "" where there is none."""
-    found = shutil.which("nvdisasm")
+    return tool("nvdisasm")
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """The path of one of CUDA's programs for machine code, on PATH or installed with Triton; "" where there is none."""
+    found = shutil.which(name)
     if not found:
         try:
             import triton
         except ImportError:
             return ""
-        found = str(Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm")
+        found = str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
     return found if Path(found).exists() else ""
 
 

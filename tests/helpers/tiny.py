@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -25,7 +27,17 @@ def tokenizer() -> Any:
 
 
 def llama(seed: int = 0, *, dtype: torch.dtype = torch.float32, layers: int = 3, context: int = 64) -> Any:
-    """3 layers, 4 heads of 8 (2 key-value heads), random weights large enough that heads matter."""
+    """3 layers, 4 heads of 8 (2 key-value heads), random weights large enough that heads matter.
+
+    PyTorch's generator is left as making the weights leaves it.
+    """
+    model, generator_state = _made(seed, dtype, layers, context)
+    torch.random.set_rng_state(generator_state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _made(seed: int, dtype: torch.dtype, layers: int, context: int) -> tuple[Any, torch.Tensor]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -34,4 +46,5 @@ def llama(seed: int = 0, *, dtype: torch.dtype = torch.float32, layers: int = 3,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=context, initializer_range=0.3,
         bos_token_id=2, eos_token_id=3, pad_token_id=1,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    return model, torch.random.get_rng_state()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from cubins import compiled
+from cubins import Usage, compiled
 
 ARCHITECTURES = (80, 90, 100)
 TYPES = ("float32", "bf16", "half16")
@@ -28,32 +28,24 @@ KERNELS = {
 pytestmark = pytest.mark.slow
 
 
-def kernels_of(report: str) -> dict[tuple[str, str], tuple[int, int, int]]:
-    """(kernel, type) -> (registers, bytes of stack, bytes of spills); of a kernel's variants the most of each."""
-    found: dict[tuple[str, str], tuple[int, int, int]] = {}
-    for part in report.split("Compiling entry function '")[1:]:
-        mangled = part[: part.index("'")]
+def by_type(usages: dict[str, Usage]) -> dict[tuple[str, str], Usage]:
+    """By (kernel, type); of a kernel's variants the most of each."""
+    found: dict[tuple[str, str], Usage] = {}
+    for mangled, usage in usages.items():
         name = next(name for name in KERNELS if f"{len(name)}{name}" in mangled)
         kind = next((kind for kind in TYPES if mangled.partition(name)[2].startswith(f"INS0_{len(kind)}{kind}E")), "")
-        stack, stores, loads = re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", part
-        ).groups()  # type: ignore[union-attr]
-        registers = re.search(r"Used (\d+) registers", part)
-        assert registers is not None
-        usage = (int(registers[1]), int(stack), int(stores) + int(loads))
-        most = (max(pair) for pair in zip(usage, found.get((name, kind), usage), strict=True))
-        found[name, kind] = (next(most), next(most), next(most))
+        found[name, kind] = Usage(*map(max, usage, found.get((name, kind), usage)))
     return found
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles_without_a_spill_and_within_its_registers(arch: int) -> None:
-    found = kernels_of(compiled(arch).report)
+    found = by_type(compiled(arch).usage)
     assert set(found) == {(name, kind) for name, (_, kinds) in KERNELS.items() for kind in kinds}
-    for (name, kind), (registers, stack, spills) in found.items():
-        print(f"sm_{arch} {name} {kind}: {registers} registers")
-        assert (stack, spills) == (0, 0), (name, kind)
-        assert registers <= KERNELS[name][0], (name, kind, registers)
+    for (name, kind), usage in found.items():
+        print(f"sm_{arch} {name} {kind}: {usage.registers} registers")
+        assert (usage.stack, usage.local) == (0, 0), (name, kind)  # a spilled register would lie there
+        assert usage.registers <= KERNELS[name][0], (name, kind, usage)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

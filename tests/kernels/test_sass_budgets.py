@@ -14,10 +14,6 @@ from cubins import compiled
 
 pytestmark = pytest.mark.slow
 
-FILES = (
-    "dynamic_scale", "group_sums", "intervention_loss", "intervention_loss_scale", "proximal_adam", "scale_channels",
-    "scale_heads",
-)  # fmt: skip
 #: Columns of a thread's step, and its 16-byte vectors of each side by type: csrc/cuda/loss_share.h.
 PER_THREAD, VECTORS = 16, {"float32": 4, "bf16": 2, "half16": 2}
 #: Instructions per pair of logits, at most: (first pass, forward KL's gradient, reverse KL's, the two where the rows
@@ -36,10 +32,8 @@ def kernels() -> dict[str, Body]:
     """The instructions of each kernel, by its mangled name without the file's part."""
     if not sass.nvdisasm():
         pytest.skip("nvdisasm is neither on PATH nor installed with Triton")
-    folder = compiled(90).folder
     found: dict[str, Body] = {}
-    for file in FILES:
-        (cubin,) = folder.glob(f"{file}.*cubin")
+    for cubin in compiled(90).cubins:
         for name, body in sass.functions(sass.disassembled(cubin)).items():
             found[re.sub(r"^.*_cu_[0-9a-f]{8}\d+", "", name)] = body
     return found

@@ -15,6 +15,8 @@ from fit_cases import OBJECTIVE, conflicts, run
 import actscale_fast as af
 from actscale_fast.learning.encoded_examples import EncodedExamples
 
+pytestmark = pytest.mark.usefixtures("unchecked_fits")
+
 SETTINGS: dict[str, Any] = {"steps": 12, "batch_size": 9}
 
 

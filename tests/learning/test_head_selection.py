@@ -23,6 +23,8 @@ from actscale_fast.learning.head_selection.selection import top
 from actscale_fast.learning.head_selection.strength import chosen_strength
 from actscale_fast.learning.head_selection.subject import Subject
 
+pytestmark = pytest.mark.usefixtures("unchecked_fits")
+
 N_LAYERS, N_HEADS, WIDTH = 3, 4, 8
 NEAR = {"rtol": 1e-5, "atol": 1e-6}  # float64 inside, float32 in the result
 LONG = af.Example("Q The capital of B is Oslo answer", " Paris Rome", " Oslo six")

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import actscale_fast as af
 from actscale_fast.cli import main
 
+pytestmark = pytest.mark.usefixtures("unchecked_fits")
+
 TEMPLATE = (
     "{% for message in messages %}Q: {{ message['content'] }} {% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )

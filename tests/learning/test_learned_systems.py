@@ -8,6 +8,8 @@ import pytest
 
 import actscale_fast as af
 
+pytestmark = pytest.mark.usefixtures("unchecked_fits")
+
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("system", ["SteerVec", "DynScalar", "ActivScalar by site and position"])

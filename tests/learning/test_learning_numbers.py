@@ -14,6 +14,8 @@ import actscale_fast as af
 from actscale_fast import ops
 from actscale_fast.learning.fit_settings import FitSettings
 
+pytestmark = pytest.mark.usefixtures("unchecked_fits")
+
 EXAMPLES = [
     af.Example(f"{start} {middle} is", f" {correct}", f" {wrong}")
     for start, middle in (("The capital of A", ""), ("Q what is B", "answer"), ("in one", "two three"))

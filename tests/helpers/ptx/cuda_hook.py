@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import hashlib
 import re
-import shutil
 import subprocess
 from types import ModuleType
 from typing import Any
 
+import cubins
 import torch
 from cuda_emulation import emulation
 
@@ -18,36 +16,15 @@ from .execute import Launch
 from .parse import Kernel, parse
 from .programs import run, spans
 
-COMMAND = ("nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-ptx")
-
 
 def is_available() -> bool:
-    return shutil.which("nvcc") is not None
+    return not cubins.available()
 
 
 @functools.cache
 def modules() -> list[str]:
-    """The PTX of every file of csrc/cuda, kept in build/ for every process and run with the same sources."""
-    sources = sorted((emulation.CSRC / "cuda").glob("*.cu"))
-    digest = hashlib.sha256(repr(COMMAND).encode() + subprocess.check_output(["nvcc", "--version"]))
-    for path in sorted(emulation.CSRC.rglob("*.*")):
-        digest.update(path.name.encode() + path.read_bytes())
-    folder = emulation.CSRC.parent / "build" / "ptx"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / digest.hexdigest()[:16]
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            fresh = folder / "fresh"
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir()
-            outputs = [(str(path), str(fresh / f"{path.stem}.ptx")) for path in sources]
-            running = [subprocess.Popen([*COMMAND, source, "-o", output]) for source, output in outputs]
-            codes = [process.wait() for process in running]
-            if any(codes):
-                raise RuntimeError("nvcc failed; its messages are above")
-            fresh.rename(target)
-    return [path.read_text() for path in sorted(target.glob("*.ptx"))]
+    """The PTX of every file of csrc/cuda."""
+    return list(cubins.compiled(90).ptx.values())
 
 
 def without_file(name: str) -> str:
