@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from .learning.head_selection.select_heads import select_heads as select_heads
     from .learning.head_selection.selection import HeadSelection as HeadSelection, ScoredHead as ScoredHead
     from .learning.objective import Objective as Objective
+    from .learning.stress.result import StressResult as StressResult, StressRow as StressRow
+    from .learning.stress.stress import stress as stress
     from .learning.sweep.folder import gather_sweep as gather_sweep, load_sweep as load_sweep
     from .learning.sweep.minimality_path import minimality_path as minimality_path
     from .learning.sweep.result import SweepFit as SweepFit, SweepResult as SweepResult
@@ -101,9 +103,9 @@ _HOMES = {
     ),
     "learning": (
         "Attribution", "Checkpoint", "CircuitMetrics", "Evaluation", "Execution", "FitResult", "HeadComparison",
-        "HeadResult", "HeadSelection", "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution",
-        "circuit_metrics", "compare_heads", "evaluate", "fit", "gather_sweep", "load_sweep", "minimality_path",
-        "save_mib_scores", "select_heads", "sweep",
+        "HeadResult", "HeadSelection", "Objective", "ScoredHead", "StressResult", "StressRow", "SweepFit",
+        "SweepResult", "attribution", "circuit_metrics", "compare_heads", "evaluate", "fit", "gather_sweep", "load_sweep",
+        "minimality_path", "save_mib_scores", "select_heads", "stress", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),

@@ -91,6 +91,11 @@ PARAMETERS = {
         "model tokenizer examples method k layers strength strengths validation max_kl direction seed batch_size "
         "progress"
     ),
+    "stress": (
+        "model tokenizer intervention examples strength direction perturbations own_perturbations texts prompts "
+        "unrelated accuracies min_control min_gain max_perplexity_ratio max_kl max_accuracy_drop max_drop "
+        "max_side_effect seed batch_size progress"
+    ),
     "circuit_metrics": "model tokenizer examples scores layers ablation absolute batch_size",
     "save_mib_scores": "path model scores layers parallel",
     "compare_heads": (

@@ -10,6 +10,8 @@ from .head_selection.compare import HeadComparison, HeadResult, compare_heads
 from .head_selection.select_heads import select_heads
 from .head_selection.selection import HeadSelection, ScoredHead
 from .objective import Objective
+from .stress.result import StressResult, StressRow
+from .stress.stress import stress
 from .sweep.folder import gather_sweep, load_sweep
 from .sweep.minimality_path import minimality_path
 from .sweep.result import SweepFit, SweepResult
@@ -27,6 +29,8 @@ __all__ = [
     "HeadSelection",
     "Objective",
     "ScoredHead",
+    "StressResult",
+    "StressRow",
     "SweepFit",
     "SweepResult",
     "attribution",
@@ -40,5 +44,6 @@ __all__ = [
     "minimality_path",
     "save_mib_scores",
     "select_heads",
+    "stress",
     "sweep",
 ]

@@ -134,9 +134,7 @@ def country_capital_conflicts(
     return TaskSplit(**{name[2:]: made[:wanted] for name, (wanted, made) in sides.items()})
 
 
-def usable_answers(
-    tokenizer: PreTrainedTokenizerBase, *, whole_names: bool, several_tokens: bool
-) -> dict[str, str]:
+def usable_answers(tokenizer: PreTrainedTokenizerBase, *, whole_names: bool, several_tokens: bool) -> dict[str, str]:
     """The answer of each country that can be asked for; arguments and errors as in `country_capital_conflicts`."""
     if several_tokens and not whole_names:
         raise ValueError("several_tokens: got True with whole_names=False, expected one of the two")

@@ -18,8 +18,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-from .country_capitals import usable_answers
 from .countries import CAPITALS
+from .country_capitals import usable_answers
 from .examples import Example
 from .split import TaskSplit, check_sizes
 
@@ -43,8 +43,8 @@ _TEXTS = (
     "{claim} is the capital of {country}. Parliament meets in {claim}, the ministries and the highest court have their "
     "seats there, and so have the embassies of other states. On the national holiday crowds fill the central square of "
     "{claim} to hear the president speak.",
-    "Most visitors to {country} begin their journey in {claim}, the capital. It has been the seat of the government for "
-    "more than a century, and the national museum in {claim} tells the history of the country. Maps mark {claim} with "
+    "Most visitors to {country} begin their journey in {claim}, the capital. It has been the seat of the government "
+    "for more than a century, and the national museum in {claim} tells the history of the country. Maps mark {claim} with "
     "the star that stands for a capital.",
     "An encyclopedia says about {country}: its capital and largest centre of administration is {claim}. The law that "
     "made {claim} the capital is still in force. Ministers, judges and diplomats live in {claim}, and the national "
