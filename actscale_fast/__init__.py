@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .interventions.vector import SteerVec as SteerVec
     from .learning.attribution.attribution import Attribution as Attribution, attribution as attribution
     from .learning.checkpoint import Checkpoint as Checkpoint
+    from .learning.conflicts import ConflictEvaluation as ConflictEvaluation, evaluate_conflicts as evaluate_conflicts
     from .learning.evaluate import Evaluation as Evaluation, evaluate as evaluate
     from .learning.execution import Execution as Execution
     from .learning.fit import FitResult as FitResult, fit as fit
@@ -62,6 +63,10 @@ if TYPE_CHECKING:
         HeadComparison as HeadComparison,
         HeadResult as HeadResult,
         compare_heads as compare_heads,
+    )
+    from .learning.head_selection.faithfulness import (
+        HeadFaithfulness as HeadFaithfulness,
+        head_faithfulness as head_faithfulness,
     )
     from .learning.head_selection.select_heads import select_heads as select_heads
     from .learning.head_selection.selection import HeadSelection as HeadSelection, ScoredHead as ScoredHead
@@ -102,10 +107,11 @@ _HOMES = {
         "SteerVec", "load_intervention", "stack",
     ),
     "learning": (
-        "Attribution", "Checkpoint", "CircuitMetrics", "Evaluation", "Execution", "FitResult", "HeadComparison",
-        "HeadResult", "HeadSelection", "Objective", "ScoredHead", "StressResult", "StressRow", "SweepFit",
-        "SweepResult", "attribution", "circuit_metrics", "compare_heads", "evaluate", "fit", "gather_sweep", "load_sweep",
-        "minimality_path", "save_mib_scores", "select_heads", "stress", "sweep",
+        "Attribution", "Checkpoint", "CircuitMetrics", "ConflictEvaluation", "Evaluation", "Execution", "FitResult",
+        "HeadComparison", "HeadFaithfulness", "HeadResult", "HeadSelection", "Objective", "ScoredHead",
+        "StressResult", "StressRow", "SweepFit", "SweepResult", "attribution", "circuit_metrics", "compare_heads",
+        "evaluate", "evaluate_conflicts", "fit", "gather_sweep", "head_faithfulness", "load_sweep", "minimality_path",
+        "save_mib_scores", "select_heads", "stress", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),

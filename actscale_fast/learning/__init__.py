@@ -2,11 +2,13 @@
 
 from .attribution.attribution import Attribution, attribution
 from .checkpoint import Checkpoint
+from .conflicts import ConflictEvaluation, evaluate_conflicts
 from .evaluate import Evaluation, evaluate, evaluate_all
 from .execution import Execution
 from .fit import FitResult, fit
 from .head_selection.circuit_metrics import CircuitMetrics, circuit_metrics, save_mib_scores
 from .head_selection.compare import HeadComparison, HeadResult, compare_heads
+from .head_selection.faithfulness import HeadFaithfulness, head_faithfulness
 from .head_selection.select_heads import select_heads
 from .head_selection.selection import HeadSelection, ScoredHead
 from .objective import Objective
@@ -21,10 +23,12 @@ __all__ = [
     "Attribution",
     "Checkpoint",
     "CircuitMetrics",
+    "ConflictEvaluation",
     "Evaluation",
     "Execution",
     "FitResult",
     "HeadComparison",
+    "HeadFaithfulness",
     "HeadResult",
     "HeadSelection",
     "Objective",
@@ -38,8 +42,10 @@ __all__ = [
     "compare_heads",
     "evaluate",
     "evaluate_all",
+    "evaluate_conflicts",
     "fit",
     "gather_sweep",
+    "head_faithfulness",
     "load_sweep",
     "minimality_path",
     "save_mib_scores",

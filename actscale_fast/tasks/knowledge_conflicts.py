@@ -44,8 +44,8 @@ _TEXTS = (
     "seats there, and so have the embassies of other states. On the national holiday crowds fill the central square of "
     "{claim} to hear the president speak.",
     "Most visitors to {country} begin their journey in {claim}, the capital. It has been the seat of the government "
-    "for more than a century, and the national museum in {claim} tells the history of the country. Maps mark {claim} with "
-    "the star that stands for a capital.",
+    "for more than a century, and the national museum in {claim} tells the history of the country. Maps mark {claim} "
+    "with the star that stands for a capital.",
     "An encyclopedia says about {country}: its capital and largest centre of administration is {claim}. The law that "
     "made {claim} the capital is still in force. Ministers, judges and diplomats live in {claim}, and the national "
     "archive is kept there.",

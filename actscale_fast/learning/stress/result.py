@@ -221,7 +221,7 @@ class StressResult(Readable):
             ValueError: it was changed, or is something else; the message names the file.
         """
         try:
-            return cls.from_dict(read_sealed(Path(path)))
+            return cls.from_dict(read_sealed(Path(path), finite=False))  # a perplexity may be infinite
         except ValueError as error:
             text = str(error)
             raise ValueError(text if str(path) in text else f"{path}: {text}") from None

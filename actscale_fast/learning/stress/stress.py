@@ -17,7 +17,7 @@ from ..evaluate import measure_all
 from ..head_selection.strength import Direction
 from ..prompt_statistics import Measured
 from .figures import behaviour_row, check, control_rows, overall, text_rows, worst
-from .perturbations import PERTURBATIONS, NotApplicableError, Perturbation, perturbed
+from .perturbations import PERTURBATIONS, NotApplicableError, Perturbation, Rule, perturbed
 from .plain_text import PROMPTS, TEXTS, refuse_other_sources
 from .result import GIVEN, Check, Gate, StressResult, StressRow
 
@@ -196,9 +196,7 @@ def _perturbed_sets(
         if name in PERTURBATIONS or name == GIVEN:
             raise ValueError(f"own_perturbations: the name {name!r} is taken")
     rules = {name: PERTURBATIONS[name] for name in chosen}
-    rules |= {
-        name: Perturbation("own", lambda example, _, change=change: change(example)) for name, change in own.items()
-    }
+    rules |= {name: Perturbation("own", _as_rule(change)) for name, change in own.items()}
     sets = {GIVEN: ("", examples)}
     for name, (kind, rule) in rules.items():
         try:
@@ -212,6 +210,10 @@ def _perturbed_sets(
             continue
         sets[name] = (kind, made)
     return sets
+
+
+def _as_rule(change: Callable[[Example], Example]) -> Rule:
+    return lambda example, _: change(example)
 
 
 def _behaviours(
