@@ -87,13 +87,13 @@ def table(folder: Path) -> str:
             rows = [row for row in result.rows if (row.gate, row.name) == (gate, name)]
             cells.append(_cell(rows[0]) if rows else "")
         lines.append(cells)
-    for index, gate in enumerate(("control", "utility", "robustness")):
+    for index, title in enumerate(("control", "utility", "robustness")):
         verdicts = []
         for result in found.values():
             own = result.gates[index]
             mark = "passed" if own.passed else "**failed**"
             verdicts.append(mark + ("" if own.decided else ", not decided"))
-        lines.append([f"**{gate}**", *verdicts])
+        lines.append([f"**{title}**", *verdicts])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

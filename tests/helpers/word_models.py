@@ -50,9 +50,9 @@ def model_for(tokens: Any, context: int = 64) -> Any:
     return model
 
 
-def save_model(folder: Path, *, without: Iterable[str] = ()) -> Path:
+def save_model(folder: Path, texts: Iterable[str] = TEXTS, *, without: Iterable[str] = (), context: int = 64) -> Path:
     """Save a tokenizer that does not know the words of `without` and a random Llama (2 layers, 4 heads of 8)."""
-    tokens = tokenizer(without=without)
-    model_for(tokens).save_pretrained(folder)
+    tokens = tokenizer(texts, without=without)
+    model_for(tokens, context).save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder

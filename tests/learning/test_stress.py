@@ -121,7 +121,7 @@ def test_figures_are_those_of_plain_passes(
         "length-1",
         "shouted",
     ]
-    sets = {"as given": test, "shouted": [own["shouted"](example) for example in test]}
+    sets: dict[str, list[af.Example]] = {"as given": test, "shouted": [own["shouted"](example) for example in test]}
     for name in ("paraphrase", "length-1"):
         sets[name] = perturbed(name, PERTURBATIONS[name].rule, test, tokenizer, 0)
     flips = {}
@@ -143,9 +143,9 @@ def test_figures_are_those_of_plain_passes(
     for name, beta in (("frozen", 0.0), ("plus", 0.5), ("minus", -0.5)):
         logs = []
         for text in texts:
-            ids = torch.tensor(tokenizer(text)["input_ids"])
+            tokens = torch.tensor(tokenizer(text)["input_ids"])
             z = logits(model, tokenizer, text, scalars, beta)
-            logs.append(functional.cross_entropy(z[:-1], ids[1:]))
+            logs.append(functional.cross_entropy(z[:-1], tokens[1:]))
         assert rows["plain texts"].figures[name] == pytest.approx(math.exp(sum(logs) / 3), rel=1e-5)
         if beta:
             kl = [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import word_models
 
 from actscale_fast import tasks
+from actscale_fast.cli import main
 from actscale_fast.learning.head_selection.juice import scored_examples
 from actscale_fast.tasks.countries import CAPITALS
 from actscale_fast.tasks.known_prompts import family_of, paraphrased
@@ -69,6 +72,20 @@ def test_prompts_are_recognised_and_written_in_another_template_of_their_task(wo
     assert family_of(str(paraphrased(coherent.prompt))) == "knowledge-conflict, coherent"
     assert family_of("The capital of Norway is Oslo") is None
     assert paraphrased("Something else") is None
+
+
+def test_the_command_line_evaluates_each_kind_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [text for templates in tasks.KNOWLEDGE_CONFLICT_TEMPLATES.values() for text in templates]
+    folder = str(word_models.save_model(tmp_path / "model", [*word_models.TEXTS, *texts], context=128))
+    words = ["fit", "--model", folder, "--task", "knowledge-conflict", "--n-train", "6", "--n-test", "6"]
+    assert main([*words, "--steps", "1", "--one-direction", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "out"), "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["n_examples"] == 6
+    assert {kind: one["n_examples"] for kind, one in found["kinds"].items()} == dict.fromkeys(tasks.CONFLICT_KINDS, 2)
+    assert "Kinds of conflict" in shown.err
 
 
 def test_juice_scores_equally_many_examples_of_each_kind(words: Any) -> None:

@@ -18,6 +18,7 @@ GateName = Literal["control", "utility", "robustness"]
 GATES: tuple[GateName, ...] = ("control", "utility", "robustness")
 GIVEN = "as given"
 _FORMAT = 1
+_MORE = ("strength", "direction", "n_examples", "left_out")
 #: What a row of a kind has as its change; the others have a loss.
 _CHANGES = {"perplexity": "ratio", "KL": "largest"}
 
@@ -183,8 +184,23 @@ class StressResult(Readable):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON, with `passed` and `decided` of each gate beside its checks."""
-        gates = [asdict(gate) | {"passed": gate.passed, "decided": gate.decided} for gate in self.gates]
-        return {"format": _FORMAT, **asdict(self), "gates": gates, "passed": self.passed}
+        rows = [
+            asdict(row) | {"intervals": {name: list(ends) for name, ends in row.intervals.items()}} for row in self.rows
+        ]
+        gates = [
+            {
+                "name": gate.name,
+                "checks": [
+                    asdict(check) | {"interval": None if check.interval is None else list(check.interval)}
+                    for check in gate.checks
+                ],
+                "passed": gate.passed,
+                "decided": gate.decided,
+            }
+            for gate in self.gates
+        ]
+        more = {name: getattr(self, name) for name in _MORE}
+        return {"format": _FORMAT, "passed": self.passed, **more, "gates": gates, "rows": rows}
 
     @classmethod
     def from_dict(cls, data: Any) -> StressResult:
@@ -203,7 +219,7 @@ class StressResult(Readable):
                 )
                 for gate in data["gates"]
             ]
-            more = {name: data[name] for name in ("strength", "direction", "n_examples", "left_out")}
+            more = {name: data[name] for name in _MORE}
             return cls(rows, gates, **more)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"damaged, or not a stress test ({type(error).__name__}: {error})") from None
