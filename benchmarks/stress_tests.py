@@ -80,19 +80,19 @@ def table(folder: Path) -> str:
     lines = [["", *(f"{CALLED[records[name]['intervention']]}, {records[name]['model']}" for name in names)]]
     lines.append(["---"] * len(lines[0]))
     found = {name: af.StressResult.from_dict(records[name]["result"]) for name in names}
-    order = dict.fromkeys((row.gate, row.kind, row.name) for one in found.values() for row in one.rows)
-    for gate, kind, name in order:
-        cells = [f"{kind}: {name}" if kind else name]
+    order = dict.fromkeys((row.gate, row.label) for one in found.values() for row in one.rows)
+    for gate, label in order:
+        cells = [label]
         for result in found.values():
-            rows = [row for row in result.rows if (row.gate, row.name) == (gate, name)]
+            rows = [row for row in result.rows if (row.gate, row.label) == (gate, label)]
             cells.append(_cell(rows[0]) if rows else "")
         lines.append(cells)
     for index, title in enumerate(("control", "utility", "robustness")):
         verdicts = []
         for result in found.values():
             own = result.gates[index]
-            mark = "passed" if own.passed else "**failed**"
-            verdicts.append(mark + ("" if own.decided else ", not decided"))
+            mark = ("passed" if own.passed else "failed") + ("" if own.decided else " (not decided)")
+            verdicts.append(f"**{mark}**: {'; '.join(map(str, own.checks))}")
         lines.append([f"**{title}**", *verdicts])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

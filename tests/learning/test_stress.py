@@ -175,7 +175,7 @@ def test_an_intervention_that_does_nothing_costs_nothing_and_gains_nothing(
 ) -> None:
     result = af.stress(
         model, tokenizer, af.ActivScalar.for_model(model), test, direction="correct", min_control=0.0,
-        perturbations=["spaces", "lower-case"], texts=TEXTS[:2], prompts=PROMPTS[:2], unrelated={"same": test},
+        perturbations=["length-1", "lower-case"], texts=TEXTS[:2], prompts=PROMPTS[:2], unrelated={"same": test},
         accuracies={"quiz": (0.5, 0.5)},
     )  # fmt: skip
     assert [gate.passed for gate in result.gates] == [False, True, True]
@@ -197,7 +197,7 @@ def test_a_run_twice_reads_each_text_and_an_interchange_has_none(
     twice = af.RunTwice.for_prompts(model, 80)
     with torch.no_grad():
         twice.alpha.fill_(0.3)
-    options: dict[str, Any] = {"perturbations": ["spaces"], "unrelated": {}}
+    options: dict[str, Any] = {"perturbations": ["length-1"], "unrelated": {}}
     result = af.stress(model, tokenizer, twice, test, texts=TEXTS[:2], prompts=PROMPTS[:2], **options)
     row = next(row for row in result.rows if row.name == "plain texts")
     assert row.figures["plus"] != row.figures["frozen"] != row.figures["minus"]
@@ -205,7 +205,7 @@ def test_a_run_twice_reads_each_text_and_an_interchange_has_none(
     with pytest.raises(ValueError, match="got a HeadInterchange, which takes activations from a second prompt"):
         af.stress(model, tokenizer, exchange, test, **options)
     paired = [replace(example, source=example.prompt) for example in test]
-    result = af.stress(model, tokenizer, exchange, paired, perturbations=["spaces"], texts=[], prompts=[])
+    result = af.stress(model, tokenizer, exchange, paired, perturbations=["length-1"], texts=[], prompts=[])
     assert result.gate("utility").passed is None
     assert "utility: not measured" in str(result)
     assert "indirect-object" in result.left_out
@@ -228,8 +228,12 @@ def test_an_intervention_whose_positions_a_longer_prompt_does_not_fit_names_the_
         ({"perturbations": ["typo"]}, "perturbations: got 'typo', expected some of .*; did you mean 'typos'"),
         ({"perturbations": "typos"}, "perturbations: got a string"),
         ({"perturbations": ["role-chat"]}, "'role-chat': row 1 of examples cannot be written as a chat"),
+        ({"perturbations": ["spaces"]}, "perturbation 'spaces': changes no token of the prompts"),
         ({"own_perturbations": {"typos": str}}, "own_perturbations: the name 'typos' is taken"),
-        ({"own_perturbations": {"same": lambda example: example}}, "perturbation 'same': changes none of the prompts"),
+        (
+            {"own_perturbations": {"same": lambda example: example}},
+            "perturbation 'same': changes no token of the prompts",
+        ),
         ({"own_perturbations": {"text": lambda example: "text"}}, "perturbation 'text': got str from its function"),
         ({"accuracies": {"quiz": (2, 0)}}, r"accuracies: got \(2, 0\) for 'quiz'"),
         ({"max_kl": "much"}, "max_kl: got 'much'"),
@@ -240,7 +244,9 @@ def test_bad_arguments_are_refused(
     model: Any, tokenizer: Any, test: list[af.Example], scalars: Any, given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        af.stress(model, tokenizer, scalars, test, **{"perturbations": ["spaces"], "texts": [], "prompts": []} | given)
+        af.stress(
+            model, tokenizer, scalars, test, **{"perturbations": ["length-1"], "texts": [], "prompts": []} | given
+        )
 
 
 def test_a_verdict_is_decided_where_the_interval_leaves_out_the_threshold() -> None:
@@ -301,7 +307,7 @@ def test_the_command_line_tests_what_a_fit_saved(tmp_path: Path, capsys: pytest.
         "--n-prompts",
         "2",
         "--perturbations",
-        "spaces,instruction-brief",
+        "lower-case,instruction-brief",
         "--json",
     ]
     words += ["--texts", str(tmp_path / "texts.txt"), "--max-drop", "1", "--out", str(tmp_path / "stress.json")]

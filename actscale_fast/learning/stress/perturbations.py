@@ -94,6 +94,19 @@ def perturbed(
     return made
 
 
+def tokens_of(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each prompt, by which changed prompts are told from those given."""
+    made = []
+    for row, example in enumerate(examples):
+        prompt = prompt_of(example)
+        plain = isinstance(prompt, str)
+        text = (
+            prompt if isinstance(prompt, str) else chat_text(tokenizer, prompt, str(example.where or f"row {row + 1}"))
+        )
+        made.append(list(tokenizer(text, add_special_tokens=plain)["input_ids"]))
+    return made
+
+
 def _of_text(change: Callable[[str, Example, Surroundings], str]) -> Rule:
     """A rule that changes the text of the prompt (of a chat the user's last message), and that of the source."""
 

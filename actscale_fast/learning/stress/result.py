@@ -101,6 +101,11 @@ class StressRow:
     figures: dict[str, float]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """The name, after the kind where it does not begin with it."""
+        return self.name if not self.kind or self.name.startswith(self.kind) else f"{self.kind}: {self.name}"
+
     def shown(self, name: str, form: str = "{:.2f}") -> str:
         """A figure with its interval, or nothing."""
         if name not in self.figures:
@@ -135,7 +140,7 @@ class StressResult(Readable):
         shows = {"both": ("correct", "wrong"), "correct": ("correct",), "wrong": ("wrong",)}[self.direction]
         rows = []
         for row in self.rows:
-            cells = [row.gate, f"{row.kind}: {row.name}" if row.kind else row.name, "" if row.n is None else str(row.n)]
+            cells = [row.gate, row.label, "" if row.n is None else str(row.n)]
             if row.gate == "control":
                 frozen = ", ".join(f"{row.figures[f'frozen_{name}']:.2f}" for name in shows)
                 both = [row.shown(name) if name in shows else "" for name in ("correct", "wrong")]

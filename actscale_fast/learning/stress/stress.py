@@ -17,7 +17,7 @@ from ..evaluate import measure_all
 from ..head_selection.strength import Direction
 from ..prompt_statistics import Measured
 from .figures import behaviour_row, check, control_rows, overall, text_rows, worst
-from .perturbations import PERTURBATIONS, NotApplicableError, Perturbation, Rule, perturbed
+from .perturbations import PERTURBATIONS, NotApplicableError, Perturbation, Rule, perturbed, tokens_of
 from .plain_text import PROMPTS, TEXTS, refuse_other_sources
 from .result import GIVEN, Check, Gate, StressResult, StressRow
 
@@ -197,12 +197,12 @@ def _perturbed_sets(
             raise ValueError(f"own_perturbations: the name {name!r} is taken")
     rules = {name: PERTURBATIONS[name] for name in chosen}
     rules |= {name: Perturbation("own", _as_rule(change)) for name, change in own.items()}
-    sets = {GIVEN: ("", examples)}
+    sets, before = {GIVEN: ("", examples)}, tokens_of(examples, tokenizer)
     for name, (kind, rule) in rules.items():
         try:
             made = perturbed(name, rule, examples, tokenizer, seed)
-            if made == examples:
-                raise NotApplicableError(f"perturbation {name!r}: changes none of the prompts")
+            if tokens_of(made, tokenizer) == before:
+                raise NotApplicableError(f"perturbation {name!r}: changes no token of the prompts")
         except NotApplicableError as error:
             if names is not None or name in own:
                 raise
