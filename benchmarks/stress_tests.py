@@ -152,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         text = json.dumps(record, ensure_ascii=False).replace('{"gate"', '\n{"gate"')
         path.write_text(text + "\n", encoding="utf-8")
+        result.plot(path.with_suffix(".png"), dpi=110, title=f"{CALLED[kind].replace('`', '')}, {name}")
         print(result)
     return 0
 
