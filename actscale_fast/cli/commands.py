@@ -120,7 +120,7 @@ def evaluate(options: argparse.Namespace) -> int:
     options.result = evaluation.to_dict()
     if all(map(conflict_kind, given.examples)):
         kinds = learning.evaluate_conflicts(*everything, batch_size=options.batch_size)
-        print_table("Kinds of conflict (β = +1: parametric, β = −1: contextual)", *kinds.table())
+        print_table("By kind of conflict (parametric: the correct answer, contextual: the wrong one)", *kinds.table())
         options.result |= {"kinds": kinds.to_dict()["kinds"]}
     if options.out is not None:
         write_json(Path(options.out), options.result)

@@ -18,8 +18,15 @@ from .prompt_statistics import Measured
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_FLIPS = ("flip_to_correct", "flip_to_wrong")
-_TOPS = ("top_correct", "top_wrong")
+#: The figures of a table, and what it calls them: the correct answer is the parametric one.
+_SHOWN = {
+    "flip_to_correct": "parametric above, β = +1",
+    "flip_to_wrong": "contextual above, β = −1",
+    "top_correct": "parametric on top, β = +1",
+    "top_wrong": "contextual on top, β = −1",
+    "kl_correct": "KL, β = +1",
+    "kl_wrong": "KL, β = −1",
+}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -30,23 +37,24 @@ class ConflictEvaluation(Readable):
     mean: Evaluation = field(repr=False)  #: on all examples together
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """(column names, rows) as text: frozen → steered, with 95 % intervals over the prompts of a kind.
+        """(column names, rows) as text: a column per kind, frozen → steered with 95 % intervals over its prompts.
 
         A clean prompt has no context, and so no contextual answer to prefer.
         """
-        rows = []
-        for kind, one in self.kinds.items():
-            cells = [kind, str(one.n_examples)]
-            for name in (*_FLIPS, *_TOPS):
+        rows = [["prompts", *(str(one.n_examples) for one in self.kinds.values())]]
+        for name, label in _SHOWN.items():
+            cells = []
+            for kind, one in self.kinds.items():
                 without = kind == "clean" and name.endswith("wrong")
                 cells.append("–" if without else _before_and_after(one, name))
-            rows.append([*cells, f"{one.kl_correct:.3f}", "–" if kind == "clean" else f"{one.kl_wrong:.3f}"])
-        columns = ["kind", "n", "parametric above contextual, β = +1", "contextual above parametric, β = −1"]
-        columns += ["parametric is the top token, β = +1", "contextual is the top token, β = −1"]
-        return [*columns, "KL, β = +1", "KL, β = −1"], rows
+            rows.append([label, *cells])
+        return ["", *self.kinds], rows
 
     def _heading(self) -> str:
         return f"Knowledge conflicts, {self.mean.n_examples} prompts"
+
+    def _notes(self) -> list[str]:
+        return ["parametric: the correct answer; above: above the other one; on top: the most likely of all tokens"]
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, for JSON."""
@@ -104,5 +112,5 @@ def evaluate_conflicts(
 
 def _before_and_after(one: Evaluation, name: str) -> str:
     ends = one.intervals.get(name)
-    before = "" if one.baseline is None else f"{getattr(one.baseline, name):.2f} → "
+    before = "" if one.baseline is None or name.startswith("kl") else f"{getattr(one.baseline, name):.2f} → "
     return f"{before}{getattr(one, name):.2f}" + ("" if ends is None else " [{:.2f}, {:.2f}]".format(*ends))

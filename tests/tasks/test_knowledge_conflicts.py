@@ -85,7 +85,7 @@ def test_the_command_line_evaluates_each_kind_apart(tmp_path: Path, capsys: pyte
     found = json.loads(shown.out)
     assert found["n_examples"] == 6
     assert {kind: one["n_examples"] for kind, one in found["kinds"].items()} == dict.fromkeys(tasks.CONFLICT_KINDS, 2)
-    assert "Kinds of conflict" in shown.err
+    assert "By kind of conflict" in shown.err
 
 
 def test_juice_scores_equally_many_examples_of_each_kind(words: Any) -> None:
