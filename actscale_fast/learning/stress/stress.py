@@ -131,11 +131,13 @@ def stress(
     common: dict[str, Any] = {"strength": float(strength), "batch_size": batch_size}
     signs = _SIGNS[direction]
     measured = {
-        name: _measured(name != GIVEN and f"perturbation {name!r}", model, tokenizer, some, intervention, common)
+        name: _measured(
+            "" if name == GIVEN else f"perturbation {name!r}: ", model, tokenizer, some, intervention, common
+        )
         for name, (_, some) in _bar(sets, progress)
     }
     effects = [
-        behaviour_row(name, _measured(f"unrelated {name!r}", model, tokenizer, some, intervention, common), signs)
+        behaviour_row(name, _measured(f"unrelated {name!r}: ", model, tokenizer, some, intervention, common), signs)
         for name, some in _bar(behaviours, progress)
     ]
     control = control_rows({name: kind for name, (kind, _) in sets.items()}, measured, signs)
@@ -165,16 +167,14 @@ def stress(
 
 
 def _measured(
-    what: str | bool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example],
+    prefix: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example],
     intervention: Intervention, options: dict[str, Any],
 ) -> Measured:  # fmt: skip
-    """What is measured under the intervention; an error says on which examples, unless they are those given."""
+    """What is measured under the intervention; the message of an error begins with the prefix."""
     try:
         ((steered, _),) = measure_all(model, tokenizer, examples, [intervention], **options)
     except ValueError as error:
-        if not what:
-            raise
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{prefix}{error}") from error
     return steered
 
 
