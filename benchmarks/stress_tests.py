@@ -72,29 +72,37 @@ def rounded(value: Any) -> Any:
 
 
 def table(folder: Path) -> str:
-    """The files of a folder as Markdown: flips by kind of perturbation, then costs, then verdicts."""
-    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    names = sorted(
-        records, key=lambda name: (records[name]["model"], list(CALLED).index(records[name]["intervention"]))
-    )
-    lines = [["", *(f"{CALLED[records[name]['intervention']]}, {records[name]['model']}" for name in names)]]
-    lines.append(["---"] * len(lines[0]))
-    found = {name: af.StressResult.from_dict(records[name]["result"]) for name in names}
-    order = dict.fromkeys((row.gate, row.label) for one in found.values() for row in one.rows)
-    for gate, label in order:
-        cells = [label]
-        for result in found.values():
-            rows = [row for row in result.rows if (row.gate, row.label) == (gate, label)]
-            cells.append(_cell(rows[0]) if rows else "")
-        lines.append(cells)
+    """The files of a folder as two tables in Markdown: what was measured, and each gate's figures (bold: it failed)."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    records.sort(key=lambda one: (-len(one["result"]["rows"]), one["model"], list(CALLED).index(one["intervention"])))
+    results = [af.StressResult.from_dict(one["result"]) for one in records]
+    named = ["", *(f"{CALLED[one['intervention']]}, {one['model']}" for one in records)]
+    lines = [named]
+    for label in dict.fromkeys(row.label for one in results for row in one.rows):
+        found = [next((row for row in one.rows if row.label == label), None) for one in results]
+        lines.append([label, *("" if row is None else _cell(row) for row in found)])
+    verdicts = [named]
     for index, title in enumerate(("control", "utility", "robustness")):
-        verdicts = []
-        for result in found.values():
-            own = result.gates[index]
-            mark = ("passed" if own.passed else "failed") + ("" if own.decided else " (not decided)")
-            verdicts.append(f"**{mark}**: {'; '.join(map(str, own.checks))}")
-        lines.append([f"**{title}**", *verdicts])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        gates = [one.gates[index] for one in results]
+        marks = [("passed" if one.passed else "**failed**") + ("" if one.decided else ", not decided") for one in gates]
+        verdicts.append([f"**{title}**", *marks])
+        for checks in zip(*(gate.checks for gate in gates), strict=True):
+            sign = "≥" if checks[0].at_least else "≤"
+            title = f"{checks[0].what.split(',')[0]} ({sign} {checks[0].threshold:g})"
+            verdicts.append([title, *map(_verdict, checks)])
+    return "\n".join(_markdown(some) for some in (lines, verdicts))
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _verdict(check: Any) -> str:
+    """A figure with its interval, and the row that it is from."""
+    figure = f"{check.value:.2f}" if check.passed else f"**{check.value:.2f}**"
+    _, _, row = check.what.strip(",").partition(", ")
+    return f"{figure} [{check.interval[0]:.2f}, {check.interval[1]:.2f}]" + (f" {row}" if row else "")
 
 
 def _cell(row: af.StressRow) -> str:

@@ -72,7 +72,9 @@ def test_the_tables_of_judged_heads_are_those_of_their_files(name: str) -> None:
 
 def test_the_table_of_stress_tests_is_that_of_their_files() -> None:
     folder = ROOT / "benchmarks/results/stress"
-    assert stress_tests.table(folder) in (ROOT / "docs/stress.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/stress.md").read_text(encoding="utf-8")
+    for table in stress_tests.table(folder).split("\n\n"):
+        assert table in text
 
 
 @pytest.mark.real_model
