@@ -118,7 +118,8 @@ def evaluate(options: argparse.Namespace) -> int:
     evaluation = learning.evaluate(*everything, batch_size=options.batch_size)
     print_evaluation(given.title, evaluation)
     options.result = evaluation.to_dict()
-    if all(map(conflict_kind, given.examples)):
+    kinds_of = set(map(conflict_kind, given.examples))
+    if None not in kinds_of and len(kinds_of) > 1:  # questions without a context alone may be anyone's
         kinds = learning.evaluate_conflicts(*everything, batch_size=options.batch_size)
         print_table("By kind of conflict (parametric: the correct answer, contextual: the wrong one)", *kinds.table())
         options.result |= {"kinds": kinds.to_dict()["kinds"]}
