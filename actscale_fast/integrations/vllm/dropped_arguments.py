@@ -1,6 +1,7 @@
 """HTTP requests whose `actscale…` keys vLLM would drop on the way are refused, not answered by the unsteered model.
 
-All routes that generate ask `BaseServing._check_model` first. What it returns is the answer, here HTTP 400.
+All routes that generate ask `BaseServing._check_model` first. What it returns is the answer, here HTTP 400. Fields that
+a route drops without a trace are found before it, by `misplaced_options`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import functools
 from typing import Any
 
 from . import compatibility
+from .misplaced_options import RefuseMisplaced
 from .request_options import NAME, mentions
 
 #: The handlers that make sampling parameters of their own, from requests that have no field `vllm_xargs`.
@@ -19,11 +21,12 @@ _WITHOUT_ARGUMENTS = {
 
 
 def install() -> None:
-    """Wrap vLLM's check of a request's model, once per process."""
+    """Wrap vLLM's check of a request's model, and what adds its middleware, once per process."""
     compatibility.require_signatures(compatibility.HTTP)
+    from vllm.entrypoints.launchers import app as launcher
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
-    check = BaseServing._check_model
+    check, add_middleware = BaseServing._check_model, launcher.init_entrypoints_middleware
     if hasattr(check, "__wrapped__"):
         return
 
@@ -32,7 +35,13 @@ def install() -> None:
         reason = why_dropped(type(self).__name__, request)
         return await check(self, request) if reason is None else self.create_error_response(reason)
 
+    @functools.wraps(add_middleware)
+    def init_entrypoints_middleware(args: Any, app: Any, supported_tasks: Any) -> None:
+        app.add_middleware(RefuseMisplaced)  # before vLLM's own, so that it comes behind the check of the API key
+        add_middleware(args, app, supported_tasks)
+
     BaseServing._check_model = _check_model
+    launcher.init_entrypoints_middleware = init_entrypoints_middleware
 
 
 def why_dropped(handler: str, request: Any) -> str | None:

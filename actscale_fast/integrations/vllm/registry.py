@@ -22,6 +22,7 @@ from .request_options import NAME
 from .served_model import ServedModel
 from .settings import KINDS, SERVED_KINDS
 
+_OTHER_SITES = [kind.split(":") for kind in SERVED_KINDS if ":" in kind]
 _INSTEAD = "merge it into the model's weights (actscale_fast.merge) or run it in transformers (actscale_fast.patch)"
 
 
@@ -45,8 +46,8 @@ class Entry:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The classes of its parts."""
-        return tuple(dict.fromkeys(type(part).__name__ for part in self.intervention.singles))
+        """What its parts are, in words of `settings.SERVED_KINDS`."""
+        return tuple(dict.fromkeys(kind_of(part) for part in self.intervention.singles))
 
     @property
     def n_rows(self) -> int:
@@ -145,14 +146,24 @@ class Registry:
         return entry
 
 
+def kind_of(part: Intervention) -> str:
+    """The class of an intervention, and its site where that is not the heads: "SteerVec:attn_out"."""
+    name, site = type(part).__name__, part.location.site
+    return name if site == "head" else f"{name}:{site}"
+
+
 def require_served(intervention: Intervention, served: ServedModel | None) -> None:
     """Raise a ValueError where the plug-in cannot apply an intervention, or not to this model."""
     for part in intervention.singles:
-        kind, location = type(part).__name__, part.location
+        name, kind, location = type(part).__name__, kind_of(part), part.location
+        if name not in SERVED_KINDS:
+            classes = ", ".join(one for one in SERVED_KINDS if ":" not in one)
+            raise ValueError(f"a {name} cannot be served, expected {classes}; {_INSTEAD}")
         if kind not in SERVED_KINDS:
-            raise ValueError(f"a {kind} cannot be served, expected {', '.join(SERVED_KINDS)}; {_INSTEAD}")
-        if location.site != "head":
-            raise ValueError(f"a {kind} at the site {location.site!r} cannot be served, expected 'head'; {_INSTEAD}")
+            expected = " or ".join(["'head'", *(repr(site) for cls, site in _OTHER_SITES if cls == name)])
+            raise ValueError(
+                f"{name} at the site {location.site!r} cannot be served, expected {expected}; {_INSTEAD}"
+            )
         if part.n_groups is not None:
             raise ValueError(f"a stack of {part.n_groups} interventions cannot be served; save each on its own")
         if location.heads:
@@ -162,7 +173,7 @@ def require_served(intervention: Intervention, served: ServedModel | None) -> No
             location.model.require(served.fingerprint(location.model.model_type))
             if kind not in served.kinds:
                 raise ValueError(
-                    f"a {kind} needs room in the table, which was made for {', '.join(served.kinds)} when the server "
+                    f"{kind} needs room in the table, which was made for {', '.join(served.kinds)} when the server "
                     f"started; start it with {KINDS}={','.join([*served.kinds, kind])}"
                 )
 
