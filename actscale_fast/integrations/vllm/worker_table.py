@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .plan import NO_ROW, Plan, Row
+from .plan import NO_ROW, PARTS, Plan, Row
 from .served_model import ServedModel
 from .settings import VECTORS_AT_OUTPUT
 from .steered_attention import LayerRows, OutputRows
@@ -178,7 +178,7 @@ class WorkerTable:
                 else:
                     part[:, number].copy_(self._tensor(values))
             elif values is not None and values.any():
-                raise ValueError(f"row: it has a {name}, for which the table has no room")
+                raise ValueError(f"row: it holds {PARTS[name]}, for which the table has no room")
         self.n_written += 1
 
     def _tensor(self, values: NDArray[np.float32]) -> Tensor:
