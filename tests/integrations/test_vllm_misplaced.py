@@ -1,4 +1,4 @@
-"""Requests with options where vLLM would drop them are refused before they reach a route; all others arrive unchanged."""
+"""Requests with options where vLLM would drop them are refused before they reach a route; others arrive as sent."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ class App:
         await send({"type": "http.response.body", "body": b""})
 
 
+JSON = "application/json"
+
+
 def post(
     app: Any,
     path: str,
     body: bytes,
     *,
     pieces: int = 1,
-    kind: str = "application/json",
+    kind: str = JSON,
     query: str = "",
     root: str = "",
 ) -> tuple[int, Any]:
@@ -163,7 +166,10 @@ def test_a_client_that_leaves_early_is_passed_on() -> None:
     app = App()
 
     async def run() -> None:
-        waiting = [{"type": "http.request", "body": b'{"actscale"', "more_body": True}, {"type": "http.disconnect"}]
+        waiting: list[dict[str, Any]] = [
+            {"type": "http.request", "body": b'{"actscale"', "more_body": True},
+            {"type": "http.disconnect"},
+        ]
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
 
         async def receive() -> dict[str, Any]:

@@ -200,7 +200,7 @@ def test_a_kind_without_room_names_the_setting(model: Any, served: ServedModel, 
     with pytest.raises(ValueError, match="ACTSCALE_KINDS=ActivScalar,SteerVec"):
         Registry(tmp_path, small).get("v")
     random(model, "SteerVec", site="attn_out").save_pretrained(tmp_path / "o")
-    with pytest.raises(ValueError, match="SteerVec:attn_out needs room.*ACTSCALE_KINDS=ActivScalar,SteerVec:attn_out"):
+    with pytest.raises(ValueError, match=r"SteerVec:attn_out needs room.*ACTSCALE_KINDS=ActivScalar,SteerVec:attn_out"):
         Registry(tmp_path, small).get("o")
     assert Settings.from_environment(
         {"ACTSCALE_INTERVENTIONS": "x", "ACTSCALE_KINDS": "SteerVec:attn_out, ActivScalar"}

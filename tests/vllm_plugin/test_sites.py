@@ -12,7 +12,8 @@ from engines import TOLERANCE, ask, log_probabilities, params, said, serving
 from torch import Tensor, nn
 
 import actscale_fast as af
-from actscale_fast.integrations.vllm.sites import _not_whole_output, _projection
+from actscale_fast.integrations.vllm.served_model import ServedModel
+from actscale_fast.integrations.vllm.sites import _not_plain, _not_whole_output, _projection, attention_sites
 
 HEADS, WIDTH, HIDDEN = 4, 32, 128
 
@@ -82,6 +83,42 @@ def test_the_check_sees_what_stands_before_the_projection(block: Block, expected
     assert (found is None) if expected is None else (expected in (found or ""))
 
 
+def bare(cls: type[nn.Module], **values: Any) -> Any:
+    """A layer of vLLM with nothing but these attributes."""
+    made = cls.__new__(cls)
+    nn.Module.__init__(made)
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_only_the_attention_of_a_decoder_has_plain_heads() -> None:
+    from vllm.model_executor.layers.attention import Attention, CrossAttention, EncoderOnlyAttention, MLAAttention
+    from vllm.v1.attention.backend import AttentionType
+
+    plain = {"attn_type": AttentionType.DECODER, "num_heads": HEADS, "head_size": WIDTH, "head_size_v": WIDTH}
+    assert _not_plain(bare(Attention, **plain), HEADS, WIDTH) is None
+    for cls, values, reason in (
+        (MLAAttention, {}, "a MLAAttention, whose output is not that of plain heads"),
+        (CrossAttention, {"attn_type": AttentionType.ENCODER_DECODER}, ""),
+        (EncoderOnlyAttention, {"attn_type": AttentionType.ENCODER_ONLY}, ""),
+        (Attention, {"attn_type": AttentionType.ENCODER}, "expected the attention of a decoder"),
+        (Attention, {"num_heads": 2 * HEADS}, "8 heads of width 32 (values: 32), expected 4 of 32 on this rank"),
+        (Attention, {"head_size_v": 16}, "4 heads of width 32 (values: 16), expected 4 of 32 on this rank"),
+    ):
+        found = _not_plain(bare(cls, **plain | values), HEADS, WIDTH)
+        assert found is not None
+        assert reason in found
+
+
+def test_every_layer_must_have_attention() -> None:
+    served = ServedModel("m", ("llama",), 2, HEADS, WIDTH, HIDDEN, ("ActivScalar",), 1, "x")
+    with pytest.raises(
+        ValueError, match=r"attention was found in 0 of 2 layers \(not in 0, 1\); start the server without"
+    ):
+        attention_sites(nn.Linear(2, 2), served, rank=0, size=1, dtype=torch.float32)
+
+
 def test_vectors_at_the_output_need_a_projection_that_sums_over_the_ranks() -> None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
@@ -90,11 +127,7 @@ def test_vectors_at_the_output_need_a_projection_that_sums_over_the_ranks() -> N
             raise AssertionError
 
     def projection(cls: type = RowParallelLinear, **values: Any) -> Any:
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        for name, value in {"output_size": HIDDEN, "reduce_results": True, "tp_size": 2, **values}.items():
-            setattr(made, name, value)
-        return made
+        return bare(cls, **{"output_size": HIDDEN, "reduce_results": True, "tp_size": 2, **values})
 
     assert _not_whole_output(projection(), HIDDEN, 2) is None
     assert _not_whole_output(projection(reduce_results=False, tp_size=1), HIDDEN, 1) is None
