@@ -103,9 +103,9 @@ class Registry:
                 return entry
             stamp = _stamp(path)
             # What was removed from the folder is not kept in memory.
-            kept = {key: held for key, held in self._entries.items() if _is_saved(held.path)}
+            self._entries = {key: held for key, held in self._entries.items() if _is_saved(held.path)}
             entry = self._read(name, path, stamp)
-            self._entries = {**kept, name: entry}
+            self._entries = {**self._entries, name: entry}
             return entry
 
     def _known(self, name: str, path: Path) -> Entry | None:
