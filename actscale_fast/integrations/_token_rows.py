@@ -41,6 +41,21 @@ def steer_heads(
     return heads.view(x.shape)
 
 
+def shift_tokens(x: Tensor, index: Tensor, shift: Tensor) -> Tensor:
+    """x + v where each token takes v from its own row.
+
+    Args:
+        x: whole activations of N tokens, [..., D].
+        index: int64, the row of each token, of which the first N are read.
+        shift: v, float32 [R, 1, 1, D].
+
+    Returns:
+        A tensor of x's shape and dtype, computed in float32 and rounded once.
+    """
+    whole = x.reshape(-1, 1, 1, x.shape[-1])  # [N, 1, H=1, D]
+    return scale_heads(whole, None, shift=shift, group=index[: whole.shape[0]]).view(x.shape)
+
+
 def rank_heads(n_heads: int, rank: int, size: int) -> range:
     """The heads of one rank of a tensor-parallel group.
 

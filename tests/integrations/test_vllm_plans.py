@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,7 +171,14 @@ def test_a_folder_whose_name_no_request_can_use_is_refused(model: Any, served: S
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: random(model, site="attn_out"), "at the site 'attn_out' cannot be served.*merge"),
+        (
+            lambda model: random(model, site="attn_out"),
+            "an ActivScalar at the site 'attn_out' cannot be served, expected 'head'; merge",
+        ),
+        (
+            lambda model: random(model, "SteerVec", site="residual", layers=[0]),
+            "a SteerVec at the site 'residual' cannot be served, expected 'head' or 'attn_out'; merge",
+        ),
         (lambda model: random(model, site="residual", layers=[0]), "at the site 'residual' cannot be served"),
         (lambda model: af.Projection.for_model(model, site="residual"), "a Projection cannot be served"),
         (lambda model: random(model) + random(model, site="mlp_out"), "at the site 'mlp_out' cannot be served"),
@@ -190,6 +199,12 @@ def test_a_kind_without_room_names_the_setting(model: Any, served: ServedModel, 
     small = ServedModel(**{**served.__dict__, "kinds": ("ActivScalar",)})
     with pytest.raises(ValueError, match="ACTSCALE_KINDS=ActivScalar,SteerVec"):
         Registry(tmp_path, small).get("v")
+    random(model, "SteerVec", site="attn_out").save_pretrained(tmp_path / "o")
+    with pytest.raises(ValueError, match=r"SteerVec:attn_out needs room.*ACTSCALE_KINDS=ActivScalar,SteerVec:attn_out"):
+        Registry(tmp_path, small).get("o")
+    assert Settings.from_environment(
+        {"ACTSCALE_INTERVENTIONS": "x", "ACTSCALE_KINDS": "SteerVec:attn_out, ActivScalar"}
+    ) == Settings(Path("x"), ("ActivScalar", "SteerVec:attn_out"))
 
 
 def test_a_damaged_file_is_refused(model: Any, served: ServedModel, tmp_path: Path) -> None:
@@ -229,6 +244,30 @@ def test_interventions_are_folded_in_their_order(model: Any, served: ServedModel
         }
         got = steer_heads(x, torch.zeros(5, dtype=torch.int64), n_heads=shape[0], **table)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_at_the_output_are_added_up_whatever_surrounds_them(model: Any, served: ServedModel) -> None:
+    first, second = (random(model, "SteerVec", seed, site="attn_out") for seed in (1, 2))
+    a, d = random(model), random(model, "DynScalar", 3)
+    plan = plan_of(served, first, a, d, second, strengths=(0.5, 1.0, 1.0, -2.0))
+    expected = (0.5 * first.vectors - 2.0 * second.vectors)[:, 0, 0].detach().numpy()
+    np.testing.assert_allclose(plan.rows[0].output, expected, rtol=1e-6)
+    np.testing.assert_array_equal(plan.rows[0].alpha, a.alpha[:, 0].detach().numpy())
+    assert plan.rows[0].kinds == {"ActivScalar", "DynScalar", "SteerVec:attn_out"}
+    assert plan.salt != plan_of(served, first, a, d).salt
+
+
+def test_rows_of_a_plan_may_differ_in_their_parts(model: Any, served: ServedModel) -> None:
+    a = random(model)
+    for other in (
+        random(model, "SteerVec", positions=[0]),
+        random(model, "DynScalar", positions=[0]),
+        random(model, "SteerVec", site="attn_out", positions=[0]),
+    ):
+        plan = plan_of(served, a, other)
+        assert len(plan.rows) == 2
+        again = Plan.decode(plan.encoded())
+        assert (again.salt, [row.key for row in again.rows]) == (plan.salt, [row.key for row in plan.rows])
 
 
 def test_nothing_follows_a_dynamic_scalar(model: Any, served: ServedModel) -> None:
@@ -368,6 +407,51 @@ def test_a_removed_intervention_is_not_kept_in_memory(model: Any, served: Served
     assert list(registry._entries) == ["c"]
 
 
+def test_what_is_kept_does_not_grow_with_what_came_and_went(model: Any, served: ServedModel, tmp_path: Path) -> None:
+    registry = Registry(tmp_path, served)
+    gate, table, cache = admission.Admission(registry, served), table_for(served), runner_v1.PlanCache()
+    names = ("a", "b", "c")
+    for number in range(120):
+        name = names[number % len(names)] if number % 2 else f"once-{number}"
+        random(model, seed=number).save_pretrained(tmp_path / name)
+        one = request({"actscale": name, "actscale_strength": number + 1.0})
+        gate.admit(one)
+        for _ in range(2):
+            plans = cache.of({f"r{number}": one.sampling_params})
+            table.assign([Span(plan, 0, 5) for plan in plans.values()])
+        with pytest.raises(ValueError, match="loaded are"):
+            gate.admit(request({"actscale": f"unknown-{number}"}))
+        if number % 3:
+            remove_named(tmp_path, name)
+    assert set(registry._entries) <= {*registry.names(), name}
+    assert len(cache._plans) == 1
+    assert len(table._row_of) == table.n_rows - 1
+    assert table.n_written == 120
+    assert not table._free
+
+
+def test_what_changed_is_read_in_another_thread(
+    model: Any, served: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, threads = Registry(tmp_path, served), []
+    read = Registry._read
+
+    def noted(self: Registry, *args: Any) -> Any:
+        threads.append(threading.current_thread())
+        return read(self, *args)
+
+    monkeypatch.setattr(Registry, "_read", noted)
+    random(model, seed=1).save_pretrained(tmp_path / "a")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "intervention.json").write_text("{")
+    for _ in range(2):
+        asyncio.run(registry.prepare(["a", "broken", "unknown", "../a"]))
+    assert threading.main_thread() not in threads
+    assert len(threads) == 3  # one of a, and two of what is broken
+    registry.get("a")
+    assert len(threads) == 3
+
+
 def test_the_configuration_carries_what_is_served(served: ServedModel) -> None:
     assert ServedModel.of_config(SimpleNamespace(additional_config={KEY: served.to_dict()})) == served
     assert ServedModel.of_config(SimpleNamespace(additional_config={})) is None
@@ -402,6 +486,28 @@ def test_the_table_holds_the_rows_of_running_requests(served: ServedModel) -> No
     table.assign([Span(None, 0, 4)])
     assert not table.index.any()
     assert not table.alpha[:, 0].any()
+
+
+def test_the_table_holds_vectors_of_the_whole_output(model: Any, served: ServedModel) -> None:
+    table = table_for(served)
+    layers = [table.output_layer(number) for number in range(served.n_layers)]
+    plan = plan_of(served, random(model, "SteerVec", site="attn_out"))
+    plain = Plan((plain_row(served, 1.0),), 0, 0, {}, 3)
+    x = torch.randn(5, served.hidden_size, generator=torch.Generator().manual_seed(0))
+    table.assign([Span(None, 0, 2), Span(plan, 4, 1), Span(plain, 0, 2)])
+    for number, layer in enumerate(layers):
+        assert layer is not None
+        expected = x.clone()
+        expected[2] += torch.from_numpy(plan.rows[0].output)[number]
+        assert torch.equal(layer(x), expected)
+    layers[1].output = layers[1].output.clone()  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="the buffers of layer 1 were replaced"):
+        table.assign([Span(plain, 0, 3)])
+    without = ServedModel(**{**served.__dict__, "kinds": ("ActivScalar",)})
+    small = WorkerTable(without, range(served.n_heads), max_requests=1, max_tokens=4, device=torch.device("cpu"))
+    assert small.output_layer(0) is None
+    with pytest.raises(ValueError, match="it holds SteerVec:attn_out, for which the table has no room"):
+        small.assign([Span(plan, 0, 1)])
 
 
 def test_the_table_keeps_its_addresses(served: ServedModel) -> None:

@@ -82,19 +82,21 @@ def log_probabilities(result: Any) -> Tensor:
 Edit = Callable[[Tensor, int], Tensor]
 
 
-def require_equal(tiny: TinyLlama, prompt: Sequence[int], result: Any, edit: Edit | None) -> None:
+def require_equal(
+    tiny: TinyLlama, prompt: Sequence[int], result: Any, edit: Edit | None, output: Edit | None = None
+) -> None:
     """The generated tokens are the likeliest ones of the oracle, with its log-probabilities."""
     tokens = said(result)
-    exact = tiny.log_probabilities([*prompt, *tokens], edit)[len(prompt) - 1 : -1]
+    exact = tiny.log_probabilities([*prompt, *tokens], edit, output)[len(prompt) - 1 : -1]
     chosen = exact[torch.arange(len(tokens)), torch.tensor(tokens)]
     assert (exact.max(-1).values - chosen).max() <= TOLERANCE, "another token is likelier"
     assert (log_probabilities(result) - chosen).abs().max() <= TOLERANCE
 
 
-def effect(tiny: TinyLlama, prompt: Sequence[int], result: Any, edit: Edit) -> float:
+def effect(tiny: TinyLlama, prompt: Sequence[int], result: Any, edit: Edit | None, output: Edit | None = None) -> float:
     """How much an edit changes the log-probabilities of the generated tokens."""
     tokens = [*prompt, *said(result)]
-    with_edit, without = tiny.log_probabilities(tokens, edit), tiny.log_probabilities(tokens)
+    with_edit, without = tiny.log_probabilities(tokens, edit, output), tiny.log_probabilities(tokens)
     return float((with_edit - without)[len(prompt) - 1 : -1].abs().max())
 
 
@@ -107,5 +109,15 @@ def scaling(alpha: Tensor, beta: float, tokens: Callable[[Tensor], Tensor] | Non
             return h
         marked = tokens(torch.arange(len(heads)))
         return torch.where(marked[:, None, None], steered, heads)
+
+    return edit
+
+
+def adding(vectors: Tensor, beta: float, tokens: Callable[[Tensor], Tensor] | None = None) -> Edit:
+    """x + β·v for the tokens at the positions that `tokens(positions)` marks; vectors [L, hidden size]."""
+
+    def edit(x: Tensor, layer: int) -> Tensor:
+        marked = torch.ones(len(x), dtype=torch.bool) if tokens is None else tokens(torch.arange(len(x)))
+        return x + marked[:, None] * beta * vectors[layer].double()
 
     return edit

@@ -212,6 +212,56 @@ def test_options_outside_of_the_extra_arguments_are_refused(client: openai.OpenA
         client.chat.completions.create(model="tiny", messages=talk, max_tokens=2, stream=stream, extra_body=extra)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        (
+            "/v1/chat/completions",
+            {"extra_body": {"vllm_xargs": {"actscale": "capitals"}}},
+            "inside extra_body.vllm_xargs",
+        ),
+        ("/v1/messages", {"actscale": "capitals"}, "got actscale as a field .*inside vllm_xargs"),
+        ("/v1/responses", {"metadata": {"actscale": "capitals"}}, "inside metadata, expected it inside vllm_xargs"),
+        ("/v1/completions?actscale=capitals", {}, "in the query of the address"),
+    ],
+)
+def test_options_that_a_route_would_drop_are_refused(
+    client: openai.OpenAI, path: str, body: dict[str, Any], reason: str
+) -> None:
+    content = {"messages": [{"role": "user", "content": "w1"}], "prompt": "w1", "input": "w1"}
+    for more in ({}, {"stream": True}):
+        with pytest.raises(openai.BadRequestError, match=reason):
+            client.post(
+                str(client.base_url).replace("/v1/", path),
+                body={"model": "tiny", "max_tokens": 2, **content, **body, **more},
+                cast_to=object,
+            )
+
+
+def test_without_the_key_of_the_server_nothing_is_looked_at(server: Server) -> None:
+    request = urllib.request.Request(
+        f"{server.url}/v1/messages", data=b'{"actscale": "capitals"}', headers={"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(request, timeout=30)
+
+
+def test_messages_and_responses_are_steered(client: openai.OpenAI) -> None:
+    words = " ".join(f"w{token}" for token in PROMPT)
+    said = []
+    for options in ({}, {"actscale": "capitals", "actscale_strength": -0.7}):
+        right = complete(client, PROMPT, options).choices[0].text
+        common = {"model": "tiny", "temperature": 0, **({"vllm_xargs": options} if options else {})}
+        body: dict[str, Any] = {**common, "max_tokens": NEW_TOKENS, "messages": [{"role": "user", "content": words}]}
+        message: Any = client.post("/messages", body=body, cast_to=object)
+        assert message["content"][0]["text"] == right
+        body = {**common, "max_output_tokens": NEW_TOKENS, "input": words}
+        response: Any = client.post("/responses", body=body, cast_to=object)
+        assert response["output"][0]["content"][0]["text"] == right
+        said.append(right)
+    assert said[0] != said[1]
+
+
 def test_a_route_that_drops_the_extra_arguments_refuses_them(client: openai.OpenAI) -> None:
     body = {"model": "tiny", "query": "w1", "items": ["w2"], "label_token_ids": [1, 2]}
     address = str(client.base_url).replace("/v1/", "/generative_scoring")

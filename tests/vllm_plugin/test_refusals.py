@@ -129,7 +129,14 @@ def test_features_that_have_not_been_shown_to_work_are_refused(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda tiny, at: save(tiny, at / "x", torch.Generator(), site="attn_out"), "'attn_out' cannot be served"),
+        (
+            lambda tiny, at: save(tiny, at / "x", torch.Generator(), site="attn_out"),
+            "an ActivScalar at the site 'attn_out' cannot be served, expected 'head'; merge it",
+        ),
+        (
+            lambda tiny, at: save(tiny, at / "x", torch.Generator(), "SteerVec", site="mlp_out"),
+            "a SteerVec at the site 'mlp_out' cannot be served, expected 'head' or 'attn_out'",
+        ),
         (lambda tiny, at: (save(tiny, at / "x", torch.Generator()), damage(at / "x")), "intervention.json"),
         (lambda tiny, at: save(tiny, at / "a+b", torch.Generator()), "cannot be used in a request"),
         (lambda tiny, at: at.rmdir(), "expected a folder"),

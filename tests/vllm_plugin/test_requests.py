@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Edit, ask, effect, log_probabilities, params, require_equal, said, scaling, serving
+from engines import Edit, adding, ask, effect, log_probabilities, params, require_equal, said, scaling, serving
 from tiny_llama import HEADS, LAYERS, TinyLlama, save
 from torch import Tensor
 
@@ -20,7 +20,7 @@ PROMPTS = [list(range(start, start + length)) for start, length in ((3, 5), (40,
 
 @pytest.fixture(scope="module")
 def everything(tiny: TinyLlama, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scalars, a vector v and probes d."""
+    """The scalars, vectors v and w, probes d and e, and vectors o and q at the attention's output."""
     found = tmp_path_factory.mktemp("everything")
     for path in folder.iterdir():
         (found / path.name).symlink_to(path)
@@ -29,6 +29,8 @@ def everything(tiny: TinyLlama, folder: Path, tmp_path_factory: pytest.TempPathF
     save(tiny, found / "w", generator, "SteerVec", layers=[1])
     save(tiny, found / "d", generator, "DynScalar")
     save(tiny, found / "e", generator, "DynScalar", layers=[0, 2], positions=[1], generated=True)
+    save(tiny, found / "o", generator, "SteerVec", site="attn_out")
+    save(tiny, found / "q", generator, "SteerVec", site="attn_out", layers=[1], positions=[0], generated=True)
     return found
 
 
@@ -164,6 +166,38 @@ def test_probes_with_positions_are_applied_at_these(llm: Any, tiny: TinyLlama, e
         return torch.where(((at == 1) | (at >= len(prompt)))[:, None, None], heads * factor, heads)
 
     require_equal(tiny, prompt, ask(llm, [(prompt, params(actscale="e"))])[0], edit)
+
+
+def test_vectors_are_added_to_the_output_of_attention(llm: Any, tiny: TinyLlama, everything: Path) -> None:
+    a, o = scalars(everything, "a"), af.load_intervention(everything / "o").vectors.detach()[:, 0, 0]
+    first, generated = af.load_intervention(everything / "q").vectors.detach()[0, :, 0].double()
+
+    def q(x: Tensor, layer: int) -> Tensor:
+        if layer != 1:
+            return x
+        at = torch.arange(len(x))[:, None]
+        return x + (at == 0) * first + (at >= n) * generated
+
+    def both(x: Tensor, layer: int) -> Tensor:
+        return q(adding(o, -0.5)(x, layer), layer)
+
+    prompt = PROMPTS[1]
+    n = len(prompt)
+    cases: list[tuple[dict[str, Any], Edit | None, Edit | None]] = [
+        ({}, None, None),
+        ({"actscale": "o"}, None, adding(o, 1.0)),
+        ({"actscale": "o", "actscale_strength": -0.5, "actscale_where": "prompt"}, None,
+         adding(o, -0.5, lambda at: at < n)),
+        ({"actscale": "o", "actscale_where": [2, "generated"]}, None, adding(o, 1.0, lambda at: (at == 2) | (at >= n))),
+        ({"actscale": "q"}, None, q),
+        ({"actscale": "a+q"}, scaling(a, 1.0), q),
+        ({"actscale": "o+a+q", "actscale_strength": [-0.5, 0.5, 1.0]}, scaling(a, 0.5), both),
+        ({"actscale": "a"}, scaling(a, 1.0), None),
+    ]  # fmt: skip
+    results = ask(llm, [(prompt, params(**extra)) for extra, _, _ in cases])
+    for (extra, edit, output), result in zip(cases, results, strict=True):
+        require_equal(tiny, prompt, result, edit, output)
+        assert not extra or effect(tiny, prompt, result, edit, output) > 0.1
 
 
 def test_strength_0_is_a_request_without_an_intervention(llm: Any) -> None:

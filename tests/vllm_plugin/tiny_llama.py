@@ -28,8 +28,15 @@ class TinyLlama:
     model: Any
     exact: Any
 
-    def log_probabilities(self, tokens: Sequence[int], edit: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
-        """[T, V] for a sequence, with `edit(heads [T, H, D], layer)` at the inputs of the output projections."""
+    def log_probabilities(
+        self,
+        tokens: Sequence[int],
+        edit: Callable[[Tensor, int], Tensor] | None = None,
+        output: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> Tensor:
+        """[T, V] for a sequence, with `edit(heads [T, H, D], layer)` at the inputs of the output projections, and
+        `output(activations [T, hidden size], layer)` at what these return.
+        """
         handles = []
         for number, layer in enumerate(self.exact.model.layers):
 
@@ -39,7 +46,11 @@ class TinyLlama:
                 x = args[0]  # [1, T, H·D]
                 return (edit(x[0].view(-1, HEADS, WIDTH), number).reshape(x.shape),)
 
+            def change_output(module: Any, args: Any, x: Tensor, number: int = number) -> Tensor | None:
+                return None if output is None else output(x[0], number)[None]
+
             handles.append(layer.self_attn.o_proj.register_forward_pre_hook(change))
+            handles.append(layer.self_attn.o_proj.register_forward_hook(change_output))
         try:
             with torch.no_grad():
                 logits = self.exact(torch.tensor([list(tokens)])).logits[0]

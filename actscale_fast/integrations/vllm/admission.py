@@ -124,7 +124,7 @@ def install() -> None:
         vllm_config = create(self, *args, **kwargs)
         settings = Settings.from_environment()
         if settings is not None:
-            dropped_arguments.install()
+            dropped_arguments.install(registry_of)
             configuration.configure(vllm_config, settings)
         return vllm_config
 

@@ -43,7 +43,10 @@ ADMISSION = (
 )  # fmt: skip
 
 #: In the processes that answer HTTP requests.
-HTTP = (Wrapped("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model", ("self", "request")),)
+HTTP = (
+    Wrapped("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model", ("self", "request")),
+    Wrapped("vllm.entrypoints.launchers.app", "init_entrypoints_middleware", ("args", "app", "supported_tasks")),
+)
 
 #: In workers.
 ATTENTION = (

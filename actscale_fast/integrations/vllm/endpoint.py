@@ -60,7 +60,7 @@ async def one_intervention(name: str, request: Request) -> dict[str, Any]:
     """One intervention, as it is on disk now."""
     registry = _registry(request.app.state.engine_client)
     try:
-        if name not in registry.names():
+        if name not in await asyncio.to_thread(registry.names):
             raise HTTPException(404, f"there is no intervention {name!r}")
         return _row(await asyncio.to_thread(registry.get, name))
     except (ValueError, OSError) as error:

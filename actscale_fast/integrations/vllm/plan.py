@@ -10,32 +10,36 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-#: The parts of a row, and their axes beyond [layers, heads].
-PARTS = ("alpha", "shift", "probes")
+from .settings import VECTORS_AT_OUTPUT
+
+#: The parts of a row, and the kind of intervention that each is for.
+PARTS = {"alpha": "ActivScalar", "shift": "SteerVec", "probes": "DynScalar", "output": VECTORS_AT_OUTPUT}
 NO_ROW = -1
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """The parameters of one kind of token: y = z·(1 + ⟨u, z⟩) with z = x·(1 + α) + v.
+    """The parameters of one kind of token: at heads y = z·(1 + ⟨u, z⟩) with z = x·(1 + α) + v.
 
     Attributes:
         alpha: α, float32 [L, H].
         shift: v, float32 [L, H, D], or None.
         probes: u, float32 [L, H, D], or None.
+        output: what is added to the output of the attention's projection, float32 [L, hidden size], or None.
     """
 
     alpha: NDArray[np.float32]
     shift: NDArray[np.float32] | None = None
     probes: NDArray[np.float32] | None = None
+    output: NDArray[np.float32] | None = None
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,9 +52,8 @@ class Row:
 
     @property
     def kinds(self) -> set[str]:
-        """The classes of interventions that the row needs room for."""
-        of = {"alpha": "ActivScalar", "shift": "SteerVec", "probes": "DynScalar"}
-        return {of[name] for name in PARTS if (values := getattr(self, name)) is not None and values.any()}
+        """The kinds of interventions that the row needs room for."""
+        return {kind for name, kind in PARTS.items() if (values := getattr(self, name)) is not None and values.any()}
 
     @property
     def is_identity(self) -> bool:
@@ -104,7 +107,7 @@ class Plan:
         """Strings, numbers, lists and bytes, as a request can carry them to other processes."""
         return {
             "format": _FORMAT,
-            "shape": list(_shape(self.rows[0])),
+            "shape": list(_shape(self.rows)),
             "rows": [{name: _bytes(getattr(row, name)) for name in PARTS} for row in self.rows],
             "prompt": self.prompt,
             "generated": self.generated,
@@ -123,8 +126,9 @@ class Plan:
         try:
             if data["format"] != _FORMAT:
                 raise ValueError(f"format {data['format']!r}")
-            layers, heads, width = data["shape"]
-            shapes = {"alpha": (layers, heads), "shift": (layers, heads, width), "probes": (layers, heads, width)}
+            layers, heads, width, hidden = data["shape"]
+            wide = (layers, heads, width)
+            shapes = {"alpha": (layers, heads), "shift": wide, "probes": wide, "output": (layers, hidden)}
             rows = tuple(Row(**{name: _array(values[name], shapes[name]) for name in PARTS}) for values in data["rows"])
             special = dict(zip(data["positions"], data["position_rows"], strict=True))
             plan = cls(rows, data["prompt"], data["generated"], special, data["prompt_length"])
@@ -136,9 +140,15 @@ class Plan:
         return plan
 
 
-def _shape(row: Row) -> tuple[int, int, int]:
-    wide = row.shift if row.shift is not None else row.probes
-    return (*row.alpha.shape, 1 if wide is None else wide.shape[-1])  # type: ignore[return-value]
+def _shape(rows: Sequence[Row]) -> tuple[int, int, int, int]:
+    """Layers, heads, their width, and the hidden size; 1 for a width that no row has."""
+    layers, heads = rows[0].alpha.shape
+    width = max(_last(part) for row in rows for part in (row.shift, row.probes))
+    return layers, heads, width, max(_last(row.output) for row in rows)
+
+
+def _last(values: NDArray[np.float32] | None) -> int:
+    return 1 if values is None else values.shape[-1]
 
 
 def _bytes(values: NDArray[np.float32] | None) -> bytes | None:

@@ -110,16 +110,22 @@ def _folded(parts: Sequence[tuple[_Part, int]], served: ServedModel) -> Row:
     alpha = np.zeros(shape)
     shift: NDArray[np.float64] | None = None
     probes: NDArray[np.float64] | None = None
+    output: NDArray[np.float64] | None = None
     for part, slot in parts:
         single, strength = part.intervention, part.strength
         if strength == 0:
+            continue
+        layers = list(single.location.layers)
+        if single.location.site == "attn_out":  # after the heads, whatever the order of the names
+            assert isinstance(single, SteerVec)
+            output = np.zeros((served.n_layers, served.hidden_size)) if output is None else output
+            output[layers] += strength * _numbers(single.vectors)[:, slot, 0]
             continue
         if probes is not None:
             raise ValueError(
                 f"actscale: a DynScalar is followed by {part.name!r}, expected it last and only once: what follows it "
                 "would have to be applied to each token's own result"
             )
-        layers = list(single.location.layers)
         if isinstance(single, ActivScalar):
             factor = np.zeros(shape)
             factor[layers] = strength * _numbers(single.alpha)[:, slot]
@@ -136,6 +142,7 @@ def _folded(parts: Sequence[tuple[_Part, int]], served: ServedModel) -> Row:
         _rounded(alpha, names),
         None if shift is None else _rounded(shift, names),
         None if probes is None else _rounded(probes, names),
+        None if output is None else _rounded(output, names),
     )
 
 

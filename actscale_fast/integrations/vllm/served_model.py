@@ -23,7 +23,7 @@ class ServedModel:
         name: the model's name or folder, as vLLM got it.
         model_types: the names that an intervention's fingerprint may have for it.
         n_layers, n_heads, head_dim, hidden_size: of the language model; all heads, of all ranks.
-        kinds: the classes of interventions that can be applied.
+        kinds: the kinds of interventions that can be applied (settings.SERVED_KINDS).
         rows_per_request: how many rows of parameters one request may need.
         sources: a digest of the plug-in's and the ops' sources.
     """

@@ -13,8 +13,10 @@ FOLDER = "ACTSCALE_INTERVENTIONS"
 KINDS = "ACTSCALE_KINDS"
 ROWS = "ACTSCALE_ROWS_PER_REQUEST"
 
-#: The classes of interventions that the plug-in can apply, in the order of the operations on an activation.
-SERVED_KINDS = ("ActivScalar", "SteerVec", "DynScalar")
+#: Steering vectors at the output of the attention's projection.
+VECTORS_AT_OUTPUT = "SteerVec:attn_out"
+#: What the plug-in can apply: classes at heads, in the order of the operations on an activation, and at another site.
+SERVED_KINDS = ("ActivScalar", "SteerVec", "DynScalar", VECTORS_AT_OUTPUT)
 _MOST_ROWS = 4096
 
 
@@ -24,7 +26,7 @@ class Settings:
 
     Attributes:
         folder: the folder of saved interventions, or one saved intervention.
-        kinds: the classes that the table has room for; None: those found in the folder when the server starts.
+        kinds: those of SERVED_KINDS that the table has room for; None: those found in the folder at the start.
         rows_per_request: how many different rows of parameters one request may need; None: chosen at the start.
     """
 

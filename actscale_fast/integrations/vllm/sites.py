@@ -1,9 +1,10 @@
-"""Finds the attention layers whose heads can be steered, and shows by a short run of each that they are what they seem.
+"""Finds the attention layers that can be steered, and shows by a short run of each that they are what they seem.
 
 The output of vLLM's `Attention` must enter the output projection as it is, with the heads of this rank side by side. A
 norm or a gate in between, as some families have, would make the same parameters mean something else. So each attention
 block runs once on two tokens, with random numbers in place of the attention's output: what the next linear layer gets
-must equal them bit for bit.
+must equal them bit for bit. This layer is the output projection. What it returns, summed over the ranks, is the site
+"attn_out", as in transformers: before any norm.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .._token_rows import rank_heads
 from .served_model import ServedModel
+from .settings import VECTORS_AT_OUTPUT
 
 _INSTEAD = "start the server without ACTSCALE_INTERVENTIONS, or serve a merged checkpoint (docs/serving.md)"
 
@@ -26,6 +28,7 @@ class Site(NamedTuple):
     layer: int
     attention: nn.Module
     name: str
+    projection: nn.Module  # that its output enters
 
 
 class _Reached(Exception):  # noqa: N818 (not an error)
@@ -58,10 +61,15 @@ def attention_sites(model: nn.Module, served: ServedModel, *, rank: int, size: i
         if reason is None and layer in found:
             reason = f"layer {layer} has two attention layers"
         if reason is None:
-            reason = _not_before_projection(modules, name, module, served.hidden_size, dtype)
+            projection = _projection(modules, name, module, served.hidden_size, dtype)
+            if isinstance(projection, str):
+                reason = projection
+            elif VECTORS_AT_OUTPUT in served.kinds:
+                reason = _not_whole_output(projection, served.hidden_size, size)
         if reason is not None:
             raise ValueError(f"actscale_fast: {type(model).__name__}: {name}: {reason}; {_INSTEAD}")
-        found[layer] = Site(layer, module, name)
+        assert isinstance(projection, nn.Module)
+        found[layer] = Site(layer, module, name, projection)
     missing = sorted(set(range(served.n_layers)) - set(found))
     if missing or len(found) != served.n_layers:
         raise ValueError(
@@ -89,10 +97,24 @@ def _not_plain(module: Any, n_heads: int, head_dim: int) -> str | None:
     return None
 
 
-def _not_before_projection(
+def _not_whole_output(projection: Any, hidden_size: int, size: int) -> str | None:
+    """Why what a projection returns is not the attention block's output on every rank; None: it is."""
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    kind = type(projection).__name__
+    if not isinstance(projection, RowParallelLinear) or type(projection).forward is not RowParallelLinear.forward:
+        return f"its projection is a {kind}, at whose output {VECTORS_AT_OUTPUT} cannot be served"
+    if projection.output_size != hidden_size:
+        return f"its projection returns {projection.output_size} numbers per token, expected {hidden_size}"
+    if size > 1 and not (projection.reduce_results and projection.tp_size == size):
+        return f"its projection does not sum over the {size} ranks itself, as {VECTORS_AT_OUTPUT} needs"
+    return None
+
+
+def _projection(
     modules: dict[str, nn.Module], name: str, attention: Any, hidden_size: int, dtype: torch.dtype
-) -> str | None:
-    """Why the layer's output is not what the output projection gets; None: it is."""
+) -> nn.Module | str:
+    """The linear layer that gets the attention layer's output as it is, or the reason why there is none."""
     parent = modules[name.rpartition(".")[0]]
     device = next((tensor.device for tensor in parent.parameters()), torch.device("cpu"))
     try:
@@ -141,7 +163,7 @@ def _not_before_projection(
             f"what enters {type(module).__name__} of {type(parent).__name__} is not the attention's output: a norm, a "
             "gate or another operation stands in between"
         )
-    return None
+    return module
 
 
 #: What a parameter of an attention block's forward method stands for.

@@ -1,4 +1,4 @@
-"""The edit of an attention layer: its output, the heads side by side, is steered before it enters the projection."""
+"""The edits of an attention block: its heads before they enter the output projection, and what this returns."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._token_rows import steer_heads
+from .._token_rows import shift_tokens, steer_heads
 
-#: The name of the submodule that a steered attention layer holds.
+#: The name of the submodule that a steered layer holds.
 ATTRIBUTE = "actscale"
 
 
@@ -45,18 +45,45 @@ class LayerRows(nn.Module):
         return steer_heads(x, self.index, n_heads=self.n_heads, alpha=self.alpha, shift=self.shift, probes=self.probes)
 
 
-def attach(attention: nn.Module, rows: LayerRows) -> None:
-    """Let the layer's output be steered. Must happen before vLLM compiles the model or captures graphs."""
-    attention.add_module(ATTRIBUTE, rows)
-    attention.__class__ = _steered(type(attention))  # type: ignore[assignment, arg-type]
+class OutputRows(nn.Module):
+    """One layer's part of the table at the output of the attention's projection.
+
+    Args:
+        index: int64 [max_tokens], the row of each token; shared by all layers.
+        output: float32 [R, 1, 1, hidden size].
+    """
+
+    index: Tensor
+    output: Tensor
+
+    def __init__(self, index: Tensor, output: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("output", output, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer x [N, hidden size]."""
+        return shift_tokens(x, self.index, self.output)
+
+
+def attach(layer: nn.Module, rows: nn.Module) -> None:
+    """Let what a layer returns be steered. Must happen before vLLM compiles the model or captures graphs.
+
+    Args:
+        layer: an attention layer, or a linear layer, which may return its bias apart, as the second of two.
+        rows: what steers it.
+    """
+    layer.add_module(ATTRIBUTE, rows)
+    layer.__class__ = _steered(type(layer))  # type: ignore[assignment, arg-type]
 
 
 @functools.cache
 def _steered(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass with the same name, so that torch.compile sees another forward method."""
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return getattr(self, ATTRIBUTE)(cls.forward(self, *args, **kwargs))  # type: ignore[no-any-return]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        returned, rows = cls.forward(self, *args, **kwargs), getattr(self, ATTRIBUTE)
+        return (rows(returned[0]), *returned[1:]) if isinstance(returned, tuple) else rows(returned)
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), {**names, "forward": forward})

@@ -84,6 +84,8 @@ def steer(worker: Any, vllm_config: Any, served: ServedModel) -> WorkerTable:
     )
     for site in sites:
         attach(site.attention, table.layer(site.layer))
+        if (output := table.output_layer(site.layer)) is not None:
+            attach(site.projection, output)
     if vllm_config.use_v2_model_runner:
         runner_v2.attach(runner, table)
     else:

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .plan import NO_ROW, Plan, Row
+from .plan import NO_ROW, PARTS, Plan, Row
 from .served_model import ServedModel
-from .steered_attention import LayerRows
+from .settings import VECTORS_AT_OUTPUT
+from .steered_attention import LayerRows, OutputRows
 
 
 class Span(NamedTuple):
@@ -53,19 +54,29 @@ class WorkerTable:
         self.alpha = zeros(layers, rows, 1, n_heads)
         self.shift = zeros(layers, rows, 1, n_heads, width) if "SteerVec" in served.kinds else None
         self.probes = zeros(layers, rows, n_heads, width) if "DynScalar" in served.kinds else None
+        # Whole, not this rank's part: it is added after the projection's results have been summed over the ranks.
+        self.output = zeros(layers, rows, 1, 1, served.hidden_size) if VECTORS_AT_OUTPUT in served.kinds else None
         self.index = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self._filled = 0  # tokens of the index that may not be 0
         self._row_of: dict[str, int] = {}  # in the order of their last use
         self._free = list(range(self.n_rows - 1, 0, -1))
         self.n_written = 0
         self._layers: dict[int, LayerRows] = {}
+        self._outputs: dict[int, OutputRows] = {}
 
     def layer(self, number: int) -> LayerRows:
-        """The part of one layer, whose buffers share the table's memory."""
+        """The part of one layer's heads, whose buffers share the table's memory."""
         alpha, shift, probes = self._parts(number)
         assert alpha is not None
         self._layers[number] = LayerRows(len(self.heads), self.index, alpha, shift, probes)
         return self._layers[number]
+
+    def output_layer(self, number: int) -> OutputRows | None:
+        """The part of one layer's projection; None: nothing is steered there."""
+        if self.output is None:
+            return None
+        self._outputs[number] = OutputRows(self.index, self.output[number])
+        return self._outputs[number]
 
     def assign(self, spans: Sequence[Span]) -> None:
         """Set the row of each token of the next forward pass; tokens beyond the spans use row 0.
@@ -108,7 +119,11 @@ class WorkerTable:
             "rows_held": len(self._row_of),
             "rows_written": self.n_written,
             "tokens": len(self.index),
-            "bytes": sum(part.nbytes for part in (self.alpha, self.shift, self.probes, self.index) if part is not None),
+            "bytes": sum(
+                part.nbytes
+                for part in (self.alpha, self.shift, self.probes, self.output, self.index)
+                if part is not None
+            ),
         }
 
     def _rows_of(self, rows: Iterable[Row]) -> dict[str, int]:
@@ -131,28 +146,39 @@ class WorkerTable:
 
     def _require_shared(self) -> None:
         """Raise a RuntimeError where a layer no longer reads the table, because vLLM has replaced its buffers."""
-        for number, layer in self._layers.items():
-            held = [layer.index, layer.alpha, layer.shift, layer.probes]
-            for buffer, part in zip(held, [self.index, *self._parts(number)], strict=True):
-                if buffer is not None and part is not None and buffer.data_ptr() != part.data_ptr():
-                    raise RuntimeError(
-                        f"actscale_fast: the buffers of layer {number} were replaced, as a reload of weights may do; "
-                        "requests can no longer be steered: start the server again"
-                    )
+        pairs: list[tuple[int, Tensor | None, Tensor | None]] = [
+            (number, buffer, part)
+            for number, layer in self._layers.items()
+            for buffer, part in zip(
+                [layer.index, layer.alpha, layer.shift, layer.probes], [self.index, *self._parts(number)], strict=True
+            )
+        ]
+        for number, projection in self._outputs.items():
+            assert self.output is not None
+            pairs += [(number, projection.index, self.index), (number, projection.output, self.output[number])]
+        for number, buffer, part in pairs:
+            if buffer is not None and part is not None and buffer.data_ptr() != part.data_ptr():
+                raise RuntimeError(
+                    f"actscale_fast: the buffers of layer {number} were replaced, as a reload of weights may do; "
+                    "requests can no longer be steered: start the server again"
+                )
 
     def _write(self, number: int, row: Row) -> None:
         own = slice(self.heads.start, self.heads.stop)
         self.alpha[:, number, 0] = self._tensor(row.alpha[:, own])
-        for name, part in (("shift", self.shift), ("probes", self.probes)):
-            values = getattr(row, name)
+        shift, probes, output = row.shift, row.probes, row.output
+        for name, part, values in (
+            ("shift", self.shift, None if shift is None else shift[:, None, own]),
+            ("probes", self.probes, None if probes is None else probes[:, own]),
+            ("output", self.output, None if output is None else output[:, None, None]),
+        ):
             if part is not None:
-                target = part[:, number, 0] if name == "shift" else part[:, number]
                 if values is None:
-                    target.zero_()
+                    part[:, number].zero_()
                 else:
-                    target.copy_(self._tensor(values[:, own]))
+                    part[:, number].copy_(self._tensor(values))
             elif values is not None and values.any():
-                raise ValueError(f"row: it has a {name}, for which the table has no room")
+                raise ValueError(f"row: it holds {PARTS[name]}, for which the table has no room")
         self.n_written += 1
 
     def _tensor(self, values: NDArray[np.float32]) -> Tensor:
