@@ -23,7 +23,7 @@ from .loading import (
     output_folder,
 )
 from .model_of_fit import load_model_of_fit
-from .options import given_paths
+from .options import RECOMPUTE, given_paths
 from .output import check_sources, print_continuations, print_evaluation, say
 from .own_split import OwnSplit, fill_defaults
 from .provenance import load_saved, provenance
@@ -70,6 +70,7 @@ def fit(options: argparse.Namespace) -> int:
         schedule=options.schedule,
         n_active=options.n_active,
         accumulate=options.accumulate,
+        recompute=RECOMPUTE[options.recompute],
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
     )

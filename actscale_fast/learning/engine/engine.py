@@ -62,6 +62,10 @@ class Engine:
         self.execution = execution or Execution()
         if self.execution.capture == "auto" and (data.long_answers or not is_capturable(model)):
             self.execution = replace(self.execution, capture=False)
+        if self.execution.recompute is True and self.execution.capture:
+            self.execution = replace(self.execution, capture=False)
+        elif self.execution.capture:
+            self.execution = replace(self.execution, recompute=False)  # graphs keep activations
         if self.execution.capture is True:
             data.refuse_long_answers("capture=True records passes on prompts alone")
             check_capturable(model)
@@ -130,8 +134,13 @@ class Engine:
                         "it too; set memory_bytes= to less, or accumulate= to more"
                     ) from error
                 divisible = any(len(rows) > 1 or len(rows[0].prompts) > 1 for rows in microbatches)
-                if not out_of_memory(error) or self.halved or not divisible:
+                if not out_of_memory(error):
                     raise
+                if self.halved or not divisible:
+                    if not runner.recomputation.may_begin:
+                        raise
+                    runner.recomputation.begin("memory ran out in a pass that cannot be made smaller")
+                    continue
             self.halved = True  # once
             largest = planner.halve(microbatches, requests)
             warnings.warn(

@@ -30,10 +30,11 @@ from .cuda_graphs import CudaGraphs, ProbedGraphs
 from .forward_backward import ForwardBackward
 from .microbatches import FitRequest, MicrobatchPlanner, PackedRow, RequestedPrompt, tokens
 from .packing_check import may_pack, packing_matches
+from .recomputation import Recomputation
 from .reference_cache import ReferenceCache
 from .row_store import RowStore
 from .shared_layers import shared_below
-from .token_budget import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
+from .token_budget import PEAK_OVER_KEPT, SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +97,7 @@ class StepRunner:
             patched = patched_for_steps(self.model, self.intervention)
             stack.callback(patched.remove)
             self.partial = section.partial
+            self.section = section
             region = active_region(self.intervention, data)
             width = region.width if strategy.prefix else region.longest
             self.region = ActiveRegion(region.first_layer if self.partial else 0, width, region.longest)
@@ -121,6 +123,7 @@ class StepRunner:
                 )
             if strategy.prefix and patched.alone:  # another patch may distinguish between rows or positions
                 self.planner.packs = self._packing_matches(cache, output)
+            self.recomputation = Recomputation(self.found, self.model, section, self.execution.recompute)
             self._bound_tokens()
             self._open = stack.pop_all()
         return self
@@ -186,12 +189,22 @@ class StepRunner:
         longest = max(range(len(self.data)), key=lambda row: len(self.data.prompts[row]))
         rows = [self.planner.unpacked(RequestedPrompt(0, longest))]
         requests = [FitRequest([longest], self.objectives[0])]
-        with torch.enable_grad(), KeptBytes([self.found.model]) as kept:
-            self.forward_backward.losses(self.collator.collate(rows, requests))
+        inputs, n_tokens = self.collator.collate(rows, requests), tokens(rows, requests)
+        kept, before = KeptBytes([self.found.model]), self.section.wrap_layer
+        self.section.wrap_layer = kept.layer
+        with torch.enable_grad(), kept:
+            self.forward_backward.losses(inputs)
+        self.section.wrap_layer = before
         budget = self.execution.memory_bytes
         if budget is None:
             budget = int(SHARE_OF_FREE * free_bytes(self.data.device))
-        fit = min(self.together.all_gather(tokens_that_fit(kept.n_bytes, tokens(rows, requests), budget)))
+        fit = tokens_that_fit(kept.n_bytes, n_tokens, budget)
+        if self.together.any(self.recomputation.may_begin and fit < n_tokens):
+            size = f"{PEAK_OVER_KEPT * kept.n_bytes / 1e9:.3g} GB"
+            self.recomputation.begin(f"a prompt of {n_tokens} tokens in all directions would take about {size}")
+        if self.recomputation.is_on:
+            fit = tokens_that_fit(kept.n_bytes_recomputed, n_tokens, budget)
+        fit = min(self.together.all_gather(fit))
         fit = 1 << (fit.bit_length() - 1)  # a power of two, so that small changes of free memory change nothing
         bound = self.planner.max_tokens
         self.planner.max_tokens = fit if bound is None else min(fit, bound)
