@@ -143,7 +143,9 @@ class _LayerForward:
         if run.first <= index < run.end:
             forward = self.original
             if run.wrap_layer is not None and torch.is_grad_enabled():
-                forward = run.wrap_layer(forward if run.cache is None else _repeatable(forward, run.cache.layers[index]))
+                forward = run.wrap_layer(
+                    forward if run.cache is None else _repeatable(forward, run.cache.layers[index])
+                )
             output = forward(*args, **kwargs)
             self.width = len(output) if isinstance(output, tuple | list) else 0
             self.kind = type(output)

@@ -187,8 +187,8 @@ def test_after_an_out_of_memory_in_a_pass_of_one_prompt(monkeypatch: pytest.Monk
     refusing = Execution(recompute=False)
     with torch.enable_grad(), Engine(model, data, intervention, [OBJECTIVE], refusing) as opened:
         runner = opened.runner
+        monkeypatch.setattr(runner, "compute", without_memory)
         with pytest.raises(torch.OutOfMemoryError):
-            monkeypatch.setattr(runner, "compute", without_memory)
             opened.gradients([FitRequest([2], OBJECTIVE)])
 
 
@@ -226,5 +226,3 @@ def test_bad_values_and_what_cannot_be_combined() -> None:
             continue
         with pytest.raises(ValueError, match=message), torch.enable_grad(), opened:
             pass
-
-

@@ -42,6 +42,9 @@ class Engine:
         execution: memory budgets, gradient accumulation and CUDA graphs. On a CPU, passes have no more tokens than are
             fast together, even if more would fit.
         processes: the processes that share each step's prompts.
+        stages: the examples in the order in which steps will probably use them. It decides which of them the frozen
+            model runs together, when one of them is used for the first time, and so must not depend on where a fit
+            resumes. None: in their own order.
 
     Raises:
         ValueError: `capture` for a model that is not on one GPU, an objective that the intervention
@@ -51,6 +54,7 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, data: EncodedExamples, intervention: Intervention,
         objectives: Iterable[Objective], execution: Execution | None = None, processes: ProcessGroup = SINGLE_PROCESS,
+        stages: Sequence[Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
         self.objectives = list(objectives)
         penalises_scalars = any(objective.sparsity == "scalars" for objective in self.objectives)
@@ -70,6 +74,7 @@ class Engine:
             data.refuse_long_answers("capture=True records passes on prompts alone")
             check_capturable(model)
         self.model, self.data, self.intervention, self.processes = model, data, intervention, processes
+        self.stages = stages
         self.found = layout(model, intervention.paths)
         #: The processes that hold the model with this one, and must run as many passes.
         self.together = model_processes(self.found.model)
@@ -174,7 +179,9 @@ class Engine:
     def _open_with(self, strategy: Strategy, check: GradientCheck | None) -> str | None:
         """Open the model; returns how its steps differ from the plain whole model, or None if they agree."""
         with contextlib.ExitStack() as stack:
-            runner = StepRunner(self.model, self.data, self.intervention, self.objectives, self.execution, strategy)
+            runner = StepRunner(
+                self.model, self.data, self.intervention, self.objectives, self.execution, strategy, self.stages
+            )
             self.runner = stack.enter_context(runner)
             problem = None if check is None else self._disagreement(check)
             self._open = stack.pop_all()
