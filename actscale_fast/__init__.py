@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     )
     from .learning.head_selection.select_heads import select_heads as select_heads
     from .learning.head_selection.selection import HeadSelection as HeadSelection, ScoredHead as ScoredHead
+    from .learning.memory_plan import MemoryPlan as MemoryPlan, plan_memory as plan_memory
     from .learning.objective import Objective as Objective
     from .learning.sweep.folder import gather_sweep as gather_sweep, load_sweep as load_sweep
     from .learning.sweep.minimality_path import minimality_path as minimality_path
@@ -101,9 +102,9 @@ _HOMES = {
     ),
     "learning": (
         "Attribution", "Checkpoint", "CircuitMetrics", "Evaluation", "Execution", "FitResult", "HeadComparison",
-        "HeadResult", "HeadSelection", "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution",
-        "circuit_metrics", "compare_heads", "evaluate", "fit", "gather_sweep", "load_sweep", "minimality_path",
-        "save_mib_scores", "select_heads", "sweep",
+        "HeadResult", "HeadSelection", "MemoryPlan", "Objective", "ScoredHead", "SweepFit", "SweepResult",
+        "attribution", "circuit_metrics", "compare_heads", "evaluate", "fit", "gather_sweep", "load_sweep",
+        "minimality_path", "plan_memory", "save_mib_scores", "select_heads", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),

@@ -19,11 +19,11 @@ NAMES = {
     "actscale_fast": """
         ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint CircuitMetrics Composite
         DynScalar Evaluation Example Execution FitResult HeadComparison HeadInterchange HeadResult HeadSelection
-        InstructionVectors InterchangeResult Intervention LatentResult LayerChoice LayerScore Means Objective
+        InstructionVectors InterchangeResult Intervention LatentResult LayerChoice LayerScore Means MemoryPlan Objective
         Projection RunTwice ScoredHead SteerVec SweepFit SweepResult act_add attribution circuit_metrics compare_heads
         decode_latent evaluate fit fit_interchange gather_sweep get_actscale_model get_backend head_mask
         instruction_vectors latent_vectors load_demo_model load_examples load_intervention load_sweep mean_activations
-        mean_centring mean_vector merge minimality_path ops patch perplexity plots reproduce save_examples
+        mean_centring mean_vector merge minimality_path ops patch perplexity plan_memory plots reproduce save_examples
         save_mib_scores select_heads set_backend source_activations stack sweep tasks unmerge use_backend
         verify_kernels Verification
     """,
@@ -136,7 +136,7 @@ PARAMETERS = {
     "Objective": "margin faithfulness minimality exclude_answers kl directions sparsity",
     "fit": (
         "model tokenizer examples intervention objective steps lr batch_size seed schedule betas tolerance "
-        "patience accumulate cache_bytes spill_bytes memory_bytes capture checkpoint checkpoint_every "
+        "patience accumulate cache_bytes spill_bytes memory_bytes capture recompute checkpoint checkpoint_every "
         "distributed progress"
     ),
     "evaluate": "model tokenizer examples intervention batch_size progress",
@@ -154,6 +154,7 @@ PARAMETERS = {
     "load_sweep": "folder",
     "gather_sweep": "folder",
     "load_examples": "path columns",
+    "plan_memory": ("model tokens batch_size accumulate n_examples dtype site layers tp fsdp memory_gb cache_bytes"),
     "save_examples": "path examples",
     "mean_vector": "vectors",
     "mean_activations": "model tokenizer texts site layers skip batch_size max_tokens progress paths",

@@ -161,7 +161,10 @@ class Engine:
             return None
         with evaluation_mode(self.model), patched_for_steps(self.model, self.intervention) as patched:
             group = None if self.intervention.n_groups is None else 0
-            check = GradientCheck(self.found.model, self.data, self.intervention, patched, group, self.objectives[0])
+            check = GradientCheck(
+                self.found.model, self.data, self.intervention, patched, group, self.objectives[0],
+                self.execution.recompute,
+            )  # fmt: skip
             check.check_plain_gradient()
         return check
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,13 @@ from ..._log import notice
 from ...architectures.layout import ModelLayout
 from ...architectures.sharding import stored_as
 from ...frozen.partial_forward import PartialForward
+from ...modules.hooks import replaced_forward
 from ...patching.checkpointing import CheckpointWithContexts
+
+#: Random states need not be restored: the model is in evaluation mode.
+_CHECKPOINT: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+#: Tokens of a pass from which on the check of the plain gradient saves memory without having counted it.
+_MANY_TOKENS = 1024
 
 
 class Recomputation:
@@ -38,7 +45,7 @@ class Recomputation:
         self.may_begin = wanted == "auto" and not compiled
         if wanted is True:
             self._begin()
-        elif self.may_begin and any(stored_as(p) == "meta" for layer in found.layers for p in layer.parameters()):
+        elif self.may_begin and _is_offloaded(found):
             self.begin("layers are offloaded, and their weights would be kept with the activations")
 
     def begin(self, why: str) -> None:
@@ -48,15 +55,45 @@ class Recomputation:
 
     def _begin(self) -> None:
         self.may_begin = False
-        # Random states need not be restored: the model is in evaluation mode.
-        function: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         self.section.wrap_layer = functools.partial(
-            CheckpointWithContexts.around, decoder=self.found.decoder, checkpoint=function
+            CheckpointWithContexts.around, decoder=self.found.decoder, checkpoint=_CHECKPOINT
         )
 
     @property
     def is_on(self) -> bool:
         return self.section.wrap_layer is not None
+
+
+class _RepeatedForward:
+    """The forward of a layer that is computed again in the backward pass."""
+
+    calls_the_class = True  # see `module_paths.own_forward`
+
+    def __init__(self, forward: Callable[..., Any], found: ModelLayout) -> None:
+        self.forward = CheckpointWithContexts.around(forward, found.decoder, _CHECKPOINT)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def layers_recomputed(found: ModelLayout, wanted: bool | str, n_tokens: int) -> Iterator[None]:
+    """Let whole passes of a patched model compute their layers again, if asked for, or if that may save much memory.
+
+    Args:
+        found: the model's layout.
+        wanted: True, False or "auto".
+        n_tokens: the tokens of a pass.
+    """
+    with contextlib.ExitStack() as stack:
+        if wanted is True or (wanted == "auto" and (n_tokens > _MANY_TOKENS or _is_offloaded(found))):
+            for layer in found.layers:
+                stack.enter_context(replaced_forward(layer, _RepeatedForward(layer.forward, found)))
+        yield
+
+
+def _is_offloaded(found: ModelLayout) -> bool:
+    return any(stored_as(p) == "meta" for layer in found.layers for p in layer.parameters())
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: The most prompts, and the most tokens, in one pass of the frozen model; a single prompt may have more.
-REFERENCE_ROWS, REFERENCE_TOKENS = 32, 1 << 14
+REFERENCE_ROWS, REFERENCE_TOKENS = 32, 1 << 13
 #: How the names of what is constant begin.
 _CONSTANT = ("hidden", "keys.", "values.")
 #: Prompts that are used one soon after another, among which those of similar length share a pass.
