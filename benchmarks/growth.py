@@ -27,10 +27,10 @@ from .machine import environment
 from .models import RandomPrompts, Shape, random_model
 
 OUT = Path(__file__).parent / "results" / "growth.json"
-SHAPE = Shape(4, 4, 64, 4096, torch.float32, kv_heads=4, inner=704)
+SHAPE = Shape(4, 2, 64, 1024, torch.float32, kv_heads=2, inner=352)
 PROMPTS, TOKENS = 8, 32
 SIZES: dict[str, Sequence[int]] = {
-    "prompts": (8, 16, 32, 64), "tokens": (32, 64, 128, 256, 512), "layers": (4, 8, 16), "fits": (1, 2, 4, 8),
+    "prompts": (8, 16, 32, 64), "tokens": (32, 128, 512), "layers": (4, 8, 16), "fits": (1, 2, 4, 8),
 }  # fmt: skip
 OBJECTIVE = af.Objective()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import actscale_fast as af
-from actscale_fast.learning.engine import Engine, FitRequest
+from actscale_fast.learning.engine import PASS_TOKENS_CPU, Engine, FitRequest
 from actscale_fast.learning.execution import Execution
 
 from .machine import environment
@@ -25,11 +25,10 @@ from .models import RandomPrompts, Shape, random_model
 OUT = Path(__file__).parent / "results" / "plan.json"
 #: Llama's shapes at sizes that a CPU computes in seconds.
 SHAPES = {
-    "6 layers of 384": Shape(6, 6, 64, 4096, torch.float32, kv_heads=2, inner=1024),
-    "10 layers of 512": Shape(10, 8, 64, 8192, torch.float32, kv_heads=8, inner=1408),
-    "6 layers of 384, bfloat16": Shape(6, 6, 64, 4096, torch.bfloat16, kv_heads=2, inner=1024),
+    "6 layers of 256": Shape(6, 4, 64, 4096, torch.float32, kv_heads=2, inner=704),
+    "8 layers of 384": Shape(8, 6, 64, 8192, torch.float32, kv_heads=6, inner=1024),
 }
-TOKENS = (512, 1024)
+TOKENS = (256, 512)  # two prompts in a pass, or one
 N_EXAMPLES = 4
 
 
@@ -50,7 +49,10 @@ def compared(shape: Shape, tokens: int, recompute: bool) -> dict[str, Any]:
 
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     measured = weights + peak_bytes(step, device)
-    plan = af.plan_memory(model.config, tokens, batch_size=2, n_examples=N_EXAMPLES, dtype=shape.dtype)
+    plan = af.plan_memory(
+        model.config, tokens, batch_size=2, accumulate=-(-4 * tokens // PASS_TOKENS_CPU),
+        n_examples=N_EXAMPLES, dtype=shape.dtype,
+    )  # fmt: skip
     predicted = plan.use(recompute).total
     return {
         "tokens": tokens, "recompute": recompute, "weights": weights, "measured": measured, "predicted": predicted,
@@ -72,11 +74,15 @@ def llama(layers: int, heads: int, inner: int) -> Any:
 def predictions() -> list[dict[str, Any]]:
     """Llama 3 8B and 70B at 4096 tokens in bfloat16."""
     small, large = llama(32, 32, 14336), llama(80, 64, 28672)
+    cases: list[tuple[str, Any, dict[str, Any]]] = [
+        ("Llama 3 8B", small, {}),
+        ("Llama 3 8B", small, {"fsdp": 4}),
+        ("Llama 3 70B", large, {}),
+        ("Llama 3 70B", large, {"tp": 8}),
+        ("Llama 3 70B", large, {"fsdp": 8}),
+    ]
     found = []
-    for name, config, sharded in (
-        ("Llama 3 8B", small, {}), ("Llama 3 8B", small, {"fsdp": 4}), ("Llama 3 70B", large, {}),
-        ("Llama 3 70B", large, {"tp": 8}), ("Llama 3 70B", large, {"fsdp": 8}),
-    ):  # fmt: skip
+    for name, config, sharded in cases:
         plan = af.plan_memory(config, 4096, dtype="bfloat16", **sharded)
         found.append(replace(plan, model=name).to_dict())
     return found

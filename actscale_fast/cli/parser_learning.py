@@ -233,8 +233,8 @@ def interchange(command: argparse.ArgumentParser) -> None:
 
 def plan(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Predicts how much memory a fit of scalars takes on each device, with and without recomputing layers, and says\n"
-        "what to set. Reads the model's config only, never its weights: a folder with a config.json is enough."
+        "Predicts how much memory a fit of scalars takes on each device, with and without recomputed layers, and\n"
+        "says what to set. Reads the model's config only, never its weights: a folder with a config.json is enough."
     )
     command.add_argument(
         "--model", required=True, metavar="NAME_OR_PATH", help="a folder with a config.json, or a name on the hub"

@@ -136,8 +136,8 @@ def step_pass(
             for layer in found.layers:
                 again = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
                 stack.enter_context(replaced_forward(layer, again))
-        for layer in layers:
-            stack.callback(_steer(found.site_module(site, layer), site, parameter).remove)
+        for number in layers:
+            stack.callback(_steer(found.site_module(site, number), site, parameter).remove)
         tracker = stack.enter_context(_tracking(model))
         with torch.enable_grad():
             last = _run(found, n_rows, n_tokens)[:, -1]
