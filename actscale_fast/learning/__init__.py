@@ -9,6 +9,7 @@ from .head_selection.circuit_metrics import CircuitMetrics, circuit_metrics, sav
 from .head_selection.compare import HeadComparison, HeadResult, compare_heads
 from .head_selection.select_heads import select_heads
 from .head_selection.selection import HeadSelection, ScoredHead
+from .memory_plan import MemoryPlan, plan_memory
 from .objective import Objective
 from .sweep.folder import gather_sweep, load_sweep
 from .sweep.minimality_path import minimality_path
@@ -25,6 +26,7 @@ __all__ = [
     "HeadComparison",
     "HeadResult",
     "HeadSelection",
+    "MemoryPlan",
     "Objective",
     "ScoredHead",
     "SweepFit",
@@ -38,6 +40,7 @@ __all__ = [
     "gather_sweep",
     "load_sweep",
     "minimality_path",
+    "plan_memory",
     "save_mib_scores",
     "select_heads",
     "sweep",

@@ -132,12 +132,13 @@ def fit(
             intervention are then not used. From α = 0, shorter fits with falling weights of the ℓ1 norm, each from the
             result of the one before, choose the scalars. These are then fitted without the ℓ1 term, which would pull
             them to 0, and all others stay exactly 0. There is no checkpoint. None: `minimality` decides.
-        execution: how the passes run: memory budgets, gradient accumulation, CUDA graphs, several processes.
+        execution: how the passes run: memory budgets, gradient accumulation, recomputation, CUDA graphs, several
+            processes.
         checkpoint: a file for the state, from which the fit resumes if it exists; or a `Checkpoint`, which also says
             how often it is written.
         progress: show a progress bar with the three terms, the number of active scalars and the time left.
-        keywords: the fields of `Execution` (accumulate, cache_bytes, spill_bytes, memory_bytes, capture, distributed)
-            and `checkpoint_every` are still accepted as keyword arguments, as before `execution` existed.
+        keywords: the fields of `Execution` (accumulate, cache_bytes, spill_bytes, memory_bytes, capture, distributed,
+            recompute) and `checkpoint_every` are still accepted as keyword arguments, as before `execution` existed.
 
     Returns:
         FitResult with the intervention, the history of all steps (with `n_active`, those of the last fit) and the

@@ -38,7 +38,9 @@ class Recomputation:
 
     def __init__(self, found: ModelLayout, model: nn.Module, section: PartialForward, wanted: bool | str) -> None:
         self.found, self.section = found, section
-        compiled = _is_compiled(model) or _is_compiled(found.model) or any(map(_is_compiled, found.layers))
+        self.is_compiled = compiled = (
+            _is_compiled(model) or _is_compiled(found.model) or any(map(_is_compiled, found.layers))
+        )
         if wanted is True and compiled:
             raise ValueError("recompute: got True for a compiled model, expected the model before torch.compile")
         #: Whether it may still be switched on where memory says so.

@@ -202,7 +202,8 @@ class StepRunner:
         requests = [FitRequest([longest], self.objectives[0])]
         inputs, n_tokens = self.collator.collate(rows, requests), tokens(rows, requests)
         kept, before = KeptBytes([self.found.model]), self.section.wrap_layer
-        self.section.wrap_layer = kept.layer
+        if not self.recomputation.is_compiled:  # whose layers cannot be told apart
+            self.section.wrap_layer = kept.layer
         with torch.enable_grad(), kept:
             self.forward_backward.losses(inputs)
         self.section.wrap_layer = before
