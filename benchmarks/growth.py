@@ -68,9 +68,9 @@ def slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def predicted(name: str, size: int) -> float:
-    """The cost that the operations predict: linear, but for attention, as in `MicrobatchPlanner.cost`."""
+    """The cost that the number of operations predicts: linear, but for attention, which adds tokens/(6·hidden size)."""
     tokens = size if name == "tokens" else TOKENS
-    return (1 if name == "tokens" else size) * tokens * (1 + tokens / (2 * SHAPE.heads * SHAPE.head_dim))
+    return (1 if name == "tokens" else size) * tokens * (1 + tokens / (6 * SHAPE.heads * SHAPE.head_dim))
 
 
 def main() -> None:
