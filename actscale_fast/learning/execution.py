@@ -36,7 +36,7 @@ class Execution:
             GPU and the first three passes agree with plain ones; otherwise plain passes, with a warning if a capture
             fails. Not yet run on a GPU.
         recompute: True: the backward pass computes each layer again from its input, so that a pass keeps one hidden
-            state per layer and not all activations; gradients are the same, and a step takes up to half as long again.
+            state per layer and not all activations; gradients are the same, and a step takes about 1.5 times as long.
             "auto": the same where a single prompt would not fit otherwise, or ran out of memory, and where layers are
             offloaded, whose weights would be kept with the activations; a line in the log says so. False: never. Not
             with `capture` or a compiled model.
