@@ -183,6 +183,11 @@ class StepRunner:
         if len(distinct) < 2:
             return False
         shortest = sorted(distinct, key=len)[:_PROBED]
+        bound = self.planner.max_tokens or 0
+        if len(shortest[0]) * max(len(objective.directions) for objective in self.objectives) > bound:
+            return False  # a row of several would be too wide for a pass
+        if sum(map(len, shortest)) > bound:  # the mask takes memory that grows with the square
+            shortest = shortest[:2]
         prompts = [RequestedPrompt(0, distinct[prompt]) for prompt in shortest]
         (row,) = self.planner.packed(prompts, sum(len(self.data.joined(prompt.row)) for prompt in prompts))
         assert row.tree is not None
