@@ -15,6 +15,7 @@ from .. import defaults
 from .._checks import check_counts
 from .._tables import Readable
 from ..architectures.layout import layout
+from ..architectures.location import SITES
 from ..ops.losses.linear_softmax import CHUNK_BYTES
 from .engine.reference_cache import REFERENCE_ROWS, REFERENCE_TOKENS
 from .execution import CACHE_BYTES
@@ -130,6 +131,8 @@ def plan_memory(
         check_counts(accumulate=accumulate)
     if memory_gb is not None and not memory_gb > 0:
         raise ValueError(f"memory_gb: got {memory_gb!r}, expected a number above 0")
+    if site not in SITES:
+        raise ValueError(f"site: got {site!r}, expected one of {', '.join(SITES)}")
     config = _config(model)
     type_ = _dtype(dtype, config)
     prompts = -(-min(batch_size, n_examples) // min(accumulate or batch_size, batch_size))

@@ -7,6 +7,7 @@ them is made and whether it is still held, also inside the backward pass.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ def model_without_weights(config: Any, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     _register_attention()
+    config = copy.deepcopy(config)  # which a model may share, and the attention is noted in it
     try:
         with _META:
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)

@@ -80,7 +80,7 @@ def test_only_rows_that_a_fit_uses_run() -> None:
         counts.clear()
         af.fit(model, tiny.tokenizer(), examples, af.ActivScalar.for_model(model), OBJECTIVE, steps=100, **options)
         all_of_them = sum(counts)
-    assert few < 60
+    assert few < 80  # of which about 40 are rows that checks run
     assert 400 <= all_of_them < 450
 
 
