@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     )
     from .learning.head_selection.select_heads import select_heads as select_heads
     from .learning.head_selection.selection import HeadSelection as HeadSelection, ScoredHead as ScoredHead
+    from .learning.memory_plan import MemoryPlan as MemoryPlan, plan_memory as plan_memory
     from .learning.objective import Objective as Objective
     from .learning.stress.result import StressResult as StressResult, StressRow as StressRow
     from .learning.stress.stress import stress as stress
@@ -108,10 +109,10 @@ _HOMES = {
     ),
     "learning": (
         "Attribution", "Checkpoint", "CircuitMetrics", "ConflictEvaluation", "Evaluation", "Execution", "FitResult",
-        "HeadComparison", "HeadFaithfulness", "HeadResult", "HeadSelection", "Objective", "ScoredHead",
+        "HeadComparison", "HeadFaithfulness", "HeadResult", "HeadSelection", "MemoryPlan", "Objective", "ScoredHead",
         "StressResult", "StressRow", "SweepFit", "SweepResult", "attribution", "circuit_metrics", "compare_heads",
         "evaluate", "evaluate_conflicts", "fit", "gather_sweep", "head_faithfulness", "load_sweep", "minimality_path",
-        "save_mib_scores", "select_heads", "stress", "sweep",
+        "plan_memory", "save_mib_scores", "select_heads", "stress", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),

@@ -20,11 +20,11 @@ NAMES = {
         ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint CircuitMetrics Composite
         ConflictEvaluation DynScalar Evaluation Example Execution FitResult HeadComparison HeadFaithfulness
         HeadInterchange HeadResult HeadSelection InstructionVectors InterchangeResult Intervention LatentResult
-        LayerChoice LayerScore Means Objective Projection RunTwice ScoredHead SteerVec StressResult StressRow
+        LayerChoice LayerScore MemoryPlan Means Objective Projection RunTwice ScoredHead SteerVec StressResult StressRow
         SweepFit SweepResult act_add attribution circuit_metrics compare_heads decode_latent evaluate
         evaluate_conflicts fit fit_interchange gather_sweep get_actscale_model get_backend head_faithfulness
         head_mask instruction_vectors latent_vectors load_demo_model load_examples load_intervention load_sweep
-        mean_activations mean_centring mean_vector merge minimality_path ops patch perplexity plots reproduce
+        mean_activations mean_centring mean_vector merge minimality_path ops patch perplexity plan_memory plots reproduce
         save_examples save_mib_scores select_heads set_backend source_activations stack stress sweep tasks
         unmerge use_backend verify_kernels Verification
     """,
@@ -147,7 +147,7 @@ PARAMETERS = {
     "Objective": "margin faithfulness minimality exclude_answers kl directions sparsity",
     "fit": (
         "model tokenizer examples intervention objective steps lr batch_size seed schedule betas tolerance "
-        "patience accumulate cache_bytes spill_bytes memory_bytes capture checkpoint checkpoint_every "
+        "patience accumulate cache_bytes spill_bytes memory_bytes capture recompute checkpoint checkpoint_every "
         "distributed progress"
     ),
     "evaluate": "model tokenizer examples intervention batch_size progress",
@@ -165,6 +165,7 @@ PARAMETERS = {
     "load_sweep": "folder",
     "gather_sweep": "folder",
     "load_examples": "path columns",
+    "plan_memory": ("model tokens batch_size accumulate n_examples dtype site layers tp fsdp memory_gb cache_bytes"),
     "save_examples": "path examples",
     "mean_vector": "vectors",
     "mean_activations": "model tokenizer texts site layers skip batch_size max_tokens progress paths",

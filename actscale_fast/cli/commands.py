@@ -24,7 +24,7 @@ from .loading import (
     output_folder,
 )
 from .model_of_fit import load_model_of_fit
-from .options import given_paths
+from .options import RECOMPUTE, given_paths
 from .output import check_sources, print_continuations, print_evaluation, print_table, say
 from .provenance import load_saved, provenance
 from .record import keep_learned, measure_learned
@@ -71,6 +71,7 @@ def fit(options: argparse.Namespace) -> int:
         schedule=options.schedule,
         n_active=options.n_active,
         accumulate=options.accumulate,
+        recompute=RECOMPUTE[options.recompute],
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from .. import defaults
 from .values import column_names, layer_list, position_list, positive_int
@@ -60,6 +60,10 @@ def out(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--out", required=True, metavar="FOLDER", help=f"output folder for {what}")
 
 
+#: `Execution.recompute` by the value of --recompute; the first is the default.
+RECOMPUTE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "always": True, "never": False}
+
+
 def test_data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--test-data", metavar="FILE", help="file of held-out examples; they are evaluated at the end")
 
@@ -91,6 +95,8 @@ def steps(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     number(group, "--steps", positive_int, defaults.STEPS, "number of optimizer steps")
     number(group, "--batch-size", positive_int, defaults.BATCH_SIZE, "examples per step")
     number(group, "--checkpoint-every", positive_int, defaults.CHECKPOINT_EVERY, "steps between two checkpoints")
+    what = "compute layers again in the backward pass, to save memory: always, never, or auto, where memory says so"
+    choice(group, "--recompute", tuple(RECOMPUTE), what, "WHEN")
     return group
 
 

@@ -62,6 +62,9 @@ def build_parser() -> SuggestingParser:
     parser_learning.reproduce(
         add("reproduce", "--out FOLDER [options]", "compare all systems on a model, in one report")
     )
+    parser_learning.plan(
+        add("plan", "--model NAME_OR_PATH --tokens N [options]", "predict the memory of a fit from a model's config")
+    )
     _verify(add("verify", "[options]", "test the kernels on this machine and choose the fastest"))
     _completion(add("completion", "SHELL", "print a script that completes commands and options with the TAB key"))
     _doctor(add("doctor", "[options]", "say which kernels were built, which run here, and why the others do not"))

@@ -274,6 +274,34 @@ def interchange(command: argparse.ArgumentParser) -> None:
     options.checkpoint(steps)
 
 
+def plan(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Predicts how much memory a fit of scalars takes on each device, with and without recomputed layers, and\n"
+        "says what to set. Reads the model's config only, never its weights: a folder with a config.json is enough."
+    )
+    command.add_argument(
+        "--model", required=True, metavar="NAME_OR_PATH", help="a folder with a config.json, or a name on the hub"
+    )
+    command.add_argument("--tokens", required=True, type=positive_int, metavar="N", help="tokens of a prompt")
+    options.number(command, "--batch-size", positive_int, defaults.BATCH_SIZE, "examples per step")
+    command.add_argument(
+        "--accumulate", type=positive_int, metavar="N", help="passes per step (default: one for each example)"
+    )
+    options.number(command, "--n-examples", positive_int, options.N_TRAIN, "number of examples")
+    command.add_argument(
+        "--dtype", choices=options.DTYPES, default="auto", metavar="TYPE",
+        help=", ".join(options.DTYPES) + " (default: as in the config)",
+    )  # fmt: skip
+    options.site(command)
+    options.layers(command)
+    options.number(command, "--tp", positive_int, 1, "processes that share each layer by tensor parallelism")
+    options.number(command, "--fsdp", positive_int, 1, "processes over which FSDP2 shards the weights")
+    command.add_argument(
+        "--memory", type=positive_float, metavar="GB", help="memory of a device in GB, for the advice (default: none)"
+    )
+    options.as_json(command)
+
+
 def reproduce(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Runs every system on both tasks with several seeds each, together with baselines, a path of ever sparser\n"

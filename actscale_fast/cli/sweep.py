@@ -10,7 +10,7 @@ from .. import defaults, learning, plots
 from ..interventions import ActivScalar
 from ..learning.sweep.jobs import share_of
 from .loading import check_file, examples_for, load_files, load_model, output_folder
-from .options import given_paths
+from .options import RECOMPUTE, given_paths
 from .output import print_table, say
 from .sweep_jobs import keep_records, path_of_jobs
 from .verbosity import shows_progress
@@ -76,6 +76,7 @@ def sweep(options: argparse.Namespace) -> int:
         evaluate_on=test or None,
         folder=out,
         checkpoint_every=options.checkpoint_every,
+        recompute=RECOMPUTE[options.recompute],
     )
     keep_records(out, options, result, model, train, test)
     if options.points is None:

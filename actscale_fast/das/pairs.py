@@ -52,8 +52,7 @@ class Pairs:
             self.constant = ReferenceCache(
                 self.model, self.found, self.data, self.region, self.section, self.patched, self.head, store
             )
-            self.constant.fill(())
-            self.constant.logits = None  # nothing is compared with the frozen model's predictions
+            self.constant.fill()
             self._open = stack.pop_all()
         return self
 

@@ -21,6 +21,7 @@ from ..architectures.layout import ModelLayout
 from ..modules.hooks import first_of, record_of, replaced_forward
 
 _HEAD = -1  # the key under which the head's input is stored
+Forward = Callable[..., Any]
 KeysValues = tuple[Tensor, Tensor]  # [B, key-value heads, S, head_dim] each
 
 
@@ -47,6 +48,9 @@ class PartialForward:
         self.wanted: tuple[int, ...] = ()
         self.noted: dict[int, Tensor] = {}
         self.every_token = False
+        #: Wraps the forward of each layer that runs with gradients, for a backward pass that computes it again.
+        self.wrap_layer: Callable[[Forward], Forward] | None = None
+        self.cache: Any = None  # that of the running pass, if it has a prefix
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -103,7 +107,8 @@ class PartialForward:
         if patches is not None:
             patches.leaves_out = before or self.first > 0 or self.end < n_layers
         try:
-            cache = {} if prefix is None else cache_arguments(self.found.model, prefix.cache(n_layers))
+            self.cache = None if prefix is None else prefix.cache(n_layers)
+            cache = {} if prefix is None else cache_arguments(self.found.model, self.cache)
             output = self.call(**arguments | cache)
             if end is not None:
                 return noted[end], noted
@@ -112,6 +117,7 @@ class PartialForward:
             return noted.pop(_HEAD), noted
         finally:
             self.first, self.end, self.hidden, self.wanted, self.noted = 0, n_layers, None, (), {}
+            self.cache = None
             if patches is not None:
                 patches.leaves_out = before
 
@@ -135,7 +141,12 @@ class _LayerForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run, index = self.run, self.index
         if run.first <= index < run.end:
-            output = self.original(*args, **kwargs)
+            forward = self.original
+            if run.wrap_layer is not None and torch.is_grad_enabled():
+                forward = run.wrap_layer(
+                    forward if run.cache is None else _repeatable(forward, run.cache.layers[index])
+                )
+            output = forward(*args, **kwargs)
             self.width = len(output) if isinstance(output, tuple | list) else 0
             self.kind = type(output)
             if index + 1 in run.wanted:
@@ -150,6 +161,19 @@ class _LayerForward:
             assert run.hidden is not None
             inputs = run.hidden
         return self.kind((inputs, *[None] * (self.width - 1))) if self.width else inputs
+
+
+def _repeatable(forward: Forward, cache_layer: Any) -> Forward:
+    """A layer's forward that leaves its cache as it found it, so that it can run again."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = cache_layer.keys, cache_layer.values, cache_layer.times
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            cache_layer.keys, cache_layer.values, cache_layer.times = before
+
+    return run
 
 
 class Prefix:

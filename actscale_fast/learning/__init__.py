@@ -11,6 +11,7 @@ from .head_selection.compare import HeadComparison, HeadResult, compare_heads
 from .head_selection.faithfulness import HeadFaithfulness, head_faithfulness
 from .head_selection.select_heads import select_heads
 from .head_selection.selection import HeadSelection, ScoredHead
+from .memory_plan import MemoryPlan, plan_memory
 from .objective import Objective
 from .stress.result import StressResult, StressRow
 from .stress.stress import stress
@@ -31,6 +32,7 @@ __all__ = [
     "HeadFaithfulness",
     "HeadResult",
     "HeadSelection",
+    "MemoryPlan",
     "Objective",
     "ScoredHead",
     "StressResult",
@@ -48,6 +50,7 @@ __all__ = [
     "head_faithfulness",
     "load_sweep",
     "minimality_path",
+    "plan_memory",
     "save_mib_scores",
     "select_heads",
     "stress",

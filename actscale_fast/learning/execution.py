@@ -35,12 +35,18 @@ class Execution:
         capture: True: run the passes as CUDA graphs, with one launch each. "auto": the same where the model is on one
             GPU and the first three passes agree with plain ones; otherwise plain passes, with a warning if a capture
             fails. Not yet run on a GPU.
+        recompute: True: the backward pass computes each layer again from its input, so that a pass keeps one hidden
+            state per layer and not all activations; gradients are the same, and a step takes about 1.5 times as long.
+            "auto": the same where a single prompt would not fit otherwise, or ran out of memory, and where layers are
+            offloaded, whose weights would be kept with the activations; a line in the log says so. False: never. Not
+            with `capture` or a compiled model.
         distributed: None: share the work with the other processes of an existing group, or of one that torchrun or
             accelerate describes, which then lasts until the end of the call; a worker of Ray works alone. True: share
             the work, and raise if there is only one process. False: work alone.
 
     Raises:
-        ValueError: a count or a budget that is not an integer, or is too small; `capture` is something else.
+        ValueError: a count or a budget that is not an integer, or is too small; `capture` or `recompute` is something
+            else, or both are True.
     """
 
     accumulate: int = defaults.ACCUMULATE
@@ -49,11 +55,16 @@ class Execution:
     memory_bytes: int | None = None
     capture: bool | Literal["auto"] = False
     distributed: bool | None = None
+    recompute: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         check_counts(accumulate=self.accumulate)
         if not isinstance(self.capture, bool) and self.capture != "auto":
             raise ValueError(f"capture: got {self.capture!r}, expected True, False or 'auto'")
+        if not isinstance(self.recompute, bool) and self.recompute != "auto":
+            raise ValueError(f"recompute: got {self.recompute!r}, expected True, False or 'auto'")
+        if self.recompute is True and self.capture is True:
+            raise ValueError("recompute: got True with capture=True, expected one of them: graphs keep activations")
         check_not_negative(cache_bytes=self.cache_bytes, spill_bytes=self.spill_bytes)
         if self.memory_bytes is not None:
             check_not_negative(memory_bytes=self.memory_bytes)
@@ -68,6 +79,7 @@ class ExecutionKeywords(TypedDict, total=False):
     memory_bytes: int | None
     capture: bool | Literal["auto"]
     distributed: bool | None
+    recompute: bool | Literal["auto"]
 
 
 class FitKeywords(ExecutionKeywords, total=False):

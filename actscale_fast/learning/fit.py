@@ -22,8 +22,8 @@ from ..verification.ensure import ensure_verified
 from .activation_size import activation_sizes
 from .arguments import checked_intervention, checked_objective, refuse_idle, refuse_inference_mode, refuse_tokenless
 from .checkpoint import Checkpoint, check_writable_checkpoint
-from .distributed import process_group
-from .encoded_examples import EncodedExamples
+from .distributed import ProcessGroup, process_group
+from .encoded_examples import EncodedExamples, evenly_spaced
 from .engine import Engine, FitRequest
 from .execution import Execution, FitKeywords, with_keywords
 from .fit_n_active import check_n_active, choose_active, masks
@@ -132,12 +132,13 @@ def fit(
             intervention are then not used. From α = 0, shorter fits with falling weights of the ℓ1 norm, each from the
             result of the one before, choose the scalars. These are then fitted without the ℓ1 term, which would pull
             them to 0, and all others stay exactly 0. There is no checkpoint. None: `minimality` decides.
-        execution: how the passes run: memory budgets, gradient accumulation, CUDA graphs, several processes.
+        execution: how the passes run: memory budgets, gradient accumulation, recomputation, CUDA graphs, several
+            processes.
         checkpoint: a file for the state, from which the fit resumes if it exists; or a `Checkpoint`, which also says
             how often it is written.
         progress: show a progress bar with the three terms, the number of active scalars and the time left.
-        keywords: the fields of `Execution` (accumulate, cache_bytes, spill_bytes, memory_bytes, capture, distributed)
-            and `checkpoint_every` are still accepted as keyword arguments, as before `execution` existed.
+        keywords: the fields of `Execution` (accumulate, cache_bytes, spill_bytes, memory_bytes, capture, distributed,
+            recompute) and `checkpoint_every` are still accepted as keyword arguments, as before `execution` existed.
 
     Returns:
         FitResult with the intervention, the history of all steps (with `n_active`, those of the last fit) and the
@@ -186,7 +187,9 @@ def fit(
         intervention.set_origin(origin_of(model))  # after all refusals, which leave the intervention unchanged
         if state.done():
             return _result(state, begun)
-        engine = Engine(model, data, intervention, [objective], execution, processes)
+        engine = Engine(
+            model, data, intervention, [objective], execution, processes, _stages(objective, settings, rows, processes)
+        )
         if not state.full_steps.are_known:
             sizes = activation_sizes(model, data, intervention, rows, settings.lr)
             state.full_steps.set_sizes(processes.all_gather(sizes)[0])
@@ -219,6 +222,16 @@ def fit(
             finally:
                 state.save()  # also after Ctrl-C, SIGTERM and a failed step, whose beginning is kept
         return _result(state, begun, path)
+
+
+def _stages(
+    objective: Objective, settings: FitSettings, rows: Sequence[int], processes: ProcessGroup
+) -> list[list[int]]:
+    """The rows that this process runs, in order: those that λ_max is measured on, then its part of each step."""
+    measured = [] if objective.minimality_share is None else processes.shard(evenly_spaced(rows))
+    used, size = settings.first_uses(len(rows)), settings.batch_size
+    mine = [row for start in range(0, len(used), size) for row in processes.shard(used[start : start + size])]
+    return [measured, mine]
 
 
 def _result(state: FitState, begun: float, path: Sequence[dict[str, float]] = ()) -> FitResult:

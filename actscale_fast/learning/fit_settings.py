@@ -78,10 +78,18 @@ class FitSettings:
         position = step * self.batch_size
         while len(rows) < self.batch_size:
             epoch, offset = divmod(position + len(rows), n_examples)
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(n_examples, generator=generator, device="cpu").tolist()
-            rows += order[offset : offset + self.batch_size - len(rows)]
+            rows += self._order(n_examples, epoch)[offset : offset + self.batch_size - len(rows)]
         return rows
+
+    def first_uses(self, n_examples: int) -> list[int]:
+        """The rows that the steps use, in the order of their first use."""
+        order = list(range(n_examples)) if self.batch_size >= n_examples else self._order(n_examples, 0)
+        return order[: self.steps * self.batch_size]
+
+    def _order(self, n_examples: int, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(n_examples, generator=generator, device="cpu").tolist()
+        return order
 
     def for_intervention(self, intervention: Intervention) -> FitSettings:
         """These settings; a share as the number that it is where parameters are factors of activations already."""

@@ -7,12 +7,14 @@ restores them for the recomputation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..modules import hooks
 from .forward_context import ModelPatches
 
 _NAME = "_gradient_checkpointing_func"
@@ -38,6 +40,17 @@ class CheckpointWithContexts:
         found = layer.__dict__.get(_NAME)
         if isinstance(found, CheckpointWithContexts):
             layer.__dict__[_NAME] = found.checkpoint
+
+    @staticmethod
+    def around(forward: Callable[..., Any], decoder: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's forward that is checkpointed with the contexts of all patches of its model.
+
+        Args:
+            forward: the layer's forward.
+            decoder: the module that owns the layers of a patched model.
+            checkpoint: the checkpointing function.
+        """
+        return functools.partial(CheckpointWithContexts(checkpoint, hooks.record_of(decoder)), forward)
 
     def __reduce__(self) -> Any:
         return _itself, (self.checkpoint,)  # a copy of the layer is not patched

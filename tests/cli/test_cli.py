@@ -24,7 +24,7 @@ from actscale_fast.tasks.examples import Example, save_examples
 
 COMMANDS = (
     "demo", "fit", "sweep", "attribution", "heads", "interchange", "extract", "combine", "evaluate", "info", "generate",
-    "plot", "merge", "reproduce", "completion", "doctor", "verify", "serving", "bench",
+    "plot", "merge", "reproduce", "completion", "doctor", "plan", "verify", "serving", "bench",
 )  # fmt: skip
 
 

@@ -175,6 +175,8 @@ FITS: dict[str, dict[str, Any]] = {
     "long answers": {"end": " one two"},
     "fewer prompts than processes": {"n": 1},
     "small passes": {"memory_bytes": 4000, "n": 7, "batch_size": 7},
+    "recomputed": {"recompute": True},
+    "recomputed, the last token": {"recompute": True, "where": {"positions": [-1]}},
     "accumulated": {"accumulate": 3, "n": 7, "batch_size": 7},
     "few": {"n_active": 6, "steps": 3, "where": {"layers": [1, 2]}},
 }

@@ -9,9 +9,11 @@ In the order of a step:
 - `collate`: makes the tensors of a microbatch, with constants from `reference_cache`;
 - `forward_backward`: the losses and gradients of a microbatch, on a GPU optionally by `cuda_graphs`.
 
-Once per engine: `active_region` finds what can change, `reference_cache` runs the frozen model and keeps the rest in a
-`row_store`, and `gradient_check` compares two prompts with the `plain_model`. `shared_layers` finds the layers that are
-the same for both directions.
+Once per engine: `active_region` finds what can change, and `gradient_check` compares two prompts with the
+`plain_model`. `reference_cache` runs the frozen model when a prompt is first used and keeps what is constant in a
+`row_store`.
+`shared_layers` finds the layers that are the same for both directions; `recomputation` lets layers be computed again in
+the backward pass, to save memory.
 """
 
 from .active_region import ActiveRegion, active_region

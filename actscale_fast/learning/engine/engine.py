@@ -42,6 +42,9 @@ class Engine:
         execution: memory budgets, gradient accumulation and CUDA graphs. On a CPU, passes have no more tokens than are
             fast together, even if more would fit.
         processes: the processes that share each step's prompts.
+        stages: the examples in the order in which steps will probably use them. It decides which of them the frozen
+            model runs together, when one of them is used for the first time, and so must not depend on where a fit
+            resumes. None: in their own order.
 
     Raises:
         ValueError: `capture` for a model that is not on one GPU, an objective that the intervention
@@ -51,6 +54,7 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, data: EncodedExamples, intervention: Intervention,
         objectives: Iterable[Objective], execution: Execution | None = None, processes: ProcessGroup = SINGLE_PROCESS,
+        stages: Sequence[Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
         self.objectives = list(objectives)
         penalises_scalars = any(objective.sparsity == "scalars" for objective in self.objectives)
@@ -62,10 +66,15 @@ class Engine:
         self.execution = execution or Execution()
         if self.execution.capture == "auto" and (data.long_answers or not is_capturable(model)):
             self.execution = replace(self.execution, capture=False)
+        if self.execution.recompute is True and self.execution.capture:
+            self.execution = replace(self.execution, capture=False)
+        elif self.execution.capture:
+            self.execution = replace(self.execution, recompute=False)  # graphs keep activations
         if self.execution.capture is True:
             data.refuse_long_answers("capture=True records passes on prompts alone")
             check_capturable(model)
         self.model, self.data, self.intervention, self.processes = model, data, intervention, processes
+        self.stages = stages
         self.found = layout(model, intervention.paths)
         #: The processes that hold the model with this one, and must run as many passes.
         self.together = model_processes(self.found.model)
@@ -130,8 +139,13 @@ class Engine:
                         "it too; set memory_bytes= to less, or accumulate= to more"
                     ) from error
                 divisible = any(len(rows) > 1 or len(rows[0].prompts) > 1 for rows in microbatches)
-                if not out_of_memory(error) or self.halved or not divisible:
+                if not out_of_memory(error):
                     raise
+                if self.halved or not divisible:
+                    if not runner.recomputation.may_begin:
+                        raise
+                    runner.recomputation.begin("memory ran out in a pass that cannot be made smaller")
+                    continue
             self.halved = True  # once
             largest = planner.halve(microbatches, requests)
             warnings.warn(
@@ -147,7 +161,10 @@ class Engine:
             return None
         with evaluation_mode(self.model), patched_for_steps(self.model, self.intervention) as patched:
             group = None if self.intervention.n_groups is None else 0
-            check = GradientCheck(self.found.model, self.data, self.intervention, patched, group, self.objectives[0])
+            check = GradientCheck(
+                self.found.model, self.data, self.intervention, patched, group, self.objectives[0],
+                self.execution.recompute,
+            )  # fmt: skip
             check.check_plain_gradient()
         return check
 
@@ -165,7 +182,9 @@ class Engine:
     def _open_with(self, strategy: Strategy, check: GradientCheck | None) -> str | None:
         """Open the model; returns how its steps differ from the plain whole model, or None if they agree."""
         with contextlib.ExitStack() as stack:
-            runner = StepRunner(self.model, self.data, self.intervention, self.objectives, self.execution, strategy)
+            runner = StepRunner(
+                self.model, self.data, self.intervention, self.objectives, self.execution, strategy, self.stages
+            )
             self.runner = stack.enter_context(runner)
             problem = None if check is None else self._disagreement(check)
             self._open = stack.pop_all()

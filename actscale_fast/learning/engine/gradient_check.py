@@ -41,17 +41,17 @@ class GradientCheck:
     """The plain model's loss and gradients, and what they are compared with.
 
     Args:
-        model, data, intervention, patched, group, objective: as for `PlainModel`.
+        model, data, intervention, patched, group, objective, recompute: as for `PlainModel`.
     """
 
     def __init__(
         self, model: nn.Module, data: EncodedExamples, intervention: Intervention, patched: AnyPatch,
-        group: int | None, objective: Objective,
+        group: int | None, objective: Objective, recompute: bool | str = False,
     ) -> None:  # fmt: skip
         self.model = model
         self.dtype: torch.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         with lock, torch.compiler.set_stance("force_eager"):
-            self.plain = PlainModel(model, data, intervention, patched, group, objective)
+            self.plain = PlainModel(model, data, intervention, patched, group, objective, recompute)
             with _recording_lost_gradients(model) as self.lost:
                 self.start = self.plain.loss_and_gradients()
             self.step = self._small_step()

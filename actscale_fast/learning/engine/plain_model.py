@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ...architectures.hugging_face import unwrap
+from ...architectures.layout import layout
 from ...architectures.sharding import model_processes
 from ...frozen.batching import Batch, forward_arguments
 from ...interventions import Intervention
 from ...patching.patch import AnyPatch
 from ..encoded_examples import EncodedExamples
 from ..objective import Objective
+from .recomputation import layers_recomputed
 
 #: Larger than every logit difference (per token of an answer), so that the hinge is linear.
 MARGIN = 100.0
@@ -45,12 +47,14 @@ class PlainModel:
         patched: its patch, alone or among others.
         group: the group of a stacked intervention that is tried, or None.
         objective: gives the directions, the KL and whether answers are excluded.
+        recompute: as in `Execution`.
     """
 
     def __init__(
         self, model: nn.Module, data: EncodedExamples, intervention: Intervention, patched: AnyPatch,
-        group: int | None, objective: Objective,
+        group: int | None, objective: Objective, recompute: bool | str = False,
     ) -> None:  # fmt: skip
+        self.found, self.recompute = layout(unwrap(model), intervention.paths), recompute
         self.model, self.data, self.patched, self.group = model, data, patched, group
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
         self.together = model_processes(unwrap(model))
@@ -73,14 +77,22 @@ class PlainModel:
 
     def loss_and_gradients(self) -> LossAndGradients:
         """The loss and its gradients at the current parameters."""
-        with torch.enable_grad():
-            loss = self._loss()
-            if not loss.requires_grad:
-                return LossAndGradients(float(loss.detach()), [torch.zeros_like(value) for value in self.parameters])
-            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+        gradients = [torch.zeros_like(value) for value in self.parameters]
+        losses = []
+        for row in self.rows:  # one after another, so that the activations of one are in memory
+            n_tokens = len(self.data.joined(row)) * len(self.objective.directions)
+            with torch.enable_grad(), layers_recomputed(self.found, self.recompute, n_tokens):
+                loss = self._prompt_loss(row) / len(self.rows)
+                losses.append(loss.detach())
+                if not loss.requires_grad:
+                    continue
+                found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            for total, added in zip(gradients, found, strict=True):
+                if added is not None:
+                    total += added
+        loss = torch.stack(losses).sum()
         self.together.broadcast_(gradients)  # what is decided by them is decided alike by all that hold the model
-        return LossAndGradients(self.together.leaders(float(loss.detach())), gradients)
+        return LossAndGradients(self.together.leaders(float(loss)), gradients)
 
     @contextlib.contextmanager
     def moved(self, step: list[Tensor], factor: float) -> Iterator[None]:

@@ -1,8 +1,9 @@
-"""What the frozen model computes for each example, once: the references of the losses, and what stays constant."""
+"""What the frozen model computes for each example, once and when it is first used: references, and what is constant."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from ... import ops
 from ...architectures.hugging_face import embedding_weight
 from ...architectures.layout import ModelLayout
 from ...architectures.lm_head import OutputHead
+from ...architectures.sharding import model_processes
 from ...frozen.batching import Batch, forward_arguments
 from ...frozen.partial_forward import PartialForward, Prefix, cache_arguments, keys_and_values
 from ...patching.patch import AnyPatch
@@ -23,12 +25,54 @@ from .row_store import RowStore, right_aligned
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Number of prompts in one pass of the frozen model.
-REFERENCE_ROWS = 32
+#: The most prompts, and the most tokens, in one pass of the frozen model; a single prompt may have more.
+REFERENCE_ROWS, REFERENCE_TOKENS = 32, 1 << 13
+#: How the names of what is constant begin.
+_CONSTANT = ("hidden", "keys.", "values.")
+#: Prompts that are used one soon after another, among which those of similar length share a pass.
+_WINDOW = 128
+
+
+def reference_passes(data: EncodedExamples, stages: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
+    """The rows of each pass of the frozen model, in the order of their probable use; every row is in one pass.
+
+    A row always runs in the same company, whenever it is first used, so that rounding is the same after a resumption.
+
+    Args:
+        data: the examples.
+        stages: rows in the order in which they will probably be used; those that are missing come last.
+    """
+    rows: list[list[int]] = [list(stage) for stage in stages or ()]
+    if len(data) > _WINDOW:
+        rows.insert(0, _looked_at(data))
+    passes: list[list[int]] = []
+    done: set[int] = set()
+    for stage in [*rows, list(range(len(data)))] if len(data) > _WINDOW else [list(range(len(data)))]:
+        left = [row for row in dict.fromkeys(stage) if row not in done]
+        done.update(left)
+        for start in range(0, len(left), _WINDOW):
+            for alike in data.by_length(REFERENCE_ROWS, left[start : start + _WINDOW]):
+                most = max(REFERENCE_TOKENS // max(len(data.prompts[row]) for row in alike), 1)
+                passes += [alike[first : first + most] for first in range(0, len(alike), most)]
+    return passes
+
+
+def _looked_at(data: EncodedExamples) -> list[int]:
+    """The rows that are looked at whenever an engine opens: of each kind the shortest and the longest."""
+    found: list[int] = []
+    for long in (False, True):
+        order = [row for row in range(len(data)) if (row in data.long_answers) is long]
+        order.sort(key=lambda row: len(data.prompts[row]))
+        longer = [row for row in order if len(data.prompts[row]) > len(data.prompts[order[0]])]
+        found += order[:3] + longer[:1] + order[-1:]
+    return found
 
 
 class ReferenceCache:
     """The frozen model's predictions for each example, and the part of its computation that no step changes.
+
+    Both are computed when an example is first used, and kept. Of what the losses need, only a few numbers per example
+    are kept outside the store; logits, where they are needed, are kept in it, as far as its budgets reach.
 
     Args:
         model, found: the model, plain or compiled, and its layout.
@@ -38,59 +82,73 @@ class ReferenceCache:
         patched: the intervention's patch, which is paused while the frozen model runs.
         head: the model's head; None: logits are kept.
         store: holds what is constant.
+        passes: the rows that run together, as `reference_passes` makes them; None: those of no stages.
+        options: how the objectives take the KL, each once; None: no predictions are needed.
     """
 
     def __init__(
         self, model: PreTrainedModel, found: ModelLayout, data: EncodedExamples, region: ActiveRegion,
         section: PartialForward, patched: AnyPatch, head: OutputHead | None, store: RowStore,
+        passes: Sequence[Sequence[int]] | None = None, options: Sequence[KLOptions] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.found, self.data, self.region = model, found, data, region
         self.section, self.patched, self.head, self.store = section, patched, head, store
         self.dtype: torch.dtype = embedding_weight(found.model).dtype
-        self.statistics: dict[KLOptions, ops.ReferenceStatistics] = {}
-        self.logits: Tensor | None = None  # [N, V] if there is no head
-        self.output: Tensor | None = None  # what `fill` returned, if some answers have several tokens
+        self.passes = reference_passes(data) if passes is None else passes
+        self.options = options
+        self.together = model_processes(found.model)
+        self.statistics: dict[KLOptions, ops.ReferenceStatistics] = {}  # of all rows; without logits, which are kept
+        self.output: Tensor | None = None  # [N, d], the head's inputs, if some answers have several tokens
+        self._pass_of = {row: number for number, rows in enumerate(self.passes) for row in rows}
+        self._filled: set[int] = set()
+        self._again: tuple[tuple[int, ...], dict[str, Tensor]] | None = None  # the last rows that were not kept
 
-    @torch.no_grad()
-    def fill(self, options: Iterable[KLOptions]) -> Tensor:
-        """Run all examples once; returns the head's inputs [N, d], or the logits [N, V] if there is no head.
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether anything is kept in the store."""
+        return bool(self.store.near)
 
-        Args:
-            options: how the objectives take the KL, each once.
+    def fill(self, rows: Iterable[int] | None = None) -> None:
+        """Run the passes that hold these rows (None: all) and have not run yet.
+
+        Processes that hold the model together call this with rows of their own.
         """
-        outputs: list[tuple[list[int], Tensor]] = []
-        for rows in self.data.by_length(REFERENCE_ROWS):
-            output, constant = self._run(rows)
-            outputs.append((rows, output))
-            kept = [place for place, row in enumerate(rows) if row not in self.data.long_answers]
-            if constant and kept:  # prompts that run with their answers run whole
-                some = constant if len(kept) == len(rows) else {name: value[kept] for name, value in constant.items()}
-                self.store.put([rows[place] for place in kept], some)
-        order = torch.tensor([row for rows, _ in outputs for row in rows], device="cpu").argsort()
-        output = torch.cat([output for _, output in outputs])[order.to(outputs[0][1].device)]
-        if self.data.long_answers:
-            self.output = output
-        if self.head is None:
-            self.logits = output
-            return output
-        correct, wrong = (ids.to(output.device) for ids in (self.data.correct, self.data.wrong))
-        for option in options:
-            self.statistics[option] = ops.reference_statistics(
-                output, self.head.weight, correct, wrong, **option._asdict(), **self.head.options
-            )
-        return output
+        numbers = range(len(self.passes)) if rows is None else sorted({self._pass_of[row] for row in rows})
+        wanted = [number for number in numbers if self._must_run(number)]
+        most = len(wanted) if self.together.same_rows else max(self.together.all_gather(len(wanted)))
+        for number in wanted:
+            self._fill(list(self.passes[number]))
+            self._filled.add(number)
+        for _ in range(most - len(wanted)):  # the others need this process in their passes
+            self._run(self.passes[0][:1])
 
     def reference(self, examples: Tensor, option: KLOptions) -> ops.ReferenceStatistics | Tensor:
-        """The references of the losses of these examples (int64 [R], on the host)."""
-        if self.logits is not None:
-            return self.logits[examples.to(self.logits.device)]
+        """The references of the losses of these examples (int64 [R], on the host), which have been filled."""
+        if self.head is None:
+            return self.outputs(examples.tolist())
         known = self.statistics[option]
-        return known[examples.to(known.correct.device)]
+        found = known[examples.to(known.correct.device)]
+        name = self._logits_name(option)
+        if name not in self.store.near:
+            return found
+        return replace(found, logits=self._stored(examples.tolist(), [name])[name])
+
+    def outputs(self, rows: Sequence[int]) -> Tensor:
+        """The frozen model's head inputs [rows, d], or logits [rows, V] if there is no head."""
+        if self.head is None:
+            return self._stored(rows, ["output"])["output"]
+        return self._run(rows)[0]
 
     def frozen_output(self, examples: Tensor) -> Tensor:
         """The frozen model's head inputs [R, d] (or logits) after these prompts (int64 [R], on the host)."""
+        if self.head is None:
+            return self.outputs(examples.tolist())
         assert self.output is not None
         return self.output[examples.to(self.output.device)]
+
+    def forget(self) -> None:
+        """Forget the rows that were computed last because they are not kept."""
+        self._again = None
 
     def constants(self, rows: Sequence[int], columns: int) -> dict[str, Tensor]:
         """What is constant for these rows, left-padded to `columns`: "hidden", "keys.l" and "values.l"."""
@@ -98,7 +156,8 @@ class ReferenceCache:
             return {}
         n_prefix = max(columns - self.region.width, 0)
         cut = {}
-        for name, value in self._stored(rows).items():
+        constant = [name for name in self.store.near if name.startswith(_CONSTANT)]
+        for name, value in self._stored(rows, constant).items():
             if name == "hidden":
                 cut[name] = value[:, -min(columns, self.region.width) :]
             elif n_prefix:
@@ -107,7 +166,7 @@ class ReferenceCache:
 
     def hidden(self, rows: Sequence[int]) -> Tensor | None:
         """The hidden states [rows, width, d] that enter the lowest running layer, aligned at their last token."""
-        return self._stored(rows)["hidden"] if self.region.first_layer else None
+        return self._stored(rows, ["hidden"])["hidden"] if self.region.first_layer else None
 
     @torch.no_grad()
     def run_frozen(self, arguments: dict[str, Any], **options: Any) -> tuple[Tensor, dict[int, Tensor]]:
@@ -142,8 +201,66 @@ class ReferenceCache:
                     constant[f"{name}.{index}"] = whole[:, :, : region.n_prefix]
         return output, constant
 
-    def _stored(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        return self.store.get(rows, lambda missing: self._run(missing)[1])
+    def _must_run(self, number: int) -> bool:
+        """Whether a pass has not run yet, and leaves something that is kept."""
+        if number in self._filled:
+            return False
+        useless = self.head is None and self.keeps_rows and not any(map(self.store.has_place, self.passes[number]))
+        return not useless
+
+    def _fill(self, rows: list[int]) -> None:
+        """Run some rows, and keep what is to be kept."""
+        values, output, statistics = self._computed(rows)
+        index = torch.tensor(rows, device=output.device)
+        if self.head is not None and self.data.long_answers:
+            if self.output is None:
+                self.output = output.new_zeros(len(self.data), *output.shape[1:])
+            self.output[index] = output
+        for option, found in statistics.items():
+            if option not in self.statistics:
+                self.statistics[option] = found.each(lambda tensor: tensor.new_zeros(len(self.data), *tensor.shape[1:]))
+            known = self.statistics[option]
+            for name in ("mean", "mean_bias", "entropy", "correct", "wrong"):
+                if (whole := getattr(known, name)) is not None:
+                    whole[index.to(whole.device)] = getattr(found, name)
+        kept = list(range(len(rows)))
+        if all(name.startswith(_CONSTANT) for name in values):
+            kept = [place for place in kept if rows[place] not in self.data.long_answers]  # they run whole
+        if values and kept:
+            some = values if len(kept) == len(rows) else {name: value[kept] for name, value in values.items()}
+            self.store.put([rows[place] for place in kept], some)
+
+    @torch.no_grad()
+    def _computed(
+        self, rows: Sequence[int]
+    ) -> tuple[dict[str, Tensor], Tensor, dict[KLOptions, ops.ReferenceStatistics]]:
+        """(what is kept in the store, the head's inputs or logits, the statistics of each option without logits)."""
+        output, values = self._run(rows)
+        statistics: dict[KLOptions, ops.ReferenceStatistics] = {}
+        if self.head is None:
+            return values | ({} if self.options is None else {"output": output}), output, statistics
+        correct, wrong = (ids[list(rows)].to(output.device) for ids in (self.data.correct, self.data.wrong))
+        for option in self.options or ():
+            found = ops.reference_statistics(
+                output, self.head.weight, correct, wrong, **option._asdict(), **self.head.options
+            )
+            if found.logits is not None:
+                values = values | {self._logits_name(option): found.logits}
+                found = replace(found, logits=None)
+            statistics[option] = found
+        return values, output, statistics
+
+    def _logits_name(self, option: KLOptions) -> str:
+        return f"logits.{list(self.options or ()).index(option)}"
+
+    def _stored(self, rows: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
+        return self.store.get(rows, self._computed_again, names)
+
+    def _computed_again(self, rows: list[int]) -> dict[str, Tensor]:
+        """What the store does not hold of these rows; the constants and the references of a pass need the same."""
+        if self._again is None or self._again[0] != tuple(rows):
+            self._again = tuple(rows), self._computed(rows)[0]
+        return self._again[1]
 
 
 def prefix_of(constant: dict[str, Tensor], first: int, n_layers: int, batch: Batch, width: int) -> Prefix | None:

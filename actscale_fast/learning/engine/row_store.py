@@ -6,7 +6,7 @@ computed again when they are asked for. All tensors are aligned at their last co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,50 +19,74 @@ class RowStore:
         n_rows: N.
         cache_bytes: budget on the device that the tensors come from.
         spill_bytes: budget in CPU memory for rows that did not fit; not used for tensors that come from the CPU.
+        order: all rows; the first ones are kept. None: by their numbers.
     """
 
-    def __init__(self, n_rows: int, cache_bytes: int, spill_bytes: int) -> None:
+    def __init__(self, n_rows: int, cache_bytes: int, spill_bytes: int, order: Sequence[int] | None = None) -> None:
         self.n_rows, self.budgets = n_rows, (cache_bytes, spill_bytes)
-        self.near: dict[str, Tensor] = {}  # rows 0 … n_near − 1
-        self.far: dict[str, Tensor] = {}  # the n_far rows after them
+        self.place = {row: place for place, row in enumerate(range(n_rows) if order is None else order)}
+        self.near: dict[str, Tensor] = {}  # of the rows at the places 0 … n_near − 1
+        self.far: dict[str, Tensor] = {}  # of those at the n_far places after them
         self.n_near = self.n_far = 0
 
     def put(self, rows: Sequence[int], values: dict[str, Tensor]) -> None:
         """Store the rows that fit the memory budgets; the first call decides how many do."""
         if not self.near:
             self._allocate(values)
-        rows_near = [place for place, row in enumerate(rows) if row < self.n_near]
-        rows_far = [place for place, row in enumerate(rows) if self.n_near <= row < self.n_near + self.n_far]
+        slots = [self.place[row] for row in rows]
+        rows_near, rows_far, _ = self._split(slots)
         for name, value in values.items():
             if rows_near:
-                self.near[name][[rows[place] for place in rows_near]] = value[rows_near]
+                self.near[name][[slots[index] for index in rows_near]] = value[rows_near]
             if rows_far:
-                self.far[name][[rows[place] - self.n_near for place in rows_far]] = value[rows_far].cpu()
+                self.far[name][[slots[index] - self.n_near for index in rows_far]] = value[rows_far].cpu()
 
-    def get(self, rows: Sequence[int], missing: Callable[[list[int]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def get(
+        self, rows: Sequence[int], missing: Callable[[list[int]], dict[str, Tensor]], names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         """The values of these rows, on the device that they came from.
 
         Args:
             rows: any rows, which may be repeated.
-            missing: computes the values of rows that are not stored.
+            missing: computes the values of rows that are not stored, each given once and in ascending order.
+            names: the tensors that are wanted; None: all.
         """
-        if all(row < self.n_near for row in rows):
-            return {name: value[list(rows)] for name, value in self.near.items()}
-        near = [place for place, row in enumerate(rows) if row < self.n_near]
-        far = [place for place, row in enumerate(rows) if self.n_near <= row < self.n_near + self.n_far]
-        rest = [place for place, row in enumerate(rows) if row >= self.n_near + self.n_far]
-        again = missing([rows[place] for place in rest]) if rest else {}
+        slots = [self.place[row] for row in rows]
+        wanted = {name: self.near[name] for name in (self.near if names is None else names)}
+        near, far, rest = self._split(slots)
+        if len(near) == len(rows):
+            return {name: value[slots] for name, value in wanted.items()}
+        once = sorted({rows[index] for index in rest})
+        again = missing(once) if rest else {}
         found = {}
-        for name, value in self.near.items():
+        for name, value in wanted.items():
             out = value.new_empty(len(rows), *value.shape[1:])
             if near:
-                out[near] = value[[rows[place] for place in near]]
+                out[near] = value[[slots[index] for index in near]]
             if far:
-                out[far] = self.far[name][[rows[place] - self.n_near for place in far]].to(out.device)
+                out[far] = self.far[name][[slots[index] - self.n_near for index in far]].to(out.device)
             if rest:
-                out[rest] = again[name]
+                out[rest] = again[name][[once.index(rows[index]) for index in rest]]
             found[name] = out
         return found
+
+    def has_place(self, row: int) -> bool:
+        """Whether a row is kept; before the first `put` none is."""
+        return self.place[row] < self.n_near + self.n_far
+
+    def keep_nothing(self) -> None:
+        """Compute every row again whenever it is asked for."""
+        self.n_near = self.n_far = 0
+        self.near, self.far = (
+            {name: value[:0].clone() for name, value in kept.items()} for kept in (self.near, self.far)
+        )
+
+    def _split(self, slots: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """The indices of the slots that are near, far and not kept."""
+        end = self.n_near + self.n_far
+        near = [index for index, slot in enumerate(slots) if slot < self.n_near]
+        far = [index for index, slot in enumerate(slots) if self.n_near <= slot < end]
+        return near, far, [index for index, slot in enumerate(slots) if slot >= end]
 
     @property
     def holds_all(self) -> bool:

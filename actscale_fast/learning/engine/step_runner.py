@@ -30,10 +30,11 @@ from .cuda_graphs import CudaGraphs, ProbedGraphs
 from .forward_backward import ForwardBackward
 from .microbatches import FitRequest, MicrobatchPlanner, PackedRow, RequestedPrompt, tokens
 from .packing_check import may_pack, packing_matches
-from .reference_cache import ReferenceCache
+from .recomputation import Recomputation
+from .reference_cache import ReferenceCache, reference_passes
 from .row_store import RowStore
 from .shared_layers import shared_below
-from .token_budget import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
+from .token_budget import PEAK_OVER_KEPT, SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,14 +66,16 @@ class StepRunner:
     Args:
         model, data, intervention, objectives, execution: as for `Engine`.
         strategy: what the steps leave out.
+        stages: as for `Engine`.
     """
 
     def __init__(
         self, model: PreTrainedModel, data: EncodedExamples, intervention: Intervention,
         objectives: Sequence[Objective], execution: Execution, strategy: Strategy,
+        stages: Sequence[Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.data, self.intervention = model, data, intervention
-        self.objectives, self.execution, self.strategy = objectives, execution, strategy
+        self.objectives, self.execution, self.strategy, self.stages = objectives, execution, strategy, stages
         self.found = layout(model, intervention.paths)
         self.parameters = [value for value in intervention.parameters() if value.requires_grad]
         #: Whether each row has to be a single prompt and direction, from the first layer on.
@@ -96,14 +99,20 @@ class StepRunner:
             patched = patched_for_steps(self.model, self.intervention)
             stack.callback(patched.remove)
             self.partial = section.partial
+            self.section = section
             region = active_region(self.intervention, data)
             width = region.width if strategy.prefix else region.longest
             self.region = ActiveRegion(region.first_layer if self.partial else 0, width, region.longest)
             self.planner = MicrobatchPlanner(
                 data, self.region, self.found.hidden_size, self.on_cpu, self.execution.accumulate
             )
-            self.store = RowStore(len(data), self.execution.cache_bytes, self.execution.spill_bytes)
-            cache = ReferenceCache(self.model, self.found, data, self.region, section, patched, self.head, self.store)
+            passes = reference_passes(data, self.stages)
+            order = [row for rows in passes for row in rows]
+            self.store = RowStore(len(data), self.execution.cache_bytes, self.execution.spill_bytes, order)
+            options = sorted({objective.loss_options.kl for objective in self.objectives})
+            self.cache = cache = ReferenceCache(
+                self.model, self.found, data, self.region, section, patched, self.head, self.store, passes, options
+            )
             collator = AnswerCollator if data.long_answers else Collator
             self.collator = collator(data, cache, self.intervention.n_groups is not None, bool(self.execution.capture))
             self.forward_backward = ForwardBackward(
@@ -112,16 +121,19 @@ class StepRunner:
             capture = self.execution.capture
             runs = {True: CudaGraphs, "auto": ProbedGraphs}[capture] if capture else None
             self.compute = (runs(self.forward_backward) if runs else self.forward_backward).compute
-            output = cache.fill(sorted({objective.loss_options.kl for objective in self.objectives}))
-            lacks_rows = self.rows_differ and not self.store.holds_all and not self.region.is_whole
-            if self.together.any(lacks_rows):
-                raise ValueError(
-                    "cache_bytes and spill_bytes do not hold what is constant for all prompts, and processes that hold "
-                    "a model together cannot compute it again on their own"
-                )
+            longest = max(range(len(data)), key=lambda row: len(data.prompts[row]))
+            cache.fill([longest])
+            if self.rows_differ and cache.keeps_rows and self.together.any(not self.store.holds_all):
+                if not self.region.is_whole:
+                    raise ValueError(
+                        "cache_bytes and spill_bytes do not hold what is constant for all prompts, and processes that "
+                        "hold a model together cannot compute it again on their own"
+                    )
+                self.store.keep_nothing()  # all of them run the frozen model before every pass
             if strategy.prefix and patched.alone:  # another patch may distinguish between rows or positions
-                self.planner.packs = self._packing_matches(cache, output)
-            self._bound_tokens()
+                self.planner.packs = self._packing_matches(cache)
+            self.recomputation = Recomputation(self.found, self.model, section, self.execution.recompute)
+            self._bound_tokens(longest)
             self._open = stack.pop_all()
         return self
 
@@ -138,6 +150,8 @@ class StepRunner:
         gradients = [torch.zeros_like(value) for value in self.parameters]
         shared = self._shared_below(requests)
         n_passes = max(self.together.all_gather(len(microbatches)))  # of the processes that hold the model together
+        used = {prompt.row for rows in microbatches for row in rows for prompt in row.prompts}
+        self.cache.fill(used if len(microbatches) == n_passes else used | {requests[0].rows[0]})
         for rows in microbatches:
             found = self.compute(self.collator.collate(rows, requests, shared))
             for total, added in zip([terms, *gradients], found, strict=True):
@@ -156,7 +170,7 @@ class StepRunner:
             return 0
         return shared_below(self.intervention, [request.group for request in requests], self.found.n_layers)
 
-    def _packing_matches(self, cache: ReferenceCache, output: Tensor) -> bool:
+    def _packing_matches(self, cache: ReferenceCache) -> bool:
         """Whether prompts may be packed, and the frozen model then gives the same results.
 
         Not on a GPU, where a mask would rule out the fast attention kernels (not measured).
@@ -169,6 +183,11 @@ class StepRunner:
         if len(distinct) < 2:
             return False
         shortest = sorted(distinct, key=len)[:_PROBED]
+        bound = self.planner.max_tokens or 0
+        if len(shortest[0]) * max(len(objective.directions) for objective in self.objectives) > bound:
+            return False  # a row of several would be too wide for a pass
+        if sum(map(len, shortest)) > bound:  # the mask takes memory that grows with the square
+            shortest = shortest[:2]
         prompts = [RequestedPrompt(0, distinct[prompt]) for prompt in shortest]
         (row,) = self.planner.packed(prompts, sum(len(self.data.joined(prompt.row)) for prompt in prompts))
         assert row.tree is not None
@@ -177,21 +196,32 @@ class StepRunner:
         for prompt in row.prompts:
             first, *_ = itertools.islice(paths, len(self.data.sequences(prompt.row)))
             columns.append(first[len(self.data.prompts[prompt.row]) - 1])
-        alone = output[[prompt.row for prompt in row.prompts]]
+        cache.forget()
+        alone = cache.outputs([prompt.row for prompt in row.prompts])
         matches = packing_matches(cache, self.collator.packed_tokens([row]), columns, alone)
         return self.together.leaders(matches)
 
-    def _bound_tokens(self) -> None:
-        """Count what one prompt keeps for its backward, and bound the tokens of a microbatch accordingly."""
-        longest = max(range(len(self.data)), key=lambda row: len(self.data.prompts[row]))
+    def _bound_tokens(self, longest: int) -> None:
+        """Count what the longest prompt keeps for its backward, and bound the tokens of a microbatch accordingly."""
         rows = [self.planner.unpacked(RequestedPrompt(0, longest))]
         requests = [FitRequest([longest], self.objectives[0])]
-        with torch.enable_grad(), KeptBytes([self.found.model]) as kept:
-            self.forward_backward.losses(self.collator.collate(rows, requests))
+        inputs, n_tokens = self.collator.collate(rows, requests), tokens(rows, requests)
+        kept, before = KeptBytes([self.found.model]), self.section.wrap_layer
+        if not self.recomputation.is_compiled:  # whose layers cannot be told apart
+            self.section.wrap_layer = kept.layer
+        with torch.enable_grad(), kept:
+            self.forward_backward.losses(inputs)
+        self.section.wrap_layer = before
         budget = self.execution.memory_bytes
         if budget is None:
             budget = int(SHARE_OF_FREE * free_bytes(self.data.device))
-        fit = min(self.together.all_gather(tokens_that_fit(kept.n_bytes, tokens(rows, requests), budget)))
+        fit = tokens_that_fit(kept.n_bytes, n_tokens, budget)
+        if self.together.any(self.recomputation.may_begin and fit < n_tokens):
+            size = f"{PEAK_OVER_KEPT * kept.n_bytes / 1e9:.3g} GB"
+            self.recomputation.begin(f"a prompt of {n_tokens} tokens in all directions would take about {size}")
+        if self.recomputation.is_on:
+            fit = tokens_that_fit(kept.n_bytes_recomputed, n_tokens, budget)
+        fit = min(self.together.all_gather(fit))
         fit = 1 << (fit.bit_length() - 1)  # a power of two, so that small changes of free memory change nothing
         bound = self.planner.max_tokens
         self.planner.max_tokens = fit if bound is None else min(fit, bound)

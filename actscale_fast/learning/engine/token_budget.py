@@ -1,15 +1,20 @@
-"""How many tokens fit in a pass: the memory that a pass keeps for its backward is counted once, on one prompt."""
+"""How many tokens fit in a pass: the memory that a pass keeps for its backward is counted once, on one prompt.
+
+What layers save is not kept while it is counted, so that a prompt can be counted that would not fit.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...architectures.sharding import fsdp_mesh, storages
+from ...architectures.sharding import fsdp_mesh, local, storages
 
 #: Share of the memory that is free when an engine opens.
 SHARE_OF_FREE = 0.5
@@ -18,9 +23,10 @@ PEAK_OVER_KEPT = 1.5
 
 
 class KeptBytes:
-    """Counts the bytes that autograd saves inside the block, each storage once, except for those of some modules.
+    """Counts the bytes that autograd would keep of the block, each storage once, except for those of some modules.
 
-    FSDP2 gathers the weights of a module just before it runs, so they are looked up once more then.
+    What layers save is not kept, if `layer` wraps them, and then there is no backward pass. FSDP2 gathers the weights
+    of a module just before it runs, so they are looked up once more then.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -29,6 +35,9 @@ class KeptBytes:
         self.gathers = any(fsdp_mesh(root) is not None for root in roots)
         self.known: set[int] = set()
         self.found: dict[int, int] = {}
+        self.layers: list[tuple[int, int]] = []  # of each layer: bytes of its input, bytes that are kept of the rest
+        self._inside = False  # a layer
+        self._alive: list[StorageWeakRef] = []  # so that no storage gets the identity of one that is gone
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> KeptBytes:
@@ -53,11 +62,37 @@ class KeptBytes:
     def n_bytes(self) -> int:
         return sum(self.found.values())
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    @property
+    def n_bytes_recomputed(self) -> int:
+        """What is kept where each layer is computed again: their inputs, what is outside them, and one layer."""
+        if not self.layers:
+            return self.n_bytes
+        inside = sum(rest for _, rest in self.layers)
+        return self.n_bytes - inside + sum(given for given, _ in self.layers) + max(rest for _, rest in self.layers)
+
+    def layer(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a layer, which is counted by itself; as `PartialForward.wrap_layer`."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = self.n_bytes
+            self._inside = True
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self._inside = False
+            given = args[0] if args else kwargs["hidden_states"]
+            self.layers.append((given.numel() * given.element_size(), self.n_bytes - before))
+            return output
+
+        return run
+
+    def _pack(self, tensor: Tensor) -> Tensor | None:
         for storage, n_bytes in storages(tensor):
-            if storage not in self.known:
+            if storage not in self.known and storage not in self.found:
                 self.found[storage] = n_bytes
-        return tensor.detach()  # an output kept by its own node would be a cycle that is never freed
+                self._alive.append(StorageWeakRef(local(tensor).untyped_storage()))
+        # A loss may run a backward pass of its own. An output kept by its own node would be a cycle, never freed.
+        return None if self._inside else tensor.detach()
 
 
 def free_bytes(device: torch.device) -> int:

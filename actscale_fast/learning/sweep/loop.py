@@ -139,8 +139,21 @@ class SweepLoop:
                 return
             stack = union([point.intervention for point in alike], n_slots)
             objectives = [point.objective for point in alike]
-            engine = Engine(self.model, self.data, stack, objectives, self.execution, self.processes)
+            engine = Engine(
+                self.model, self.data, stack, objectives, self.execution, self.processes, self._stages(alike)
+            )
             self._take_steps(engine, stack, slots, waiting, bar)
+
+    def _stages(self, points: Sequence[Point]) -> list[list[int]]:
+        """For each order of the examples that some of these points have: the rows that their steps use."""
+        used: dict[Any, list[int]] = {}
+        for point in points:
+            rows, settings = self.rows_of[point.task], point.settings
+            uses = settings.first_uses(len(rows))
+            key = (point.task, settings.seed, settings.batch_size >= len(rows))
+            if len(uses) > len(used.get(key, ())):
+                used[key] = [rows[row] for row in uses]
+        return list(used.values())
 
     def _take_steps(
         self, engine: Engine, stack: Intervention, slots: Sequence[_Slot], waiting: deque[_Chain], bar: Any

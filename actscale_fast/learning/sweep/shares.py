@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..activation_size import ZeroActivationError, activation_sizes
-from ..encoded_examples import EncodedExamples
+from ..encoded_examples import EncodedExamples, evenly_spaced
 from ..engine import Engine
 from ..execution import Execution
 from ..minimality_share import resolved_minimality
@@ -44,9 +44,11 @@ def resolve_shares(
         place = point.intervention.location
         key = (point.task, whole, type(point.intervention), place.site, place.layers, place.positions, place.generated)
         if key not in largest:
-            with torch.enable_grad(), Engine(model, data, point.intervention, [whole], execution) as engine:
+            rows = rows_of[point.task]
+            opened = Engine(model, data, point.intervention, [whole], execution, stages=[evenly_spaced(rows)])
+            with torch.enable_grad(), opened as engine:
                 try:
-                    largest[key] = resolved_minimality(engine, whole, rows_of[point.task])
+                    largest[key] = resolved_minimality(engine, whole, rows)
                 except (ZeroGradientError, FloatingPointError) as error:
                     largest[key] = error
         found = largest[key]
