@@ -75,9 +75,7 @@ class ReferenceCache:
             return output
         correct, wrong = (ids.to(output.device) for ids in (self.data.correct, self.data.wrong))
         for option in options:
-            self.statistics[option] = ops.reference_statistics(
-                output, self.head.weight, correct, wrong, **option._asdict(), **self.head.options
-            )
+            self.statistics[option] = self.head.reference_statistics(output, correct, wrong, **option._asdict())
         return output
 
     def reference(self, examples: Tensor, option: KLOptions) -> ops.ReferenceStatistics | Tensor:

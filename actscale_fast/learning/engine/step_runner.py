@@ -33,7 +33,7 @@ from .packing_check import may_pack, packing_matches
 from .reference_cache import ReferenceCache
 from .row_store import RowStore
 from .shared_layers import shared_below
-from .token_budget import SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
+from .token_budget import PEAK_OVER_KEPT, SHARE_OF_FREE, KeptBytes, free_bytes, tokens_that_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +81,7 @@ class StepRunner:
         self.together = model_processes(self.found.model)
         #: Whether other processes take part in this one's passes with other rows (FSDP2).
         self.rows_differ = not self.together.same_rows
+        self.bytes_per_token = 0.0  # at the peak of a pass
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -150,6 +151,11 @@ class StepRunner:
                 terms[index, 2] /= len(request.objective.directions)
         return terms, gradients
 
+    def lacks_memory(self, microbatches: list[list[PackedRow]], requests: Sequence[FitRequest]) -> bool:
+        """Whether less memory is free than the largest of these passes needs."""
+        largest = max((tokens(rows, requests) for rows in microbatches), default=0)
+        return largest * self.bytes_per_token > free_bytes(self.data.device)
+
     def _shared_below(self, requests: Sequence[FitRequest]) -> int:
         one_direction = all(len(request.objective.directions) == 1 for request in requests)
         if not self.partial or not self.on_cpu or self.penalises_scalars or one_direction or self.rows_differ:
@@ -191,6 +197,7 @@ class StepRunner:
         budget = self.execution.memory_bytes
         if budget is None:
             budget = int(SHARE_OF_FREE * free_bytes(self.data.device))
+        self.bytes_per_token = PEAK_OVER_KEPT * kept.n_bytes / tokens(rows, requests)
         fit = min(self.together.all_gather(tokens_that_fit(kept.n_bytes, tokens(rows, requests), budget)))
         fit = 1 << (fit.bit_length() - 1)  # a power of two, so that small changes of free memory change nothing
         bound = self.planner.max_tokens
