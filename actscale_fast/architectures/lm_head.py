@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.losses.linear_logits import chunks
-from ..ops.losses.sharded_linear import VocabularyShard, sharded_intervention_loss, sharded_reference_statistics
+from ..ops.losses.sharded_linear import sharded_intervention_loss, sharded_reference_statistics
+from ..ops.losses.vocabulary_shard import VocabularyShard
 from .sharding import fsdp_mesh, is_dtensor, local
 
 #: How far the model's logits may differ from the formula, in roundings of the dtype at the largest logit.

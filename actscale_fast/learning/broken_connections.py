@@ -43,7 +43,7 @@ def explained(ranks: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _is_broken_connection(error):  # or one that was explained already
+        if not is_broken_connection(error):  # or one that was explained already
             _write(f"{prefix}/{rank}", f"{type(error).__name__}: {error}")
             raise
         reasons = _read({other: f"{prefix}/{other}" for other in ranks if other != rank})
@@ -68,9 +68,9 @@ def _without_reason(error: BaseException) -> str:
     return f"another process ended without a reason; it may have been killed ({_first_line(error)})"
 
 
-def _is_broken_connection(error: BaseException) -> bool:
+def is_broken_connection(error: BaseException) -> bool:
     """Whether a collective operation failed because another process is not there."""
-    if isinstance(error, torch.distributed.DistError):
+    if isinstance(error, getattr(torch.distributed, "DistError", ())):
         return True
     text = str(error)
     if not isinstance(error, RuntimeError) or text.startswith(_EXPLAINED):

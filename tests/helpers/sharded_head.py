@@ -6,14 +6,15 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from actscale_fast.architectures.lm_head import OutputHead
-from actscale_fast.ops.losses.sharded_linear import VocabularyShard
+from actscale_fast.ops.losses.vocabulary_shard import VocabularyShard
 
 N, D = 6, 8
-#: Of an even and an uneven vocabulary, and of one that leaves the second of two processes a single token.
-VOCABULARIES = (26, 27, 3)
+#: (tokens, whether there is a bias, soft-cap): parts of equal and of unequal size; of 3 tokens, the second of two
+#: processes has a single one.
+KINDS = ((26, False, None), (27, True, None), (27, False, 5.0), (3, True, None), (3, False, 5.0))
 
 
 def head_of(vocab: int, bias: bool, softcap: float | None, dtype: torch.dtype) -> OutputHead:
@@ -55,14 +56,8 @@ def losses_of(head: OutputHead, vocab: int, exclude: bool, kl: str, dtype: torch
 def heads(model: Any = None) -> dict[str, Any]:
     """`losses_of` heads of every kind."""
     found = {}
-    kinds = itertools.product(VOCABULARIES, (False, True), (None, 5.0), (True, False), ("forward", "reverse"))
-    for vocab, bias, softcap, exclude, kl in kinds:
+    for (vocab, bias, softcap), exclude, kl in itertools.product(KINDS, (True, False), ("forward", "reverse")):
         dtype = torch.float64 if vocab == 3 else torch.float32
         head = head_of(vocab, bias, softcap, dtype)
         found[f"{vocab} {bias} {softcap} {exclude} {kl}"] = losses_of(head, vocab, exclude, kl, dtype)
     return found
-
-
-def bits(found: dict[str, Any]) -> Tensor:
-    """All numbers of `heads` in a row."""
-    return torch.cat([value.detach().double().flatten() for one in found.values() for value in one["losses"]])

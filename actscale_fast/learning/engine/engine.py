@@ -17,6 +17,7 @@ from ...architectures.sharding import model_processes
 from ...architectures.site_check import skipped
 from ...interventions import DynScalar, Intervention
 from ...modules.evaluation_mode import evaluation_mode
+from ..broken_connections import is_broken_connection
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..encoded_examples import EncodedExamples
 from ..execution import Execution
@@ -80,7 +81,8 @@ class Engine:
                 problem = self._open_with(strategy, check)
             except Exception as error:
                 self._open.close()
-                if strategy is STRATEGIES[-1] or out_of_memory(error) or not self._fails_again(strategy, check):
+                hopeless = strategy is STRATEGIES[-1] or out_of_memory(error) or is_broken_connection(error)
+                if hopeless or not self._fails_again(strategy, check):
                     raise
                 problem = f"{type(error).__name__}: {error}"
             problem = next((one for one in self.together.all_gather(problem) if one is not None), None)
