@@ -79,7 +79,9 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].rpartition("] ")[2] or type(error).__name__
+    """What gloo says, without the place in its sources and its advice."""
+    line = str(error).partition("\n")[0].partition(". This is typically")[0]
+    return line.partition("] ")[2] if line.startswith("[") else line
 
 
 def _store() -> Any:
