@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .config_file import WRITERS, with_config, write_config
+from .config_file import WRITERS, given_options, with_config, write_config
 from .parser import build_parser
 from .values import joined_signed_lists
 from .verbosity import printing
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         command.error(_one_line(error))
     options, rest = parser.parse_known_args(words)
+    options.given = given_options(words, parser)
     if rest and options.command != "bench":
         (command if depth else parser).refuse(rest)
     try:

@@ -72,6 +72,12 @@ def write_config(folder: Path, words: Sequence[str], parser: SuggestingParser) -
     write_bytes(folder / FILE, ("\n".join(lines) + "\n").encode())
 
 
+def given_options(words: Sequence[str], parser: SuggestingParser) -> list[str]:
+    """The options among the words of a command line, in their order, such as "--out"."""
+    command, depth = parser.subparser(words)
+    return list(dict.fromkeys(option for option, _ in _given(words[depth:], command)))
+
+
 def _given(words: Sequence[str], command: SuggestingParser) -> Iterator[tuple[str, str | bool]]:
     """(option, its text, or True for a flag) of the words that are options."""
     rest = iter(words)

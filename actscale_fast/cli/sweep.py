@@ -15,6 +15,9 @@ from .output import print_table, say
 from .sweep_jobs import keep_records, path_of_jobs
 from .verbosity import shows_progress
 
+#: The options that `--gather` takes.
+_WITH_GATHER = ("--gather", "--out", "--plot", "--quiet", "--debug")
+
 
 def sweep(options: argparse.Namespace) -> int:
     """Fit every combination of the lists, save and evaluate the fits, and draw their Pareto front."""
@@ -89,8 +92,9 @@ def sweep(options: argparse.Namespace) -> int:
 
 def _gather(options: argparse.Namespace) -> int:
     """Write the index of a sweep whose points several jobs have fitted, and draw its front."""
-    if options.points is not None or options.data is not None or options.task is not None:
-        raise ValueError("--gather reads what is in --out; it cannot be used with --points, --data or --task")
+    others = [option for option in options.given if option not in _WITH_GATHER]
+    if others:
+        raise ValueError(f"--gather reads what is in --out; it cannot be used with {', '.join(others)}")
     check_file(options.plot, "plot")
     return _show(options, learning.gather_sweep(options.out), Path(options.out))
 

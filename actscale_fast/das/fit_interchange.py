@@ -16,6 +16,7 @@ from ..architectures.model_origin import origin_of
 from ..architectures.sharding import is_sharded
 from ..learning import checkpoint as checkpoints
 from ..learning.arguments import refuse_inference_mode
+from ..learning.broken_connections import explained_where_sharded
 from ..learning.encoded_examples import EncodedExamples
 from ..learning.fit_settings import FitSettings
 from ..learning.identity import examples_identity, model_identity
@@ -137,7 +138,8 @@ def fit_interchange(
             checkpoints.check_writable_checkpoint(checkpoint, fit.tensors())
         sources = das.source_activations(model, tokenizer, texts, progress=progress)
         saving = saving_on_sigterm(checkpoint is not None)
-        with saving, torch.enable_grad(), Pairs(model, data, das, sources) as pairs, _bar(fit, progress) as bar:
+        sharing, pairing = explained_where_sharded(model), Pairs(model, data, das, sources)
+        with saving, sharing, torch.enable_grad(), pairing as pairs, _bar(fit, progress) as bar:
             try:
                 while fit.taken < steps:
                     fit.step(pairs)

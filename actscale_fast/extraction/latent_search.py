@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..architectures import site_check
 from ..architectures.layout import ModelLayout
 from ..architectures.lm_head import OutputHead
 from ..architectures.location import Location
@@ -65,6 +66,9 @@ class LatentSearch:
     def __enter__(self) -> Self:
         model: Any = self.found.model
         one = Batch(self.ids[:, :1], torch.ones_like(self.ids[:, :1]), padded=False)
+        site_check.require_site(
+            self.found, self.z.location.site, self.z.location.layers, now=True
+        )  # all layers run yet
         with contextlib.ExitStack() as stack:
             head, section = stack.enter_context(open_frozen_model(self.found, model, forward_arguments(model, one)))
             self.head: OutputHead | None = head

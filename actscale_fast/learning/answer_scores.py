@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..architectures.lm_head import OutputHead
-from ..ops.losses.linear_logits import chunks
 from ..ops.losses.linear_softmax import CHUNK_BYTES
 from ..ops.once_differentiable import once_differentiable
 from ..ops.reference import accumulation_dtype, kl_divergence, without_columns
@@ -126,7 +125,7 @@ class _RowByRow(torch.autograd.Function):
         ctx: Any, states: Tensor, head: OutputHead, of_logits: Callable[[Tensor, slice], Tensor], needs_gradient: bool
     ) -> Tensor:
         values, slopes = [], []
-        for rows in chunks(states, head.weight, head.softcap, CHUNK_BYTES):
+        for rows in head.chunks(states, CHUNK_BYTES):
             own = states[rows].detach().requires_grad_(needs_gradient)
             with torch.set_grad_enabled(needs_gradient):
                 value = of_logits(_logits(own, head), rows)

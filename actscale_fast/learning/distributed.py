@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._log import notice
 from ..architectures.hugging_face import unwrap
 from ..architectures.sharding import ALONE, ModelProcesses, model_processes
+from .broken_connections import explained
 
 T = TypeVar("T")
 
@@ -106,7 +107,8 @@ def process_group(distributed: bool | None, model: nn.Module | None = None) -> I
         model: the model that works, which may be sharded over some of the processes; None: it is not sharded.
 
     Raises:
-        RuntimeError: `distributed` is True, and there is neither a group nor such an environment.
+        RuntimeError: `distributed` is True, and there is neither a group nor such an environment; or another process
+            stopped, whose reason the message names.
         ValueError: the model is sharded in a way that is not supported.
     """
     from torch import distributed as processes
@@ -118,7 +120,7 @@ def process_group(distributed: bool | None, model: nn.Module | None = None) -> I
             notice("this worker of Ray works alone; distributed=True shares the work with the others")
         available = False
     if available and processes.is_initialized():
-        with _sharing(held) as found:
+        with _sharing(held) as found, explained(range(processes.get_world_size())):
             yield found
     elif available and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         # Both backends where there are GPUs: the model may still be on the CPU, and objects are sent through gloo.
@@ -128,13 +130,15 @@ def process_group(distributed: bool | None, model: nn.Module | None = None) -> I
         store = processes.PrefixStore(f"actscale_fast/{next(_numbers)}", store)
         processes.init_process_group(backend, store=store, rank=rank, world_size=size)
         try:
-            yield ProcessGroup(rank, size, n_processes=size)
+            with explained(range(size)):
+                yield ProcessGroup(rank, size, n_processes=size)
         finally:
             processes.destroy_process_group()
     elif distributed:
         raise RuntimeError("distributed: there is one process only; start several with torchrun or accelerate")
     else:
-        yield ProcessGroup(model=held, n_processes=held.size, everybody=held.group)
+        with explained(held.ranks):
+            yield ProcessGroup(model=held, n_processes=held.size, everybody=held.group)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from ..tasks.loading import ExampleSource
 from ..verification.ensure import ensure_verified
 from .answer_ranks import AnswerRanks, answer_ranks
 from .answer_scores import first_token_divergence
+from .broken_connections import explained_where_sharded
 from .encoded_examples import EncodedExamples
 from .predictions import Predictions
 from .prompt_statistics import Measured
@@ -240,6 +241,7 @@ def _values(
     rows: list[Tensor] = []
     order: list[int] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(explained_where_sharded(model))
         stack.enter_context(evaluation_mode(model))
         head, section = stack.enter_context(open_frozen_model(found, model, forward_arguments(model, data.batch([0]))))
         predictions = Predictions(model, data, head, section)

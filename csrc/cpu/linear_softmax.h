@@ -168,13 +168,15 @@ static void powers_of_block(const LinearSoftmax& c, const LinearPlan& p, int64_t
 // The answers that lie in the block are noted and, where they are excluded, taken out.
 static void take_answers(const LinearSoftmax& c, int64_t first_row, int64_t rows, int64_t begin, int64_t count,
                          float* z) {
-    for (int64_t n = 0; n < rows; n++)
-        for (int a = 0; a < 2; a++) {
-            const int64_t v = (a ? c.wrong : c.correct)[first_row + n] - begin;
-            if (v < 0 || v >= count) continue;
-            c.answers[2 * (first_row + n) + a] = c.scale * (z[v * GROUP + n] + (c.bias ? c.bias[begin + v] : 0));
-            if (c.exclude_answers) z[v * GROUP + n] = -INFINITY;
-        }
+    for (int64_t n = 0; n < rows; n++) {
+        const int64_t ids[2] = {c.correct[first_row + n] - begin, c.wrong[first_row + n] - begin};
+        for (int a = 0; a < 2; a++)
+            if (ids[a] >= 0 && ids[a] < count)
+                c.answers[2 * (first_row + n) + a] =
+                    c.scale * (z[ids[a] * GROUP + n] + (c.bias ? c.bias[begin + ids[a]] : 0));
+        for (int a = 0; a < 2 && c.exclude_answers; a++)  // afterwards: the two may be the same token
+            if (ids[a] >= 0 && ids[a] < count) z[ids[a] * GROUP + n] = -INFINITY;
+    }
 }
 
 // One group of rows against one split of the vocabulary.

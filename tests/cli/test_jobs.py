@@ -62,7 +62,9 @@ def test_shares_of_a_path_are_gathered_and_their_fits_are_evaluated_by_their_fol
     assert main(["evaluate", str(out / first["folder"]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["logit_difference"] == pytest.approx(first["evaluation"]["logit_difference"], rel=1e-5)
-    assert "--gather reads what is in --out" in refused(capsys, *words, "--gather")
+    for option in (["--points", "1/2"], ["--steps", "1"], ["--model", model], ["--seeds=0-1"], ["--warm-start"]):
+        expected = f"--gather reads what is in --out; it cannot be used with {option[0].partition('=')[0]}"
+        assert refused(capsys, "sweep", "--gather", "--out", str(out), *option).endswith(expected)
     assert "one of --data and --task is required" in refused(capsys, "sweep", "--out", str(out))
     assert "points: got '3/2', expected a share" in refused(capsys, *words, "--points", "3/2")
 

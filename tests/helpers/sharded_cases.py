@@ -1,33 +1,42 @@
 """What one process computes on a model, and what two do that hold the model together; both run the same claims.
 
-Two gloo processes on the CPU import the package once and run every claim on every model; this process runs the same
-claims on the whole models meanwhile.
+Two gloo processes on the CPU import the package once and run every claim on every model with every engine; this process
+runs the same claims on the whole models meanwhile, each once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from fit_cases import conflicts, interrupted_at
 from model_zoo import randomised, tiny_model
+from sharded_head import heads
 from torch import Tensor
 
 import actscale_fast as af
-from actscale_fast import ops
+from actscale_fast.architectures.lm_head import OutputHead, read_head
+from actscale_fast.learning.engine import step_runner
+from actscale_fast.learning.fit_settings import FitSettings
 
-PATIENCE = 180  # seconds before processes that wait for each other are given up
+TIME_OUT = 12  # seconds after which a process that waits for one that stopped gives up
+PATIENCE = 600  # seconds before processes that wait for each other are given up
 OBJECTIVE = af.Objective(margin=2.0, faithfulness=0.5, minimality=0.02)
 #: Of another length in each row; an even number of tokens, which a reshape of the wrong heads would accept.
 IDS = torch.tensor([[5, 9, 12, 7, 3, 2], [1, 1, 14, 3, 19, 6]])
@@ -39,7 +48,7 @@ def made(name: str) -> Any:
     """A whole random model, with the vocabulary of `tiny`."""
     if name == "llama":
         return tiny.llama()
-    changes: dict[str, Any] = {"vocab_size": len(tiny.WORDS)}
+    changes: dict[str, Any] = {"vocab_size": len(tiny.WORDS) + (name == "qwen3")}  # a head of unequal parts
     return tiny_model(name, **changes)
 
 
@@ -178,12 +187,28 @@ FITS: dict[str, dict[str, Any]] = {
     "recomputed": {"recompute": True},
     "recomputed, the last token": {"recompute": True, "where": {"positions": [-1]}},
     "accumulated": {"accumulate": 3, "n": 7, "batch_size": 7},
+    "the reverse divergence, of all tokens": {
+        "objective": af.Objective(faithfulness=0.5, kl="reverse", exclude_answers=False)
+    },
     "few": {"n_active": 6, "steps": 3, "where": {"layers": [1, 2]}},
 }
 
 
 def all_fits(model: Any) -> Any:
-    return {name: _or_error(lambda options=options: fitted(model, **options)) for name, options in FITS.items()}
+    """The first one checks the model's gradient; the others leave that out, as it would take half of their time."""
+    found = {}
+    for name, options in FITS.items():
+        with unchecked() if found else contextlib.nullcontext():
+            found[name] = _or_error(lambda options=options: fitted(model, **options))
+    return found
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Inside it no call checks the structure and the gradient of its model."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("ACTSCALE_CHECK", "0")
+        yield
 
 
 def one_fit(model: Any) -> Any:
@@ -282,14 +307,58 @@ CLAIMS: dict[str, Claim] = {
     "heads": heads_chosen, "interchange": exchanged, "merge": merged, "get_actscale_model": adapted,
     "identity": identified,
 }  # fmt: skip
-#: What runs on families beside Llama.
+#: What runs on families beside Llama; Gemma 2 has a soft-cap of its logits.
 SHORT: dict[str, Claim] = {"patch": patched, "generate": generated, "fit": one_fit, "merge": merged}
+SHORTEST: dict[str, Claim] = {"fit": one_fit}
+
+
+def load_tensor_parallel(name: str, folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=2)
+    return AutoModelForCausalLM.from_pretrained(folder / name, distributed_config=config).eval()
+
+
+def load_fully_sharded(name: str, folder: Path) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    model = made(name)
+    layers = model.transformer.h if name == "gpt2" else model.model.layers
+    for layer in layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the two processes load a model, and which models they load."""
+
+    load: Callable[[str, Path], Any]
+    names: tuple[str, ...]
+
+
+ENGINES = {
+    "tensor parallelism": Sharding(load_tensor_parallel, ("llama", "qwen3", "gemma3_text", "qwen3_moe", "gemma2")),
+    "FSDP2": Sharding(load_fully_sharded, ("llama", "gpt2")),
+}
+
+
+#: Those that read weights.
+METHODS = ("sami", "head-pursuit")
+
+
+def heads_by(method: str, model: Any) -> Any:
+    return af.select_heads(model, tiny.tokenizer(), conflicts(4), method, 1, progress=False).scores
 
 
 def shared_work(model: Any, folder: Path, rank: int) -> dict[str, Any]:
     """What only several processes can do, right or wrong."""
     found: dict[str, Any] = {}
     found["unequal memory"] = fitted(model, n=7, batch_size=7, memory_bytes=4000 if rank else None)
+    found["less memory later"] = memory_running_low(model, rank)
+    head = read_head(model, {"input_ids": IDS})
+    found["rows of the head"] = None if head is None else len(head.weight)
     found["each by itself"] = fitted(model, distributed=False)
     found["other examples"] = _or_error(lambda: fitted(model, n=5 + rank))
     found["other settings"] = _or_error(lambda: fitted(model, seed=rank))
@@ -297,10 +366,8 @@ def shared_work(model: Any, folder: Path, rank: int) -> dict[str, Any]:
         lambda: af.evaluate(model, tiny.tokenizer(), conflicts(3 + rank), af.ActivScalar.for_model(model))
     )
     found["graphs"] = _or_error(lambda: fitted(model, capture=True))
-    for method in ("sami", "head-pursuit"):
-        found[method] = _or_error(
-            lambda method=method: af.select_heads(model, tiny.tokenizer(), conflicts(4), method, 1, progress=False)
-        )
+    for method in METHODS:
+        found[method] = _or_error(lambda method=method: heads_by(method, model))
     path = folder / "begun by one" / "fit.safetensors"
     if rank == 0:
         with interrupted_at(2):
@@ -331,17 +398,37 @@ def alone_work() -> dict[str, Any]:
     model = made("llama")
     grid = {"minimality": [0.2, 0.02]}
     result = af.sweep(model, tiny.tokenizer(), conflicts(5), grid, OBJECTIVE, steps=3, lr=0.05, progress=False)
-    return {
+    return {method: heads_by(method, model) for method in METHODS} | {
         "unequal memory": fitted(model, n=7, batch_size=7),
+        "less memory later": fitted(model, n=7, batch_size=7),
         "each by itself": fitted(model),
         "begun by one": fitted(model, steps=4, schedule="constant"),
         "one disk": [fit.intervention.alpha.detach() for fit in result.fits],
     }
 
 
+def memory_running_low(model: Any, rank: int) -> Any:
+    """A fit in which one process has little memory left from its second step on, and says so in a warning."""
+    free, calls = step_runner.free_bytes, []
+
+    def less(device: torch.device) -> int:
+        calls.append(1)
+        return 100_000 if rank == 1 and len(calls) > 3 else free(device)
+
+    step_runner.free_bytes = less  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = fitted(model, n=7, batch_size=7)
+    finally:
+        step_runner.free_bytes = free
+    assert any("process 1 has too little memory left" in str(warning.message) for warning in said)
+    return found
+
+
 def without_memory(model: Any, rank: int) -> str:
-    """The error of a fit in which one process runs out of memory; the others wait in its pass until it ends."""
-    loss, calls = ops.intervention_loss, []
+    """The error of a fit in which one process runs out of memory; the others wait in its pass."""
+    loss, calls = OutputHead.intervention_loss, []
 
     def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
@@ -349,23 +436,43 @@ def without_memory(model: Any, rank: int) -> str:
             raise torch.OutOfMemoryError("out of memory")
         return loss(*arguments, **options)
 
-    ops.intervention_loss = failing  # type: ignore[assignment]
+    OutputHead.intervention_loss = failing  # type: ignore[method-assign, assignment]
     try:
         return str(_or_error(lambda: fitted(model, n=7, batch_size=7, accumulate=7)))
     finally:
-        ops.intervention_loss = loss
+        OutputHead.intervention_loss = loss  # type: ignore[method-assign]
+
+
+#: A fit of which one process is killed in its fourth step.
+KILLED: dict[str, Any] = {"steps": 6, "checkpoint_every": 1, "schedule": "constant"}
+
+
+def killed(model: Any, rank: int, path: Path) -> str:
+    """The error of the process that is left."""
+    order = FitSettings.rows
+
+    def killing(self: FitSettings, n: int, step: int) -> list[int]:
+        if rank == 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return order(self, n, step)
+
+    FitSettings.rows = killing  # type: ignore[method-assign, assignment]
+    return str(_or_error(lambda: fitted(model, checkpoint=path, **KILLED)))
+
+
+def claims_on(name: str) -> dict[str, Claim]:
+    return {"llama": CLAIMS, "gemma2": SHORTEST}.get(name, SHORT)
 
 
 def run_claims(models: dict[str, Any]) -> dict[str, Any]:
     """The result of every claim, or its error, by "model: claim"."""
     found = {}
     for name, model in models.items():
-        claims = CLAIMS if name == "llama" else SHORT
-        for claim, run in claims.items():
-            begun = time.perf_counter()
+        for claim, run in claims_on(name).items():
+            begun = time.process_time()
             found[f"{name}: {claim}"] = _or_error(lambda run=run, model=model: run(model))
             if os.environ.get("ACTSCALE_TEST_TIMES"):
-                print(f"{name}: {claim} {time.perf_counter() - begun:.2f} s", file=sys.stderr, flush=True)
+                print(f"{name}: {claim} {time.process_time() - begun:.2f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -376,48 +483,76 @@ def _or_error(run: Callable[[], Any]) -> Any:
         return traceback.format_exc()
 
 
-def in_process(rank: int, port: int, folder: Path, load: Callable[[str, Path], Any], names: list[str]) -> None:
-    """Join the other process, run all claims, and save what was found."""
+def in_process(rank: int, ports: Sequence[int], folder: Path, engines: Sequence[str]) -> None:
+    """Join the other process, run all claims, and save what was found; the second process is killed in the end."""
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not have an address
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "TQDM_DISABLE": "1",
-    }  # fmt: skip
-    torch.distributed.init_process_group("gloo")
-    models = {name: load(name, folder) for name in names}
-    found = run_claims(models)
-    found["shared work"] = _or_error(lambda: shared_work(models["llama"], folder, rank))
-    found["memory"] = without_memory(models["llama"], rank)  # the last: afterwards the processes are apart
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TQDM_DISABLE": "1"}
+    _join(ports[0])
+    found: dict[str, Any] = {"heads": _or_error(heads)}
+    for engine in engines:
+        sharding = ENGINES[engine]
+        models = {name: sharding.load(name, folder) for name in sharding.names}
+        found[engine] = run_claims(models)
+        own = folder / engine
+        with unchecked():
+            found[engine]["shared work"] = _or_error(lambda: shared_work(models["llama"], own, rank))  # noqa: B023
+    models = {}
+    for port, engine in zip(ports[1:], engines, strict=True):  # a group of their own, which is unusable afterwards
+        gc.collect()  # where one process stopped, its connections close, and the other one notices
+        torch.distributed.destroy_process_group()
+        _join(port)
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=TIME_OUT))  # type: ignore[attr-defined]
+        model = ENGINES[engine].load("llama", folder)
+        if engine == engines[-1]:
+            torch.save(found, folder / f"{rank}.pt")
+            found[engine]["killed"] = killed(model, rank, folder / "killed.safetensors")
+        else:
+            found[engine]["memory"] = without_memory(model, rank)
+            del model
     torch.save(found, folder / f"{rank}.pt")
-    os._exit(0)  # the other one may still wait for this one
+    os._exit(0)
 
 
-def ranks_and_one(
-    folder: Path, load: Callable[[str, Path], Any], names: list[str]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _join(port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo")
+
+
+def ranks_and_one(folder: Path, engines: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(what each of two processes found on sharded models, what this process found on whole ones)."""
+    names = sorted({name for engine in engines for name in ENGINES[engine].names})
     for name in names:
         made(name).save_pretrained(folder / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = torch.multiprocessing.spawn(in_process, (port, folder, load, names), nprocs=2, join=False)
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(1 + len(engines))]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in free]
+    spawned = torch.multiprocessing.get_context("spawn")
+    started = [spawned.Process(target=in_process, args=(rank, ports, folder, engines)) for rank in range(2)]
+    for process in started:
+        process.start()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         expected = run_claims({name: made(name) for name in names})
-        expected["shared work"] = alone_work()
+        expected |= {"heads": heads(), "shared work": alone_work(), "killed": fitted(made("llama"), **KILLED)}
     finally:
         torch.set_num_threads(before)
-    deadline = time.monotonic() + PATIENCE
-    while not started.join(timeout=0.2):
-        if time.monotonic() > deadline:
-            for process in started.processes:
-                process.kill()
-            raise AssertionError(f"two processes did not come to an end in {PATIENCE} seconds")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)], expected
+        deadline = time.monotonic() + PATIENCE
+        while any(process.is_alive() for process in started) and time.monotonic() < deadline:
+            if any(process.exitcode not in (None, 0, -signal.SIGKILL) for process in started):
+                break
+            time.sleep(0.1)
+        for process in started:
+            process.kill()
+            process.join()
+    assert [process.exitcode for process in started] == [0, -signal.SIGKILL], "see the errors of the processes above"
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    found[0]["resumed"] = fitted(made("llama"), checkpoint=folder / "killed.safetensors", **KILLED)
+    return found, expected
 
 
 def differences(found: Any, expected: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -448,6 +583,6 @@ def errors_in(found: Any) -> list[str]:
     return [found] if isinstance(found, str) and found.startswith("Traceback") else []
 
 
-def claims_of(names: list[str]) -> list[str]:
-    """The names of the results of `run_claims`."""
-    return [f"{name}: {claim}" for name in names for claim in (CLAIMS if name == "llama" else SHORT)]
+def claims_of(engine: str) -> list[str]:
+    """The names of the results of `run_claims` with an engine."""
+    return [f"{name}: {claim}" for name in ENGINES[engine].names for claim in claims_on(name)]

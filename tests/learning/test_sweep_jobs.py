@@ -177,6 +177,32 @@ def test_a_failed_fit_is_gathered_with_its_error(tmp_path: Path, monkeypatch: py
     assert [fit.error for fit in af.gather_sweep(tmp_path).fits] == [None, None]
 
 
+def test_a_point_that_cannot_begin_is_left_to_the_job_that_works_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = FitState.update
+
+    def breaks(self: FitState, terms: Any, gradients: Any) -> None:
+        update(self, terms * torch.nan if "minimality=0.2" in self.name else terms, gradients)
+
+    grid = {"minimality": [0.2, 0.02], "seed": [0]}
+    run_share(tmp_path, "1/1", grid)
+    (second,) = (path for path in tmp_path.iterdir() if path.name.startswith("minimality=0.02"))
+    summary = (second / "summary.json").rename(tmp_path / "summary")
+    for path in tmp_path.glob("minimality=0.2_*/*"):
+        path.unlink()
+    lock = try_lock(second / ".lock")
+    assert lock is not None
+    let_go = threading.Timer(1.0, lambda: (summary.rename(second / "summary.json"), lock.release()))
+    monkeypatch.setattr(FitState, "update", breaks)
+    let_go.start()
+    with pytest.warns(UserWarning, match="the effectiveness term is nan"):
+        result = run_share(tmp_path, "1/1", grid)
+    let_go.join()
+    assert [fit.error is None for fit in result.fits] == [False, True]
+    assert not (second / "failure.json").exists()
+
+
 @pytest.mark.parametrize("points", ["0/4", "5/4", "2", "1/0", "a/b"])
 def test_a_share_is_counted_from_one(points: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"points: got '{points}', expected a share such as '2/4', counted from 1"):

@@ -229,3 +229,17 @@ def test_the_kernels_between_the_products_read_nothing_outside_the_row(
     )
     for values in (log_sum, mean.sum(-1), mean_bias, answers.sum(-1)):
         assert values.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+@over()
+def test_an_answer_that_is_both_is_left_out_once_and_has_its_logit_twice(
+    backend: Backend, exclude: bool, inputs: Inputs
+) -> None:
+    """As first tokens of answers of several tokens, or where another process holds the other answer."""
+    h = head(inputs, (3, 40, 8)).to(backend.device)
+    ids = torch.tensor([0, 17, 39], device=backend.device)
+    given = (h.frozen, h.weight, None, ids, ids, exclude, 1.0, 1 << 20)
+    found, expected = linear_softmax.linear_softmax(*given), linear_softmax.in_chunks(*given)
+    for values, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-5)

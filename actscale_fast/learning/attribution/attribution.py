@@ -20,6 +20,7 @@ from ...modules.evaluation_mode import evaluation_mode
 from ...patching.patch import patch
 from ...tasks.loading import ExampleSource
 from ..arguments import checked_location, checked_objective, refuse_inference_mode, refuse_tokenless
+from ..broken_connections import explained_where_sharded
 from ..encoded_examples import EncodedExamples
 from ..engine import Engine, FitRequest, check_gradient
 from ..execution import CACHE_BYTES, Execution
@@ -218,7 +219,7 @@ def attribution(
     refuse_tokenless(scalars, data)
     patch(model, scalars).remove()  # refuses another model's place before any work; moves to this model's device
     objective_scores: Tensor | None = None
-    with torch.enable_grad():
+    with explained_where_sharded(model), torch.enable_grad():
         if objective is not None:
             accumulate = -(-len(data) // batch_size)
             execution = Execution(accumulate, cache_bytes)

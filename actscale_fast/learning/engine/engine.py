@@ -17,13 +17,14 @@ from ...architectures.sharding import model_processes
 from ...architectures.site_check import skipped
 from ...interventions import DynScalar, Intervention
 from ...modules.evaluation_mode import evaluation_mode
+from ..broken_connections import is_broken_connection
 from ..distributed import SINGLE_PROCESS, ProcessGroup
 from ..encoded_examples import EncodedExamples
 from ..execution import Execution
 from ..objective import Objective
 from .cuda_graphs import check_capturable, is_capturable
 from .gradient_check import GradientCheck
-from .microbatches import FitRequest, RequestedPrompt
+from .microbatches import FitRequest, PackedRow, RequestedPrompt, tokens
 from .step_runner import STRATEGIES, StepRunner, Strategy, patched_for_steps
 from .token_budget import out_of_memory
 
@@ -89,7 +90,8 @@ class Engine:
                 problem = self._open_with(strategy, check)
             except Exception as error:
                 self._open.close()
-                if strategy is STRATEGIES[-1] or out_of_memory(error) or not self._fails_again(strategy, check):
+                hopeless = strategy is STRATEGIES[-1] or out_of_memory(error) or is_broken_connection(error)
+                if hopeless or not self._fails_again(strategy, check):
                     raise
                 problem = f"{type(error).__name__}: {error}"
             problem = next((one for one in self.together.all_gather(problem) if one is not None), None)
@@ -127,7 +129,7 @@ class Engine:
         prompts = self.processes.shard(prompts)
         runner, planner = self.runner, self.runner.planner
         while True:
-            microbatches = planner.microbatches(prompts, requests)
+            microbatches = self._agreed_microbatches(prompts, requests)
             try:
                 terms, gradients = runner.sums(microbatches, requests)
                 break
@@ -138,10 +140,9 @@ class Engine:
                         "out of memory in a pass, which cannot be repeated with fewer tokens because the others are in "
                         "it too; set memory_bytes= to less, or accumulate= to more"
                     ) from error
-                divisible = any(len(rows) > 1 or len(rows[0].prompts) > 1 for rows in microbatches)
                 if not out_of_memory(error):
                     raise
-                if self.halved or not divisible:
+                if self.halved or not _divisible(microbatches):
                     if not runner.recomputation.may_begin:
                         raise
                     runner.recomputation.begin("memory ran out in a pass that cannot be made smaller")
@@ -154,6 +155,31 @@ class Engine:
             )
         self.processes.all_reduce_([terms, *gradients])
         return terms, gradients
+
+    def _agreed_microbatches(
+        self, prompts: Sequence[RequestedPrompt], requests: Sequence[FitRequest]
+    ) -> list[list[PackedRow]]:
+        """The microbatches of these prompts.
+
+        Processes that hold the model together cannot repeat a pass in which one of them ran out of memory. So they
+        look before the step, and all make smaller passes where one of them has too little left.
+        """
+        runner, planner, together = self.runner, self.runner.planner, self.together
+        microbatches = planner.microbatches(prompts, requests)
+        while together.size > 1:
+            found = together.all_gather((runner.lacks_memory(microbatches, requests), _divisible(microbatches)))
+            if not any(lacks for lacks, _ in found) or not any(divisible for _, divisible in found):
+                break
+            largest = max(together.all_gather(max(tokens(rows, requests) for rows in microbatches)))
+            planner.max_tokens = max(largest // 2, 1)
+            short = ", ".join(str(together.ranks[place]) for place, (lacks, _) in enumerate(found) if lacks)
+            warnings.warn(
+                f"process {short} has too little memory left for {largest} tokens in a pass; all that hold the model "
+                f"continue with at most {planner.max_tokens}",
+                stacklevel=4,
+            )
+            microbatches = planner.microbatches(prompts, requests)
+        return microbatches
 
     def _gradient_check(self) -> GradientCheck | None:
         """What the plain whole model gives for two prompts; None if checks are skipped."""
@@ -197,3 +223,8 @@ class Engine:
         return check.disagreement(
             lambda: self.runner.sums(self.runner.planner.microbatches(prompts, requests), requests)
         )
+
+
+def _divisible(microbatches: Sequence[Sequence[PackedRow]]) -> bool:
+    """Whether these prompts could run in smaller passes."""
+    return any(len(rows) > 1 or len(rows[0].prompts) > 1 for rows in microbatches)

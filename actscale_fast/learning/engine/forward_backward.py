@@ -222,7 +222,5 @@ class ForwardBackward:
             return results[0], results[1], results[2]
         else:
             assert self.head is not None
-            effectiveness, faithfulness = ops.linear_intervention_loss(
-                output, self.head.weight, reference, correct, wrong, **given, **self.head.options
-            )
+            effectiveness, faithfulness = self.head.intervention_loss(output, reference, correct, wrong, **given)
         return effectiveness, faithfulness, weights[0] * effectiveness + weights[1] * faithfulness

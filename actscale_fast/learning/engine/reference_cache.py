@@ -241,9 +241,7 @@ class ReferenceCache:
             return values | ({} if self.options is None else {"output": output}), output, statistics
         correct, wrong = (ids[list(rows)].to(output.device) for ids in (self.data.correct, self.data.wrong))
         for option in self.options or ():
-            found = ops.reference_statistics(
-                output, self.head.weight, correct, wrong, **option._asdict(), **self.head.options
-            )
+            found = self.head.reference_statistics(output, correct, wrong, **option._asdict())
             if found.logits is not None:
                 values = values | {self._logits_name(option): found.logits}
                 found = replace(found, logits=None)

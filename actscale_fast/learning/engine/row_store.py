@@ -72,7 +72,11 @@ class RowStore:
 
     def has_place(self, row: int) -> bool:
         """Whether a row is kept; before the first `put` none is."""
-        return self.place[row] < self.n_near + self.n_far
+        return self.place[row] < self.n_kept
+
+    def keep_at_most(self, n_kept: int) -> None:
+        """Give up the last places, so that processes that compute rows together miss the same ones."""
+        self.n_near, self.n_far = min(self.n_near, n_kept), min(self.n_far, max(n_kept - self.n_near, 0))
 
     def keep_nothing(self) -> None:
         """Compute every row again whenever it is asked for."""
@@ -83,15 +87,20 @@ class RowStore:
 
     def _split(self, slots: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
         """The indices of the slots that are near, far and not kept."""
-        end = self.n_near + self.n_far
+        end = self.n_kept
         near = [index for index, slot in enumerate(slots) if slot < self.n_near]
         far = [index for index, slot in enumerate(slots) if self.n_near <= slot < end]
         return near, far, [index for index, slot in enumerate(slots) if slot >= end]
 
     @property
+    def n_kept(self) -> int:
+        """The number of rows that have a place, once the first ones were put."""
+        return self.n_near + self.n_far
+
+    @property
     def holds_all(self) -> bool:
         """Whether every row has a place, so that nothing is computed again."""
-        return self.n_near + self.n_far == self.n_rows
+        return self.n_kept == self.n_rows
 
     @property
     def n_bytes(self) -> int:

@@ -84,6 +84,7 @@ class StepRunner:
         self.together = model_processes(self.found.model)
         #: Whether other processes take part in this one's passes with other rows (FSDP2).
         self.rows_differ = not self.together.same_rows
+        self.bytes_per_token = 0.0  # at the peak of a pass
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -123,6 +124,8 @@ class StepRunner:
             self.compute = (runs(self.forward_backward) if runs else self.forward_backward).compute
             longest = max(range(len(data)), key=lambda row: len(data.prompts[row]))
             cache.fill([longest])
+            if self.together.size > 1:  # parts of the vocabulary, and of the heads, differ in size
+                self.store.keep_at_most(min(self.together.all_gather(self.store.n_kept)))
             if self.rows_differ and cache.keeps_rows and self.together.any(not self.store.holds_all):
                 if not self.region.is_whole:
                     raise ValueError(
@@ -163,6 +166,11 @@ class StepRunner:
             for index, request in enumerate(requests):
                 terms[index, 2] /= len(request.objective.directions)
         return terms, gradients
+
+    def lacks_memory(self, microbatches: list[list[PackedRow]], requests: Sequence[FitRequest]) -> bool:
+        """Whether less memory is free than the largest of these passes needs."""
+        largest = max((tokens(rows, requests) for rows in microbatches), default=0)
+        return largest * self.bytes_per_token > free_bytes(self.data.device)
 
     def _shared_below(self, requests: Sequence[FitRequest]) -> int:
         one_direction = all(len(request.objective.directions) == 1 for request in requests)
@@ -219,9 +227,9 @@ class StepRunner:
         if self.together.any(self.recomputation.may_begin and fit < n_tokens):
             size = f"{PEAK_OVER_KEPT * kept.n_bytes / 1e9:.3g} GB"
             self.recomputation.begin(f"a prompt of {n_tokens} tokens in all directions would take about {size}")
-        if self.recomputation.is_on:
-            fit = tokens_that_fit(kept.n_bytes_recomputed, n_tokens, budget)
-        fit = min(self.together.all_gather(fit))
+        n_bytes = kept.n_bytes_recomputed if self.recomputation.is_on else kept.n_bytes
+        self.bytes_per_token = PEAK_OVER_KEPT * n_bytes / n_tokens
+        fit = min(self.together.all_gather(tokens_that_fit(n_bytes, n_tokens, budget)))
         fit = 1 << (fit.bit_length() - 1)  # a power of two, so that small changes of free memory change nothing
         bound = self.planner.max_tokens
         self.planner.max_tokens = fit if bound is None else min(fit, bound)

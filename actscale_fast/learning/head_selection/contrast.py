@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...architectures.layout import layout
+from ...architectures.sharding import is_dtensor, reshard
 from ...frozen.chat import Messages
 from ...frozen.encoder import TextEncoder, by_length
 from ...frozen.reader import Reader
@@ -86,6 +87,8 @@ def _batches(subject: Subject, texts: Sequence[Sequence[int]]) -> Iterator[list[
 def contributions(subject: Subject, layer: int, heads: Tensor) -> Tensor:
     """What each head adds to the attention's output, its part of W_O times its activation: [N, H, d], in fp32 or wider.
 
+    Where W_O is sharded over processes, it is gathered, which is a collective operation.
+
     Args:
         subject: the model.
         layer: number of the layer in the model.
@@ -94,6 +97,13 @@ def contributions(subject: Subject, layer: int, heads: Tensor) -> Tensor:
     found = layout(subject.model, subject.scalars.paths)
     projection = found.site_module("head", layer)
     n, n_heads, width = heads.shape
+    reshard(found.model)
+    weight: Any = getattr(projection, "weight", None)
+    if is_dtensor(weight):
+        whole = weight.detach().full_tensor()
+        whole = whole.T if hasattr(projection, "in_features") else whole  # Conv1D keeps [in, out]
+        wide = torch.promote_types(heads.dtype, torch.float32)
+        return torch.einsum("nhk,hkd->nhd", heads.to(wide), whole.to(wide).unflatten(0, (n_heads, width)))
     alone = torch.zeros(n, n_heads, n_heads, width, dtype=heads.dtype, device=heads.device)
     index = torch.arange(n_heads, device=heads.device)
     alone[:, index, index] = heads

@@ -40,11 +40,11 @@ def by_pursuit(subject: Subject, *, concept: Sequence[str] | None = None, n_atom
         ValueError: the model's output head is not a known matrix.
     """
     subject.require_equal_heads("head-pursuit")
-    subject.require_whole_weights("head-pursuit")
     check_counts(n_atoms=n_atoms)
     with AnswerPasses(subject, subject.scalars) as passes:
         head = passes.head
     if head is None:
+        subject.refuse_sharded_weights("head-pursuit")
         raise ValueError("method: 'head-pursuit' needs the model's output head, whose formula is not known")
     if concept is None:
         ids = sorted(set(subject.data.correct.tolist()))
@@ -53,7 +53,7 @@ def by_pursuit(subject: Subject, *, concept: Sequence[str] | None = None, n_atom
         ids = sorted({token for word in concept for token in encoder.plain(word, "concept")})
         if not ids:
             raise ValueError("concept: got no tokens, expected at least one word")
-    rows = head.weight[torch.tensor(ids, device=head.weight.device)].double()
+    rows = head.rows(torch.tensor(ids, device=head.weight.device)).double()
     atoms = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-30)  # [M, d]
     heads = last_tokens(subject, subject.data.prompts, "head")  # [L, N, H, D]
     scores = []

@@ -28,7 +28,6 @@ def by_concept(
         layer: the layer after which the concept is read; None: the middle one.
     """
     subject.require_equal_heads("sami")
-    subject.require_whole_weights("sami")
     found = layout(subject.model, subject.scalars.paths)
     pairs = pairs_of(subject, positive, negative)
     at = [found.n_layers // 2 if layer is None else layer]

@@ -93,12 +93,12 @@ class Subject:
         later = (len(encoder.prompt(prompt_of(example), str(example.where))) for example in self.later)
         return max(*map(len, self.data.prompts), *later, 0)
 
-    def require_whole_weights(self, method: str) -> None:
-        """Raise a ValueError if the model's weights, which the method reads, are sharded over processes."""
+    def refuse_sharded_weights(self, method: str) -> None:
+        """Raise a ValueError if the model's output head could not be read because it is sharded over processes."""
         if is_sharded(self.model):
             raise ValueError(
-                f"method: {method!r} reads weights, which are sharded over processes; choose the heads on a whole "
-                "model, or by another method"
+                f"method: {method!r} reads weights of the output head, which is sharded over processes in a way that "
+                "is not read; choose the heads on a whole model, or by another method"
             )
 
     def require_equal_heads(self, method: str) -> None:

@@ -205,8 +205,10 @@ class SweepLoop:
         if slot.error is not None:
             warnings.warn(f"sweep: {slot.error}; the other fits continue", stacklevel=6)
             self._finish(slot, bar, slot.error)
+            for point in slot.chain.points:
+                point.error = f"not begun: {slot.error}"
             while slot.chain.points:
-                self._failed(slot.chain.points.popleft(), f"not begun: {slot.error}")
+                self._failed(slot, slot.chain.points.popleft(), bar)
             slot.error = None
             self._advance(slot, waiting, bar)
             return
@@ -232,21 +234,30 @@ class SweepLoop:
         bar.update(point.settings.steps - state.taken)
         bar.fits_done()
 
-    def _failed(self, point: Point, error: str) -> None:
-        """Note a point that cannot begin."""
-        fit = SweepFit.of(point, point.intervention, [], error)
-        if self.root is not None and self.processes.is_rank_zero:
-            write_finished(self.root, fit, point.family)
-        self.fits[id(point)] = fit
+    def _failed(self, slot: _Slot, point: Point, bar: Any) -> bool:
+        """Note that a point cannot begin; False if another process has finished it or is working on it."""
+        found, is_free = self._claim(slot, point)
+        if not is_free:
+            self.busy.append(_Chain([point]))
+            return False
+        noted = found is None
+        if found is None:
+            assert point.error is not None
+            found = SweepFit.of(point, point.intervention, [], point.error)
+            if self.root is not None and self.processes.is_rank_zero:
+                write_finished(self.root, found, point.family)
+        slot.release()
+        self.fits[id(point)] = found
+        bar.update(point.settings.steps)
+        bar.fits_done()
+        return noted
 
     def _advance(self, slot: _Slot, waiting: deque[_Chain], bar: Any) -> None:
         """Give the slot its next unfinished fit; `slot.state` stays None if there is none."""
         while (point := self._next_point(slot, waiting)) is not None:
             if point.error is not None:
-                warnings.warn(f"sweep: {point.error}; the other fits continue", stacklevel=5)
-                self._failed(point, point.error)
-                bar.update(point.settings.steps)
-                bar.fits_done()
+                if self._failed(slot, point, bar):
+                    warnings.warn(f"sweep: {point.error}; the other fits continue", stacklevel=5)
                 continue
             found, is_free = self._claim(slot, point)
             if not is_free:

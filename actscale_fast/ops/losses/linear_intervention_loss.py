@@ -15,6 +15,7 @@ loss goes over both some rows at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ class _LinearLoss(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, hidden, head, reference, correct, wrong, direction, chunk_bytes, by_logits, options, need_grad
     ):
-        compute = _by_logits if by_logits else _by_statistics
+        compute = _by_logits if by_logits else by_statistics
         effectiveness, faithfulness, d_faithfulness, d_answers = compute(
             hidden, head, reference, correct, wrong, direction, chunk_bytes, need_grad, **options
         )
@@ -173,14 +174,20 @@ class _LinearLoss(torch.autograd.Function):
         return d_hidden.to(ctx.dtype), *[None] * 9
 
 
-def _by_statistics(  # type: ignore[no-untyped-def]
-    hidden, head, reference, correct, wrong, direction, chunk_bytes, need_grad, *, margin, exclude_answers, kl
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """`linear_softmax` with any bias."""
+    return linear_softmax(hidden, weight, centred(bias), *arguments)
+
+
+def by_statistics(  # type: ignore[no-untyped-def]
+    hidden, head, reference, correct, wrong, direction, chunk_bytes, need_grad, *, margin, exclude_answers, kl,
+    softmax: Callable[..., tuple[Tensor, ...]] = _softmax,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(effectiveness, faithfulness, d faithfulness/dh [N, d], d effectiveness/d(W·h) at the two answers [N, 2])."""
     weight, bias, _, scale = head
-    log_sum, mean, _, answers = linear_softmax(
-        unit_stride(hidden.detach()), unit_stride(weight.detach()), centred(bias), correct, wrong, exclude_answers,
-        scale, chunk_bytes,
+    log_sum, mean, _, answers = softmax(
+        unit_stride(hidden.detach()), unit_stride(weight.detach()), bias, correct, wrong, exclude_answers, scale,
+        chunk_bytes,
     )  # fmt: skip
     expected = expected_logit(hidden, reference.mean, reference.mean_bias, scale, chunk_bytes)
     divergence = log_sum - expected - reference.entropy
@@ -202,7 +209,7 @@ def _by_statistics(  # type: ignore[no-untyped-def]
 def _by_logits(  # type: ignore[no-untyped-def]
     hidden, head, reference, correct, wrong, direction, chunk_bytes, need_grad, *, margin, exclude_answers, kl
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As `_by_statistics`, from logits of some rows at a time."""
+    """As `by_statistics`, from logits of some rows at a time."""
     weight, bias, softcap, scale = head
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     parts = []

@@ -97,7 +97,7 @@ def in_chunks(
         del products
         nothing = total == 0  # no column is kept: a mean of nothing is 0
         total = total.masked_fill(nothing, 1.0)
-        mean[here] = _sums_of_rows(weights, weight, step).div_(total.to(acc)[:, None])
+        mean[here] = sums_of_rows(weights, weight, step).div_(total.to(acc)[:, None])
         mean_bias = in_bias / total
         del weights
         if weight.dtype == acc:
@@ -151,7 +151,7 @@ def _logits(hidden: Tensor, weight: Tensor, step: int) -> Tensor:
     return products
 
 
-def _sums_of_rows(weights: Tensor, weight: Tensor, step: int) -> Tensor:
+def sums_of_rows(weights: Tensor, weight: Tensor, step: int) -> Tensor:
     """weights [R, V] · weight [V, d]; its error moves log_sum by itself times h, so no chain of additions is long."""
     acc = accumulation_dtype(weights.dtype)
     if weight.dtype != acc and _multiplied_as_it_is(weight):

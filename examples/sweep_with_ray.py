@@ -1,4 +1,4 @@
-"""A sweep whose points are divided between tasks of Ray: `python docs/tools/ray_sweep.py FOLDER [SHARES]`."""
+"""A sweep whose points are divided between tasks of Ray: `python examples/sweep_with_ray.py FOLDER [SHARES]`."""
 
 from __future__ import annotations
 
