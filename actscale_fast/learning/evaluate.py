@@ -164,7 +164,6 @@ def evaluate(
     return evaluate_all(model, tokenizer, examples, [intervention], batch_size=batch_size, progress=progress)[0]
 
 
-@torch.no_grad()
 def evaluate_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,6 +174,30 @@ def evaluate_all(
     progress: bool = False,
 ) -> list[Evaluation]:
     """`evaluate` for several interventions on the same examples; the frozen model runs once."""
+    evaluations = []
+    measured = measure_prompts(model, tokenizer, examples, interventions, batch_size=batch_size, progress=progress)
+    for intervention, (steered, frozen) in zip(interventions, measured, strict=True):
+        common: dict[str, Any] = {"n_examples": len(steered.plus), "n_scalars": intervention.n_parameters}
+        baseline = Evaluation(**common, **frozen.figures(baseline=True), n_active=0, l1=0.0)
+        figures = steered.figures() | {"n_active": intervention.n_active, "l1": intervention.l1}
+        evaluations.append(Evaluation(**common, **figures, baseline=baseline))
+    return evaluations
+
+
+@torch.no_grad()
+def measure_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: ExampleSource,
+    interventions: Sequence[Intervention],
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[tuple[Measured, Measured]]:
+    """What `evaluate_all` averages: for each intervention what was measured on each prompt, and on the frozen model.
+
+    The prompts are ordered by their length, in the same order for all interventions.
+    """
     from tqdm.auto import tqdm
 
     check_counts(batch_size=batch_size)
@@ -202,15 +225,10 @@ def evaluate_all(
                 of_batch = {part: values[alike] for part, values in sources.items()}
                 rows.append(_measure(model, predictions, data, alike, interventions, of_batch))
     canary.collect(wait=True)
-    evaluations = []
-    for intervention, values in zip(interventions, torch.cat(rows).double().cpu().unbind(1), strict=True):
-        common: dict[str, Any] = {"n_examples": len(values), "n_scalars": intervention.n_parameters}
-        steered = Measured(*values[:, :-6].unbind(-1))
-        frozen = steered.frozen(values[:, -6:]).figures(baseline=True)
-        baseline = Evaluation(**common, **frozen, n_active=0, l1=0.0)
-        figures = steered.figures() | {"n_active": intervention.n_active, "l1": intervention.l1}
-        evaluations.append(Evaluation(**common, **figures, baseline=baseline))
-    return evaluations
+    return [
+        ((steered := Measured(*values[:, :-6].unbind(-1))), steered.frozen(values[:, -6:]))
+        for values in torch.cat(rows).double().cpu().unbind(1)
+    ]
 
 
 def _measure(

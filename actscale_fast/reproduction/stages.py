@@ -24,6 +24,8 @@ class Stages:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
+        #: Duration in seconds of each stage that was run or read.
+        self.taken: dict[str, float] = {}
         file = folder / "settings.json"
         if os.path.lexists(file):
             there = _read(file, "delete the folder to start again")
@@ -50,13 +52,13 @@ class Stages:
         kept = _read(file, "delete it to compute this stage again")
         if kept.get("stage") != name or "result" not in kept:
             raise ValueError(f"{file}: belongs to another stage; delete it to compute this stage again")
+        self.taken[name] = float(kept["seconds"])
         return kept["result"]
 
     @property
     def seconds(self) -> float:
-        """The time of all finished stages."""
-        files = sorted((self.folder / "results").glob("*.json"))
-        return sum(float(_read(file, "delete it to compute this stage again")["seconds"]) for file in files)
+        """The time of all stages that were run or read."""
+        return sum(self.taken.values())
 
 
 def _read(file: Path, remedy: str) -> dict[str, Any]:
