@@ -57,7 +57,7 @@ def build_parser() -> SuggestingParser:
         functools.partial(_command, before="serving "),
     )
     parser_learning.reproduce(
-        add("reproduce", "--out FOLDER [options]", "compare all systems on a model, in one report")
+        add("reproduce", "--out FOLDER [options]", "compare all systems on a model, or on several, in one report")
     )
     _verify(add("verify", "[options]", "test the kernels on this machine and choose the fastest"))
     _completion(add("completion", "SHELL", "print a script that completes commands and options with the TAB key"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from statistics import fmean
 from typing import Any
 
-from ..interventions import ActivScalar
+from ..interventions import ActivScalar, Intervention
 from ..learning import attribution
 from .laboratory import Laboratory
 from .measuring import by_attribution, shuffled
@@ -16,6 +18,8 @@ from .task_forms import Task
 _ATTRIBUTED = 32
 #: The system whose time all systems get in the second table, and how much its number of steps may grow.
 REFERENCE = "scalars"
+#: The learned scalars that the baselines of a form of the task are made of: of any length, and aligned.
+SCALARS = {False: REFERENCE, True: "scalars-by-position"}
 _SLOWEST, _FASTEST = 0.25, 4.0
 
 
@@ -68,17 +72,27 @@ def frozen(lab: Laboratory, task: Task, seed: int, *, aligned: bool) -> dict[str
     return {"lengths": [min(lengths), max(lengths)]} | lab.said(splits.test, None)
 
 
-def baselines(lab: Laboratory, task: Task, seed: int) -> dict[str, Any]:
-    """Scalars that are not learned: the learned values at random heads, and the gradient at 0."""
-    splits = task.examples(lab.tokenizer, lab.size, seed)
-    learned = lab.learned(task, system_named(REFERENCE), seed)
-    assert isinstance(learned, ActivScalar)
-    found = attribution(
-        lab.model, lab.tokenizer, splits.train[:_ATTRIBUTED], intervention=learned, knock_out=False, progress=False
-    )
-    made = {"random": shuffled(learned, seed), "gradient": by_attribution(learned, found)}
+def baselines(lab: Laboratory, task: Task, seed: int, *, aligned: bool) -> dict[str, Any]:
+    """Scalars that are not learned: the learned values at random places, and the gradient at 0."""
+    splits = task.examples(lab.tokenizer, lab.size, seed, aligned=aligned)
+    learned = lab.learned(task, system_named(SCALARS[aligned]), seed)
+    parts = [single for single in learned.singles if isinstance(single, ActivScalar)]
+    gradients = [
+        by_attribution(
+            part,
+            attribution(
+                lab.model, lab.tokenizer, splits.train[:_ATTRIBUTED], intervention=part, knock_out=False, progress=False
+            ),
+        )
+        for part in parts
+    ]
+    made = {"random": _sum([shuffled(part, seed) for part in parts]), "gradient": _sum(gradients)}
     records = lab.measured(splits.test, list(made.values()))
     return {
         name: {"test": record | lab.said(splits.test, one)}
         for (name, one), record in zip(made.items(), records, strict=True)
     }
+
+
+def _sum(parts: Sequence[Intervention]) -> Intervention:
+    return reduce(lambda first, second: first + second, parts)

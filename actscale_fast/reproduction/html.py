@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .blocks import Block, Column, Document, HeadMap, Picture, Table, Text
 from .html_parts import SCRIPT, STYLE
-from .intervals import Interval
+from .intervals import Interval, in_form
 
 #: Side of a cell of a map, in pixels.
 _CELL = 16
@@ -129,7 +129,7 @@ def _squares(block: HeadMap, left: int, top: int) -> Iterator[str]:
     limit = max((abs(value) for row in block.values for value in row), default=0.0) or 1.0
     for column, (layer, of_layer) in enumerate(zip(block.layers, block.values, strict=True)):
         for place, (row, value) in enumerate(zip(block.rows, of_layer, strict=True)):
-            tip = html.escape(f"layer {layer}, {row}: {block.quantity} {block.form.format(value)}")
+            tip = html.escape(f"layer {layer}, {row}: {block.quantity} {in_form(value, block.form)}")
             yield (
                 f'<rect x="{left + _CELL * column + 1}" y="{top + _CELL * place + 1}" width="{_CELL - 2}" '
                 f'height="{_CELL - 2}" rx="2" fill="{_colour(value / limit)}" data-t="{tip}"/>'

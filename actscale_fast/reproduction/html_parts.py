@@ -11,7 +11,7 @@ nav li{margin:.2rem 0;line-height:1.3}
 nav .l3{padding-left:1rem;font-size:.9em}
 nav a{color:#22252b;text-decoration:none}
 nav a:hover,nav a:focus{text-decoration:underline}
-main{margin-left:15rem;padding:1rem 2rem 4rem;max-width:78rem}
+main{margin-left:15rem;padding:1rem 2rem 4rem;max-width:100rem}
 h1{font-size:1.6rem}h2{margin-top:2.5rem;border-bottom:1px solid #d5d8de}h3{margin-top:1.8rem}
 p{max-width:46rem}
 code{background:#f0f1f4;border-radius:3px;padding:0 .25em;font-size:.92em}
@@ -23,6 +23,7 @@ th button{all:unset;cursor:pointer;font-weight:600}
 th button:focus-visible{outline:2px solid #0072b2}
 th[aria-sort=ascending] button::after{content:" ▲"}
 th[aria-sort=descending] button::after{content:" ▼"}
+td:first-child{min-width:9rem}
 td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 td small{color:#5b616d}
 .file,figcaption{color:#5b616d;font-size:.82em;margin:.2rem 0 1rem}

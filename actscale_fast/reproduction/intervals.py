@@ -63,8 +63,8 @@ def interval(runs: Sequence[Columns], statistic: Callable[[Mapping[str, Any]], A
         seeds = rng.integers(len(tables), size=RESAMPLES)
         for number, table in enumerate(tables):
             mine = np.flatnonzero(seeds == number)
-            counts = rng.multinomial(len(table), [1 / len(table)] * len(table), size=len(mine))
-            drawn[mine] += counts @ table / len(table)
+            prompts = rng.integers(len(table), size=(len(mine), len(table)))
+            drawn[mine] += table[prompts].mean(1)
     drawn /= len(tables)
     values = np.asarray(statistic(dict(zip(names, drawn.T, strict=True))), dtype=float)
     tail = (1 - COVERAGE) / 2

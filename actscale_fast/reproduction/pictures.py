@@ -19,7 +19,8 @@ from .html import embedded_svg
 from .laboratory import Laboratory
 from .measuring import jaccard, places
 from .systems import SYSTEMS, System, system_named
-from .task_forms import TASKS, Task
+from .tables import BASELINES
+from .task_forms import FORMS, TASKS, Task
 from .transferring import transferred
 
 if TYPE_CHECKING:
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from ..tasks import Example
 
 _METRICS = {
-    "correct": "correct above wrong, β = +1",
-    "wrong": "wrong above correct, β = −1",
-    "top": "steered answer is the top token",
-    "kl": "KL of the other tokens, nats",
-    "n_active": "parameters that are not 0",
+    "correct": "correct, β = +1",
+    "wrong": "wrong, β = −1",
+    "top": "top token",
+    "kl": "KL, nats",
+    "n_active": "not 0",
 }
 _FLIPS = "steered answer above the other,\nshare of prompts, mean of β = ±1"
 
@@ -57,8 +58,11 @@ def comparison(lab: Laboratory, task: Task) -> Picture:
     """All systems and baselines on the test prompts, with the frozen model."""
     found = dict(lab.results["comparison"][task.name])
     titles = {system.name: system.title + " *" * system.aligned for system in SYSTEMS}
-    for name, title in (("random", "the same scalars at random heads"), ("gradient", "the gradient at 0")):
-        found[name], titles[name] = [run[name] for run in lab.results["baselines"][task.name]], title
+    for aligned, form in FORMS.items():
+        for name, title in BASELINES.items():
+            key = f"{name}-{form}"
+            found[key] = [run[name] for run in lab.results["baselines"][task.name][form]]
+            titles[key] = title + " *" * aligned
     order = sorted(titles, key=lambda name: titles[name].endswith("*"))
     rows, data = [], []
     for name in order:
@@ -71,7 +75,11 @@ def comparison(lab: Laboratory, task: Task) -> Picture:
     name = f"{task.name}-comparison"
     title = f"{task.title}: test prompts (* aligned)"
     figure = plots.comparison(rows, log=[_METRICS["n_active"]], title=title)
-    caption = "Mean and range over seeds; the upright line is the frozen model on the same prompts."
+    caption = (
+        "Mean and range over seeds; the upright line is the frozen model on the same prompts. From the left: the answer "
+        "steered to is above the other, in each direction; it is the top token, mean of both; the KL of the other "
+        "tokens; how many parameters are not 0."
+    )
     return _kept(lab, figure, name, caption, Table(f"{name}-picture", columns, data))
 
 

@@ -11,7 +11,7 @@ from . import comparing, heads, locating, recipes, remedies, transferring, tunin
 from .claims import judged
 from .laboratory import Laboratory
 from .systems import SYSTEMS, System, system_named
-from .task_forms import N_BEFORE, TASKS, Task
+from .task_forms import FORMS, N_BEFORE, TASKS, Task
 
 #: Passes of the model per prompt and step of a fit: two directions, forward and back.
 _FIT = 6
@@ -80,7 +80,7 @@ def _tuning(lab: Laboratory, task: Task) -> Iterator[Stage]:
 
 def _of_seed(lab: Laboratory, task: Task, seed: int) -> Iterator[Stage]:
     for aligned in (False, True):
-        where = ("frozen", task.name, "aligned" if aligned else "any-length", str(seed))
+        where = ("frozen", task.name, FORMS[aligned], str(seed))
         compute = partial(comparing.frozen, lab, task, seed, aligned=aligned)
         yield Stage(where, compute, _GENERATED * lab.size.n_generated)
     for system in SYSTEMS:
@@ -88,7 +88,9 @@ def _of_seed(lab: Laboratory, task: Task, seed: int) -> Iterator[Stage]:
         compute = partial(comparing.compare, lab, task, system, seed)
         yield Stage(where, compute, _fit_cost(lab, system, lab.size.steps))
     cost = 5 * lab.size.n_test + 2 * _GENERATED * lab.size.n_generated + 100
-    yield Stage(("baselines", task.name, str(seed)), partial(comparing.baselines, lab, task, seed), cost)
+    for aligned in (False, True):
+        where = ("baselines", task.name, FORMS[aligned], str(seed))
+        yield Stage(where, partial(comparing.baselines, lab, task, seed, aligned=aligned), cost)
 
 
 def _of_task(lab: Laboratory, task: Task) -> Iterator[Stage]:

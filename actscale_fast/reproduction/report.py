@@ -25,7 +25,7 @@ from .laboratory import Laboratory
 from .markdown import as_markdown
 from .recipe_sections import recipe_sections
 from .systems import FEW, SYSTEMS, system_named
-from .task_forms import TASKS, Task
+from .task_forms import FORMS, TASKS, Task
 from .transferring import transferred
 from .tuning import TOLERANCE
 
@@ -82,7 +82,7 @@ def _preface(lab: Laboratory, quick: bool, seconds: float) -> str:
     return f"""\
 {few if quick else ""}{n} seed{"s" if n > 1 else ""}, for the order of training and what is held out. Per task, \
 {size.n_train} prompts to learn from, {size.n_validation} to choose weights, rates and strengths by, and {size.n_test} \
-test prompts; the three share neither countries nor templates. Brackets are 95 % bootstrap intervals, which resample \
+test prompts; the three have different countries (capitals) or different templates (names). Brackets are 95 % bootstrap intervals, which resample \
 seeds and the prompts of each. {round(seconds / 60)} minutes in total. The method is that of arXiv 2410.04962. The \
 hinge, the direction of the KL and the exclusion of the answers are choices of `actscale_fast`. No figure from the \
 paper is used."""
@@ -110,7 +110,7 @@ def _task(lab: Laboratory, task: Task) -> Iterable[Section]:
         examples = task.examples(lab.tokenizer, lab.size, lab.size.seeds[0], aligned=aligned)
         example = examples.test[0]
         prompt = " ".join(example.prompt.split())
-        low, high = lab.results["frozen"][task.name]["aligned" if aligned else "any-length"][0]["lengths"]
+        low, high = lab.results["frozen"][task.name][FORMS[aligned]][0]["lengths"]
         form = "Prompts of one length with aligned tokens" if aligned else "Prompts of any length"
         length = f"{low} tokens" if low == high else f"{low} to {high} tokens"
         blocks: list[Block] = [

@@ -14,7 +14,7 @@ from .intervals import Interval, mean
 from .laboratory import Laboratory
 from .remedies import MORE
 from .systems import SYSTEMS, System, system_named
-from .task_forms import Task
+from .task_forms import FORMS, Task
 
 #: The columns of a comparison: (figure, heading, form).
 _COLUMNS = (
@@ -27,6 +27,8 @@ _COLUMNS = (
     ("kl", "KL, nats", "{:.3f}"),
     ("kept", "top other token kept", "{:.2f}"),
 )
+#: What the baselines are called.
+BASELINES = {"random": "the same scalars at random places", "gradient": "scalars from the gradient at 0"}
 _VERDICTS = {"held": "**held**", "not held": "**not held**"}
 
 
@@ -70,7 +72,7 @@ def comparison_table(lab: Laboratory, task: Task, *, aligned: bool, equal_time: 
     """All systems of one form, with the frozen model and the baselines, on the test prompts."""
     systems = [system for system in SYSTEMS if system.aligned is aligned]
     found = lab.results["equal-time" if equal_time else "comparison"][task.name]
-    form = "aligned" if aligned else "any-length"
+    form = FORMS[aligned]
     still = [
         record["frozen"] | said | {"n_active": 0, "n_places": 0, "l1": 0.0, "n_parameters": record["n_parameters"]}
         for record, said in zip(tests(found[systems[0].name]), lab.results["frozen"][task.name][form], strict=False)
@@ -80,10 +82,9 @@ def comparison_table(lab: Laboratory, task: Task, *, aligned: bool, equal_time: 
         runs = found[system.name]
         steps = steps_in_equal_time(lab, task, system) if equal_time else lab.size.steps
         rows.append(_row(system.title, tests(runs), steps, fmean(run["seconds"] for run in runs)))
-    if not aligned:
-        baselines = lab.results["baselines"][task.name][: len(still)]
-        for name, title in (("random", "the same scalars at random heads"), ("gradient", "the gradient at 0")):
-            rows.append(_row(title, tests([run[name] for run in baselines]), None, None))
+    baselines = lab.results["baselines"][task.name][form][: len(still)]
+    for name, title in BASELINES.items():
+        rows.append(_row(title, tests([run[name] for run in baselines]), None, None))
     columns = [Column("system"), *(Column(label, style) for _, label, style in _COLUMNS)]
     columns += [Column("not 0", "{:.0f}"), Column("of", "{:.0f}"), Column("vectors changed", "{:.0f}")]
     columns += [Column("ℓ1", "{:.1f}"), Column("steps", "{:d}"), Column("s per fit", "{:.0f}")]
@@ -141,7 +142,8 @@ def methods_table(lab: Laboratory, task: Task) -> Table:
 
 def path_table(lab: Laboratory, task: Task) -> Table:
     """The path of the ℓ1 weight, and the refits without it."""
-    rows: list[list[Cell]] = []
+    still = lab.results["path"][task.name][0]["frozen"]
+    rows: list[list[Cell]] = [["frozen model", 0, 0.0, *(mean([still[name]]) for name in ("correct", "wrong", "kl"))]]
     for row in lab.results["path"][task.name]:
         figures = [mean([row[name]]) for name in ("correct", "wrong", "kl")]
         rows.append([f"λ_M {row['minimality']:.3g}", row["n_active"], row["n_active"] / row["n_parameters"], *figures])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .size import Size
 
 Split = Callable[..., ThreeWaySplit]
+#: The names of a task's forms, by whether the tokens are aligned.
+FORMS = {False: "any-length", True: "aligned"}
 
 
 @dataclass(frozen=True, slots=True)
