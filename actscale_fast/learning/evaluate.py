@@ -174,30 +174,52 @@ def evaluate_all(
     progress: bool = False,
 ) -> list[Evaluation]:
     """`evaluate` for several interventions on the same examples; the frozen model runs once."""
-    evaluations = []
-    measured = measure_prompts(model, tokenizer, examples, interventions, batch_size=batch_size, progress=progress)
-    for intervention, (steered, frozen) in zip(interventions, measured, strict=True):
-        common: dict[str, Any] = {"n_examples": len(steered.plus), "n_scalars": intervention.n_parameters}
-        baseline = Evaluation(**common, **frozen.figures(baseline=True), n_active=0, l1=0.0)
-        figures = steered.figures() | {"n_active": intervention.n_active, "l1": intervention.l1}
-        evaluations.append(Evaluation(**common, **figures, baseline=baseline))
-    return evaluations
+    values, _ = _values(model, tokenizer, examples, interventions, 1.0, batch_size, progress)
+    return [evaluation_of(one, *_measured(own)) for one, own in zip(interventions, values.unbind(1), strict=True)]
 
 
-@torch.no_grad()
-def measure_prompts(
+def evaluation_of(intervention: Intervention, steered: Measured, frozen: Measured) -> Evaluation:
+    """The figures of what was measured on some prompts under an intervention, and in the frozen model."""
+    common: dict[str, Any] = {"n_examples": len(steered.start), "n_scalars": intervention.n_parameters}
+    baseline = Evaluation(**common, **frozen.figures(baseline=True), n_active=0, l1=0.0)
+    figures = steered.figures() | {"n_active": intervention.n_active, "l1": intervention.l1}
+    return Evaluation(**common, **figures, baseline=baseline)
+
+
+def measure_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: ExampleSource,
     interventions: Sequence[Intervention],
     *,
+    strength: float = 1.0,
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[tuple[Measured, Measured]]:
-    """What `evaluate_all` averages: for each intervention what was measured on each prompt, and on the frozen model.
+    """What is measured on each prompt, in the order of the examples: (steered, frozen) for each intervention.
 
-    The prompts are ordered by their length, in the same order for all interventions.
+    Args:
+        model, tokenizer, examples, batch_size, progress: as in `evaluate`.
+        interventions: at least one.
+        strength: β is this and its negative.
     """
+    values, order = _values(model, tokenizer, examples, interventions, strength, batch_size, progress)
+    given = torch.tensor(order, device="cpu").argsort()
+    return [_measured(own) for own in values[given].unbind(1)]
+
+
+def _measured(values: Tensor) -> tuple[Measured, Measured]:
+    """What was measured on some prompts, [N, 19] as `_measure` returns it: (steered, frozen)."""
+    steered = Measured(*values[:, :-6].unbind(-1))
+    return steered, steered.frozen(values[:, -6:])
+
+
+@torch.no_grad()
+def _values(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: ExampleSource,
+    interventions: Sequence[Intervention], strength: float, batch_size: int, progress: bool,
+) -> tuple[Tensor, list[int]]:  # fmt: skip
+    """([N, interventions, 19] as `_measure` returns it, in the order of the passes; the numbers of its examples)."""
     from tqdm.auto import tqdm
 
     check_counts(batch_size=batch_size)
@@ -216,6 +238,7 @@ def measure_prompts(
             texts = [prompt_of(example) for example in data.examples] if own else sources_of(data.examples)
             sources[part] = source_activations(model, tokenizer, part, texts, batch_size=batch_size, progress=progress)
     rows: list[Tensor] = []
+    order: list[int] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         head, section = stack.enter_context(open_frozen_model(found, model, forward_arguments(model, data.batch([0]))))
@@ -223,17 +246,15 @@ def measure_prompts(
         for batch_rows in tqdm(data.by_length(batch_size), desc="evaluate", disable=not progress, leave=False):
             for alike in data.by_kind(batch_rows):
                 of_batch = {part: values[alike] for part, values in sources.items()}
-                rows.append(_measure(model, predictions, data, alike, interventions, of_batch))
+                rows.append(_measure(model, predictions, data, alike, interventions, of_batch, strength))
+                order += alike
     canary.collect(wait=True)
-    return [
-        ((steered := Measured(*values[:, :-6].unbind(-1))), steered.frozen(values[:, -6:]))
-        for values in torch.cat(rows).double().cpu().unbind(1)
-    ]
+    return torch.cat(rows).double().cpu(), order
 
 
 def _measure(
     model: PreTrainedModel, predictions: Predictions, data: EncodedExamples, rows: list[int],
-    interventions: Sequence[Intervention], sources: dict[Intervention, Tensor],
+    interventions: Sequence[Intervention], sources: dict[Intervention, Tensor], beta: float,
 ) -> Tensor:  # fmt: skip
     """[B, interventions, 19] in float64: the columns of `Measured`, then the ranks of both answers at β = 0."""
     long = rows[0] in data.long_answers
@@ -255,7 +276,7 @@ def _measure(
         with contextlib.ExitStack() as applied:
             for part in sources.keys() & intervention.singles:
                 applied.enter_context(part.interchange(torch.cat([sources[part], sources[part]])))
-            strength = direction.repeat(2) if long else direction  # one row per answer
+            strength = beta * (direction.repeat(2) if long else direction)  # long: one row per answer
             patched = patch(model, intervention, strength=strength)
             applied.enter_context(patched)
             steered, differences, ranks = predictions.run([*rows, *rows], patched)

@@ -12,7 +12,8 @@ def as_markdown(document: Document, folder: Path) -> str:
     parts = [f"# {document.title}"]
     for section in document.sections:
         parts.append(f"{'#' * section.level} {section.title}")
-        parts += [_block(block, folder) for block in section.blocks]
+        # Several maps may have one picture, which is shown once.
+        parts += dict.fromkeys(_block(block, folder) for block in section.blocks)
     return "\n\n".join(parts) + "\n"
 
 

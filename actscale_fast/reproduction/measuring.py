@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..interventions import ActivScalar, Intervention
 from ..learning import Attribution
-from ..learning.evaluate import measure_prompts
+from ..learning.evaluate import measure_all
 from ..learning.prompt_statistics import Measured
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Any, interventions: Sequence[Intervention]
 ) -> list[dict[str, Any]]:
     """One record per intervention: `PER_PROMPT` as lists, `COUNTS`, and under "frozen" the frozen model's lists."""
-    found = measure_prompts(model, tokenizer, examples, interventions)
+    found = measure_all(model, tokenizer, examples, interventions)
     return [
         _lists(steered)
         | {

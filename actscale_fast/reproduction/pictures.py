@@ -76,9 +76,9 @@ def comparison(lab: Laboratory, task: Task) -> Picture:
     title = f"{task.title}: test prompts (* aligned)"
     figure = plots.comparison(rows, log=[_METRICS["n_active"]], title=title)
     caption = (
-        "Mean and range over seeds; the upright line is the frozen model on the same prompts. From the left: the answer "
-        "steered to is above the other, in each direction; it is the top token, mean of both; the KL of the other "
-        "tokens; how many parameters are not 0."
+        "Mean and range over seeds; the upright line is the frozen model on the same prompts. From the left: the "
+        "answer steered to is above the other, in each direction; it is the top token, mean of both; the KL of the "
+        "other tokens; how many parameters are not 0."
     )
     return _kept(lab, figure, name, caption, Table(f"{name}-picture", columns, data))
 

@@ -82,10 +82,10 @@ def _preface(lab: Laboratory, quick: bool, seconds: float) -> str:
     return f"""\
 {few if quick else ""}{n} seed{"s" if n > 1 else ""}, for the order of training and what is held out. Per task, \
 {size.n_train} prompts to learn from, {size.n_validation} to choose weights, rates and strengths by, and {size.n_test} \
-test prompts; the three have different countries (capitals) or different templates (names). Brackets are 95 % bootstrap intervals, which resample \
-seeds and the prompts of each. {round(seconds / 60)} minutes in total. The method is that of arXiv 2410.04962. The \
-hinge, the direction of the KL and the exclusion of the answers are choices of `actscale_fast`. No figure from the \
-paper is used."""
+test prompts; the three have different countries (capitals) or different templates (names). Brackets are 95 % \
+bootstrap intervals, which resample seeds and the prompts of each. {round(seconds / 60)} minutes in total. The method \
+is that of arXiv 2410.04962. The hinge, the direction of the KL and the exclusion of the answers are choices of \
+`actscale_fast`. No figure from the paper is used."""
 
 
 def _claims(lab: Laboratory, claims: list[Claim]) -> Section:
