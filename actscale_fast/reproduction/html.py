@@ -55,7 +55,8 @@ def _inline(text: str) -> str:
     escaped = html.escape(text, quote=False)
     escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
     escaped = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", escaped)
-    return re.sub(r"\[([^\]]+)\]\(([A-Za-z0-9_./#-]+)\)", r'<a href="\2">\1</a>', escaped)
+    linked = re.sub(r"\[([^\]]+)\]\(([A-Za-z0-9_./#-]+)\)", r'<a href="\2">\1</a>', escaped)
+    return linked.replace('/report.md">', '/report.html">')  # of a page to a page, as of a text to a text
 
 
 def _block(block: Block) -> str:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from .._json import parsed
 from .blocks import Cell, Column, Document, Section, Table, Text
+from .claims import tests
 from .intervals import mean
 from .report import write_document
 from .reproducing import reproduce
 from .size import Size
 from .systems import SYSTEMS
-from .task_forms import TASKS
+from .tables import BASELINES
+from .task_forms import FORMS, TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,16 +87,17 @@ def _figures(done: dict[str, Any], task: str) -> Table:
     rows: list[list[Cell]] = []
     for name, one in done.items():
         runs = one["results"]["comparison"][task]
-        for aligned in (False, True):
+        for aligned, form in ((False, "any length"), (True, "aligned")):
             systems = [system for system in SYSTEMS if system.aligned is aligned]
-            form = "aligned" if aligned else "any length"
             still = [run["test"]["frozen"] for run in runs[systems[0].name]]
+            baselines = one["results"]["baselines"][task][FORMS[aligned]]
             rows.append([name, form, "frozen model", *(mean([run[key] for run in still]) for key in _SHOWN), 0.0, None])
-            for system in systems:
-                records = [run["test"] for run in runs[system.name]]
+            named = {system.title: tests(runs[system.name]) for system in systems}
+            named |= {title: tests([run[key] for run in baselines]) for key, title in BASELINES.items()}
+            for title, records in named.items():
                 figures = [mean([record[key] for record in records]) for key in _SHOWN]
                 n_active = fmean(record["n_active"] for record in records)
-                rows.append([name, form, system.title, *figures, n_active, records[0]["n_parameters"]])
+                rows.append([name, form, title, *figures, n_active, records[0]["n_parameters"]])
     columns = [
         Column("model"), Column("prompts"), Column("system"), Column("correct above wrong, β = +1"),
         Column("wrong above correct, β = −1"), Column("KL, nats", "{:.3f}"), Column("not 0", "{:.0f}"),

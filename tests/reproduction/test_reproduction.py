@@ -65,6 +65,7 @@ def test_a_killed_run_goes_on_and_its_files_belong_together(
     assert len(calls) == 1 + len(SYSTEMS) * len(TASKS)  # the one that was interrupted, twice
     _check_files(folder)
     assert "(tiny/report.md)" in report.read_text()
+    assert 'href="tiny/report.html"' in report.with_suffix(".html").read_text()
 
     def never(*_: Any) -> None:
         raise AssertionError("computed again")
