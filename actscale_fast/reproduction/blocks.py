@@ -47,9 +47,10 @@ class Table:
 class Picture:
     """A drawn picture, and the table of its data."""
 
-    file: Path
+    file: Path  # as PNG, for Markdown
     caption: str
     data: Table
+    vector: Path  # the same as SVG, for HTML
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,13 +92,11 @@ def _cell(column: Column, cell: object) -> str:
 
 
 def _picture(block: Picture) -> str:
-    """The picture inside the page: as SVG where that was drawn beside it, else as it is."""
-    vector = block.file.with_suffix(".svg")
-    file, kind = (vector, "svg+xml") if vector.is_file() else (block.file, "png")
-    data = base64.b64encode(file.read_bytes()).decode()
+    """The picture inside the page."""
+    data = base64.b64encode(block.vector.read_bytes()).decode()
     caption = _inline(block.caption)
     return (
-        f'<figure><img alt="{html.escape(block.caption)}" src="data:image/{kind};base64,{data}">'
+        f'<figure><img alt="{html.escape(block.caption)}" src="data:image/svg+xml;base64,{data}">'
         f"<figcaption>{caption} Data: <code>csv/{block.data.name}.csv</code></figcaption></figure>"
     )
 

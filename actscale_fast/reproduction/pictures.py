@@ -41,11 +41,11 @@ _FLIPS = "steered answer above the other,\nshare of prompts, mean of β = ±1"
 
 def _kept(lab: Laboratory, figure: Figure, name: str, caption: str, data: Table) -> Picture:
     """Keep a figure as PNG for Markdown and as SVG for HTML."""
-    file = lab.folder / "pictures" / f"{name}.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = _file(lab, name)
     figure.savefig(file, facecolor=figure.get_facecolor())
-    embedded_svg(figure, file.with_suffix(".svg"))
-    return Picture(file, caption, data)
+    vector = lab.folder / "work" / f"{name}.svg"
+    embedded_svg(figure, vector)
+    return Picture(file, caption, data, vector)
 
 
 def _of(record: dict[str, Any], key: str) -> float:
