@@ -157,4 +157,5 @@ def embedded_svg(figure: object, file: Path) -> None:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.stem}):
         figure.savefig(out, format="svg", metadata={"Date": None})  # type: ignore[attr-defined]
     text = re.sub(r"(\d+\.\d{2})\d+", r"\1", out.getvalue())  # two decimals of a point are enough
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
