@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from .._json import write_json
 from .._version import __version__
 from ..architectures.layout import layout
 from . import pictures, tables
-from .blocks import Block, Document, Section, Text
+from .blocks import Block, Document, Section, Table, Text
 from .claims import Claim, judged
 from .csv_files import write_csv_files
 from .html import as_html
+from .intervals import Interval
 from .laboratory import Laboratory
 from .markdown import as_markdown
 from .recipe_sections import recipe_sections
@@ -45,8 +46,18 @@ def write_report(lab: Laboratory, *, quick: bool, seconds: float) -> Path:
             _how(lab, quick),
         ],
     )
-    record = {"model": model_name(lab), "claims": [_claim(claim) for claim in claims], "size": lab.size.to_dict()}
-    write_json(lab.folder / "report.json", record | {"results": lab.results})
+    record = {
+        "model": model_name(lab),
+        "size": lab.size.to_dict(),
+        "claims": [_claim(claim) for claim in claims],
+        "comparison": {
+            task.name: {
+                form: _rows(tables.comparison_table(lab, task, aligned=aligned)) for aligned, form in FORMS.items()
+            }
+            for task in TASKS
+        },
+    }
+    write_json(lab.folder / "report.json", record)
     return write_document(document, lab.folder)
 
 
@@ -65,6 +76,17 @@ def _write(path: Path, text: str) -> Path:
 
 def _claim(claim: Claim) -> dict[str, Any]:
     return asdict(claim) | {"verdict": claim.verdict, "found": claim.found}
+
+
+def _rows(table: Table) -> list[dict[str, Any]]:
+    """The rows of a table by their columns; a figure with its interval is [value, low, high]."""
+    return [
+        {
+            column.label: list(astuple(cell)) if isinstance(cell, Interval) else cell
+            for column, cell in zip(table.columns, row, strict=True)
+        }
+        for row in table.rows
+    ]
 
 
 def model_name(lab: Laboratory) -> str:
@@ -223,9 +245,9 @@ def _how(lab: Laboratory, quick: bool) -> Section:
             ),
             Text(
                 f"`actscale-fast reproduce{' --quick' if quick else ''}`; actscale_fast {__version__}, torch "
-                f"{torch.__version__}, {where}, {platform.machine()}, {datetime.now(UTC).date().isoformat()}. All "
-                "figures are in `report.json`, the data of each table and picture in `csv/`, those of each stage in "
-                "`results/`, and the learned interventions in `interventions/`."
+                f"{torch.__version__}, {where}, {platform.machine()}, {datetime.now(UTC).date().isoformat()}. The "
+                "claims and main figures are also in `report.json`, the data of each table and picture in `csv/`, "
+                "those of each stage in `results/`, and the learned interventions in `interventions/`."
             ),
         ],
     )

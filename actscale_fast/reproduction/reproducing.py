@@ -93,16 +93,17 @@ def _run(lab: Laboratory, kept: Stages, *, progress: bool) -> None:
 
 
 def _run_some(lab: Laboratory, kept: Stages, planned: Sequence[Stage], bar: Any) -> None:
-    """Run these stages; after the first ones, say how long all of them will take."""
-    total, done = sum(stage.cost for stage in planned), 0.0
-    before = kept.seconds
-    for number, stage in enumerate(planned, 1):
+    """Run these stages; after the first ones that are not there yet, say how long the others will take."""
+    missing = [stage for stage in planned if not kept.has(stage.name)]
+    for stage in planned:
         bar.set_postfix_str(" ".join(stage.where))
         with evaluation_mode(lab.model):
             result = kept.run(stage.name, stage.compute)
         put(lab.results, stage.where, result)
         bar.update()
-        done += stage.cost
-        if number == _FIRST:
-            minutes = (kept.seconds - before) / done * (total - done) / 60
-            notice(f"reproduce: about {minutes:.0f} more minutes by the first {number} of {len(planned)} stages")
+        if len(missing) > _FIRST and stage is missing[_FIRST - 1]:
+            cost, rest = (sum(one.cost for one in some) for some in (missing[:_FIRST], missing[_FIRST:]))
+            minutes = sum(kept.taken[one.name] for one in missing[:_FIRST]) / cost * rest / 60
+            notice(
+                f"reproduce: about {minutes:.0f} more minutes for {len(missing) - _FIRST} stages, by the first {_FIRST}"
+            )

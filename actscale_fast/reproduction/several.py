@@ -7,19 +7,15 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from .._json import parsed
 from .blocks import Cell, Column, Document, Section, Table, Text
-from .claims import tests
-from .intervals import mean
+from .intervals import Interval
 from .report import write_document
 from .reproducing import reproduce
 from .size import Size
-from .systems import SYSTEMS
-from .tables import BASELINES
-from .task_forms import FORMS, TASKS
+from .task_forms import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,24 +82,17 @@ def _claims(done: dict[str, Any]) -> Table:
 def _figures(done: dict[str, Any], task: str) -> Table:
     rows: list[list[Cell]] = []
     for name, one in done.items():
-        runs = one["results"]["comparison"][task]
-        for aligned, form in ((False, "any length"), (True, "aligned")):
-            systems = [system for system in SYSTEMS if system.aligned is aligned]
-            still = [run["test"]["frozen"] for run in runs[systems[0].name]]
-            baselines = one["results"]["baselines"][task][FORMS[aligned]]
-            rows.append([name, form, "frozen model", *(mean([run[key] for run in still]) for key in _SHOWN), 0.0, None])
-            named = {system.title: tests(runs[system.name]) for system in systems}
-            named |= {title: tests([run[key] for run in baselines]) for key, title in BASELINES.items()}
-            for title, records in named.items():
-                figures = [mean([record[key] for record in records]) for key in _SHOWN]
-                n_active = fmean(record["n_active"] for record in records)
-                rows.append([name, form, title, *figures, n_active, records[0]["n_parameters"]])
-    columns = [
-        Column("model"), Column("prompts"), Column("system"), Column("correct above wrong, β = +1"),
-        Column("wrong above correct, β = −1"), Column("KL, nats", "{:.3f}"), Column("not 0", "{:.0f}"),
-        Column("of", "{:.0f}"),
-    ]  # fmt: skip
-    return Table(f"{task}-summary", columns, rows)
+        for form, found in one["comparison"][task].items():
+            for row in found:
+                figures = [row[label] for label in _SHOWN]
+                cells = [Interval(*cell) if isinstance(cell, list) else cell for cell in figures]
+                rows.append([name, form.replace("-", " "), row["system"], *cells])
+    columns = [Column("model"), Column("prompts"), Column("system")]
+    return Table(f"{task}-summary", [*columns, *(Column(label, form) for label, form in _SHOWN.items())], rows)
 
 
-_SHOWN = ("correct", "wrong", "kl")
+#: The columns of the comparison of one model that the summary shows, with the form of their numbers.
+_SHOWN = {
+    "correct above wrong, β = +1": "{:.2f}", "wrong above correct, β = −1": "{:.2f}", "KL, nats": "{:.3f}",
+    "not 0": "{:.0f}", "of": "{:.0f}",
+}  # fmt: skip

@@ -37,14 +37,21 @@ class Stages:
         else:
             write_sealed(file, settings)
 
+    def has(self, name: str) -> bool:
+        """Whether the result of a stage is there."""
+        return os.path.lexists(self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "results" / f"{name}.json"
+
     def run(self, name: str, compute: Callable[[], Any]) -> Any:
         """The result of a stage, read from its file if there is one.
 
         Raises:
             ValueError: the file was changed since it was written.
         """
-        file = self.folder / "results" / f"{name}.json"
-        if not os.path.lexists(file):
+        file = self._file(name)
+        if not self.has(name):
             begun = time.perf_counter()
             result = compute()
             seconds = round(time.perf_counter() - begun, 1)

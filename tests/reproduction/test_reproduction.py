@@ -16,7 +16,17 @@ from word_models import LATE_CAPITALS, save_model
 
 import actscale_fast as af
 from actscale_fast.cli import main
-from actscale_fast.reproduction import PAPER_MODELS, QUICK, SYSTEMS, TASKS, Size, comparing, recipes, reproduce_models
+from actscale_fast.reproduction import (
+    PAPER_MODELS,
+    QUICK,
+    SYSTEMS,
+    TASKS,
+    Size,
+    comparing,
+    recipes,
+    reproduce_models,
+    reproducing,
+)
 from actscale_fast.reproduction.measuring import by_attribution, jaccard, measure, places, shuffled
 from actscale_fast.reproduction.pictures import slots
 from actscale_fast.reproduction.stages import Stages
@@ -72,6 +82,7 @@ def test_a_killed_run_goes_on_and_its_files_belong_together(
 
     monkeypatch.setattr(comparing, "compare", never)
     monkeypatch.setattr(comparing, "baselines", never)
+    monkeypatch.setattr(reproducing, "write_report", lambda *_, **__: report)  # pictures take time
     af.reproduce(*opened, folder, size=TINY, progress=False)
     with pytest.raises(ValueError, match=r"holds a run with other settings .*steps.* differ"):
         af.reproduce(*opened, folder, size=replace(TINY, steps=7), progress=False)
