@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .interventions.vector import SteerVec as SteerVec
     from .learning.attribution.attribution import Attribution as Attribution, attribution as attribution
     from .learning.checkpoint import Checkpoint as Checkpoint
+    from .learning.conflicts import ConflictEvaluation as ConflictEvaluation, evaluate_conflicts as evaluate_conflicts
     from .learning.evaluate import Evaluation as Evaluation, evaluate as evaluate
     from .learning.execution import Execution as Execution
     from .learning.fit import FitResult as FitResult, fit as fit
@@ -63,9 +64,15 @@ if TYPE_CHECKING:
         HeadResult as HeadResult,
         compare_heads as compare_heads,
     )
+    from .learning.head_selection.faithfulness import (
+        HeadFaithfulness as HeadFaithfulness,
+        head_faithfulness as head_faithfulness,
+    )
     from .learning.head_selection.select_heads import select_heads as select_heads
     from .learning.head_selection.selection import HeadSelection as HeadSelection, ScoredHead as ScoredHead
     from .learning.objective import Objective as Objective
+    from .learning.stress.result import StressResult as StressResult, StressRow as StressRow
+    from .learning.stress.stress import stress as stress
     from .learning.sweep.folder import gather_sweep as gather_sweep, load_sweep as load_sweep
     from .learning.sweep.minimality_path import minimality_path as minimality_path
     from .learning.sweep.result import SweepFit as SweepFit, SweepResult as SweepResult
@@ -100,10 +107,11 @@ _HOMES = {
         "SteerVec", "load_intervention", "stack",
     ),
     "learning": (
-        "Attribution", "Checkpoint", "CircuitMetrics", "Evaluation", "Execution", "FitResult", "HeadComparison",
-        "HeadResult", "HeadSelection", "Objective", "ScoredHead", "SweepFit", "SweepResult", "attribution",
-        "circuit_metrics", "compare_heads", "evaluate", "fit", "gather_sweep", "load_sweep", "minimality_path",
-        "save_mib_scores", "select_heads", "sweep",
+        "Attribution", "Checkpoint", "CircuitMetrics", "ConflictEvaluation", "Evaluation", "Execution", "FitResult",
+        "HeadComparison", "HeadFaithfulness", "HeadResult", "HeadSelection", "Objective", "ScoredHead",
+        "StressResult", "StressRow", "SweepFit", "SweepResult", "attribution", "circuit_metrics", "compare_heads",
+        "evaluate", "evaluate_conflicts", "fit", "gather_sweep", "head_faithfulness", "load_sweep", "minimality_path",
+        "save_mib_scores", "select_heads", "stress", "sweep",
     ),
     "ops": ("get_backend", "set_backend", "use_backend"),
     "patching.head_mask": ("head_mask",),

@@ -18,23 +18,25 @@ import actscale_fast as af
 NAMES = {
     "actscale_fast": """
         ActScaleConfig ActScaleModel ActivScalar Attribution BoundlessDAS Checkpoint CircuitMetrics Composite
-        DynScalar Evaluation Example Execution FitResult HeadComparison HeadInterchange HeadResult HeadSelection
-        InstructionVectors InterchangeResult Intervention LatentResult LayerChoice LayerScore Means Objective
-        Projection RunTwice ScoredHead SteerVec SweepFit SweepResult act_add attribution circuit_metrics compare_heads
-        decode_latent evaluate fit fit_interchange gather_sweep get_actscale_model get_backend head_mask
-        instruction_vectors latent_vectors load_demo_model load_examples load_intervention load_sweep mean_activations
-        mean_centring mean_vector merge minimality_path ops patch perplexity plots reproduce save_examples
-        save_mib_scores select_heads set_backend source_activations stack sweep tasks unmerge use_backend
-        verify_kernels Verification
+        ConflictEvaluation DynScalar Evaluation Example Execution FitResult HeadComparison HeadFaithfulness
+        HeadInterchange HeadResult HeadSelection InstructionVectors InterchangeResult Intervention LatentResult
+        LayerChoice LayerScore Means Objective Projection RunTwice ScoredHead SteerVec StressResult StressRow
+        SweepFit SweepResult act_add attribution circuit_metrics compare_heads decode_latent evaluate
+        evaluate_conflicts fit fit_interchange gather_sweep get_actscale_model get_backend head_faithfulness
+        head_mask instruction_vectors latent_vectors load_demo_model load_examples load_intervention load_sweep
+        mean_activations mean_centring mean_vector merge minimality_path ops patch perplexity plots reproduce
+        save_examples save_mib_scores select_heads set_backend source_activations stack stress sweep tasks
+        unmerge use_backend verify_kernels Verification
     """,
     "actscale_fast.ops": """
         ReferenceStatistics dynamic_scale get_backend intervention_loss kl_div_from_logits linear_intervention_loss
         linear_kl_div proximal_adam_ reference_statistics scale_channels scale_heads set_backend use_backend
     """,
     "actscale_fast.tasks": """
-        ALIGNED_CONFLICT_TEMPLATES ALIGNED_INDIRECT_OBJECT_TEMPLATES CONFLICT_TEMPLATES Example GREATER_THAN_TEMPLATES
-        INDIRECT_OBJECT_TEMPLATES PRICE_TEMPLATE TaskSplit country_capital_conflicts greater_than
-        indirect_object_identification load_examples name_order price_tagging save_examples
+        ALIGNED_CONFLICT_TEMPLATES ALIGNED_INDIRECT_OBJECT_TEMPLATES CONFLICT_KINDS CONFLICT_TEMPLATES Example
+        GREATER_THAN_TEMPLATES INDIRECT_OBJECT_TEMPLATES KNOWLEDGE_CONFLICT_TEMPLATES PRICE_TEMPLATE TaskSplit
+        conflict_kind country_capital_conflicts greater_than indirect_object_identification knowledge_conflicts
+        load_examples name_order price_tagging save_examples
     """,
     "actscale_fast.plots": """
         Measured PathPoint attribution comparison head_scores heatmap history overlap pareto path strengths
@@ -46,7 +48,7 @@ INTEGRATIONS = {
     "aisteer360": ("", "load save"),
     "causal_head_gating": ("", "HeadGates fit_gates gated_nll scored"),
     "jola": ("", "JoLA"),
-    "lm_eval": ("lm_eval", "SteeredLM"),
+    "lm_eval": ("lm_eval", "SteeredLM accuracies"),
     "nnsight": ("nnsight", "steer"),
     "peft": ("peft", "Accelerated FusedLinear accelerate from_peft_ia3 to_peft_ia3"),
     "pyvene": ("pyvene", "Accelerated ScaleIntervention accelerate from_pyvene load_pyvene to_pyvene"),
@@ -91,6 +93,13 @@ PARAMETERS = {
         "model tokenizer examples method k layers strength strengths validation max_kl direction seed batch_size "
         "progress"
     ),
+    "head_faithfulness": "model tokenizer examples selection layers ablations n_random seed batch_size",
+    "evaluate_conflicts": "model tokenizer examples intervention batch_size progress",
+    "stress": (
+        "model tokenizer intervention examples strength direction perturbations own_perturbations texts prompts "
+        "unrelated accuracies min_control min_gain max_perplexity_ratio max_kl max_accuracy_drop max_drop "
+        "max_side_effect seed batch_size progress"
+    ),
     "circuit_metrics": "model tokenizer examples scores layers ablation absolute batch_size",
     "save_mib_scores": "path model scores layers parallel",
     "compare_heads": (
@@ -130,6 +139,8 @@ PARAMETERS = {
         "tokenizer n_train n_test seed templates test_fraction whole_names aligned split several_tokens"
     ),
     "tasks.indirect_object_identification": "tokenizer n_train n_test seed templates orders aligned",
+    "tasks.knowledge_conflicts": "tokenizer n_train n_test kinds seed test_fraction whole_names several_tokens",
+    "tasks.conflict_kind": "example",
     "tasks.greater_than": "tokenizer n_train n_test seed templates aligned",
     "tasks.name_order": "tokenizer n_train n_test seed",
     "tasks.price_tagging": "tokenizer n_train n_test seed variable",

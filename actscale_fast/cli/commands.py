@@ -12,6 +12,7 @@ from .._json import write_json
 from ..frozen.chat import user_message
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec, load_intervention
 from ..patching.merge import merge as merge_into_weights
+from ..tasks.known_prompts import conflict_kind
 from .generating import as_result, generate_texts
 from .loading import (
     check_chat_template,
@@ -24,10 +25,10 @@ from .loading import (
 )
 from .model_of_fit import load_model_of_fit
 from .options import given_paths
-from .output import check_sources, print_continuations, print_evaluation, say
-from .own_split import OwnSplit, fill_defaults
+from .output import check_sources, print_continuations, print_evaluation, print_table, say
 from .provenance import load_saved, provenance
-from .record import keep_learned, keeps_space, measure_learned, task_seed, was_fitted_with
+from .record import keep_learned, measure_learned
+from .saved_with_examples import saved_with_examples
 from .verbosity import shows_progress
 
 if TYPE_CHECKING:
@@ -111,27 +112,16 @@ def _at_rest(options: argparse.Namespace, model: PreTrainedModel) -> Interventio
 
 def evaluate(options: argparse.Namespace) -> int:
     """Print the figures before and after, on the examples that the fit held out unless others are named."""
-    folder = Path(options.folder or options.intervention)
     check_file(options.out, "out")
-    intervention = load_saved(folder)
-    own = OwnSplit(options, folder) if options.data is None and options.task is None else None
-    fill_defaults(options)
-    files = load_files(options)
-    seed = task_seed(folder, options.task, options.seed, warns=own is None)
-    for name in ("aligned", "chat"):
-        setattr(options, name, getattr(options, name) or was_fitted_with(name, folder, options.task))
-    options.answers_stripped = not keeps_space(folder, options.task)
-    model, tokenizer = load_model_of_fit(options, folder, intervention)
-    in_file, held_out = examples_for(options, tokenizer, seed, files)
-    if options.task is None:
-        examples, title = in_file, str(options.data)
-    else:
-        examples, title = held_out, f"Held-out examples of the task, seed {seed}"
-    if own is not None:
-        title = own.title(examples, tokenizer)
-    evaluation = learning.evaluate(model, tokenizer, examples, intervention, batch_size=options.batch_size)
-    print_evaluation(title, evaluation)
+    given = saved_with_examples(options)
+    everything = (given.model, given.tokenizer, given.examples, given.intervention)
+    evaluation = learning.evaluate(*everything, batch_size=options.batch_size)
+    print_evaluation(given.title, evaluation)
     options.result = evaluation.to_dict()
+    if all(map(conflict_kind, given.examples)):
+        kinds = learning.evaluate_conflicts(*everything, batch_size=options.batch_size)
+        print_table("By kind of conflict (parametric: the correct answer, contextual: the wrong one)", *kinds.table())
+        options.result |= {"kinds": kinds.to_dict()["kinds"]}
     if options.out is not None:
         write_json(Path(options.out), options.result)
     return 0

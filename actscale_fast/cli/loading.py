@@ -132,6 +132,7 @@ def load_task(
         "country-capital": tasks.country_capital_conflicts,
         "indirect-object": tasks.indirect_object_identification,
         "greater-than": tasks.greater_than,
+        "knowledge-conflict": tasks.knowledge_conflicts,
         "name-order": tasks.name_order,
         "price-tagging": tasks.price_tagging,
     }

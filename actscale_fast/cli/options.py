@@ -13,7 +13,9 @@ DEMO_MODEL = "SmolLM2-135M-Instruct, downloaded once from the Python package ind
 MODEL_OF_FIT = "that of the fit, otherwise the demo model"
 SHELLS = ("bash", "zsh", "fish")
 SITES = ("head", "attn_out", "mlp_out", "residual")
-TASKS = ("country-capital", "indirect-object", "greater-than", "name-order", "price-tagging")
+TASKS = (
+    "country-capital", "indirect-object", "greater-than", "knowledge-conflict", "name-order", "price-tagging",
+)  # fmt: skip
 #: The methods of `select_heads`.
 HEAD_METHODS = (
     "attribution", "attribution-refit", "knock-out", "knock-out-refit", "activ-scalar", "juice", "juice-once", "sami",
@@ -144,6 +146,19 @@ def data(
             name, type=positive_int, default=None if recorded else default, metavar="N",
             help=f"with --task: number of {what} examples (default: {default})",
         )  # fmt: skip
+
+
+def saved_with_examples(command: argparse.ArgumentParser) -> None:
+    """A saved intervention, its model, and the examples that it is measured on."""
+    saved = command.add_mutually_exclusive_group(required=True)
+    saved.add_argument("folder", nargs="?", metavar="FOLDER", help=SAVED)
+    saved.add_argument("--intervention", metavar="FOLDER", help="the same as FOLDER")
+    model(command, MODEL_OF_FIT)
+    data(command, required=False, recorded=True)
+    command.add_argument(
+        "--seed", type=int, metavar="N",
+        help=f"with --task: random seed of the examples (default: that of the fit, otherwise {defaults.SEED})",
+    )  # fmt: skip
 
 
 def model(command: argparse.ArgumentParser, default: str = DEMO_MODEL) -> None:

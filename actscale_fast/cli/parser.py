@@ -45,6 +45,9 @@ def build_parser() -> SuggestingParser:
     parser_extract.combine(add("combine", "FOLDER FOLDER … --out FOLDER [--factors LIST]", "add several interventions"))
     examples = "FOLDER [--data FILE | --task TASK] [options]"
     _evaluate(add("evaluate", examples, "measure an intervention on examples, beside the frozen model"))
+    parser_learning.stress(
+        add("stress", examples, "test whether an intervention holds on changed prompts, and its cost")
+    )
     _info(add("info", "FOLDER [options]", "say what a saved intervention is"))
     prompt = "--intervention FOLDER --prompt TEXT [options]"
     _generate(add("generate", prompt, "continue a prompt under one or several strengths"))
@@ -112,15 +115,7 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         "Measures an intervention on examples, beside the frozen model. By default these are the examples that the\n"
         "fit held out, which are found again from its record (fit.json) and must be the same, on the model of the fit."
     )
-    saved = command.add_mutually_exclusive_group(required=True)
-    saved.add_argument("folder", nargs="?", metavar="FOLDER", help=options.SAVED)
-    saved.add_argument("--intervention", metavar="FOLDER", help="the same as FOLDER")
-    options.model(command, options.MODEL_OF_FIT)
-    options.data(command, required=False, recorded=True)
-    command.add_argument(
-        "--seed", type=int, metavar="N",
-        help=f"with --task: random seed of the examples (default: that of the fit, otherwise {defaults.SEED})",
-    )  # fmt: skip
+    options.saved_with_examples(command)
     options.as_json(command)
     options.number(command, "--batch-size", positive_int, 32, "examples per forward pass")
     command.add_argument("--out", metavar="FILE", help="also write the figures to this file, as JSON")

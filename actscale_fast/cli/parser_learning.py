@@ -205,6 +205,49 @@ def heads(command: argparse.ArgumentParser) -> None:
     options.number(strength, "--batch-size", positive_int, 32, "examples per forward pass")
 
 
+def stress(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Measures an intervention at one strength on the examples and on changed ones (other words, instructions,\n"
+        "roles, lengths, letters), and what it does to unrelated text. Each of three gates passes or fails: control,\n"
+        "utility and robustness. The examples are those that the fit held out, unless others are named."
+    )
+    options.saved_with_examples(command)
+    test = command.add_argument_group("test")
+    options.number(test, "--strength", float, 1.0, "strength β", "X")
+    options.choice(
+        test, "--direction", ("both", "correct", "wrong"), "flips that count: both, correct (β) or wrong (−β)", "WHAT"
+    )
+    options.number(test, "--n-prompts", positive_int, 32, "largest number of examples; each runs some 40 times")
+    test.add_argument(
+        "--perturbations", type=name_list, metavar="LIST",
+        help="some of paraphrase, instruction-continue, instruction-brief, role-expert, role-child, role-chat, "
+        "role-system, length-1, length-4, lower-case, upper-case, spaces, typos (default: all that apply)",
+    )  # fmt: skip
+    test.add_argument(
+        "--texts", metavar="FILE", help="plain texts for the perplexity, one per line (default: built-in)"
+    )
+    test.add_argument(
+        "--harness", nargs="+", metavar="FILE",
+        help="results of lm-evaluation-harness: of the frozen model, then under the intervention",
+    )  # fmt: skip
+    options.number(test, "--stress-seed", int, defaults.SEED, "random seed of typos, sentences and unrelated prompts")
+    options.number(test, "--batch-size", positive_int, 32, "examples per forward pass")
+    gates = command.add_argument_group("thresholds")
+    for name, default, what in (
+        ("min-control", 0.8, "least share flipped, over all prompts as given and changed"),
+        ("min-gain", 0.1, "least gain of that share over the frozen model"),
+        ("max-perplexity-ratio", 1.1, "largest growth of the perplexity of plain texts, as a factor"),
+        ("max-kl", 0.1, "largest mean KL divergence after unrelated prompts, in nats"),
+        ("max-accuracy-drop", 0.05, "largest loss of accuracy, with --harness"),
+        ("max-drop", 0.2, "largest drop of the share flipped under a change of the prompts"),
+        ("max-side-effect", 0.1, "largest loss of an unrelated behaviour"),
+    ):
+        options.number(gates, f"--{name}", weight, default, what, "X")
+    options.as_json(command)
+    command.add_argument("--out", metavar="FILE", help="also write the result to this file, as JSON")
+    command.add_argument("--plot", metavar="FILE", help="also draw it: .png, .pdf or .svg")
+
+
 def interchange(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Learns a rotation and a boundary (Boundless DAS): the directions of an activation that hold one variable of\n"

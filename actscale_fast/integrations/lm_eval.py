@@ -8,12 +8,14 @@ This module runs the harness's own command line with that type:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..interventions import Intervention, load_intervention
+from ..learning.stress.harness import harness_accuracies
 from ..patching.edits import one_strength
 from ..patching.patch import patch
 from ._library import require
@@ -65,6 +67,59 @@ class SteeredLM(HFLM):  # type: ignore[misc]
     def remove(self) -> None:
         """Remove the intervention from the model."""
         self._patch.remove()
+
+
+def accuracies(
+    model: Any,
+    tokenizer: Any,
+    intervention: Intervention,
+    tasks: Sequence[Any],
+    *,
+    strengths: Sequence[float] = (1.0, -1.0),
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> dict[str, tuple[float, float]]:
+    """Run tasks of the harness without and with an intervention, for the utility gate of `af.stress`.
+
+    Args:
+        model, tokenizer: a Hugging Face causal language model and its tokenizer.
+        intervention: an intervention on every token.
+        tasks: names of tasks, or their configurations as dicts.
+        strengths: β, one run for each; the lowest accuracy counts.
+        include_path: folder of YAML files of own tasks, such as those over local files; the harness's own tasks are
+            then not looked up.
+        limit: the largest number of samples of each task.
+        batch_size: requests in one forward pass.
+        options: further arguments of `lm_eval.simple_evaluate`, such as num_fewshot.
+
+    Returns:
+        (accuracy of the frozen model, lowest accuracy under the intervention) by task.
+
+    Raises:
+        ValueError: a task without an accuracy, or an intervention with positions.
+
+    Example:
+        >>> measured = accuracies(model, tokenizer, scalars, ["questions"], include_path="tasks")
+        >>> print(af.stress(model, tokenizer, scalars, test, accuracies=measured))
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    local = include_path is not None or all(isinstance(task, dict) for task in tasks)
+    manager = TaskManager(include_path=None if include_path is None else str(include_path), include_defaults=not local)
+    common = {"tasks": list(tasks), "limit": limit, "bootstrap_iters": 0, "task_manager": manager} | options
+    of_model = {"tokenizer": tokenizer, "batch_size": batch_size, "device": str(model.device)}
+    frozen = lm_eval.simple_evaluate(HFLM(model, **of_model), **common)
+    steered = []
+    for strength in strengths:
+        lm = SteeredLM(model, intervention, strength=strength, **of_model)
+        try:
+            steered.append(lm_eval.simple_evaluate(lm, **common))
+        finally:
+            lm.remove()
+    return harness_accuracies(frozen, *steered)
 
 
 if __name__ == "__main__":

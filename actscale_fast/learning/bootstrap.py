@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,7 +14,11 @@ RESAMPLES, COVERAGE, SEED = 2000, 0.95, 0
 _AT_ONCE = 1 << 22
 
 
-def intervals(means: Mapping[str, Tensor], medians: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+def intervals(
+    means: Mapping[str, Tensor],
+    medians: Mapping[str, Tensor],
+    ratios: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+) -> dict[str, tuple[float, float]]:
     """The 95 % bootstrap intervals of some statistics of the same N prompts, which are resampled together.
 
     A prompt is drawn with everything that was measured on it, N times with replacement; the interval lies between the
@@ -24,21 +29,29 @@ def intervals(means: Mapping[str, Tensor], medians: Mapping[str, Tensor]) -> dic
         means: by name, the values [N] whose mean is the statistic. NaN: the prompt does not count; a statistic without
             any other value is left out.
         medians: by name, the values [N] whose lower median is the statistic.
+        ratios: by name, two times values [N], none of them NaN; the statistic is the mean of the first over that of
+            the second.
 
     Returns:
         (lower end, upper end) by name.
     """
     columns = {name: values.detach().double().cpu() for name, values in (*means.items(), *medians.items())}
-    if not columns:
+    quotients = {name: torch.stack(both).detach().double().cpu() for name, both in ratios.items()}  # [2, N]
+    if not columns and not quotients:
         return {}
-    n = len(next(iter(columns.values())))
+    n = next(iter((*columns.values(), *quotients.values()))).shape[-1]
     drawn = [
-        torch.stack([(_median if name in medians else _mean)(values, counts) for name, values in columns.items()])
+        torch.stack(
+            [(_median if name in medians else _mean)(values, counts) for name, values in columns.items()]
+            + [(counts @ above) / (counts @ below) for above, below in quotients.values()]
+        )
         for counts in _draws(n)
     ]
     tails = torch.tensor([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], dtype=torch.float64, device="cpu")
     ends = torch.cat(drawn, 1).nanquantile(tails, 1).T.tolist()
-    return {name: (low, high) for name, (low, high) in zip(columns, ends, strict=True) if low == low}  # NaN: no value
+    return {
+        name: (low, high) for name, (low, high) in zip((*columns, *quotients), ends, strict=True) if low == low
+    }  # NaN: no value
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Measured:
     values: tuple[float, ...]  # one per seed
     group: str = ""  # for example "training" or "held out"; groups share the system's row
     baseline: float | None = None  # the frozen model's value on the same prompts, drawn as an upright line
+    interval: tuple[float, float] | None = None  # drawn in place of the range of the values
 
 
 def comparison(
@@ -74,9 +75,9 @@ def comparison(
             mean = sum(row.values) / len(row.values)
             if row.baseline is not None:
                 axis.vlines(row.baseline, place - 0.15, place + 0.15, color=FAINT, linewidth=1.8)
-            axis.plot([min(row.values), max(row.values)], [place] * 2, color=colour, linewidth=1.8, alpha=0.6)
+            axis.plot(_ends(row), [place] * 2, color=colour, linewidth=1.8, alpha=0.6)
             axis.plot([mean], [place], mark, color=colour, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
-        shown = [value for row in of_metric for value in row.values]
+        shown = [value for row in of_metric for value in (*row.values, *_ends(row))]
         shown += [row.baseline for row in of_metric if row.baseline is not None]
         _scale(axis, shown, metric in log)
         panel_title(axis, metric)
@@ -89,12 +90,16 @@ def comparison(
     return written(figure, path)
 
 
+def _ends(row: Measured) -> tuple[float, float]:
+    return row.interval or (min(row.values), max(row.values))
+
+
 def _checked(rows: Sequence[Measured], log: Collection[str]) -> tuple[list[str], list[str], list[str]]:
     """The systems, metrics and groups of the rows."""
     if not rows:
         raise ValueError("rows: got none, expected at least one")
     for row in rows:
-        if not row.values or not all(map(math.isfinite, row.values)):
+        if not row.values or not all(map(math.isfinite, (*row.values, *(row.interval or ())))):
             raise ValueError(f"rows: {row.system!r}, {row.metric!r} has the values {row.values}, expected finite ones")
         if row.baseline is not None and not math.isfinite(row.baseline):
             raise ValueError(

@@ -11,6 +11,8 @@ from .indirect_objects import (
     INDIRECT_OBJECT_TEMPLATES,
     indirect_object_identification,
 )
+from .knowledge_conflicts import CONFLICT_KINDS, KNOWLEDGE_CONFLICT_TEMPLATES, knowledge_conflicts
+from .known_prompts import conflict_kind
 from .loading import load_examples
 from .name_order import name_order
 from .price_tagging import PRICE_TEMPLATE, price_tagging
@@ -19,15 +21,19 @@ from .split import TaskSplit
 __all__ = [
     "ALIGNED_CONFLICT_TEMPLATES",
     "ALIGNED_INDIRECT_OBJECT_TEMPLATES",
+    "CONFLICT_KINDS",
     "CONFLICT_TEMPLATES",
     "GREATER_THAN_TEMPLATES",
     "INDIRECT_OBJECT_TEMPLATES",
+    "KNOWLEDGE_CONFLICT_TEMPLATES",
     "PRICE_TEMPLATE",
     "Example",
     "TaskSplit",
+    "conflict_kind",
     "country_capital_conflicts",
     "greater_than",
     "indirect_object_identification",
+    "knowledge_conflicts",
     "load_examples",
     "name_order",
     "price_tagging",

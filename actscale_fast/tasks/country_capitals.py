@@ -115,14 +115,7 @@ def country_capital_conflicts(
             f"split: got {split!r}, expected one of {', '.join(map(repr, names))}{did_you_mean(split, names)}"
         )
     texts = checked_templates(CONFLICT_TEMPLATES if templates is None else templates, ("country", "claim"))
-    if several_tokens and not whole_names:
-        raise ValueError("several_tokens: got True with whole_names=False, expected one of the two")
-    answers = _whole_answers(tokenizer) if several_tokens else _answers(tokenizer, whole_names)
-    if len(answers) < MIN_COUNTRIES:
-        raise ValueError(
-            f"tokenizer: only {len(answers)} of {len(CAPITALS)} capitals can be answered with one token, expected at "
-            f"least {MIN_COUNTRIES}" + ("; whole_names=False takes longer names too" if whole_names else "")
-        )
+    answers = usable_answers(tokenizer, whole_names=whole_names, several_tokens=several_tokens)
     order = sorted(answers)
     rng = random.Random(seed)
     rng.shuffle(order)
@@ -139,6 +132,19 @@ def country_capital_conflicts(
         if wanted > len(made):
             raise ValueError(f"{name}: got {wanted}, but these templates and countries make only {len(made)} prompts")
     return TaskSplit(**{name[2:]: made[:wanted] for name, (wanted, made) in sides.items()})
+
+
+def usable_answers(tokenizer: PreTrainedTokenizerBase, *, whole_names: bool, several_tokens: bool) -> dict[str, str]:
+    """The answer of each country that can be asked for; arguments and errors as in `country_capital_conflicts`."""
+    if several_tokens and not whole_names:
+        raise ValueError("several_tokens: got True with whole_names=False, expected one of the two")
+    answers = _whole_answers(tokenizer) if several_tokens else _answers(tokenizer, whole_names)
+    if len(answers) < MIN_COUNTRIES:
+        raise ValueError(
+            f"tokenizer: only {len(answers)} of {len(CAPITALS)} capitals can be answered with one token, expected at "
+            f"least {MIN_COUNTRIES}" + ("; whole_names=False takes longer names too" if whole_names else "")
+        )
+    return answers
 
 
 def _answers(tokenizer: PreTrainedTokenizerBase, whole_names: bool) -> dict[str, str]:

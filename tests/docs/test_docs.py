@@ -17,7 +17,7 @@ import actscale_fast as af
 from actscale_fast import defaults
 from actscale_fast._checks import share_of
 from actscale_fast.modules.hooks import record_of
-from benchmarks import by_the_defaults, head_methods
+from benchmarks import by_the_defaults, head_methods, heads_judged, stress_tests
 
 EXAMPLES = [(page.relative_to(ROOT), heading, code) for page in pages() for heading, code in blocks(page)]
 
@@ -62,6 +62,17 @@ def test_the_table_of_fits_with_the_defaults_is_that_of_their_files() -> None:
 def test_the_table_of_methods_that_choose_heads_is_that_of_its_file() -> None:
     folder = ROOT / "benchmarks/results/heads"
     assert head_methods.table(folder) in (ROOT / "docs/heads.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["faithfulness", "conflicts"])
+def test_the_tables_of_judged_heads_are_those_of_their_files(name: str) -> None:
+    path = ROOT / f"benchmarks/results/heads/{name}.json"
+    assert heads_judged.table(path) in (ROOT / "docs/heads.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_stress_tests_is_that_of_their_files() -> None:
+    folder = ROOT / "benchmarks/results/stress"
+    assert stress_tests.table(folder) in (ROOT / "docs/stress.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.real_model

@@ -34,20 +34,25 @@ def tokenizer(texts: Iterable[str] = TEXTS, *, without: Iterable[str] = ()) -> A
     )
 
 
-def save_model(folder: Path, *, without: Iterable[str] = ()) -> Path:
-    """Save a tokenizer that does not know the words of `without` and a random Llama (2 layers, 4 heads of 8)."""
+def model_for(tokens: Any, context: int = 64) -> Any:
+    """A random Llama for a tokenizer (2 layers, 4 heads of 8)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokens = tokenizer(without=without)
     config = LlamaConfig(
         vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.3,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=context, initializer_range=0.3,
         bos_token_id=2, eos_token_id=3, pad_token_id=1,
     )  # fmt: skip
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     torch.random.set_rng_state(generator_state)
-    model.save_pretrained(folder)
+    return model
+
+
+def save_model(folder: Path, texts: Iterable[str] = TEXTS, *, without: Iterable[str] = (), context: int = 64) -> Path:
+    """Save a tokenizer that does not know the words of `without` and a random Llama (2 layers, 4 heads of 8)."""
+    tokens = tokenizer(texts, without=without)
+    model_for(tokens, context).save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import actscale_fast as af
-from actscale_fast.integrations.lm_eval import SteeredLM
+from actscale_fast.integrations.lm_eval import SteeredLM, accuracies
 
 QUESTIONS = [
     ("The capital of A is", ["Paris", "Berlin"], 0),
@@ -73,6 +73,24 @@ def test_a_task_gives_the_figures_of_the_patched_model_whatever_the_strength(tmp
         assert found == expected
         assert (found == plain) is (strength == 0.0)
     assert answers(on(model), tmp_path) == plain
+
+
+def test_accuracies_are_those_without_an_intervention_and_with_it(tmp_path: Path) -> None:
+    model = tiny.llama()
+    made = scalars(model)
+    found = accuracies(model, tiny.tokenizer(), made, [task(tmp_path)], strengths=[-1.0], batch_size=4)
+    plain = answers(on(model), tmp_path)  # the model is left as it was
+    with af.patch(model, made, -1.0):
+        steered = answers(on(model), tmp_path)
+    assert steered != plain
+    assert found == {"questions": (share_right(plain), share_right(steered))}
+
+
+def share_right(found: list[list[float]]) -> float:
+    right = [
+        max(range(len(row)), key=row.__getitem__) == gold for row, (*_, gold) in zip(found, QUESTIONS, strict=True)
+    ]
+    return sum(right) / len(right)
 
 
 def test_an_answer_is_the_sum_of_its_tokens_log_probabilities(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,13 +27,10 @@ from torch import Tensor
 from ..._json import write_json
 from ..._tables import Readable
 from ...architectures.layout import layout
-from ...frozen.encoder import TextEncoder
-from ...frozen.stored_activations import activations_at
-from ...interventions import ActivScalar, HeadInterchange
-from ...tasks.examples import sources_of
 from ...tasks.loading import ExampleSource, examples_from
+from .circuits import Ablation, check_ablation, circuit_differences
 from .selection import HeadSelection
-from .subject import AnswerPasses, Subject
+from .subject import Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,7 +79,7 @@ def circuit_metrics(
     scores: Tensor | HeadSelection,
     *,
     layers: Sequence[int] | None = None,
-    ablation: Literal["zero", "interchange"] = "zero",
+    ablation: Ablation = "zero",
     absolute: bool = True,
     batch_size: int = 8,
 ) -> CircuitMetrics:
@@ -117,8 +114,7 @@ def circuit_metrics(
         scores = scores.scores
     subject = Subject(model, tokenizer, examples_from(examples), None if layers is None else tuple(layers), batch_size)
     scores = checked_scores(scores, subject.shape)
-    if ablation not in ("zero", "interchange"):
-        raise ValueError(f"ablation: got {ablation!r}, expected 'zero' or 'interchange'")
+    check_ablation(ablation)
     exists = subject.exists
     n_all = int(exists.sum())
     sizes = [int(percent / 100 * n_all + 1e-9) for percent in PERCENTAGES]
@@ -128,7 +124,7 @@ def circuit_metrics(
     kept = torch.zeros(len(distinct), scores.numel(), device="cpu")
     for group, size in enumerate(distinct):
         kept[group, order[:size]] = 1.0
-    measured = _differences(subject, kept.view(len(distinct), *scores.shape), ablation)
+    measured = circuit_differences(subject, kept.view(len(distinct), *scores.shape), ablation).mean(1).tolist()
     value_of = dict(zip(distinct, measured, strict=True))
     full, empty = value_of[n_all], value_of[0]
     if not abs(full - empty) > 1e-12 * max(abs(full), abs(empty), 1e-300):
@@ -191,55 +187,6 @@ def checked_scores(scores: Any, shape: tuple[int, int]) -> Tensor:
     if scores.shape != shape or not bool(scores.isfinite().all()):
         raise ValueError(f"scores: got shape {tuple(scores.shape)}, expected finite values [L, H] = {list(shape)}")
     return scores.detach().float().cpu()
-
-
-@torch.no_grad()
-def _differences(subject: Subject, kept: Tensor, ablation: str) -> list[float]:
-    """The mean log p(correct) − log p(wrong) of each circuit, kept [G, L, H] being 1 at its heads."""
-    location, device = subject.scalars.location, subject.scalars.device
-    made: ActivScalar | HeadInterchange
-    sources: Tensor | None = None
-    if ablation == "zero":
-        made = ActivScalar(location, n_groups=len(kept), device=device)
-        made.alpha.copy_((kept - 1)[:, :, None])
-    else:
-        subject.require_equal_heads("interchange")
-        longest = max(map(len, subject.data.prompts))
-        found = layout(subject.model, location.paths)
-        where = found.location("head", location.layers, tuple(range(-longest, 0)), paths=location.paths)
-        made = HeadInterchange(where, n_groups=len(kept), device=device)
-        made.gates.copy_((1 - kept)[:, :, None])
-        sources = _aligned_sources(subject, made)
-    total = torch.zeros(len(kept), dtype=torch.float64, device="cpu")
-    with AnswerPasses(subject, made) as passes:
-        for some in subject.data.by_length(subject.batch_size):
-            for rows in subject.data.by_kind(some):
-                if sources is None:
-                    logp = passes.log_probabilities(rows)
-                else:
-                    assert isinstance(made, HeadInterchange)
-                    times = len(kept) * (2 if rows[0] in subject.data.long_answers else 1)
-                    with made.interchange(sources[torch.tensor(rows * times, device=sources.device)]):
-                        logp = passes.log_probabilities(rows)  # [G, B, 2]
-                total += (logp[..., 0] - logp[..., 1]).double().sum(1).cpu()
-    return (total / len(subject.data)).tolist()
-
-
-def _aligned_sources(subject: Subject, made: HeadInterchange) -> Tensor:
-    """The sources' activations at every token, each of which has a partner in the prompt."""
-    texts = sources_of(subject.data.examples)
-    encoder = TextEncoder(layout(subject.model, made.paths), subject.tokenizer)
-    for row, (prompt, text) in enumerate(zip(subject.data.prompts, texts, strict=True), 1):
-        source = encoder.prompt(text, f"row {row} of examples, source")
-        if len(prompt) != len(source):
-            raise ValueError(
-                f"row {row} of examples: the prompt has {len(prompt)} tokens and its source {len(source)}, but an "
-                "interchange of all tokens needs the same number"
-            )
-    return activations_at(
-        subject.model, subject.tokenizer, made.location, texts, batch_size=subject.batch_size, progress=False,
-        absent="zero",
-    )  # fmt: skip
 
 
 def _area(x: Sequence[float], y: Sequence[float]) -> float:

@@ -19,7 +19,7 @@ from ..evaluate import Evaluation, evaluate, evaluate_all
 from .methods import METHODS, SHARES, checked_method
 from .select_heads import check_k, score, selected, split_examples
 from .selection import HeadSelection
-from .strength import Direction, check_choice
+from .strength import Direction, NoStrengthAllowedError, check_choice
 from .subject import Scored, Subject
 
 if TYPE_CHECKING:
@@ -174,9 +174,7 @@ def compare_heads(
                     model, tokenizer, held_back, strengths=tried, max_kl=max_kl, direction=direction,
                     batch_size=batch_size,
                 )  # fmt: skip
-            except ValueError as error:
-                if not str(error).startswith("max_kl: got"):
-                    raise
+            except NoStrengthAllowedError as error:
                 warnings.warn(f"{name} with {count} heads is left out: {error}", stacklevel=2)
                 continue
             chosen.append(replace(made, seconds=round(spent + time.perf_counter() - begun, 3)))

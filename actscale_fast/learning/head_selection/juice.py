@@ -2,8 +2,8 @@
 
 Every head is scaled alone, h·(1 + α), by each of some positive and some negative α. A head's two scores are the mean
 gain of p(correct) over the examples and the positive α, and over the negative ones. The paper averages over three kinds
-of prompts (without a conflict, with a substituted fact, with a coherent counterfactual text), four of each: give such
-examples, in equal numbers, for its protocol.
+of prompts (without a conflict, with a substituted fact, with a coherent counterfactual text), four of each: for its
+protocol, give examples of `tasks.knowledge_conflicts`, of which equally many of each kind are taken.
 
 Our reading: a head takes the sign of its better score, and the k best heads are chosen among all; the paper keeps the
 best of each sign and searches for the strength of each on a grid, here one strength serves both.
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..._checks import check_counts, check_finite
 from ...modules.evaluation_mode import evaluation_mode
+from ...tasks.examples import Example
+from ...tasks.known_prompts import conflict_kind
 from ..attribution.knock_out import KnockOut
 from .subject import Scored, Subject
 
@@ -45,9 +47,8 @@ def by_gain(
     check_counts(n_scored=n_scored)
     _check_scales("positive", positive, 1)
     _check_scales("negative", negative, -1)
-    n = len(subject.examples)
-    if n > n_scored:
-        some = [subject.examples[index * n // n_scored] for index in range(n_scored)]
+    some = scored_examples(subject.examples, n_scored)
+    if len(some) < len(subject.examples):
         subject = replace(subject, examples=some)
     gains = [torch.stack([gain(subject, alpha) for alpha in scales]).mean(0) for scales in (positive, negative)]
     scores = torch.maximum(*gains)
@@ -58,6 +59,22 @@ def by_gain(
         "gain_negative": gains[1].tolist(),
     }
     return Scored(scores, directions, details)
+
+
+def scored_examples(examples: Sequence[Example], n: int) -> list[Example]:
+    """At most n of the examples, evenly spaced; where all are knowledge conflicts, evenly spaced within each kind."""
+    if len(examples) <= n:
+        return list(examples)
+    kinds: dict[str | None, list[Example]] = {}
+    for example in examples:
+        kinds.setdefault(conflict_kind(example), []).append(example)
+    if None in kinds or n < len(kinds):
+        kinds = {None: list(examples)}
+    chosen = []
+    for number, some in enumerate(kinds.values()):
+        share = min(n // len(kinds) + (number < n % len(kinds)), len(some))
+        chosen += [some[index * len(some) // share] for index in range(share)]
+    return chosen
 
 
 def gain(subject: Subject, alpha: float) -> Tensor:

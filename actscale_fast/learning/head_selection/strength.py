@@ -23,6 +23,10 @@ _FLIPS = {"correct": ("flip_to_correct",), "wrong": ("flip_to_wrong",), "both": 
 _KL = {"correct": "kl_correct", "wrong": "kl_wrong", "both": "kl"}
 
 
+class NoStrengthAllowedError(ValueError):
+    """No strength that was tried stays within the bound on side effects."""
+
+
 def strengths_measured(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,13 +80,13 @@ def chosen_strength(records: Sequence[dict[str, float]], max_kl: float | None, d
         max_kl, direction: as in `HeadSelection.choose_strength`.
 
     Raises:
-        ValueError: no strength is within the bound.
+        NoStrengthAllowedError: no strength is within the bound.
     """
     kl = _KL[direction]
     allowed = [record for record in records if record[kl] <= (math.inf if max_kl is None else max_kl)]
     if not allowed:
         least = min(records, key=lambda record: record[kl])
-        raise ValueError(
+        raise NoStrengthAllowedError(
             f"max_kl: got {max_kl}, but the smallest KL divergence of the strengths tried is {least[kl]:.3g} (at "
             f"{least['strength']:g}); allow more, try smaller strengths, or choose fewer heads"
         )

@@ -1,0 +1,259 @@
+"""`stress`: one fixed strength, on prompts that were changed and on text that it should leave as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..._checks import check_counts, check_finite, is_integer, is_real
+from ..._suggestions import did_you_mean
+from ...interventions import Intervention
+from ...tasks.examples import Example, prompt_of
+from ...tasks.greater_than import greater_than
+from ...tasks.indirect_objects import indirect_object_identification
+from ...tasks.known_prompts import family_of
+from ...tasks.loading import ExampleSource, examples_from
+from ..evaluate import measure_all
+from ..head_selection.strength import Direction
+from ..prompt_statistics import Measured
+from .figures import behaviour_row, check, control_rows, overall, text_rows, worst
+from .perturbations import PERTURBATIONS, NotApplicableError, Perturbation, Rule, perturbed, tokens_of
+from .plain_text import PROMPTS, TEXTS, refuse_other_sources
+from .result import GIVEN, Check, Gate, StressResult, StressRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_T = TypeVar("_T")
+_SIGNS = {"both": (1, -1), "correct": (1,), "wrong": (-1,)}
+#: Prompts of each built-in task that serve as unrelated behaviours.
+_N_UNRELATED = 24
+_UNRELATED = {"indirect-object": indirect_object_identification, "greater-than": greater_than}
+
+
+def stress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    intervention: Intervention,
+    examples: ExampleSource,
+    *,
+    strength: float = 1.0,
+    direction: Direction = "both",
+    perturbations: Iterable[str] | None = None,
+    own_perturbations: Mapping[str, Callable[[Example], Example]] | None = None,
+    texts: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
+    unrelated: Mapping[str, ExampleSource] | None = None,
+    accuracies: Mapping[str, tuple[float, float]] | None = None,
+    min_control: float = 0.8,
+    min_gain: float = 0.1,
+    max_perplexity_ratio: float = 1.1,
+    max_kl: float = 0.1,
+    max_accuracy_drop: float = 0.05,
+    max_drop: float = 0.2,
+    max_side_effect: float = 0.1,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> StressResult:
+    """Test an intervention at one fixed strength: does it still control, what does it cost, and when does it break?
+
+    The three gates and the one strength for all of them are those of FaithSteer-BENCH (arXiv 2603.18329). What is
+    measured in each, and every threshold, is our reading:
+
+    - **control**: the share of prompts that are flipped, in the mean over the prompts as given and every perturbation
+      of them, is at least `min_control`, and exceeds that of the frozen model by at least `min_gain`;
+    - **utility**: under neither strength does the perplexity of plain texts grow by more than the factor
+      `max_perplexity_ratio` (a geometric mean over texts), the mean KL divergence of the next token after unrelated
+      prompts exceed `max_kl`, or the accuracy of a task fall by more than `max_accuracy_drop`;
+    - **robustness**: no perturbation lowers the share that is flipped by more than `max_drop`, and no unrelated
+      behaviour, the share of its prompts with the correct answer above the wrong one, falls by more than
+      `max_side_effect`.
+
+    A verdict follows from the figures themselves; where a 95 % bootstrap interval over the prompts (or texts) includes
+    the threshold it is marked as not decided. The interval of a largest value is that of the row which has it.
+
+    Args:
+        model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
+        intervention: the intervention to test.
+        examples: held-out prompts with their two answers, as for `evaluate`; each runs three times per perturbation.
+        strength: β is this and, for the flips to the wrong answer, its negative.
+        direction: the flips that count: to the "correct" answer under β = +strength, to the "wrong" one under
+            β = −strength, or the mean of "both".
+        perturbations: names of `PERTURBATIONS` in `learning/stress/perturbations.py`; None: all that can be applied to
+            these examples and change them; the others are listed in `left_out`.
+        own_perturbations: further ones by name, each a function from an example to the changed one.
+        texts: plain texts, for the perplexity; None: eight built-in ones; []: none.
+        prompts: unrelated prompts, for the divergence; None: sixteen built-in ones; []: none.
+        unrelated: examples of unrelated behaviours by name; None: names and years (the built-in tasks indirect-object
+            and greater-than), without the one that the examples belong to.
+        accuracies: of further tasks by name, (frozen, under the intervention), such as
+            `integrations.lm_eval.accuracies` measures with lm-evaluation-harness.
+        min_control, min_gain, max_perplexity_ratio, max_kl, max_accuracy_drop, max_drop, max_side_effect: thresholds.
+        seed: seed of the typos, of the sentences that come before a prompt, and of the unrelated behaviours.
+        batch_size: the largest number of prompts in one pass.
+        progress: show a progress bar.
+
+    Returns:
+        StressResult: `.table()`, `.gates`, `.passed`, `.save()`, `.plot()`.
+
+    Raises:
+        TypeError, ValueError: bad arguments or examples, a perturbation that was named and cannot be applied, or plain
+            texts for an interchange, which takes activations from a second prompt.
+
+    Example:
+        >>> print(af.stress(model, tokenizer, scalars, test[:32]))
+        >>> af.stress(model, tokenizer, vector, test, strength=0.5, direction="correct").save("stress.json")
+    """
+    if not isinstance(intervention, Intervention):
+        raise TypeError(f"intervention: got {type(intervention).__name__}, expected an Intervention")
+    check_counts(batch_size=batch_size)
+    if not is_integer(seed):
+        raise ValueError(f"seed: got {seed!r}, expected an integer")
+    thresholds = {
+        "min_control": min_control, "min_gain": min_gain, "max_perplexity_ratio": max_perplexity_ratio,
+        "max_kl": max_kl, "max_accuracy_drop": max_accuracy_drop, "max_drop": max_drop,
+        "max_side_effect": max_side_effect,
+    }  # fmt: skip
+    check_finite(strength=strength, **thresholds)
+    if strength == 0:
+        raise ValueError("strength: got 0, at which an intervention does nothing")
+    if direction not in _SIGNS:
+        raise ValueError(f"direction: got {direction!r}, expected 'both', 'correct' or 'wrong'")
+    checked_accuracies = _checked_accuracies(accuracies or {})
+    texts, prompts = TEXTS if texts is None else texts, PROMPTS if prompts is None else prompts
+    if texts or prompts:
+        refuse_other_sources(intervention)
+    given = examples_from(examples)
+    left_out: dict[str, str] = {}
+    sets = _perturbed_sets(given, tokenizer, perturbations, own_perturbations or {}, seed, left_out)
+    behaviours = _behaviours(unrelated, intervention, given, tokenizer, seed, left_out)
+    common: dict[str, Any] = {"strength": float(strength), "batch_size": batch_size}
+    signs = _SIGNS[direction]
+    measured = {
+        name: _measured(
+            "" if name == GIVEN else f"perturbation {name!r}: ", model, tokenizer, some, intervention, common
+        )
+        for name, (_, some) in _bar(sets, progress)
+    }
+    effects = [
+        behaviour_row(name, _measured(f"unrelated {name!r}: ", model, tokenizer, some, intervention, common), signs)
+        for name, some in _bar(behaviours, progress)
+    ]
+    control = control_rows({name: kind for name, (kind, _) in sets.items()}, measured, signs)
+    costs = text_rows(model, tokenizer, intervention, texts, prompts, float(strength), signs, batch_size)
+    costs += [
+        StressRow("utility", name, "accuracy", None, {"frozen": before, "change": before - after})
+        for name, (before, after) in checked_accuracies.items()
+    ]
+    found = overall(measured, signs)
+    allowed = {"perplexity": max_perplexity_ratio, "KL": max_kl, "accuracy": max_accuracy_drop}
+    gates = [
+        Gate(
+            "control",
+            [
+                Check("flipped", *found["flipped"], min_control, True),
+                Check("gain over the frozen model", *found["gain"], min_gain, True),
+            ],
+        ),
+        Gate("utility", [check(row, allowed[row.kind]) for row in costs]),
+        Gate(
+            "robustness",
+            worst("largest drop", control[1:], "drop", max_drop)
+            + worst("largest side effect", effects, "change", max_side_effect),
+        ),
+    ]
+    return StressResult(control + costs + effects, gates, float(strength), direction, len(given), left_out)
+
+
+def _measured(
+    prefix: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example],
+    intervention: Intervention, options: dict[str, Any],
+) -> Measured:  # fmt: skip
+    """What is measured under the intervention; the message of an error begins with the prefix."""
+    try:
+        ((steered, _),) = measure_all(model, tokenizer, examples, [intervention], **options)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+    return steered
+
+
+def _perturbed_sets(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, names: Iterable[str] | None,
+    own: Mapping[str, Callable[[Example], Example]], seed: int, left_out: dict[str, str],
+) -> dict[str, tuple[str, list[Example]]]:  # fmt: skip
+    """(kind, examples) by name, those given first."""
+    if isinstance(names, str):
+        raise TypeError("perturbations: got a string, expected a list of names")
+    chosen = list(PERTURBATIONS if names is None else names)
+    for name in chosen:
+        if name not in PERTURBATIONS:
+            raise ValueError(
+                f"perturbations: got {name!r}, expected some of {', '.join(PERTURBATIONS)}"
+                + did_you_mean(str(name), PERTURBATIONS)
+            )
+    for name in own:
+        if name in PERTURBATIONS or name == GIVEN:
+            raise ValueError(f"own_perturbations: the name {name!r} is taken")
+    rules = {name: PERTURBATIONS[name] for name in chosen}
+    rules |= {name: Perturbation("own", _as_rule(change)) for name, change in own.items()}
+    sets, before = {GIVEN: ("", examples)}, tokens_of(examples, tokenizer)
+    for name, (kind, rule) in rules.items():
+        try:
+            made = perturbed(name, rule, examples, tokenizer, seed)
+            if tokens_of(made, tokenizer) == before:
+                raise NotApplicableError(f"perturbation {name!r}: changes no token of the prompts")
+        except NotApplicableError as error:
+            if names is not None or name in own:
+                raise
+            left_out[name] = str(error).removeprefix(f"perturbation {name!r}: ")
+            continue
+        sets[name] = (kind, made)
+    return sets
+
+
+def _as_rule(change: Callable[[Example], Example]) -> Rule:
+    return lambda example, _: change(example)
+
+
+def _behaviours(
+    given: Mapping[str, ExampleSource] | None, intervention: Intervention, examples: list[Example],
+    tokenizer: PreTrainedTokenizerBase, seed: int, left_out: dict[str, str],
+) -> dict[str, list[Example]]:  # fmt: skip
+    """Examples of unrelated behaviours: the caller's, or those of built-in tasks that the examples do not belong to."""
+    if given is not None:
+        if not isinstance(given, Mapping):
+            raise TypeError(f"unrelated: got {type(given).__name__}, expected a dict of examples by name")
+        return {name: examples_from(some, f"unrelated {name!r}") for name, some in given.items()}
+    own = {family_of(prompt) for prompt in map(prompt_of, examples) if isinstance(prompt, str)}
+    found = {}
+    for name, task in _UNRELATED.items():
+        if name in own:
+            continue
+        if any(part.needs_source and not part.source_is_prompt for part in intervention.singles):
+            left_out[name] = "its prompts have no source for an interchange"
+            continue
+        try:
+            found[name] = task(tokenizer, n_train=1, n_test=_N_UNRELATED, seed=seed).test
+        except ValueError as error:
+            left_out[name] = str(error)
+    return found
+
+
+def _checked_accuracies(given: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name, both in given.items():
+        values = tuple(both) if isinstance(both, Sequence) and not isinstance(both, str) else ()
+        if len(values) != 2 or not all(is_real(value) and 0 <= value <= 1 for value in values):
+            raise ValueError(
+                f"accuracies: got {both!r} for {name!r}, expected two numbers from 0 to 1: frozen, and under the "
+                "intervention"
+            )
+        found[name] = (float(values[0]), float(values[1]))
+    return found
+
+
+def _bar(sets: Mapping[str, _T], progress: bool) -> Iterable[tuple[str, _T]]:
+    from tqdm.auto import tqdm
+
+    return tqdm(sets.items(), desc="stress", disable=not progress, leave=False)
