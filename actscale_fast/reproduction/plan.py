@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import comparing, heads, locating, recipes, remedies, transferring, tuning
+from . import comparing, heads, locating, recipes, remedies, stressing, transferring, tuning
 from .claims import judged
 from .laboratory import Laboratory
 from .systems import SYSTEMS, System, system_named
@@ -106,6 +106,9 @@ def _of_task(lab: Laboratory, task: Task) -> Iterator[Stage]:
         ("path", task.name), partial(locating.path, lab, task, scalars),
         size.n_path * (size.path_steps * size.batch_size * _FIT + 2 * size.n_test),
     )  # fmt: skip
+    for name in stressing.STRESSED:
+        compute = partial(stressing.stressed, lab, task, name)
+        yield Stage(("stress", task.name, name), compute, 60 * size.n_transferred + 300)
     yield Stage(("knock-out", task.name), partial(locating.knock_out, lab, task, scalars), 80 * size.n_attributed)
     for group in size.methods:
         rows = len(group) * len(size.head_counts)

@@ -42,6 +42,7 @@ def write_report(lab: Laboratory, *, quick: bool, seconds: float) -> Path:
             *(section for task in TASKS for section in _task(lab, task)),
             *_where(lab),
             *_methods(lab),
+            *_stress(lab),
             *recipe_sections(lab),
             _how(lab, quick),
         ],
@@ -208,6 +209,20 @@ def _methods(lab: Laboratory) -> Iterable[Section]:
         for group in lab.results["heads"][task.name].values():
             blocks += [Text(f"Left out: `{name}`, {reason}.") for name, reason in group["left_out"].items()]
         yield Section(f"Methods: {task.short}", blocks, level=3)
+
+
+def _stress(lab: Laboratory) -> Iterable[Section]:
+    n = lab.results["stress"][TASKS[0].name]["scalars"]["n_examples"]
+    words = (
+        f"`af.stress` at strength 1, on {n} test prompts of the first seed: control (flips under changed prompts), "
+        "utility (plain text and unrelated prompts) and robustness (the worst change, and unrelated behaviours). A "
+        "gate passes if all its checks do; a check is not decided where its interval includes the threshold."
+    )
+    yield Section("Stress tests", [Text(words)])
+    for task in TASKS:
+        left_out = lab.results["stress"][task.name]["scalars"]["left_out"]
+        notes = [Text(f"Left out: {name}, {' '.join(reason.split())}.") for name, reason in left_out.items()]
+        yield Section(f"Stress: {task.short}", [tables.stress_table(lab, task), *notes], level=3)
 
 
 def _knock_out(found: dict[str, Any]) -> str:

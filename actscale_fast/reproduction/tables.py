@@ -140,6 +140,31 @@ def methods_table(lab: Laboratory, task: Task) -> Table:
     return Table(f"{task.name}-methods", columns, rows)
 
 
+def stress_table(lab: Laboratory, task: Task) -> Table:
+    """The checks of each gate of the stress tests, with their thresholds."""
+    rows: list[list[Cell]] = []
+    for name, found in lab.results["stress"][task.name].items():
+        for gate in found["gates"]:
+            for what, value, ends, threshold, at_least in gate["checks"]:
+                measured = Interval(value, *(ends or (value, value)))
+                verdict = measured.at_least(threshold) if at_least else measured.at_most(threshold)
+                bound = f"at {'least' if at_least else 'most'} {threshold:g}"
+                rows.append(
+                    [
+                        system_named(name).title,
+                        gate["gate"],
+                        what.rstrip(", "),
+                        measured,
+                        bound,
+                        _VERDICTS.get(verdict, verdict),
+                    ]
+                )
+    columns = [
+        Column("system"), Column("gate"), Column("measured"), Column("value"), Column("threshold"), Column("verdict"),
+    ]  # fmt: skip
+    return Table(f"{task.name}-stress", columns, rows)
+
+
 def path_table(lab: Laboratory, task: Task) -> Table:
     """The path of the ℓ1 weight, and the refits without it."""
     still = lab.results["path"][task.name][0]["frozen"]

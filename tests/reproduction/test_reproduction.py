@@ -26,6 +26,7 @@ from actscale_fast.reproduction import (
     recipes,
     reproduce_models,
     reproducing,
+    stressing,
 )
 from actscale_fast.reproduction.measuring import by_attribution, jaccard, measure, places, shuffled
 from actscale_fast.reproduction.pictures import slots
@@ -45,7 +46,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = save_model(tmp_path_factory.mktemp("model"), without=LATE_CAPITALS)
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    # A context that is long enough for the prompts of the stress tests.
+    model = AutoModelForCausalLM.from_pretrained(folder, max_position_embeddings=256)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +69,7 @@ def test_a_killed_run_goes_on_and_its_files_belong_together(
         return compare(*what)
 
     monkeypatch.setattr(comparing, "compare", interrupted)
+    monkeypatch.setattr(stressing, "STRESSED", ("scalars",))
     monkeypatch.setattr(recipes, "latent", lambda _: {"impossible": "left out of this test"})
     folder = tmp_path / "tiny"
     with pytest.raises(KeyboardInterrupt):
