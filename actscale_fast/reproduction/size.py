@@ -44,7 +44,7 @@ class Size:
     n_transferred: int = 24  # test prompts per seed and form
     transfer_seeds: int = 3
     n_generated: int = 24  # test prompts that are continued
-    time_seeds: int = 3  # seeds of the table with equal time
+    time_seeds: int = 3  # seeds of the table with equal time; 0: there is none
     remedy_seeds: int = 1  # seeds of what is tried where a claim is not held; 0: nothing is tried
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,8 +61,8 @@ FULL = Size(
     max_new_tokens=30,
 )  # fmt: skip
 QUICK = Size(
-    seeds=(0,), n_train=32, n_test=20, steps=10, n_path=3, path_steps=5, n_attributed=2, n_sentences=3,
-    max_new_tokens=16, n_validation=12, batch_size=8, grid=SHORT, tuning_steps=5, methods=QUICK_METHODS,
+    seeds=(0,), n_train=30, n_test=16, steps=10, n_path=3, path_steps=4, n_attributed=2, n_sentences=3,
+    max_new_tokens=16, n_validation=12, batch_size=6, grid=SHORT, tuning_steps=4, methods=QUICK_METHODS,
     head_counts=(5, 20), head_strengths=(1.0, 3.0), head_steps=8, n_scored=16, n_transferred=8, transfer_seeds=1,
-    n_generated=8, time_seeds=1, remedy_seeds=0,
+    n_generated=8, time_seeds=0, remedy_seeds=0,
 )  # fmt: skip
