@@ -55,10 +55,7 @@ def _fit_and_measure(
     splits = task.examples(lab.tokenizer, lab.size, seed, aligned=system.aligned)
     intervention = lab.new(task, system, seed)
     n_active = few_of(intervention) if system.few else None
-    checkpoint = f"{task.name}-{system.name}{kind}-{seed}"
-    made = lab.fitted(
-        splits.train, intervention, lab.settings(task, system), seed, steps, n_active=n_active, checkpoint=checkpoint
-    )
+    made = lab.fitted(splits.train, intervention, lab.settings(task, system), seed, steps, n_active=n_active)
     intervention.save_pretrained(lab.kept(task, system, seed, kind))
     (test,) = lab.measured(splits.test, [intervention])
     return made | {"test": test | lab.said(splits.test, intervention)}

@@ -58,23 +58,23 @@ class Laboratory:
 
     def fitted(
         self, examples: Sequence[Example], intervention: Intervention, settings: dict[str, Any], seed: int, steps: int,
-        *, n_active: int | None = None, checkpoint: str = "",
+        *, n_active: int | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Fit an intervention in place, and return how long it took; an interrupted fit with a checkpoint resumes.
+        """Fit an intervention in place, and return how long it took.
 
+        Without a checkpoint: a resumed fit would not tell how long the whole of it takes, which equal time depends on.
         Where the fits of a path are too short to leave at most `n_active` scalars, it takes twice the steps.
         """
         objective = Objective(faithfulness=settings["faithfulness"])
         if n_active is None:
             objective = replace(objective, minimality=settings["minimality"])
-        file = self.folder / "work" / f"{checkpoint}.safetensors" if checkpoint and n_active is None else None
         begun = self._clock()
         most = _MORE_STEPS * steps
         while True:
             try:
                 result = fit(
                     self.model, self.tokenizer, examples, intervention, objective, lr=settings["lr"], seed=seed,
-                    steps=steps, batch_size=self.size.batch_size, n_active=n_active, checkpoint=file, progress=False,
+                    steps=steps, batch_size=self.size.batch_size, n_active=n_active, progress=False,
                 )  # fmt: skip
                 break
             except ValueError as error:

@@ -40,9 +40,6 @@ def attempted(lab: Laboratory, task: Task, kind: str, number: int) -> dict[str, 
             n_active = max(int(lab.results["comparison"][task.name][name][place]["test"]["n_active"]), 1)
         if active == "few":
             n_active = few_of(intervention)
-        lab.fitted(
-            splits.train, intervention, lab.settings(task, system), seed, steps, n_active=n_active,
-            checkpoint=f"{task.name}-remedy-{kind.replace(' ', '-')}-{number}-{seed}",
-        )  # fmt: skip
+        lab.fitted(splits.train, intervention, lab.settings(task, system), seed, steps, n_active=n_active)
         runs += lab.measured(splits.test, [intervention])
     return {"what": what, "system": name, "steps": steps, "runs": runs}

@@ -41,7 +41,7 @@ def reproduce(
 ) -> Path:
     """Run every system on every task and write a report: `report.md` with pictures, `report.html`, and CSV files.
 
-    Finished stages and checkpoints of fits are files in the folder, so the same call continues a run that was killed.
+    Finished stages are files in the folder, so the same call continues a run that was killed.
     The report judges the claims of the abstract of arXiv 2410.04962 by criteria that it states: each is held, not held,
     or not decided, by its interval over seeds and prompts. Weights, rates and strengths are chosen on validation
     prompts, which share nothing with the test prompts.
