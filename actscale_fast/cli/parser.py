@@ -60,7 +60,7 @@ def build_parser() -> SuggestingParser:
         functools.partial(_command, before="serving "),
     )
     parser_learning.reproduce(
-        add("reproduce", "--out FOLDER [options]", "compare all systems on a model, in one report")
+        add("reproduce", "--out FOLDER [options]", "compare all systems on a model, or on several, in one report")
     )
     parser_learning.plan(
         add("plan", "--model NAME_OR_PATH --tokens N [options]", "predict the memory of a fit from a model's config")

@@ -304,10 +304,23 @@ def plan(command: argparse.ArgumentParser) -> None:
 
 def reproduce(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Runs every system on both tasks with several seeds each, together with baselines, a path of ever sparser\n"
-        "scalars, knock-outs, transfer to other lengths, and the systems that need no training, and writes report.md\n"
-        "with pictures. Started again with the same folder, it continues where it ended."
+        "Runs every system on both tasks with several seeds each, with equally many steps and with equal time,\n"
+        "together with baselines, a path of ever sparser scalars, knock-outs, all methods that choose heads, transfer\n"
+        "to other lengths and wordings, and the systems that need no training. Weights and rates are chosen on\n"
+        "validation prompts. Writes report.md with pictures, report.html (one file) and the data as CSV. Started\n"
+        "again with the same folder, it continues where it ended."
     )
     options.model(command)
     options.out(command, "the report")
-    command.add_argument("--quick", action="store_true", help="use one seed, fewer prompts and fewer steps")
+    command.add_argument(
+        "--models",
+        metavar="NAME,NAME",
+        help="several models, one after another, with a summary; demo is the demo's model",
+    )
+    command.add_argument(
+        "--paper", action="store_true", help="the models of the paper: GPT-2 small to XL and Pythia 1.4B, from the hub"
+    )
+    command.add_argument(
+        "--quick", action="store_true", help="use one seed, fewer prompts and fewer steps (about 15 minutes)"
+    )
+    command.add_argument("--seeds", type=positive_int, metavar="N", help="number of seeds (default: 5, with --quick 1)")

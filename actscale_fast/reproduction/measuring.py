@@ -1,4 +1,4 @@
-"""The figures of an intervention, and baseline interventions that are not learned."""
+"""What is kept of a measurement: figures of each prompt, and how much of the model an intervention changes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,49 @@ import torch
 from torch import Tensor
 
 from ..interventions import ActivScalar, Intervention
-from ..learning import Attribution, Evaluation
+from ..learning import Attribution
+from ..learning.evaluate import measure_all
+from ..learning.prompt_statistics import Measured
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..architectures.location import Location
 
-#: The figures of an evaluation that the report shows.
-FIGURES = ("flip_to_correct", "flip_to_wrong", "kl", "top1", "logit_difference", "logit_difference_inverted")
+#: Figures of one prompt, by the name under which they are kept. "Correct" is under β = +1, "wrong" under β = −1.
+PER_PROMPT = ("correct", "wrong", "top_correct", "top_wrong", "kl", "kept")
+#: How much an intervention changes: active parameters, all parameters, changed activation vectors, ℓ1 norm.
+COUNTS = ("n_active", "n_parameters", "n_places", "l1")
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Any, interventions: Sequence[Intervention]
+) -> list[dict[str, Any]]:
+    """One record per intervention: `PER_PROMPT` as lists, `COUNTS`, and under "frozen" the frozen model's lists."""
+    found = measure_all(model, tokenizer, examples, interventions)
+    return [
+        _lists(steered)
+        | {
+            "n_active": one.n_active,
+            "n_parameters": one.n_parameters,
+            "n_places": len(places(one)),
+            "l1": round(one.l1, 4),
+            "frozen": _lists(frozen),
+        }
+        for one, (steered, frozen) in zip(interventions, found, strict=True)
+    ]
+
+
+def _lists(measured: Measured) -> dict[str, list[float]]:
+    columns = {
+        "correct": (measured.plus > 0).int(),
+        "wrong": (measured.minus < 0).int(),
+        "top_correct": measured.top_correct.int(),
+        "top_wrong": measured.top_wrong.int(),
+        "kl": (measured.kl_correct + measured.kl_wrong) / 2,
+        "kept": (measured.kept_correct + measured.kept_wrong) / 2,
+    }
+    return {name: [round(value, 4) for value in column.tolist()] for name, column in columns.items()}
 
 
 def places(intervention: Intervention) -> list[tuple[str, int, int, int]]:
@@ -28,21 +64,6 @@ def places(intervention: Intervention) -> list[tuple[str, int, int, int]]:
             used = used | value.detach().cpu().reshape(*value.shape[:3], -1).ne(0).any(-1)
         found += [(location.site, location.layers[layer], slot, head) for layer, slot, head in used.nonzero().tolist()]
     return found
-
-
-def figures(evaluation: Evaluation, intervention: Intervention) -> dict[str, Any]:
-    """The figures of an evaluation and its baseline, and how much of the model the intervention changes."""
-    frozen = evaluation.baseline
-    assert frozen is not None
-    return {
-        **{name: getattr(evaluation, name) for name in FIGURES},
-        "baseline": {name: getattr(frozen, name) for name in FIGURES},
-        "n_examples": evaluation.n_examples,
-        "n_active": evaluation.n_active,
-        "n_parameters": evaluation.n_scalars,
-        "n_places": len(places(intervention)),
-        "l1": evaluation.l1,
-    }
 
 
 def shuffled(scalars: ActivScalar, seed: int) -> ActivScalar:

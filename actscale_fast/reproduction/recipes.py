@@ -11,7 +11,7 @@ from ..architectures.layout import layout
 from ..frozen.perplexity import perplexity
 from ..interventions import Intervention
 from ..patching.patch import patch
-from .comparing import Laboratory
+from .laboratory import Laboratory
 
 #: What the three recipes steer by, as the report and its pictures name it: the pair of ActAdd, the topic, the request.
 ADDED, SUBTRACTED = "Love", "Hate"

@@ -1,93 +1,97 @@
-"""Writes `report.md`: the results in words, tables and pictures."""
+"""Puts a report together and writes it: Markdown, HTML, JSON, pictures and CSV files."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
+from .. import defaults
 from .._files import atomic_path
 from .._json import write_json
 from .._version import __version__
 from ..architectures.layout import layout
-from . import recipes
-from .claims import judged
-from .comparing import Laboratory
-from .systems import SYSTEMS, TASKS, Task
-
-_FIGURES = {
-    "flip_to_correct": ("correct above wrong, β = +1", "{:.2f}"),
-    "flip_to_wrong": ("wrong above correct, β = −1", "{:.2f}"),
-    "kl": ("KL, nats", "{:.3f}"),
-    "top1": ("top other token kept", "{:.2f}"),
-    "n_active": ("not 0", "{:.0f}"),
-    "n_parameters": ("of", "{:.0f}"),
-    "n_places": ("vectors changed", "{:.0f}"),
-    "l1": ("ℓ1", "{:.1f}"),
-}
-_VERDICT = {True: "**yes**", False: "**no**", None: "not tested"}
-_RECIPES = {
-    "act-add": f"ActAdd: {recipes.ADDED} − {recipes.SUBTRACTED}",
-    "mean-centring": f"Mean-centring: texts {recipes.TOPIC}",
-    "instruction": f"Instruction steering: {recipes.INSTRUCTION.strip('.').lower()}",
-}
+from . import pictures, tables
+from .blocks import Block, Document, Section, Table, Text
+from .claims import Claim, judged
+from .csv_files import write_csv_files
+from .html import as_html
+from .intervals import Interval
+from .laboratory import Laboratory
+from .markdown import as_markdown
+from .recipe_sections import recipe_sections
+from .systems import FEW, SYSTEMS, system_named
+from .task_forms import FORMS, TASKS, Task
+from .transferring import transferred
+from .tuning import TOLERANCE
 
 
-def write_report(lab: Laboratory, results: dict[str, Any], *, quick: bool, seconds: float) -> Path:
-    """Write report.json and report.md, and return the path of the latter."""
-    claims = judged(results, [task.name for task in TASKS])
-    write_json(lab.folder / "report.json", {"claims": [asdict(claim) for claim in claims], **results})
-    verdicts = _table(
-        ("claim", "criterion", "measured", "held"),
-        ((claim.claim, claim.criterion, claim.found, _VERDICT[claim.held]) for claim in claims),
+def write_report(lab: Laboratory, *, quick: bool, seconds: float) -> Path:
+    """Write all files of a report, and return the path of report.md."""
+    claims = judged(lab.results, [task.name for task in TASKS])
+    document = Document(
+        f"Activation scaling on {model_name(lab)}",
+        [
+            Section("What this is", [Text(_preface(lab, quick, seconds))]),
+            _claims(lab, claims),
+            *(section for task in TASKS for section in _task(lab, task)),
+            *_where(lab),
+            *_methods(lab),
+            *_stress(lab),
+            *recipe_sections(lab),
+            _how(lab, quick),
+        ],
     )
-    text = f"""\
-# Activation scaling on {_name(lab)}
+    record = {
+        "model": model_name(lab),
+        "size": lab.size.to_dict(),
+        "claims": [_claim(claim) for claim in claims],
+        "comparison": {
+            task.name: {
+                form: _rows(tables.comparison_table(lab, task, aligned=aligned)) for aligned, form in FORMS.items()
+            }
+            for task in TASKS
+        },
+    }
+    write_json(lab.folder / "report.json", record)
+    return write_document(document, lab.folder)
 
-{_preface(lab, quick, seconds)}
 
-## The claims of the abstract
+def write_document(document: Document, folder: Path) -> Path:
+    """Write report.md, report.html and the CSV files, and return the path of the first."""
+    write_csv_files(document, folder / "csv")
+    _write(folder / "report.html", as_html(document))
+    return _write(folder / "report.md", as_markdown(document, folder))
 
-The criteria are this package's own, and so are all weights and learning rates, which were chosen by the results of \
-SmolLM2-135M-Instruct on prompts of seed 0, including held-out ones. Flips: the share of held-out prompts with the \
-answer that is steered to, whatever it was before, averaged over both directions.
 
-{verdicts}
-
-{"".join(_task(lab, task, results) for task in TASKS)}\
-## How few scalars suffice
-
-The weight of the ℓ1 norm decreases along a path, and each fit starts where the previous one ended. Held-out prompts.
-
-![share flipped against active scalars](path.png)
-
-## Which heads: overlap between seeds and tasks
-
-Jaccard index |A ∩ B| / |A ∪ B| of the sets of heads whose scalar is not 0. The seed also determines what is held out.
-
-![overlap](overlap.png)
-
-## Systems without training examples
-
-Greedy continuations at several strengths. Perplexity is that of the continuation under the frozen model, as the \
-median over prompts.
-
-{"".join(_recipe(name, title, results["recipes"][name]) for name, title in _RECIPES.items())}\
-{_latent(results["recipes"]["latent"])}
-{_how(lab, quick)}"""
-    path = lab.folder / "report.md"
+def _write(path: Path, text: str) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
 
-def _name(lab: Laboratory) -> str:
+def _claim(claim: Claim) -> dict[str, Any]:
+    return asdict(claim) | {"verdict": claim.verdict, "found": claim.found}
+
+
+def _rows(table: Table) -> list[dict[str, Any]]:
+    """The rows of a table by their columns; a figure with its interval is [value, low, high]."""
+    return [
+        {
+            column.label: list(astuple(cell)) if isinstance(cell, Interval) else cell
+            for column, cell in zip(table.columns, row, strict=True)
+        }
+        for row in table.rows
+    ]
+
+
+def model_name(lab: Laboratory) -> str:
+    """The model's name and its shape."""
     found = layout(lab.model)
     name = str(getattr(found.model.config, "name_or_path", "") or found.model_type)
     shape = f"{found.n_layers} layers of {found.n_heads} heads, width {found.hidden_size}"
@@ -96,75 +100,132 @@ def _name(lab: Laboratory) -> str:
 
 def _preface(lab: Laboratory, quick: bool, seconds: float) -> str:
     size, n = lab.size, len(lab.size.seeds)
-    shortened = "**A quick run: one seed (so no spread), and fewer prompts and steps than the full report.** "
+    few = "**A quick run: one seed, and fewer prompts, settings and steps than the full report, so that intervals are "
+    few += "wide.** " if quick else ""
     return f"""\
-{shortened if quick else ""}{n} seed{"s" if n > 1 else ""}, for the order of training and what is held out; \
-{size.n_train} training and {size.n_test} held-out prompts per task; {round(seconds / 60)} minutes in total. The \
-method is that of arXiv 2410.04962. The hinge, the direction of the KL, the exclusion of the answers and all weights \
-are choices of `actscale_fast`. No figure from the paper is used."""
+{few if quick else ""}{n} seed{"s" if n > 1 else ""}, for the order of training and what is held out. Per task, \
+{size.n_train} prompts to learn from, {size.n_validation} to choose weights, rates and strengths by, and {size.n_test} \
+test prompts; the three have different countries (capitals) or different templates (names). Brackets are 95 % \
+bootstrap intervals, which resample seeds and the prompts of each. {round(seconds / 60)} minutes in total. The method \
+is that of arXiv 2410.04962. The hinge, the direction of the KL and the exclusion of the answers are choices of \
+`actscale_fast`. No figure from the paper is used."""
 
 
-def _task(lab: Laboratory, task: Task, results: dict[str, Any]) -> str:
-    found = results["comparison"][task.name]
-    rows = [
-        (
-            system.title,
-            *_cells([run["train"] for run in found[system.name]])[:4],
-            _spread([run["seconds"] for run in found[system.name]], "{:.0f}"),
-        )
-        for system in SYSTEMS
+def _claims(lab: Laboratory, claims: list[Claim]) -> Section:
+    blocks: list[Block] = [
+        Text(
+            "The criteria are this package's own. Flips: the share of test prompts with the answer that is steered to "
+            "above the other, whatever it was before, averaged over both directions. A claim is **held** if the whole "
+            "interval of each of its figures is on the right side of the bound, **not held** if the whole interval of "
+            "one is on the wrong side, and otherwise not decided."
+        ),
+        tables.claims_table(claims),
     ]
-    return f"""\
-## {task.title}
-
-Held out: {task.held_out}. Mean (range over seeds).
-
-{_form(lab, task, results, aligned=False)}
-
-{_form(lab, task, results, aligned=True)}
-
-On training prompts (the first {lab.size.n_test // 2} of them):
-
-{_table(("training", *(label for label, _ in list(_FIGURES.values())[:4]), "seconds per fit"), rows)}
-
-![systems]({task.name}-comparison.png)
-
-Scalars of seed {lab.size.seeds[0]}: per head, and per site and position.
-
-![heads]({task.name}-heads.png)
-
-![positions]({task.name}-positions.png)
-
-{_knock_out(results["knock-out"][task.name])}
-
-![knock-outs]({task.name}-knock-out.png)
-
-DynScalar, learned on prompts of one length, evaluated on prompts that follow unrelated sentences \
-({lab.size.n_test // 2} held-out prompts per seed):
-
-{_transfer(results["transfer"][task.name])}
-
-![transfer]({task.name}-transfer.png)
-
-"""
+    tried = tables.remedies_table(lab)
+    if tried is not None:
+        blocks += [Text(tables.tried_words(lab)), tried]
+    return Section("The claims of the abstract", blocks)
 
 
-def _form(lab: Laboratory, task: Task, results: dict[str, Any], *, aligned: bool) -> str:
-    """The table of held-out results on one form of the task, with the frozen model on the same prompts."""
-    systems = [system for system in SYSTEMS if system.aligned is aligned]
-    found = results["comparison"][task.name]
-    example = task.examples(lab.tokenizer, lab.size, lab.size.seeds[0], aligned=aligned).test[0]
-    rows = [("frozen model", *_cells([_frozen(run["test"]) for run in found[systems[0].name]]))]
-    rows += [(system.title, *_cells([run["test"] for run in found[system.name]])) for system in systems]
-    if not aligned:  # baselines of the scalars per head
-        baselines = results["baselines"][task.name]
-        rows.append(("learned scalars at random heads", *_cells([run["random"] for run in baselines])))
-        rows.append(("scalars from the gradient at 0", *_cells([run["attribution"] for run in baselines])))
-    form = "Prompts of one length with aligned tokens" if aligned else "Prompts of any length"
-    return f"""\
-{form}, such as `{_plain(example.prompt)}` →{example.correct} (correct), not{example.wrong}:
+def _task(lab: Laboratory, task: Task) -> Iterable[Section]:
+    yield Section(task.title, [Text(f"Validation and test prompts have other {task.held_out} than training.")])
+    for aligned in (False, True):
+        examples = task.examples(lab.tokenizer, lab.size, lab.size.seeds[0], aligned=aligned)
+        example = examples.test[0]
+        prompt = " ".join(example.prompt.split())
+        low, high = lab.results["frozen"][task.name][FORMS[aligned]][0]["lengths"]
+        form = "Prompts of one length with aligned tokens" if aligned else "Prompts of any length"
+        length = f"{low} tokens" if low == high else f"{low} to {high} tokens"
+        blocks: list[Block] = [
+            Text(f"{length}, such as `{prompt}` →{example.correct} (correct), not{example.wrong}."),
+            Text(f"Equally many steps ({lab.size.steps}), test prompts:"),
+            tables.comparison_table(lab, task, aligned=aligned),
+        ]
+        if lab.size.time_seeds:
+            blocks += [
+                Text(tables.time_words(lab)),
+                tables.comparison_table(lab, task, aligned=aligned, equal_time=True),
+            ]
+        yield Section(f"{form}: {task.short}", blocks, level=3)
+    yield Section(
+        f"Pictures: {task.short}",
+        [
+            pictures.comparison(lab, task),
+            pictures.head_map(lab, task, system_named("scalars")),
+            pictures.head_map(lab, task, system_named("few-scalars")),
+            *pictures.position_maps(lab, task),
+        ],
+        level=3,
+    )
+    knocked = lab.results["knock-out"][task.name]
+    yield Section(
+        f"Removing one head at a time: {task.short}",
+        [Text(_knock_out(knocked)), pictures.knock_out_map(lab, task)], level=3,
+    )  # fmt: skip
+    longer: list[Block] = [
+        Text(
+            f"What was learned, on prompts that follow unrelated sentences ({lab.size.n_transferred} test prompts for "
+            f"each of {min(lab.size.transfer_seeds, len(lab.size.seeds))} seeds). DynScalar was learned on aligned "
+            "prompts, the others on prompts of any length."
+        ),
+        tables.transfer_table(lab, task, "lengths", transferred()),
+    ]
+    picture = pictures.transfer(lab, task)
+    longer += [] if picture is None else [picture]
+    longer += [
+        Text("The same questions in other wordings, in which nothing was learned or chosen:"),
+        tables.transfer_table(lab, task, "wordings", transferred()),
+    ]
+    yield Section(f"Other lengths and wordings: {task.short}", longer, level=3)
 
-{_table(("held out", *(label for label, _ in _FIGURES.values())), rows)}"""
+
+def _where(lab: Laboratory) -> Iterable[Section]:
+    few: list[Block] = [
+        Text(
+            "Along a path of falling ℓ1 weights each fit starts where the previous one ended; the ℓ1 term also shrinks "
+            "the scalars that stay. The refit keeps the scalars that such a path chose and fits them without that term."
+        ),
+        pictures.path(lab),
+        *(tables.path_table(lab, task) for task in TASKS),
+    ]
+    yield Section("How few scalars suffice", few)
+    blocks: list[Block] = []
+    for name in ("scalars", "few-scalars"):
+        system = system_named(name)
+        blocks.append(pictures.overlap(lab, system))
+        blocks += [pictures.how_often(lab, task, system) for task in TASKS]
+    yield Section("Which heads: stability over seeds and tasks", blocks)
+
+
+def _methods(lab: Laboratory) -> Iterable[Section]:
+    words = (
+        f"Methods that choose heads, at equal numbers of heads (`af.compare_heads`): scores on {lab.size.n_scored} "
+        "training prompts, the strength on validation prompts, figures on test prompts of the first seed. Methods with "
+        "a refit, and activ-scalar, learn a value per head; the others share one strength. Intervals are over the "
+        "prompts."
+    )
+    yield Section("Methods at equal numbers of heads", [Text(words)])
+    for task in TASKS:
+        blocks: list[Block] = [tables.methods_table(lab, task)]
+        picture = pictures.head_methods(lab, task)
+        blocks += [] if picture is None else [picture]
+        for group in lab.results["heads"][task.name].values():
+            blocks += [Text(f"Left out: `{name}`, {reason}.") for name, reason in group["left_out"].items()]
+        yield Section(f"Methods: {task.short}", blocks, level=3)
+
+
+def _stress(lab: Laboratory) -> Iterable[Section]:
+    n = lab.results["stress"][TASKS[0].name]["scalars"]["n_examples"]
+    words = (
+        f"`af.stress` at strength 1, on {n} test prompts of the first seed: control (flips under changed prompts), "
+        "utility (plain text and unrelated prompts) and robustness (the worst change, and unrelated behaviours). A "
+        "gate passes if all its checks do; a check is not decided where its interval includes the threshold."
+    )
+    yield Section("Stress tests", [Text(words)])
+    for task in TASKS:
+        left_out = lab.results["stress"][task.name]["scalars"]["left_out"]
+        notes = [Text(f"Left out: {name}, {' '.join(reason.split())}.") for name, reason in left_out.items()]
+        yield Section(f"Stress: {task.short}", [tables.stress_table(lab, task), *notes], level=3)
 
 
 def _knock_out(found: dict[str, Any]) -> str:
@@ -182,96 +243,29 @@ def _known(value: float | None, form: str) -> str:
     return "(not defined)" if value is None else form.format(value)
 
 
-def _transfer(rows: list[Any]) -> str:
-    table = []
-    for row in rows:
-        (runs,) = row["systems"].values()
-        first, last = row["lengths"]
-        flips = [
-            _spread([(run["baseline"] if frozen else run)[key] for run in runs], "{:.2f}")
-            for key in ("flip_to_correct", "flip_to_wrong")
-            for frozen in (True, False)
-        ]
-        length = f"{first}" if first == last else f"{first}–{last}"
-        table.append((f"{row['n_sentences']}", length, *flips, _spread([run["kl"] for run in runs], "{:.3f}")))
-    head = ("sentences before", "tokens", "correct: frozen", "β = +1", "wrong: frozen", "β = −1", "KL, nats")
-    return _table(head, table)
-
-
-def _recipe(name: str, title: str, recipe: dict[str, Any]) -> str:
-    """A recipe's continuations of two prompts at several strengths."""
-    if "impossible" in recipe:
-        return f"### {title}\n\nNot possible here: {recipe['impossible']}\n\n"
-    parts = [f"### {title} (layer {recipe['layer']}, coefficient {recipe['coefficient']:.3g})"]
-    for number in range(min(2, len(recipe["prompts"]))):
-        rows = []
-        for row in recipe["rows"]:
-            fluency = "—" if row["perplexity"] is None else f"{row['perplexity']:.1f}"
-            share = f"{row['share']:.0%}" if "share" in row else ""
-            rows.append((f"{row['strength']:g}", _plain(row["texts"][number]), fluency, share))
-        parts.append(f"`{_plain(recipe.get('shown', recipe['prompts'])[number])}`")
-        parts.append(_table(("strength", "continuation", "perplexity, all prompts", recipe.get("measured", "")), rows))
-    parts.append(f"![perplexity]({name}.png)")
-    if "table" in recipe:
-        tried = ", ".join(f"{layer}: {score:.2f}" for layer, score, _ in recipe["table"])
-        parts.append(f"Score of each candidate layer on validation questions: {tried}.")
-    return "\n\n".join(parts) + "\n\n"
-
-
-def _latent(found: dict[str, Any]) -> str:
-    if "impossible" in found:
-        return f"### Latent steering vectors\n\nNot possible here: {found['impossible']}\n"
-    exact = sum(row["exact"] for row in found["rows"])
-    rows = ((row["sentence"], _plain(row["said"]), "✓" if row["exact"] else "✗") for row in found["rows"])
-    return f"""\
-### Latent steering vectors (layer {found["layer"]})
-
-{exact} of {len(found["rows"])} sentences are reproduced word by word under their vector.
-
-{_table(("sentence", "said", ""), rows)}
-"""
-
-
-def _how(lab: Laboratory, quick: bool) -> str:
+def _how(lab: Laboratory, quick: bool) -> Section:
     device = next(lab.model.parameters()).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    rows = [
-        (
-            system.title, ", ".join(system.sites), f"{round(system.share * lab.size.steps)}", f"{system.lr:g}",
-            f"{system.objective.margin:g}", f"{system.objective.faithfulness:g}",
-            f"{system.objective.minimality_weight:g}",
-        )
-        for system in SYSTEMS
-    ]  # fmt: skip
-    return f"""\
-## How it was run
-
-{_table(("system", "sites", "steps", "learning rate", "margin", "λ_F", "λ_M"), rows)}
-
-`actscale-fast reproduce{" --quick" if quick else ""}`; actscale_fast {__version__}, torch {torch.__version__}, \
-{where}, {platform.machine()}, {datetime.now(UTC).date().isoformat()}. All figures are in `report.json`, \
-those of each stage in `results/`, and the learned interventions in `interventions/`.
-"""
-
-
-def _frozen(figures: dict[str, Any]) -> dict[str, Any]:
-    nothing = {"n_active": 0, "n_places": 0, "l1": 0.0, "n_parameters": figures["n_parameters"]}
-    return figures["baseline"] | nothing
-
-
-def _cells(runs: Sequence[dict[str, Any]]) -> list[str]:
-    return [_spread([run[name] for run in runs], form) for name, (_, form) in _FIGURES.items()]
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    mean, low, high = (form.format(value) for value in (fmean(values), min(values), max(values)))
-    return mean if low == high else f"{mean} ({low}–{high})"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    escaped = ([cell.replace("|", "∣") for cell in row] for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *escaped))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split())
+    return Section(
+        "How it was run",
+        [
+            Text(
+                f"Settings were tried with {lab.size.tuning_steps} steps on the training prompts of the first seed: "
+                "the defaults, and changes by the factors below. Of those whose flips on the validation prompts are "
+                f"within {TOLERANCE} of the best, the one with the smallest KL was chosen. {SYSTEMS[1].title}, takes "
+                f"the weight λ_F and the learning rate of {SYSTEMS[0].title}; its scalars are at most {FEW:.0%} of "
+                "all, and its number of steps is that of the last fit, after a path of shorter ones that choose them."
+            ),
+            tables.tuning_table(lab),
+            Text(
+                f"The margin is {defaults.MARGIN:g} logits; a step takes {lab.size.batch_size} prompts. Seconds per "
+                f"fit are those of the {'processors, all threads together' if device.type == 'cpu' else 'clock'}."
+            ),
+            Text(
+                f"`actscale-fast reproduce{' --quick' if quick else ''}`; actscale_fast {__version__}, torch "
+                f"{torch.__version__}, {where}, {platform.machine()}, {datetime.now(UTC).date().isoformat()}. The "
+                "claims and main figures are also in `report.json`, the data of each table and picture in `csv/`, "
+                "those of each stage in `results/`, and the learned interventions in `interventions/`."
+            ),
+        ],
+    )

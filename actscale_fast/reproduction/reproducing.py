@@ -1,27 +1,33 @@
-"""The whole run: stages whose results are files, and the report at the end."""
+"""The whole run on one model: stages whose results are files, and the report at the end."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._log import notice
 from .._version import __version__
 from ..architectures.layout import layout
 from ..architectures.weights_digest import weights_digest
 from ..learning.checkpoint import digest
 from ..modules.evaluation_mode import evaluation_mode
-from . import locating, recipes, transferring
-from .comparing import Laboratory
-from .pictures import draw, transferred
+from .laboratory import Laboratory
+from .plan import Stage, put, remedy_stages, stages
 from .report import write_report
+from .size import FULL, QUICK, Size
 from .stages import Stages
-from .systems import FULL, QUICK, SYSTEMS, TASKS, Size
+from .systems import SYSTEMS
+from .task_forms import TASKS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Stages after which the time of the whole run is estimated.
+_FIRST = 3
 
 
 def reproduce(
@@ -33,10 +39,12 @@ def reproduce(
     size: Size | None = None,
     progress: bool = True,
 ) -> Path:
-    """Run every system on every task and write a report, `report.md`, with pictures.
+    """Run every system on every task and write a report: `report.md` with pictures, `report.html`, and CSV files.
 
-    Finished stages and checkpoints of fits are files in the folder, so the same call continues a run that was killed.
-    The report judges the claims of the abstract of arXiv 2410.04962 by criteria that it states.
+    Finished stages are files in the folder, so the same call continues a run that was killed.
+    The report judges the claims of the abstract of arXiv 2410.04962 by criteria that it states: each is held, not held,
+    or not decided, by its interval over seeds and prompts. Weights, rates and strengths are chosen on validation
+    prompts, which share nothing with the test prompts.
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
@@ -46,13 +54,11 @@ def reproduce(
         progress: show a progress bar.
 
     Returns:
-        The path of the report.
+        The path of `report.md`; the other files are beside it.
 
     Raises:
         ValueError: the folder holds a run with another model or size, or the tokenizer lacks the words of a task.
     """
-    from tqdm.auto import tqdm
-
     if quick and size is not None:
         raise ValueError("size: given together with quick=True, expected one or the other")
     chosen = size or (QUICK if quick else FULL)
@@ -69,52 +75,35 @@ def reproduce(
     for task in TASKS:  # fails early if the tokenizer lacks the words
         for aligned in (False, True):
             task.examples(tokenizer, chosen, chosen.seeds[0], aligned=aligned)
-    stages = Stages(lab.folder, settings)
-    plan = _plan(lab)
-    results: dict[str, Any] = {}
-    with tqdm(total=len(plan), desc="reproduce", disable=not progress, unit="stage", dynamic_ncols=True) as bar:
-        for where, compute in plan:
-            bar.set_postfix_str(" ".join(where))
-            with evaluation_mode(model):
-                result = stages.run("-".join(where), compute)
-            _put(results, where, result)
-            bar.update()
-    draw(lab, results)
-    return write_report(lab, results, quick=chosen is QUICK, seconds=stages.seconds)
+    kept = Stages(lab.folder, settings)
+    _run(lab, kept, progress=progress)
+    return write_report(lab, quick=chosen == replace(QUICK, seeds=chosen.seeds), seconds=kept.seconds)
 
 
-Stage = tuple[tuple[str, ...], Callable[[], Any]]
+def _run(lab: Laboratory, kept: Stages, *, progress: bool) -> None:
+    """Run all stages that are missing, and collect the results of all."""
+    from tqdm.auto import tqdm
+
+    planned = list(stages(lab))
+    with tqdm(total=len(planned), desc="reproduce", disable=not progress, unit="stage", dynamic_ncols=True) as bar:
+        _run_some(lab, kept, planned, bar)
+        more = list(remedy_stages(lab))
+        bar.total += len(more)
+        _run_some(lab, kept, more, bar)
 
 
-def _plan(lab: Laboratory) -> list[Stage]:
-    """Every stage, (place in the results, function), in the order of their dependencies."""
-    plan: list[Stage] = []
-    scalars = SYSTEMS[0]
-    for seed in lab.size.seeds:
-        for task in TASKS:
-            for system in SYSTEMS:
-                where = ("comparison", task.name, system.name, str(seed))
-                plan.append((where, partial(lab.compare, task, system, seed)))
-            plan.append((("baselines", task.name, str(seed)), partial(lab.baselines, task, scalars, seed)))
-    for task in TASKS:
-        plan += [
-            (("knock-out", task.name), partial(locating.knock_out, lab, task, scalars)),
-            (("path", task.name), partial(locating.path, lab, task, scalars)),
-            (("transfer", task.name), partial(transferring.transfer, lab, task, transferred())),
-        ]
-    for name in ("act-add", "mean-centring", "instruction", "latent"):
-        recipe = getattr(recipes, name.replace("-", "_"))
-        plan.append((("recipes", name), partial(recipes.attempted, recipe, lab)))
-    return plan
-
-
-def _put(results: dict[str, Any], where: tuple[str, ...], result: Any) -> None:
-    """Store a result at its place; the results of several seeds form a list."""
-    of_seeds = where[0] in ("comparison", "baselines")
-    *keys, last = where[:-1] if of_seeds else where
-    for key in keys:
-        results = results.setdefault(key, {})
-    if of_seeds:
-        results.setdefault(last, []).append(result)
-    else:
-        results[last] = result
+def _run_some(lab: Laboratory, kept: Stages, planned: Sequence[Stage], bar: Any) -> None:
+    """Run these stages; after the first ones that are not there yet, say how long the others will take."""
+    missing = [stage for stage in planned if not kept.has(stage.name)]
+    for stage in planned:
+        bar.set_postfix_str(" ".join(stage.where))
+        with evaluation_mode(lab.model):
+            result = kept.run(stage.name, stage.compute)
+        put(lab.results, stage.where, result)
+        bar.update()
+        if len(missing) > _FIRST and stage is missing[_FIRST - 1]:
+            cost, rest = (sum(one.cost for one in some) for some in (missing[:_FIRST], missing[_FIRST:]))
+            minutes = sum(kept.taken[one.name] for one in missing[:_FIRST]) / cost * rest / 60
+            notice(
+                f"reproduce: about {minutes:.0f} more minutes for {len(missing) - _FIRST} stages, by the first {_FIRST}"
+            )

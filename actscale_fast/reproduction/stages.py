@@ -24,6 +24,8 @@ class Stages:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
+        #: Duration in seconds of each stage that was run or read.
+        self.taken: dict[str, float] = {}
         file = folder / "settings.json"
         if os.path.lexists(file):
             there = _read(file, "delete the folder to start again")
@@ -35,14 +37,21 @@ class Stages:
         else:
             write_sealed(file, settings)
 
+    def has(self, name: str) -> bool:
+        """Whether the result of a stage is there."""
+        return os.path.lexists(self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "results" / f"{name}.json"
+
     def run(self, name: str, compute: Callable[[], Any]) -> Any:
         """The result of a stage, read from its file if there is one.
 
         Raises:
             ValueError: the file was changed since it was written.
         """
-        file = self.folder / "results" / f"{name}.json"
-        if not os.path.lexists(file):
+        file = self._file(name)
+        if not self.has(name):
             begun = time.perf_counter()
             result = compute()
             seconds = round(time.perf_counter() - begun, 1)
@@ -50,13 +59,13 @@ class Stages:
         kept = _read(file, "delete it to compute this stage again")
         if kept.get("stage") != name or "result" not in kept:
             raise ValueError(f"{file}: belongs to another stage; delete it to compute this stage again")
+        self.taken[name] = float(kept["seconds"])
         return kept["result"]
 
     @property
     def seconds(self) -> float:
-        """The time of all finished stages."""
-        files = sorted((self.folder / "results").glob("*.json"))
-        return sum(float(_read(file, "delete it to compute this stage again")["seconds"]) for file in files)
+        """The time of all stages that were run or read."""
+        return sum(self.taken.values())
 
 
 def _read(file: Path, remedy: str) -> dict[str, Any]:

@@ -1,102 +1,34 @@
-"""The size of a reproduction, and its systems, objectives and tasks."""
+"""The systems that the report compares, and the settings that are tried for each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .. import tasks
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec
-from ..learning import Objective
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from ..tasks import TaskSplit
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """The counts of a run."""
-
-    seeds: tuple[int, ...]
-    n_train: int
-    n_test: int
-    steps: int
-    n_path: int  # number of weights of the ℓ1 norm on the path
-    path_steps: int
-    n_attributed: int  # number of prompts for the knock-outs
-    n_sentences: int  # number of latent vectors
-    max_new_tokens: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"seeds": list(self.seeds)}
-
-
-FULL = Size(
-    seeds=(0, 1, 2), n_train=192, n_test=64, steps=48, n_path=5, path_steps=16, n_attributed=8, n_sentences=10,
-    max_new_tokens=30,
-)  # fmt: skip
-QUICK = Size(
-    seeds=(0,), n_train=64, n_test=32, steps=20, n_path=3, path_steps=8, n_attributed=4, n_sentences=4,
-    max_new_tokens=20,
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A task in two forms: prompts of any length, and prompts whose tokens are aligned."""
-
-    name: str
-    title: str
-    held_out: str
-    split: Callable[..., TaskSplit]
-
-    def examples(
-        self, tokenizer: PreTrainedTokenizerBase, size: Size, seed: int, *, aligned: bool = False
-    ) -> TaskSplit:
-        return self.split(tokenizer, size.n_train, size.n_test, seed, aligned)
-
-
-def _capitals(tokenizer: Any, n_train: int, n_test: int, seed: int, aligned: bool) -> TaskSplit:
-    """Country-capital conflicts: one wording and capitals of any length; if aligned, eight wordings and one token."""
-    counts: dict[str, Any] = {"n_train": n_train, "n_test": n_test, "seed": seed}
-    if aligned:
-        return tasks.country_capital_conflicts(
-            tokenizer, templates=tasks.ALIGNED_CONFLICT_TEMPLATES, aligned=True, **counts
-        )
-    return tasks.country_capital_conflicts(
-        tokenizer, templates=tasks.CONFLICT_TEMPLATES[:1], whole_names=False, **counts
-    )
-
-
-def _indirect_objects(tokenizer: Any, n_train: int, n_test: int, seed: int, aligned: bool) -> TaskSplit:
-    return tasks.indirect_object_identification(tokenizer, n_train=n_train, n_test=n_test, seed=seed, aligned=aligned)
-
-
-TASKS = (
-    Task("country-capital", "Country-capital conflicts", "countries", _capitals),
-    Task("indirect-object", "Indirect object identification", "templates", _indirect_objects),
-)
-
+#: "A few": the share of the heads (or of the vectors per site and position) that may be scaled.
+FEW = 0.2
 #: The two sites of the paper's main comparison.
 _SITES = ("attn_out", "mlp_out")
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """A kind of intervention, with the objective and the learning rate that it is fitted with."""
+    """A kind of intervention, where it acts, and how it is fitted."""
 
     name: str
     title: str
     cls: type[Intervention]
     aligned: bool  # learned on prompts of one length with aligned tokens
-    objective: Objective
-    lr: float
-    share: float = 1.0  # of the steps: systems with more parameters need fewer
     sites: tuple[str, ...] = ("head",)
+    few: bool = False  # chosen by a path of ℓ1 weights, then fitted without it, with `FEW` of the scalars
+    tuned_as: str = ""  # the system whose settings it takes
 
     def make(self, model: PreTrainedModel, n_tokens: int) -> Intervention:
         """A new intervention; `n_tokens` is the length of the aligned prompts."""
@@ -106,17 +38,29 @@ class System:
         ]
         return reduce(lambda first, second: first + second, parts)
 
+    @property
+    def any_length(self) -> bool:
+        """Whether what was learned applies to prompts of any length."""
+        return not self.aligned or self.cls.shares_positions
+
 
 SYSTEMS = (
-    System("scalars", "ActivScalar, a head", ActivScalar, False, Objective(minimality=0.25, faithfulness=0.3), 0.05),
-    System("vectors", "SteerVec, a head", SteerVec, False, Objective(minimality=0.02, faithfulness=0.3), 0.01, 0.5),
-    System("probes", "DynScalar, a head", DynScalar, True, Objective(minimality=0.02, faithfulness=0.3), 0.01, 0.5),
+    System("scalars", "ActivScalar per head", ActivScalar, False),
     System(
-        "scalars-by-position", "ActivScalar, a site and position", ActivScalar, True,
-        Objective(minimality=0.1, faithfulness=0.3), 0.05, 0.5, _SITES,
+        "few-scalars", f"ActivScalar, {FEW:.0%} of the heads, refit", ActivScalar, False, few=True, tuned_as="scalars"
     ),
-    System(
-        "vectors-by-position", "SteerVec, a site and position", SteerVec, True,
-        Objective(minimality=0.002, faithfulness=0.3), 0.01, 0.5, _SITES,
-    ),
+    System("vectors", "SteerVec per head", SteerVec, False),
+    System("probes", "DynScalar per head", DynScalar, True),
+    System("scalars-by-position", "ActivScalar per site and position", ActivScalar, True, _SITES),
+    System("vectors-by-position", "SteerVec per site and position", SteerVec, True, _SITES),
 )  # fmt: skip
+
+
+def system_named(name: str) -> System:
+    """The system of this name."""
+    return next(system for system in SYSTEMS if system.name == name)
+
+
+def few_of(intervention: Intervention) -> int:
+    """How many of an intervention's scalars are a few."""
+    return max(int(FEW * intervention.n_parameters), 2)

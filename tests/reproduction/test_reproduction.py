@@ -1,9 +1,11 @@
-"""The report of all systems: stages that are kept, claims that are judged by what was measured, pictures beside it."""
+"""The report of all systems: stages that are kept, files that belong together, and several models in one summary."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +16,29 @@ from word_models import LATE_CAPITALS, save_model
 
 import actscale_fast as af
 from actscale_fast.cli import main
-from actscale_fast.reproduction import SYSTEMS, TASKS, Size, pictures, recipes
-from actscale_fast.reproduction.claims import judged
-from actscale_fast.reproduction.comparing import Laboratory
-from actscale_fast.reproduction.measuring import by_attribution, jaccard, places, shuffled
+from actscale_fast.reproduction import (
+    PAPER_MODELS,
+    QUICK,
+    SYSTEMS,
+    TASKS,
+    Size,
+    comparing,
+    recipes,
+    reproduce_models,
+    reproducing,
+    stressing,
+)
+from actscale_fast.reproduction.measuring import by_attribution, jaccard, measure, places, shuffled
 from actscale_fast.reproduction.pictures import slots
 from actscale_fast.reproduction.stages import Stages
 from actscale_fast.tasks import Example
 
 TINY = Size(
-    seeds=(0, 1), n_train=8, n_test=4, steps=2, n_path=2, path_steps=2, n_attributed=2, n_sentences=1, max_new_tokens=4
-)
+    seeds=(0,), n_train=6, n_test=4, steps=6, n_path=2, path_steps=2, n_attributed=1, n_sentences=1, max_new_tokens=3,
+    n_validation=2, batch_size=6, grid=((1, 1, 1), (1 / 3, 1, 1)), tuning_steps=1,
+    methods=(("random",), ("activ-scalar",)), head_counts=(2,), head_strengths=(1.0,), head_steps=4, n_scored=4,
+    n_transferred=2, transfer_seeds=1, n_generated=2, time_seeds=1, remedy_seeds=0,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,60 +46,119 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = save_model(tmp_path_factory.mktemp("model"), without=LATE_CAPITALS)
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    # A context that is long enough for the prompts of the stress tests.
+    model = AutoModelForCausalLM.from_pretrained(folder, max_position_embeddings=256)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(autouse=True)
+def _without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACTSCALE_CHECK", "0")  # the check of a fit's gradients takes longer than these fits
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_a_finished_one_computes_nothing(
+def test_a_killed_run_goes_on_and_its_files_belong_together(
     opened: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compare, calls = Laboratory.compare, []
+    compare, calls = comparing.compare, []
 
-    def interrupted(self: Laboratory, *what: Any) -> Any:
+    def interrupted(*what: Any) -> Any:
         calls.append(what)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return compare(self, *what)
+        return compare(*what)
 
-    monkeypatch.setattr(Laboratory, "compare", interrupted)
+    monkeypatch.setattr(comparing, "compare", interrupted)
+    monkeypatch.setattr(stressing, "STRESSED", ("scalars",))
+    monkeypatch.setattr(recipes, "latent", lambda _: {"impossible": "left out of this test"})
+    folder = tmp_path / "tiny"
     with pytest.raises(KeyboardInterrupt):
-        af.reproduce(*opened, tmp_path, size=TINY, progress=False)
-    assert not (tmp_path / "report.md").exists()
-    report = af.reproduce(*opened, tmp_path, size=TINY, progress=False)
-    assert len(calls) == 1 + len(SYSTEMS) * len(TASKS) * len(TINY.seeds)  # the one that was interrupted, twice
-    text = report.read_text()
-    for system in SYSTEMS:
-        assert system.title in text
-    pictures = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
-    assert pictures == {path.name for path in tmp_path.glob("*.png")}
-    assert json.loads((tmp_path / "report.json").read_text())["claims"][0]["held"] in (True, False)
+        af.reproduce(*opened, folder, size=TINY, progress=False)
+    assert not (folder / "report.md").exists()
+    report = reproduce_models([("tiny", lambda: opened)], tmp_path, size=TINY, progress=False)
+    assert len(calls) == 1 + len(SYSTEMS) * len(TASKS)  # the one that was interrupted, twice
+    _check_files(folder)
+    assert "(tiny/report.md)" in report.read_text()
+    assert 'href="tiny/report.html"' in report.with_suffix(".html").read_text()
 
     def never(*_: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(Laboratory, "compare", never)
-    monkeypatch.setattr(Laboratory, "baselines", never)
-    af.reproduce(*opened, tmp_path, size=TINY, progress=False)
+    monkeypatch.setattr(comparing, "compare", never)
+    monkeypatch.setattr(comparing, "baselines", never)
+    monkeypatch.setattr(reproducing, "write_report", lambda *_, **__: report)  # pictures take time
+    af.reproduce(*opened, folder, size=TINY, progress=False)
     with pytest.raises(ValueError, match=r"holds a run with other settings .*steps.* differ"):
-        af.reproduce(*opened, tmp_path, size=Size(**TINY.to_dict() | {"seeds": (0, 1), "steps": 3}), progress=False)
+        af.reproduce(*opened, folder, size=replace(TINY, steps=7), progress=False)
 
 
-def test_the_command_line_hands_folder_and_size_over(
-    opened: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def _check_files(folder: Path) -> None:
+    """The pages name all systems and the frozen model; pictures and data that they mention exist, and no others."""
+    text, page = ((folder / f"report.{kind}").read_text() for kind in ("md", "html"))
+    for system in SYSTEMS:
+        assert system.title in text
+        assert system.title in page
+    pictures = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+    assert pictures == {f"pictures/{path.name}" for path in (folder / "pictures").glob("*.png")}
+    named = {name.removeprefix("csv/") for name in re.findall(r"csv/[\w-]+\.csv", page)}
+    assert named == {path.name for path in (folder / "csv").iterdir()}
+    assert not re.search(r"(src|href)=\"(?!data:|#)[^\"]*//", page)  # nothing from the network
+    anchors = set(re.findall(r'href="#([\w-]+)"', page))
+    assert anchors == set(re.findall(r'<h\d id="([\w-]+)"', page))
+    with (folder / "csv" / "country-capital-any-length.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["system"] == "frozen model"
+    assert {"correct above wrong, β = +1", "correct above wrong, β = +1, 2.5 %"} <= rows[0].keys()
+    claims = json.loads((folder / "report.json").read_text())["claims"]
+    assert {claim["verdict"] for claim in claims} <= {"held", "not held", "not decided", "not tested"}
+
+
+@pytest.mark.parametrize("given", [["--quick"], ["--quick", "--seeds", "3"], ["--models", "demo,other"], ["--paper"]])
+def test_the_command_line_hands_models_and_size_over(
+    given: list[str], opened: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     from actscale_fast.cli import reproduce
 
     seen: dict[str, Any] = {}
+    loaded: list[str | None] = []
 
     def run(model: Any, tokenizer: Any, folder: Path, **options: Any) -> Path:
         seen.update(options, folder=folder)
         return folder / "report.md"
 
+    def several(models: Any, folder: Path, **options: Any) -> Path:
+        seen.update(options, folder=folder, names=[name for name, load in models if load()])
+        return folder / "report.md"
+
+    def load(options: Any) -> Any:
+        loaded.append(options.model)
+        return opened
+
     monkeypatch.setattr(reproduce, "run", run)
-    monkeypatch.setattr(reproduce, "load_model", lambda _: opened)
-    assert main(["reproduce", "--quick", "--out", str(tmp_path / "r")]) == 0
-    assert seen == {"quick": True, "folder": tmp_path / "r", "progress": False}  # no terminal, no progress bars
+    monkeypatch.setattr(reproduce, "run_several", several)
+    monkeypatch.setattr(reproduce, "load_model", load)
+    assert main(["reproduce", *given, "--out", str(tmp_path / "r")]) == 0
+    common = {"folder": tmp_path / "r", "progress": False}  # no terminal, no progress bars
+    if given == ["--quick"]:
+        assert seen == common | {"quick": True}
+    elif "--seeds" in given:
+        assert seen == common | {"quick": False, "size": replace(QUICK, seeds=(0, 1, 2))}
+    elif "--paper" in given:
+        assert (loaded, seen["names"][-1]) == ([*PAPER_MODELS], "pythia-1.4b")
+    else:
+        assert (loaded, seen["names"]) == ([None, "other"], ["demo", "other"])
     assert "report.md" in capsys.readouterr().out
+
+
+def test_models_are_named_in_one_way_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "r")]
+    assert main(["reproduce", "--paper", "--models", "a,b", *out]) != 0
+    assert "--paper cannot be used with --models" in capsys.readouterr().err
+    assert main(["reproduce", "--models", "a,,b", *out]) != 0
+    assert "--models: got 'a,,b', expected names or folders" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'x' more than once"):
+        reproduce_models([("x", lambda: (None, None)), ("x", lambda: (None, None))], tmp_path)  # type: ignore[arg-type, return-value]
 
 
 def test_a_stage_is_kept_and_a_damaged_one_is_named(tmp_path: Path) -> None:
@@ -107,73 +180,50 @@ def test_a_stage_is_kept_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     assert stages.seconds >= 0
 
 
-def figures(correct: float, wrong: float, kl: float = 0.1, n_active: int = 10, n_parameters: int = 100) -> Any:
-    return {
-        "flip_to_correct": correct, "flip_to_wrong": wrong, "kl": kl, "n_active": n_active, "n_places": 10,
-        "n_parameters": n_parameters, "baseline": {"flip_to_correct": 0.0, "flip_to_wrong": 1.0},
-    }  # fmt: skip
+def test_the_three_parts_of_a_task_share_neither_countries_nor_templates(opened: tuple[Any, Any]) -> None:
+    _, tokenizer = opened
+    size = replace(TINY, n_train=20, n_validation=10, n_test=12)
+    for aligned in (False, True):
+        found = TASKS[0].examples(tokenizer, size, 1, aligned=aligned)
+        parts = [found.train, found.validation, found.test]
+        assert [len(part) for part in parts] == [20, 10, 12]
+        answers = [{answer for one in part for answer in (one.correct, one.wrong)} for part in parts]
+        assert not answers[0] & answers[1]
+        assert not answers[0] & answers[2]
+        assert not answers[1] & answers[2]
+    found = TASKS[1].examples(tokenizer, size, 1)
+    frames = [{_frame(one) for one in part} for part in (found.train, found.validation, found.test)]
+    assert not frames[0] & frames[1]
+    assert not frames[0] & frames[2]
+    assert not frames[1] & frames[2]
+    assert TASKS[1].examples(tokenizer, size, 2) != found
 
 
-def results(**changes: Any) -> dict[str, Any]:
-    scalars = [{"test": figures(0.9, 1.0)}, {"test": figures(1.0, 0.9)}]
-    vectors = [{"test": figures(0.95, 1.0, n_active=1000)}]
-    path = [figures(0.5, 0.9, n_active=3), figures(0.86, 0.9, n_active=8), figures(0.95, 0.95, n_active=60)]
-    transfer = [
-        {"lengths": [9, 9], "systems": {"probes": [figures(1.0, 1.0)]}},
-        {"lengths": [20, 30], "systems": {"probes": [figures(0.9, 0.9)]}},
-    ]
-    found = {"scalars": scalars, "vectors": vectors, "path": path, "transfer": transfer} | changes
-    return {
-        "comparison": {"t": {f"{name}-by-position": found[name] for name in ("scalars", "vectors")}},
-        "path": {"t": found["path"]},
-        "transfer": {"t": found["transfer"]},
-    }
+def _frame(example: Example) -> str:
+    """The first words of a sentence up to the first name, which tell the built-in templates apart."""
+    names = {example.correct.strip(), example.wrong.strip()}
+    words = example.prompt.split()
+    return " ".join(words[: next(place for place, word in enumerate(words) if word in names)])
 
 
-def held(**changes: Any) -> list[bool]:
-    """Effective and faithful, minimal, few, transferred."""
-    return [claim.held for claim in judged(results(**changes), ["t"])]
-
-
-def test_claims_are_held_where_their_criteria_are_met() -> None:
-    assert held() == [True, True, True, True]
-    found = judged(results(), ["t"])
-    assert "8 of 100 heads (8%) flip 0.86 and 0.90" in found[2].found
-    assert "flips 1.00 at 9 tokens (frozen 0.50), 0.90 at 30 (0.50)" in found[3].found
-
-
-@pytest.mark.parametrize(
-    ("changes", "which"),
-    [
-        ({"vectors": [{"test": figures(1.0, 1.0, kl=0.05, n_active=1000)}]}, 0),  # twice the KL
-        ({"vectors": [{"test": figures(0.95, 1.0, n_active=99)}]}, 1),
-        ({"path": [figures(0.84, 1.0, n_active=5), figures(1.0, 1.0, n_active=21)]}, 2),
-        ({"path": [figures(0.84, 1.0, n_active=5)]}, 2),
-    ],
-)
-def test_a_claim_whose_criterion_is_missed_is_not_held(changes: Any, which: int) -> None:
-    assert held(**changes) == [number != which for number in range(4)]
-
-
-def test_what_has_no_effect_is_neither_effective_nor_minimal() -> None:
-    at_rest = [{"test": figures(0.0, 1.0, kl=0.0, n_active=0)}]
-    assert held(scalars=at_rest, vectors=at_rest)[:2] == [False, False]
-    assert held(scalars=[{"test": figures(0.8, 0.9)}])[:2] == [False, False]  # 0.125 fewer
-
-
-def test_one_length_tests_no_transfer() -> None:
-    assert held(transfer=results()["transfer"]["t"][:1])[3] is None
-
-
-def test_what_does_not_carry_over_is_not_held() -> None:
-    rows = results()["transfer"]["t"]
-    rows[1]["systems"]["probes"] = [figures(0.6, 1.0)]
-    assert held(transfer=rows) == [True, True, True, False]
+def test_a_record_holds_what_evaluate_averages(opened: tuple[Any, Any]) -> None:
+    model, tokenizer = opened
+    test = TASKS[0].examples(tokenizer, TINY, 0).test
+    scalars = af.ActivScalar.for_model(model)
+    with torch.no_grad():
+        scalars.alpha[1, 0, 2] = 2.0
+    (record,) = measure(model, tokenizer, test, [scalars])
+    found = af.evaluate(model, tokenizer, test, scalars)
+    assert sum(record["correct"]) / len(test) == found.flip_to_correct
+    assert sum(record["kl"]) / len(test) == pytest.approx(found.kl, abs=1e-4)
+    assert found.baseline is not None
+    assert sum(record["frozen"]["wrong"]) / len(test) == found.baseline.flip_to_wrong
+    assert (record["n_active"], record["n_places"]) == (1, 1)
 
 
 def test_baselines_have_the_norm_and_number_of_the_learned_scalars(opened: tuple[Any, Any]) -> None:
     model, tokenizer = opened
-    train, _ = TASKS[0].examples(tokenizer, TINY, 0)
+    train = TASKS[0].examples(tokenizer, TINY, 0).train
     scalars = af.ActivScalar.for_model(model)
     with torch.no_grad():
         scalars.alpha[0, 0, 1], scalars.alpha[1, 0, 2], scalars.alpha[1, 0, 3] = 0.5, -2.0, 0.25
@@ -217,16 +267,10 @@ def test_a_slot_that_holds_an_answer_is_named_by_its_role() -> None:
     assert slots(Words(), example) == ["The", " capital", " is", "(wrong answer)", ";", " it", " is"]  # type: ignore[arg-type]
 
 
-def test_the_pictures_of_recipes_are_named_after_what_the_recipes_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    titles: list[str] = []
-    monkeypatch.setattr(pictures.plots, "strengths", lambda *_, title, **__: titles.append(title))
-    monkeypatch.setattr(recipes, "SUBTRACTED", "Fear")
-    monkeypatch.setattr(recipes, "INSTRUCTION", "Answer with a joke.")
-    found = {"layer": 3, "rows": [{"strength": 0.0, "perplexity": 9.0}]}
-    lab: Any = SimpleNamespace(folder=Path())
-    pictures._recipes(lab, dict.fromkeys(("act-add", "mean-centring", "instruction"), found))
-    assert titles == [
-        "ActAdd, “Love” − “Fear”, layer 3",
-        "Mean-centring, texts about the sea, layer 3",
-        "Instruction vector, “Answer with a joke.”, layer 3",
-    ]
+def test_equal_time_gives_slower_systems_fewer_steps() -> None:
+    runs = {name: [{"seconds": seconds}] for name, seconds in (("scalars", 8.0), ("vectors", 16.0), ("probes", 8.5))}
+    lab: Any = SimpleNamespace(size=replace(TINY, steps=40), results={"comparison": {"country-capital": runs}})
+    steps = {
+        system.name: comparing.steps_in_equal_time(lab, TASKS[0], system) for system in SYSTEMS if system.name in runs
+    }
+    assert steps == {"scalars": 40, "vectors": 20, "probes": 40}

@@ -1,0 +1,32 @@
+"""Stress tests of what was learned per head, at the strength that it was learned with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..learning import stress
+from .laboratory import Laboratory
+from .systems import system_named
+from .task_forms import Task
+
+#: The systems that are tested: scalars, few of them, and vectors.
+STRESSED = ("scalars", "few-scalars", "vectors")
+
+
+def stressed(lab: Laboratory, task: Task, name: str) -> dict[str, Any]:
+    """The gates of one system of the first seed, on its test prompts."""
+    seed = lab.size.seeds[0]
+    test = task.examples(lab.tokenizer, lab.size, seed).test[: lab.size.n_transferred]
+    learned = lab.learned(task, system_named(name), seed)
+    try:
+        result = stress(lab.model, lab.tokenizer, learned, test, seed=seed)
+    except ValueError as error:  # such as changed prompts that are longer than the model's context
+        return {"gates": [], "n_examples": len(test), "left_out": {"the whole test": str(error)}}
+    gates = [
+        {
+            "gate": gate.name, "passed": gate.passed,
+            "checks": [[one.what, one.value, one.interval, one.threshold, one.at_least] for one in gate.checks],
+        }
+        for gate in result.gates
+    ]  # fmt: skip
+    return {"gates": gates, "n_examples": result.n_examples, "left_out": result.left_out}
