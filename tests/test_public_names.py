@@ -24,8 +24,8 @@ NAMES = {
         SweepFit SweepResult act_add attribution circuit_metrics compare_heads decode_latent evaluate
         evaluate_conflicts fit fit_interchange gather_sweep get_actscale_model get_backend head_faithfulness
         head_mask instruction_vectors latent_vectors load_demo_model load_examples load_intervention load_sweep
-        mean_activations mean_centring mean_vector merge minimality_path ops patch perplexity plan_memory plots reproduce
-        save_examples save_mib_scores select_heads set_backend source_activations stack stress sweep tasks
+        mean_activations mean_centring mean_vector merge minimality_path ops patch perplexity plan_memory plots
+        reproduce save_examples save_mib_scores select_heads set_backend source_activations stack stress sweep tasks
         unmerge use_backend verify_kernels Verification
     """,
     "actscale_fast.ops": """
