@@ -123,21 +123,14 @@ def country_capital_conflicts(
     countries = (order, order) if split == "template" else (order[held_out:], order[:held_out])
     of_train, of_test = (texts, texts) if split == "country" else held_out_templates(texts, rng)
     sides = {
-        "n_test": (n_test, _claims(countries[1], of_test, rng)),
-        "n_train": (n_train, _claims(countries[0], of_train, rng)),
+        "n_test": (n_test, false_claims(countries[1], of_test, rng)),
+        "n_train": (n_train, false_claims(countries[0], of_train, rng)),
     }
-    if aligned:
-        sides = _aligned(tokenizer, sides)
-    for name, (wanted, claims) in sides.items():
-        if wanted > len(claims):
-            raise ValueError(f"{name}: got {wanted}, but these templates and countries make only {len(claims)} prompts")
-    examples = {
-        name: [_example(claim, answers) for claim in claims[:wanted]] for name, (wanted, claims) in sides.items()
-    }
+    examples = examples_of_sides(tokenizer, sides, answers, aligned=aligned)
     return TaskSplit(train=examples["n_train"], test=examples["n_test"])
 
 
-class _Claim(NamedTuple):
+class FalseClaim(NamedTuple):
     """That the capital of `other` is that of `country`; of a hundred thousand a few become examples."""
 
     country: str
@@ -145,13 +138,35 @@ class _Claim(NamedTuple):
     template: str
 
 
-def _example(claim: _Claim, answers: dict[str, str]) -> Example:
+def _example(claim: FalseClaim, answers: dict[str, str]) -> Example:
     return Example(_prompt(claim), answers[claim.country], answers[claim.other])
 
 
-def _prompt(claim: _Claim) -> str:
+def _prompt(claim: FalseClaim) -> str:
     text = claim.template.format(country=claim.country, claim=CAPITALS[claim.other])
     return text[0].upper() + text[1:]
+
+
+def examples_of_sides(
+    tokenizer: PreTrainedTokenizerBase, sides: dict[str, tuple[int, list[FalseClaim]]], answers: dict[str, str], *,
+    aligned: bool,
+) -> dict[str, list[Example]]:  # fmt: skip
+    """The first claims of each side as examples.
+
+    Args:
+        tokenizer, aligned: as in `country_capital_conflicts`.
+        sides: by name, the number of examples and the claims to take them from.
+        answers: of each country.
+
+    Raises:
+        ValueError: a side has too few claims.
+    """
+    if aligned:
+        sides = _aligned(tokenizer, sides)
+    for name, (wanted, claims) in sides.items():
+        if wanted > len(claims):
+            raise ValueError(f"{name}: got {wanted}, but these templates and countries make only {len(claims)} prompts")
+    return {name: [_example(claim, answers) for claim in claims[:wanted]] for name, (wanted, claims) in sides.items()}
 
 
 def usable_answers(tokenizer: PreTrainedTokenizerBase, *, whole_names: bool, several_tokens: bool) -> dict[str, str]:
@@ -197,7 +212,7 @@ def _whole_answers(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     }
 
 
-def _claims(countries: list[str], templates: list[str], rng: random.Random) -> list[_Claim]:
+def false_claims(countries: list[str], templates: list[str], rng: random.Random) -> list[FalseClaim]:
     """Every (country, false claim, template) once, in rounds that each ask for every country and claim every capital.
 
     A round is a shift s on the circle of countries: country i is given the capital of country i + s. Shifts are in
@@ -211,14 +226,14 @@ def _claims(countries: list[str], templates: list[str], rng: random.Random) -> l
         places = list(range(n))
         rng.shuffle(places)
         made += [
-            _Claim(countries[i], countries[(i + shift) % n], templates[(turn + i) % len(templates)]) for i in places
+            FalseClaim(countries[i], countries[(i + shift) % n], templates[(turn + i) % len(templates)]) for i in places
         ]
     return made
 
 
 def _aligned(
-    tokenizer: PreTrainedTokenizerBase, sides: dict[str, tuple[int, list[_Claim]]]
-) -> dict[str, tuple[int, list[_Claim]]]:
+    tokenizer: PreTrainedTokenizerBase, sides: dict[str, tuple[int, list[FalseClaim]]]
+) -> dict[str, tuple[int, list[FalseClaim]]]:
     lengths = {name: prompt_lengths(tokenizer, [_prompt(c) for c in claims]) for name, (_, claims) in sides.items()}
     counts = {name: Counter(lengths[name]) for name in sides}
     total = sum(counts.values(), Counter())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .country_capitals import MIN_COUNTRIES, _aligned, _answers, _conflicts
+from .country_capitals import examples_of_sides, false_claims, usable_answers
 from .examples import Example
 from .indirect_objects import _ORDERS, _sentences, aligned_templates, sentence_words
 from .split import checked_templates
@@ -42,11 +42,7 @@ def conflicts_three_ways(
     Raises:
         ValueError: too few countries or prompts with this tokenizer.
     """
-    answers = _answers(tokenizer, whole_names)
-    if len(answers) < MIN_COUNTRIES:
-        raise ValueError(
-            f"tokenizer: only {len(answers)} capitals can be answered with one token, expected at least {MIN_COUNTRIES}"
-        )
+    answers = usable_answers(tokenizer, whole_names=whole_names, several_tokens=False)
     order = sorted(answers)
     rng = random.Random(seed)
     rng.shuffle(order)
@@ -55,13 +51,8 @@ def conflicts_three_ways(
     parts = {"test": order[:n_test], "validation": order[n_test:n_held_out], "train": order[n_held_out:]}
     wanted = dict(zip(("train", "validation", "test"), counts, strict=True))
     texts = list(templates)
-    sides = {name: (wanted[name], _conflicts(some, answers, texts, rng)) for name, some in parts.items()}
-    if aligned:
-        sides = _aligned(tokenizer, sides)
-    for name, (number, made) in sides.items():
-        if number > len(made):
-            raise ValueError(f"{name}: got {number}, but these templates and countries make only {len(made)} prompts")
-    return ThreeWaySplit(**{name: made[:number] for name, (number, made) in sides.items()})
+    sides = {name: (wanted[name], false_claims(some, texts, rng)) for name, some in parts.items()}
+    return ThreeWaySplit(**examples_of_sides(tokenizer, sides, answers, aligned=aligned))
 
 
 def sentences_three_ways(
