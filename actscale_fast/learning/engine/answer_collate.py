@@ -27,7 +27,7 @@ class AnswerCollator(Collator):
         """As `Collator.collate`; the rows are all of one kind."""
         if rows[0].prompts[0].row not in self.data.long_answers:
             return super().collate(rows, requests, shared_below)
-        self.cache.forget()
+        self.cache.begin(prompt.row for row in rows for prompt in row.prompts)
         if rows[0].tree is not None:
             width, n_last, padded = max(row.width for row in rows), 1, False
             tensors = self.packed_tokens(rows)

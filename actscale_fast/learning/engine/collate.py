@@ -52,7 +52,7 @@ class Collator:
             requests: the requests of the step.
             shared_below: as in `MicrobatchShape`.
         """
-        self.cache.forget()
+        self.cache.begin(prompt.row for row in rows for prompt in row.prompts)
         packed = rows[0].tree is not None
         directions = [row.directions(requests) for row in rows]
         # All rows under their first direction, then all under their second.

@@ -101,7 +101,8 @@ class ReferenceCache:
         self.output: Tensor | None = None  # [N, d], the head's inputs, if some answers have several tokens
         self._pass_of = {row: number for number, rows in enumerate(self.passes) for row in rows}
         self._filled: set[int] = set()
-        self._again: tuple[tuple[int, ...], dict[str, Tensor]] | None = None  # the last rows that were not kept
+        self._with_logits: set[KLOptions] = set()  # those whose statistics need the frozen logits
+        self._again: tuple[dict[int, int], dict[str, Tensor]] | None = None  # places of rows, and their values
 
     @property
     def keeps_rows(self) -> bool:
@@ -128,10 +129,9 @@ class ReferenceCache:
             return self.outputs(examples.tolist())
         known = self.statistics[option]
         found = known[examples.to(known.correct.device)]
-        name = self._logits_name(option)
-        if name not in self.store.near:
+        if option not in self._with_logits:
             return found
-        return replace(found, logits=self._stored(examples.tolist(), [name])[name])
+        return replace(found, logits=self._stored(examples.tolist(), ["logits"])["logits"])
 
     def outputs(self, rows: Sequence[int]) -> Tensor:
         """The frozen model's head inputs [rows, d], or logits [rows, V] if there is no head."""
@@ -146,9 +146,16 @@ class ReferenceCache:
         assert self.output is not None
         return self.output[examples.to(self.output.device)]
 
-    def forget(self) -> None:
-        """Forget the rows that were computed last because they are not kept."""
+    def begin(self, rows: Iterable[int]) -> None:
+        """Compute what is not kept of the rows of a microbatch, in one pass, whatever it asks for then.
+
+        Processes that hold the model together so run the frozen model equally often.
+        """
+        missing = sorted({row for row in rows if not self.store.has_place(row)})
         self._again = None
+        whole = all(row in self.data.long_answers for row in missing)
+        if missing and self.keeps_rows and not (whole and all(name.startswith(_CONSTANT) for name in self.store.near)):
+            self._compute_again(missing)
 
     def constants(self, rows: Sequence[int], columns: int) -> dict[str, Tensor]:
         """What is constant for these rows, left-padded to `columns`: "hidden", "keys.l" and "values.l"."""
@@ -210,7 +217,7 @@ class ReferenceCache:
 
     def _fill(self, rows: list[int]) -> None:
         """Run some rows, and keep what is to be kept."""
-        values, output, statistics = self._computed(rows)
+        values, output, statistics = self._computed(rows, self.options or ())
         index = torch.tensor(rows, device=output.device)
         if self.head is not None and self.data.long_answers:
             if self.output is None:
@@ -232,7 +239,7 @@ class ReferenceCache:
 
     @torch.no_grad()
     def _computed(
-        self, rows: Sequence[int]
+        self, rows: Sequence[int], options: Iterable[KLOptions]
     ) -> tuple[dict[str, Tensor], Tensor, dict[KLOptions, ops.ReferenceStatistics]]:
         """(what is kept in the store, the head's inputs or logits, the statistics of each option without logits)."""
         output, values = self._run(rows)
@@ -240,25 +247,30 @@ class ReferenceCache:
         if self.head is None:
             return values | ({} if self.options is None else {"output": output}), output, statistics
         correct, wrong = (ids[list(rows)].to(output.device) for ids in (self.data.correct, self.data.wrong))
-        for option in self.options or ():
+        for option in options:
             found = self.head.reference_statistics(output, correct, wrong, **option._asdict())
-            if found.logits is not None:
-                values = values | {self._logits_name(option): found.logits}
+            if found.logits is not None:  # the same for every option
+                self._with_logits.add(option)
+                values = values | {"logits": found.logits}
                 found = replace(found, logits=None)
             statistics[option] = found
         return values, output, statistics
-
-    def _logits_name(self, option: KLOptions) -> str:
-        return f"logits.{list(self.options or ()).index(option)}"
 
     def _stored(self, rows: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
         return self.store.get(rows, self._computed_again, names)
 
     def _computed_again(self, rows: list[int]) -> dict[str, Tensor]:
-        """What the store does not hold of these rows; the constants and the references of a pass need the same."""
-        if self._again is None or self._again[0] != tuple(rows):
-            self._again = tuple(rows), self._computed(rows)[0]
-        return self._again[1]
+        """What the store does not hold of these rows."""
+        places, values = self._again or ({}, {})
+        if not places.keys() >= set(rows):
+            places, values = self._compute_again(rows)
+        index = [places[row] for row in rows]
+        return {name: value[index] for name, value in values.items()}
+
+    def _compute_again(self, rows: list[int]) -> tuple[dict[int, int], dict[str, Tensor]]:
+        values, _, _ = self._computed(rows, sorted(self._with_logits)[:1])
+        self._again = {row: place for place, row in enumerate(rows)}, values
+        return self._again
 
 
 def prefix_of(constant: dict[str, Tensor], first: int, n_layers: int, batch: Batch, width: int) -> Prefix | None:

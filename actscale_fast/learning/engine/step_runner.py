@@ -204,8 +204,9 @@ class StepRunner:
         for prompt in row.prompts:
             first, *_ = itertools.islice(paths, len(self.data.sequences(prompt.row)))
             columns.append(first[len(self.data.prompts[prompt.row]) - 1])
-        cache.forget()
-        alone = cache.outputs([prompt.row for prompt in row.prompts])
+        examples = [prompt.row for prompt in row.prompts]
+        cache.begin(examples)
+        alone = cache.outputs(examples)
         matches = packing_matches(cache, self.collator.packed_tokens([row]), columns, alone)
         return self.together.leaders(matches)
 
