@@ -173,7 +173,10 @@ def _task(lab: Laboratory, task: Task) -> Iterable[Section]:
     picture = pictures.transfer(lab, task)
     longer += [] if picture is None else [picture]
     longer += [
-        Text("The same questions in other wordings, in which nothing was learned or chosen:"),
+        Text(
+            "The same questions in other wordings, in which nothing was learned or chosen. The prompts of each "
+            f"system have other {task.held_out} than its own training:"
+        ),
         tables.transfer_table(lab, task, "wordings", transferred()),
     ]
     yield Section(f"Other lengths and wordings: {task.short}", longer, level=3)

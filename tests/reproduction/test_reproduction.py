@@ -32,6 +32,7 @@ from actscale_fast.reproduction.measuring import by_attribution, jaccard, measur
 from actscale_fast.reproduction.pictures import slots
 from actscale_fast.reproduction.stages import Stages
 from actscale_fast.tasks import Example
+from actscale_fast.tasks.known_prompts import _pattern
 
 TINY = Size(
     seeds=(0,), n_train=6, n_test=4, steps=6, n_path=2, path_steps=2, n_attributed=1, n_sentences=1, max_new_tokens=3,
@@ -197,6 +198,35 @@ def test_the_three_parts_of_a_task_share_neither_countries_nor_templates(opened:
     assert not frames[0] & frames[2]
     assert not frames[1] & frames[2]
     assert TASKS[1].examples(tokenizer, size, 2) != found
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_other_wordings_share_nothing_with_the_training_of_a_system(opened: tuple[Any, Any], aligned: bool) -> None:
+    _, tokenizer = opened
+    size = replace(TINY, n_train=20, n_validation=10, n_test=12, n_transferred=12)
+    capitals, names = TASKS
+    for seed in range(4):
+        learned = capitals.examples(tokenizer, size, seed, aligned=aligned).train
+        answers = {answer for one in learned for answer in (one.correct, one.wrong)}
+        for wording in capitals.wordings:
+            tested = capitals.reworded(tokenizer, size, seed, wording, aligned=aligned)
+            assert len(tested) == 12
+            assert not answers & {answer for one in tested for answer in (one.correct, one.wrong)}
+            assert not {_template(one) for one in learned} & {_template(one) for one in tested}
+        templates = {_template(one) for one in names.examples(tokenizer, size, seed, aligned=aligned).train}
+        assert None not in templates
+        for wording in names.wordings:
+            tested = names.reworded(tokenizer, size, seed, wording, aligned=aligned)
+            assert not templates & {_template(one) for one in tested}
+
+
+def _template(example: Example) -> str | None:
+    """The built-in template of a prompt; None if it has another one."""
+    every = (
+        af.tasks.CONFLICT_TEMPLATES, af.tasks.ALIGNED_CONFLICT_TEMPLATES,
+        af.tasks.INDIRECT_OBJECT_TEMPLATES, af.tasks.ALIGNED_INDIRECT_OBJECT_TEMPLATES,
+    )  # fmt: skip
+    return next((text for some in every for text in some if _pattern(text).fullmatch(example.prompt)), None)
 
 
 def _frame(example: Example) -> str:
