@@ -140,11 +140,13 @@ def _task(lab: Laboratory, task: Task) -> Iterable[Section]:
             Text(f"{length}, such as `{prompt}` →{example.correct} (correct), not{example.wrong}."),
             Text(f"Equally many steps ({lab.size.steps}), test prompts:"),
             tables.comparison_table(lab, task, aligned=aligned),
+            *(Text(words) for words in tables.more_steps_words(lab, task, aligned=aligned)),
         ]
         if lab.size.time_seeds:
             blocks += [
                 Text(tables.time_words(lab)),
                 tables.comparison_table(lab, task, aligned=aligned, equal_time=True),
+                *(Text(words) for words in tables.more_steps_words(lab, task, aligned=aligned, equal_time=True)),
             ]
         yield Section(f"{form}: {task.short}", blocks, level=3)
     yield Section(

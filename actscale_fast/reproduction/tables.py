@@ -80,18 +80,35 @@ def comparison_table(lab: Laboratory, task: Task, *, aligned: bool, equal_time: 
     rows = [_row("frozen model", still, None, None)]
     for system in systems:
         runs = found[system.name]
-        steps = steps_in_equal_time(lab, task, system) if equal_time else lab.size.steps
-        rows.append(_row(system.title, tests(runs), steps, fmean(run["seconds"] for run in runs)))
+        steps, seconds = (fmean(run[name] for run in runs) for name in ("steps", "seconds"))
+        rows.append(_row(system.title, tests(runs), steps, seconds))
     baselines = lab.results["baselines"][task.name][form][: len(still)]
     for name, title in BASELINES.items():
         rows.append(_row(title, tests([run[name] for run in baselines]), None, None))
     columns = [Column("system"), *(Column(label, style) for _, label, style in _COLUMNS)]
     columns += [Column("not 0", "{:.0f}"), Column("of", "{:.0f}"), Column("vectors changed", "{:.0f}")]
-    columns += [Column("ℓ1", "{:.1f}"), Column("steps", "{:d}"), Column("s per fit", "{:.0f}")]
+    columns += [Column("ℓ1", "{:.1f}"), Column("steps", "{:.0f}"), Column("s per fit", "{:.0f}")]
     return Table(f"{task.name}-{form}{'-equal-time' if equal_time else ''}", columns, rows)
 
 
-def _row(title: str, records: Sequence[Any], steps: int | None, seconds: float | None) -> list[Cell]:
+def more_steps_words(lab: Laboratory, task: Task, *, aligned: bool, equal_time: bool = False) -> list[str]:
+    """A sentence for each system of a comparison that took more steps than it was given."""
+    found = lab.results["equal-time" if equal_time else "comparison"][task.name]
+    words = []
+    for system in SYSTEMS:
+        if system.aligned is aligned:
+            given = steps_in_equal_time(lab, task, system) if equal_time else lab.size.steps
+            taken = [run["steps"] for run in found[system.name]]
+            more = [steps for steps in taken if steps > given]
+            if more:
+                words.append(
+                    f"{system.title}, took up to {max(more)} steps instead of {given} with {len(more)} of {len(taken)} "
+                    f"seed{'s' * (len(taken) > 1)}: shorter fits left too many scalars."
+                )
+    return words
+
+
+def _row(title: str, records: Sequence[Any], steps: float | None, seconds: float | None) -> list[Cell]:
     cells: list[Cell] = [title]
     for name, _, _ in _COLUMNS:
         cells.append(mean([record[name] for record in records]))

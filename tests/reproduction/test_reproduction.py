@@ -23,10 +23,12 @@ from actscale_fast.reproduction import (
     TASKS,
     Size,
     comparing,
+    laboratory,
     recipes,
     reproduce_models,
     reproducing,
     stressing,
+    tables,
 )
 from actscale_fast.reproduction.measuring import by_attribution, jaccard, measure, places, shuffled
 from actscale_fast.reproduction.pictures import slots
@@ -298,9 +300,29 @@ def test_a_slot_that_holds_an_answer_is_named_by_its_role() -> None:
 
 
 def test_equal_time_gives_slower_systems_fewer_steps() -> None:
-    runs = {name: [{"seconds": seconds}] for name, seconds in (("scalars", 8.0), ("vectors", 16.0), ("probes", 8.5))}
+    times = {"scalars": (8.0, 40), "vectors": (16.0, 40), "probes": (8.5, 40), "few-scalars": (32.0, 80)}
+    runs = {name: [{"seconds": seconds, "steps": steps}] for name, (seconds, steps) in times.items()}
     lab: Any = SimpleNamespace(size=replace(TINY, steps=40), results={"comparison": {"country-capital": runs}})
     steps = {
         system.name: comparing.steps_in_equal_time(lab, TASKS[0], system) for system in SYSTEMS if system.name in runs
     }
-    assert steps == {"scalars": 40, "vectors": 20, "probes": 40}
+    assert steps == {"scalars": 40, "few-scalars": 20, "vectors": 20, "probes": 40}
+    (words,) = tables.more_steps_words(lab, TASKS[0], aligned=False)
+    assert "refit, took up to 80 steps instead of 40 with 1 of 1 seed" in words
+
+
+def test_a_fit_tells_the_steps_and_the_time_of_its_last_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fit(*_: Any, steps: int, **__: Any) -> Any:
+        tried.append(steps)
+        if steps < 24:
+            raise ValueError("n_active: got 2, but the fits of the path leave more")
+        return SimpleNamespace(objective=SimpleNamespace(minimality=0.5))
+
+    monkeypatch.setattr(laboratory, "fit", fit)
+    lab = laboratory.Laboratory(SimpleNamespace(), None, TINY, Path())  # type: ignore[arg-type]
+    monkeypatch.setattr(lab, "_clock", iter((0.0, 10.0, 20.0, 25.0)).__next__)
+    made = lab.fitted([], af.ActivScalar, {"faithfulness": 1.0, "lr": 0.1}, 0, 6, n_active=2)  # type: ignore[arg-type]
+    assert tried == [6, 12, 24]
+    assert made == {"seconds": 5.0, "steps": 24, "minimality": 0.5}
