@@ -20,6 +20,7 @@ from .size import FULL, QUICK, Size
 from .stages import Stages
 from .systems import SYSTEMS
 from .task_forms import TASKS
+from .tokenizer_digest import tokenizer_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,8 @@ def reproduce(
         The path of `report.md`; the other files are beside it.
 
     Raises:
-        ValueError: the folder holds a run with another model or size, or the tokenizer lacks the words of a task.
+        ValueError: the folder holds a run with another model, tokenizer or size, or the tokenizer lacks the words of a
+            task.
     """
     if quick and size is not None:
         raise ValueError("size: given together with quick=True, expected one or the other")
@@ -67,6 +69,7 @@ def reproduce(
         "version": __version__,
         "model": found.model_type,
         "weights": weights_digest(model),
+        "tokenizer": tokenizer_digest(tokenizer),
         "dtype": str(next(model.parameters()).dtype),
         "systems": digest([repr(system) for system in SYSTEMS]),
         **chosen.to_dict(),

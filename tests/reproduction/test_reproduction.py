@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import re
@@ -33,6 +34,7 @@ from actscale_fast.reproduction import (
 from actscale_fast.reproduction.measuring import by_attribution, jaccard, measure, places, shuffled
 from actscale_fast.reproduction.pictures import slots
 from actscale_fast.reproduction.stages import Stages
+from actscale_fast.reproduction.tokenizer_digest import tokenizer_digest
 from actscale_fast.tasks import Example
 from actscale_fast.tasks.known_prompts import _pattern
 
@@ -181,6 +183,18 @@ def test_a_stage_is_kept_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "results" / "other.json").unlink()
     assert stages.run("one", lambda: [3]) == [3]
     assert stages.seconds >= 0
+
+
+def test_another_chat_template_or_special_token_is_another_tokenizer(opened: tuple[Any, Any]) -> None:
+    _, tokenizer = opened
+    known = tokenizer_digest(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other(["one", "two two"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_digest(other) == known
+    other.chat_template = "{{ messages[0].content }} A:"
+    with_template = tokenizer_digest(other)
+    other.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    assert len({known, with_template, tokenizer_digest(other)}) == 3
 
 
 def test_the_three_parts_of_a_task_share_neither_countries_nor_templates(opened: tuple[Any, Any]) -> None:
