@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .intervals import Interval
 from .laboratory import Laboratory
 from .markdown import as_markdown
 from .recipe_sections import recipe_sections
+from .size import FULL, QUICK, Size
 from .systems import FEW, SYSTEMS, system_named
 from .task_forms import FORMS, TASKS, Task
 from .transferring import transferred
@@ -44,7 +45,7 @@ def write_report(lab: Laboratory, *, quick: bool, seconds: float) -> Path:
             *_methods(lab),
             *_stress(lab),
             *recipe_sections(lab),
-            _how(lab, quick),
+            _how(lab),
         ],
     )
     record = {
@@ -100,15 +101,35 @@ def model_name(lab: Laboratory) -> str:
 
 def _preface(lab: Laboratory, quick: bool, seconds: float) -> str:
     size, n = lab.size, len(lab.size.seeds)
-    few = "**A quick run: one seed, and fewer prompts, settings and steps than the full report, so that intervals are "
-    few += "wide.** " if quick else ""
-    return f"""\
-{few if quick else ""}{n} seed{"s" if n > 1 else ""}, for the order of training and what is held out. Per task, \
-{size.n_train} prompts to learn from, {size.n_validation} to choose weights, rates and strengths by, and {size.n_test} \
-test prompts; the three have different countries (capitals) or different templates (names). Brackets are 95 % \
-bootstrap intervals, which resample seeds and the prompts of each. {round(seconds / 60)} minutes in total. The method \
-is that of arXiv 2410.04962. The hinge, the direction of the KL and the exclusion of the answers are choices of \
-`actscale_fast`. No figure from the paper is used."""
+    seeds = f"{n} seed{'s' * (n > 1)}"
+    words = [
+        f"**A quick run: {seeds}, and fewer prompts, settings and steps than the full report, so that intervals are "
+        "wide.** A seed chooses the order of training and what is held out."
+        if quick
+        else f"{seeds}, for the order of training and what is held out.",
+        f"Per task, {size.n_train} prompts to learn from, {size.n_validation} to choose weights, rates and strengths "
+        f"by, and {size.n_test} test prompts; within a seed the three have different countries (capitals) or different "
+        "templates (names).",
+        "Weights, rates and strengths are chosen once, with the training and validation prompts of the first seed; the "
+        "test prompts of other seeds may share countries or templates with these."
+        if n > 1
+        else "",
+        "Brackets are 95 % bootstrap intervals, which resample seeds and the prompts of each as if these were "
+        "independent. Several prompts ask for one country, or have one template; what other countries and templates "
+        "would give is not covered, so that the intervals are rather too narrow.",
+        f"{round(seconds / 60)} minutes in total. The method is that of arXiv 2410.04962. The hinge, the direction of "
+        "the KL and the exclusion of the answers are choices of `actscale_fast`. No figure from the paper is used.",
+    ]
+    return " ".join(filter(None, words))
+
+
+def command_of(size: Size) -> str:
+    """The command that runs a report of this size, or the call where no command does."""
+    for base, option in ((FULL, ""), (QUICK, " --quick")):
+        if size == replace(base, seeds=tuple(range(len(size.seeds)))):
+            seeds = "" if size.seeds == base.seeds else f" --seeds {len(size.seeds)}"
+            return f"actscale-fast reproduce{option}{seeds}"
+    return "af.reproduce(…, size=Size(…))"
 
 
 def _claims(lab: Laboratory, claims: list[Claim]) -> Section:
@@ -224,12 +245,12 @@ def _stress(lab: Laboratory) -> Iterable[Section]:
     words = (
         f"`af.stress` at strength 1, on {n} test prompts of the first seed: control (flips under changed prompts), "
         "utility (plain text and unrelated prompts) and robustness (the worst change, and unrelated behaviours). A "
-        "gate passes if all its checks do; a check is not decided where its interval includes the threshold."
+        "gate passes if all its checks do. A check is not decided where its interval includes the threshold; a gate "
+        "that passes is decided if all its checks are, one that fails if a failed check is."
     )
     yield Section("Stress tests", [Text(words)])
     for task in TASKS:
-        left_out = lab.results["stress"][task.name]["scalars"]["left_out"]
-        notes = [Text(f"Left out: {name}, {' '.join(reason.split())}.") for name, reason in left_out.items()]
+        notes = [Text(words) for words in tables.stress_left_out(lab, task)]
         yield Section(f"Stress: {task.short}", [tables.stress_table(lab, task), *notes], level=3)
 
 
@@ -248,14 +269,14 @@ def _known(value: float | None, form: str) -> str:
     return "(not defined)" if value is None else form.format(value)
 
 
-def _how(lab: Laboratory, quick: bool) -> Section:
+def _how(lab: Laboratory) -> Section:
     device = next(lab.model.parameters()).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return Section(
         "How it was run",
         [
             Text(
-                f"Settings were tried with {lab.size.tuning_steps} steps on the training prompts of the first seed: "
+                f"Settings were tried once, with {lab.size.tuning_steps} steps on the first seed's training prompts: "
                 "the defaults, and changes by the factors below. Of those whose flips on the validation prompts are "
                 f"within {TOLERANCE} of the best, the one with the smallest KL was chosen. {SYSTEMS[1].title}, takes "
                 f"the weight λ_F and the learning rate of {SYSTEMS[0].title}; its scalars are at most {FEW:.0%} of "
@@ -267,7 +288,7 @@ def _how(lab: Laboratory, quick: bool) -> Section:
                 f"fit are those of the {'processors, all threads together' if device.type == 'cpu' else 'clock'}."
             ),
             Text(
-                f"`actscale-fast reproduce{' --quick' if quick else ''}`; actscale_fast {__version__}, torch "
+                f"`{command_of(lab.size)}`; actscale_fast {__version__}, torch "
                 f"{torch.__version__}, {where}, {platform.machine()}, {datetime.now(UTC).date().isoformat()}. The "
                 "claims and main figures are also in `report.json`, the data of each table and picture in `csv/`, "
                 "those of each stage in `results/`, and the learned interventions in `interventions/`."

@@ -44,8 +44,9 @@ def reproduce(
 
     Finished stages are files in the folder, so the same call continues a run that was killed.
     The report judges the claims of the abstract of arXiv 2410.04962 by criteria that it states: each is held, not held,
-    or not decided, by its interval over seeds and prompts. Weights, rates and strengths are chosen on validation
-    prompts, which share nothing with the test prompts.
+    or not decided, by its interval over seeds and prompts. Weights, rates and strengths are chosen once, on
+    validation prompts of the first seed. Within a seed these share no country (or template) with the training and test
+    prompts; the test prompts of the other seeds may share countries or templates with them.
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.

@@ -18,6 +18,7 @@ from word_models import LATE_CAPITALS, save_model
 import actscale_fast as af
 from actscale_fast.cli import main
 from actscale_fast.reproduction import (
+    FULL,
     PAPER_MODELS,
     QUICK,
     SYSTEMS,
@@ -26,6 +27,7 @@ from actscale_fast.reproduction import (
     comparing,
     laboratory,
     recipes,
+    report,
     reproduce_models,
     reproducing,
     stressing,
@@ -80,18 +82,18 @@ def test_a_killed_run_goes_on_and_its_files_belong_together(
     with pytest.raises(KeyboardInterrupt):
         af.reproduce(*opened, folder, size=TINY, progress=False)
     assert not (folder / "report.md").exists()
-    report = reproduce_models([("tiny", lambda: opened)], tmp_path, size=TINY, progress=False)
+    summary = reproduce_models([("tiny", lambda: opened)], tmp_path, size=TINY, progress=False)
     assert len(calls) == 1 + len(SYSTEMS) * len(TASKS)  # the one that was interrupted, twice
     _check_files(folder)
-    assert "(tiny/report.md)" in report.read_text()
-    assert 'href="tiny/report.html"' in report.with_suffix(".html").read_text()
+    assert "(tiny/report.md)" in summary.read_text()
+    assert 'href="tiny/report.html"' in summary.with_suffix(".html").read_text()
 
     def never(*_: Any) -> None:
         raise AssertionError("computed again")
 
     monkeypatch.setattr(comparing, "compare", never)
     monkeypatch.setattr(comparing, "baselines", never)
-    monkeypatch.setattr(reproducing, "write_report", lambda *_, **__: report)  # pictures take time
+    monkeypatch.setattr(reproducing, "write_report", lambda *_, **__: summary)  # pictures take time
     af.reproduce(*opened, folder, size=TINY, progress=False)
     with pytest.raises(ValueError, match=r"holds a run with other settings .*steps.* differ"):
         af.reproduce(*opened, folder, size=replace(TINY, steps=7), progress=False)
@@ -323,6 +325,44 @@ def test_equal_time_gives_slower_systems_fewer_steps() -> None:
     assert steps == {"scalars": 40, "few-scalars": 20, "vectors": 20, "probes": 40}
     (words,) = tables.more_steps_words(lab, TASKS[0], aligned=False)
     assert "refit, took up to 80 steps instead of 40 with 1 of 1 seed" in words
+
+
+def test_a_report_names_the_command_that_it_is_of() -> None:
+    assert report.command_of(FULL) == "actscale-fast reproduce"
+    assert report.command_of(QUICK) == "actscale-fast reproduce --quick"
+    assert report.command_of(replace(QUICK, seeds=(0, 1, 2))) == "actscale-fast reproduce --quick --seeds 3"
+    assert "Size(" in report.command_of(TINY)
+    lab: Any = SimpleNamespace(size=replace(QUICK, seeds=(0, 1, 2)))
+    words = report._preface(lab, True, 600.0)
+    assert "A quick run: 3 seeds, and fewer" in words
+    assert "one seed" not in words
+    assert "chosen once" in words
+    assert "chosen once" not in report._preface(SimpleNamespace(size=QUICK), True, 600.0)  # type: ignore[arg-type]
+
+
+def test_the_stress_table_tells_each_gate_and_what_was_left_out() -> None:
+    from actscale_fast.learning.stress.result import Check, Gate
+
+    checks = [
+        Check("flips", 0.9, (0.85, 0.95), 0.85, at_least=True),
+        Check("drop", 0.3, (0.2, 0.4), 0.25, at_least=False),
+    ]
+    gates = [stressing.gate_record(Gate("control", checks[:1])), stressing.gate_record(Gate("robustness", checks[1:]))]
+    found = {
+        "scalars": {"gates": gates, "left_out": {"chats": "no chat template"}},
+        "vectors": {"gates": [], "left_out": {"chats": "no chat template", "the whole test": "too long"}},
+    }
+    lab: Any = SimpleNamespace(results={"stress": {"country-capital": found}})
+    rows = [(row[1], row[2], row[-1]) for row in tables.stress_table(lab, TASKS[0]).rows]
+    assert rows == [
+        ("control", "the gate", "**passed, not decided**"), ("control", "flips", "passed, not decided"),
+        ("robustness", "the gate", "**failed, not decided**"), ("robustness", "drop", "failed, not decided"),
+    ]  # fmt: skip
+    words = tables.stress_left_out(lab, TASKS[0])
+    assert words == [
+        "Left out for ActivScalar per head; SteerVec per head: chats, no chat template.",
+        "Left out for SteerVec per head: the whole test, too long.",
+    ]
 
 
 def test_a_fit_tells_the_steps_and_the_time_of_its_last_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
