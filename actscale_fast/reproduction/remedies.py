@@ -1,4 +1,4 @@
-"""What is tried where a claim does not hold: more steps, a refit without the ℓ1 term, scalars per position."""
+"""What is tried where a claim is not held or not decided: more steps, a refit without ℓ1, scalars per position."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from .blocks import Cell, Column, Table
-from .claims import Claim, fewer_of_both, tests
+from .claims import EFFECTIVE, Claim, fewer_of_both, tests
 from .comparing import steps_in_equal_time
 from .heads import FIGURES
 from .intervals import Interval, mean
@@ -30,6 +30,8 @@ _COLUMNS = (
 #: What the baselines are called.
 BASELINES = {"random": "the same scalars at random places", "gradient": "scalars from the gradient at 0"}
 _VERDICTS = {"held": "**held**", "not held": "**not held**"}
+#: The same for a figure that decides no claim.
+_REACHED = {"held": "reached", "not held": "missed", "not decided": "not decided"}
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:
@@ -43,7 +45,7 @@ def claims_table(claims: Sequence[Claim]) -> Table:
 
 
 def remedies_table(lab: Laboratory) -> Table | None:
-    """What was tried where a claim is not held."""
+    """What was tried for the claims that are not held or not decided."""
     rows: list[list[Cell]] = []
     for task, kinds in lab.results.get("remedies", {}).items():
         for kind, attempts in kinds.items():
@@ -55,7 +57,7 @@ def remedies_table(lab: Laboratory) -> Table | None:
                 share = n_active / runs[0]["n_parameters"]
                 rows.append(
                     [task, kind, one["what"], one["steps"], *figures, smaller, n_active, share,
-                     _VERDICTS.get(verdict := smaller.at_least(0.85), verdict)]
+                     _REACHED[smaller.at_least(EFFECTIVE)]]
                 )  # fmt: skip
     if not rows:
         return None
@@ -63,7 +65,7 @@ def remedies_table(lab: Laboratory) -> Table | None:
         Column("task"), Column("claim about scalars"), Column("tried"), Column("steps", "{:d}"),
         Column("correct above wrong"), Column("wrong above correct"), Column("KL, nats", "{:.3f}"),
         Column("the smaller flip rate"), Column("not 0", "{:.0f}"), Column("share", "{:.0%}"),
-        Column("85 % in each direction"),
+        Column(f"at least {EFFECTIVE:.0%} in each direction"),
     ]  # fmt: skip
     return Table("remedies", columns, rows)
 
@@ -227,10 +229,13 @@ def tuning_table(lab: Laboratory) -> Table:
 
 
 def tried_words(lab: Laboratory) -> str:
-    """One sentence about what was tried."""
+    """What was tried, and what it does not show."""
     return (
-        f"What was tried where a claim is not held: {MORE} times as many steps ({lab.size.steps * MORE}), a refit "
-        f"without the ℓ1 term, and scalars per site and position, on {_counted(lab.size.remedy_seeds, 'seed')}."
+        f"What was tried for the claims that are not held or not decided: {MORE} times as many steps "
+        f"({lab.size.steps * MORE}), a refit without the ℓ1 term, and scalars per site and position, on "
+        f"{_counted(lab.size.remedy_seeds, 'seed')}. It was tried after the test prompts were measured and is "
+        "measured on the same ones; the last column compares the smaller flip rate alone with its bound, whatever the "
+        "criterion of the claim. This suggests where a claim fails; it changes no verdict above."
     )
 
 

@@ -154,6 +154,23 @@ def test_a_vector_picture_keeps_the_digits_of_its_words(tmp_path: Any) -> None:
     )
 
 
+def test_what_was_tried_is_not_called_held() -> None:
+    from types import SimpleNamespace
+
+    from actscale_fast.reproduction import tables
+    from actscale_fast.reproduction.size import FULL
+
+    tried = {
+        name: {"what": name, "steps": 120, "runs": [record(share, 1.0, n=n)]}
+        for name, share, n in (("a", 0.97, 400), ("b", 0.5, 400), ("c", 0.85, 20))
+    }
+    lab: Any = SimpleNamespace(results={"remedies": {"t": {"few": tried}}}, size=FULL)
+    found = tables.remedies_table(lab)
+    assert found is not None
+    assert [row[-1] for row in found.rows] == ["reached", "missed", "not decided"]
+    assert "not held or not decided" in tables.tried_words(lab)
+
+
 def test_what_is_not_held_is_tried_in_other_ways() -> None:
     from types import SimpleNamespace
 
