@@ -164,6 +164,8 @@ def test_models_are_named_in_one_way_only(tmp_path: Path, capsys: pytest.Capture
     assert "--paper cannot be used with --models" in capsys.readouterr().err
     assert main(["reproduce", "--models", "a,,b", *out]) != 0
     assert "--models: got 'a,,b', expected names or folders" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="models: got none, expected at least one name"):
+        reproduce_models([], tmp_path)
     with pytest.raises(ValueError, match="'x' more than once"):
         reproduce_models([("x", lambda: (None, None)), ("x", lambda: (None, None))], tmp_path)  # type: ignore[arg-type, return-value]
 
