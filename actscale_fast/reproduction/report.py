@@ -198,7 +198,7 @@ def _task(lab: Laboratory, task: Task) -> Iterable[Section]:
     longer += [
         Text(
             "The same questions in other wordings, in which nothing was learned or chosen. The prompts of each "
-            f"system have other {task.held_out} than its own training:"
+            f"system have other {task.held_out} than its own training. {task.near}".rstrip()
         ),
         tables.transfer_table(lab, task, "wordings", transferred()),
     ]

@@ -34,6 +34,7 @@ class Task:
     #: Wordings that occur neither in training nor in validation, by name: for what was learned on prompts of any
     #: length, and for what was learned on aligned prompts, which have held-out countries and templates of their own.
     wordings: Mapping[str, tuple[Split, Split]]
+    near: str = ""  # what the report says about a wording that is near to what a form learns from
 
     def examples(
         self, tokenizer: PreTrainedTokenizerBase, size: Size, seed: int, *, aligned: bool = False
@@ -91,6 +92,7 @@ TASKS = (
             "another question": _reworded_conflicts(_CONFLICTS[3:5]),
             "a repetition instead of a question": _reworded_conflicts(_CONFLICTS[5:]),
         },
+        "The aligned prompts, which DynScalar was learned on, are repetitions too, in other words than those below.",
     ),
     Task(
         "indirect-object", "Indirect object identification", "names", "templates",
