@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from .html import as_html
 from .intervals import Interval
 from .laboratory import Laboratory
 from .markdown import as_markdown
+from .preface import command_of, preface
 from .recipe_sections import recipe_sections
-from .size import FULL, QUICK, Size
+from .stress_tables import left_out, stress_table
 from .systems import FEW, SYSTEMS, system_named
 from .task_forms import FORMS, TASKS, Task
 from .transferring import transferred
@@ -38,7 +39,7 @@ def write_report(lab: Laboratory, *, quick: bool, seconds: float) -> Path:
     document = Document(
         f"Activation scaling on {model_name(lab)}",
         [
-            Section("What this is", [Text(_preface(lab, quick, seconds))]),
+            Section("What this is", [Text(preface(lab, quick, seconds))]),
             _claims(lab, claims),
             *(section for task in TASKS for section in _task(lab, task)),
             *_where(lab),
@@ -97,39 +98,6 @@ def model_name(lab: Laboratory) -> str:
     name = str(getattr(found.model.config, "name_or_path", "") or found.model_type)
     shape = f"{found.n_layers} layers of {found.n_heads} heads, width {found.hidden_size}"
     return f"{Path(name).name} ({shape})"
-
-
-def _preface(lab: Laboratory, quick: bool, seconds: float) -> str:
-    size, n = lab.size, len(lab.size.seeds)
-    seeds = f"{n} seed{'s' * (n > 1)}"
-    words = [
-        f"**A quick run: {seeds}, and fewer prompts, settings and steps than the full report, so that intervals are "
-        "wide.** A seed chooses the order of training and what is held out."
-        if quick
-        else f"{seeds}, for the order of training and what is held out.",
-        f"Per task, {size.n_train} prompts to learn from, {size.n_validation} to choose weights, rates and strengths "
-        f"by, and {size.n_test} test prompts; within a seed the three have different countries (capitals) or different "
-        "templates (names).",
-        "Weights, rates and strengths are chosen once, with the training and validation prompts of the first seed; the "
-        "test prompts of other seeds may share countries or templates with these."
-        if n > 1
-        else "",
-        "Brackets are 95 % bootstrap intervals, which resample seeds and the prompts of each as if these were "
-        "independent. Several prompts ask for one country, or have one template; what other countries and templates "
-        "would give is not covered, so that the intervals are rather too narrow.",
-        f"{round(seconds / 60)} minutes in total. The method is that of arXiv 2410.04962. The hinge, the direction of "
-        "the KL and the exclusion of the answers are choices of `actscale_fast`. No figure from the paper is used.",
-    ]
-    return " ".join(filter(None, words))
-
-
-def command_of(size: Size) -> str:
-    """The command that runs a report of this size, or the call where no command does."""
-    for base, option in ((FULL, ""), (QUICK, " --quick")):
-        if size == replace(base, seeds=tuple(range(len(size.seeds)))):
-            seeds = "" if size.seeds == base.seeds else f" --seeds {len(size.seeds)}"
-            return f"actscale-fast reproduce{option}{seeds}"
-    return "af.reproduce(…, size=Size(…))"
 
 
 def _claims(lab: Laboratory, claims: list[Claim]) -> Section:
@@ -250,8 +218,8 @@ def _stress(lab: Laboratory) -> Iterable[Section]:
     )
     yield Section("Stress tests", [Text(words)])
     for task in TASKS:
-        notes = [Text(words) for words in tables.stress_left_out(lab, task)]
-        yield Section(f"Stress: {task.short}", [tables.stress_table(lab, task), *notes], level=3)
+        notes = [Text(words) for words in left_out(lab, task)]
+        yield Section(f"Stress: {task.short}", [stress_table(lab, task), *notes], level=3)
 
 
 def _knock_out(found: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -157,39 +157,6 @@ def methods_table(lab: Laboratory, task: Task) -> Table:
         Column("KL, nats", "{:.3f}"), Column("s", "{:.0f}"),
     ]  # fmt: skip
     return Table(f"{task.name}-methods", columns, rows)
-
-
-def stress_table(lab: Laboratory, task: Task) -> Table:
-    """The verdict of each gate of the stress tests, and below it those of its checks, with their thresholds."""
-    rows: list[list[Cell]] = []
-    for name, found in lab.results["stress"][task.name].items():
-        title = system_named(name).title
-        for gate in found["gates"]:
-            rows.append([title, gate["gate"], "the gate", None, "", f"**{_passed(gate)}**"])
-            for check in gate["checks"]:
-                measured = Interval(check["value"], *(check["interval"] or (check["value"],) * 2))
-                bound = f"at {'least' if check['at_least'] else 'most'} {check['threshold']:g}"
-                rows.append([title, gate["gate"], check["what"].rstrip(", "), measured, bound, _passed(check)])
-    columns = [
-        Column("system"), Column("gate"), Column("measured"), Column("value"), Column("threshold"), Column("verdict"),
-    ]  # fmt: skip
-    return Table(f"{task.name}-stress", columns, rows)
-
-
-def _passed(found: Mapping[str, Any]) -> str:
-    """The verdict of a gate or a check, by the rules of `stress`."""
-    if found["passed"] is None:
-        return "not measured"
-    return ("passed" if found["passed"] else "failed") + ("" if found["decided"] else ", not decided")
-
-
-def stress_left_out(lab: Laboratory, task: Task) -> list[str]:
-    """A sentence for each part that the stress tests left out, once for all systems with the same reason."""
-    systems: dict[tuple[str, str], list[str]] = {}
-    for system, found in lab.results["stress"][task.name].items():
-        for part, reason in found["left_out"].items():
-            systems.setdefault((part, " ".join(reason.split())), []).append(system_named(system).title)
-    return [f"Left out for {'; '.join(titles)}: {part}, {reason}." for (part, reason), titles in systems.items()]
 
 
 def path_table(lab: Laboratory, task: Task) -> Table:

@@ -27,7 +27,6 @@ from actscale_fast.reproduction import (
     comparing,
     laboratory,
     recipes,
-    report,
     reproduce_models,
     reproducing,
     stressing,
@@ -35,7 +34,9 @@ from actscale_fast.reproduction import (
 )
 from actscale_fast.reproduction.measuring import by_attribution, jaccard, measure, places, shuffled
 from actscale_fast.reproduction.pictures import slots
+from actscale_fast.reproduction.preface import command_of, preface
 from actscale_fast.reproduction.stages import Stages
+from actscale_fast.reproduction.stress_tables import left_out, stress_table
 from actscale_fast.reproduction.tokenizer_digest import tokenizer_digest
 from actscale_fast.tasks import Example
 from actscale_fast.tasks.known_prompts import _pattern
@@ -330,16 +331,16 @@ def test_equal_time_gives_slower_systems_fewer_steps() -> None:
 
 
 def test_a_report_names_the_command_that_it_is_of() -> None:
-    assert report.command_of(FULL) == "actscale-fast reproduce"
-    assert report.command_of(QUICK) == "actscale-fast reproduce --quick"
-    assert report.command_of(replace(QUICK, seeds=(0, 1, 2))) == "actscale-fast reproduce --quick --seeds 3"
-    assert "Size(" in report.command_of(TINY)
+    assert command_of(FULL) == "actscale-fast reproduce"
+    assert command_of(QUICK) == "actscale-fast reproduce --quick"
+    assert command_of(replace(QUICK, seeds=(0, 1, 2))) == "actscale-fast reproduce --quick --seeds 3"
+    assert "Size(" in command_of(TINY)
     lab: Any = SimpleNamespace(size=replace(QUICK, seeds=(0, 1, 2)))
-    words = report._preface(lab, True, 600.0)
+    words = preface(lab, True, 600.0)
     assert "A quick run: 3 seeds, and fewer" in words
     assert "one seed" not in words
     assert "chosen once" in words
-    assert "chosen once" not in report._preface(SimpleNamespace(size=QUICK), True, 600.0)  # type: ignore[arg-type]
+    assert "chosen once" not in preface(SimpleNamespace(size=QUICK), True, 600.0)  # type: ignore[arg-type]
 
 
 def test_the_stress_table_tells_each_gate_and_what_was_left_out() -> None:
@@ -355,12 +356,12 @@ def test_the_stress_table_tells_each_gate_and_what_was_left_out() -> None:
         "vectors": {"gates": [], "left_out": {"chats": "no chat template", "the whole test": "too long"}},
     }
     lab: Any = SimpleNamespace(results={"stress": {"country-capital": found}})
-    rows = [(row[1], row[2], row[-1]) for row in tables.stress_table(lab, TASKS[0]).rows]
+    rows = [(row[1], row[2], row[-1]) for row in stress_table(lab, TASKS[0]).rows]
     assert rows == [
         ("control", "the gate", "**passed, not decided**"), ("control", "flips", "passed, not decided"),
         ("robustness", "the gate", "**failed, not decided**"), ("robustness", "drop", "failed, not decided"),
     ]  # fmt: skip
-    words = tables.stress_left_out(lab, TASKS[0])
+    words = left_out(lab, TASKS[0])
     assert words == [
         "Left out for ActivScalar per head; SteerVec per head: chats, no chat template.",
         "Left out for SteerVec per head: the whole test, too long.",
