@@ -41,7 +41,7 @@ class Claim:
 
     claim: str
     task: str
-    kind: str  # which attempts are made where it is not held; see `remedies`
+    kind: str  # which attempts are made while it is open; see `remedies`
     form: str
     criterion: str
     parts: tuple[Part, ...] = field(default=())

@@ -44,7 +44,7 @@ def in_equal_time(lab: Laboratory, task: Task, system: System, seed: int) -> dic
 def steps_in_equal_time(lab: Laboratory, task: Task, system: System) -> int:
     """Steps of a system in the time of the reference; those of the first table where they differ by a tenth or less."""
     runs = lab.results["comparison"][task.name]
-    reference, own = (fmean(run["seconds"] for run in runs[name]) for name in (REFERENCE, system.name))
+    reference, own = (fmean(run["seconds"] / run["steps"] for run in runs[name]) for name in (REFERENCE, system.name))
     ratio = min(max(reference / max(own, 1e-9), _SLOWEST), _FASTEST)
     return lab.size.steps if abs(ratio - 1) <= 0.1 else max(round(lab.size.steps * ratio), 1)
 

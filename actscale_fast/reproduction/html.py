@@ -156,6 +156,14 @@ def embedded_svg(figure: object, file: Path) -> None:
     out = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.stem}):
         figure.savefig(out, format="svg", metadata={"Date": None})  # type: ignore[attr-defined]
-    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", out.getvalue())  # two decimals of a point are enough
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    file.write_text(_shortened(out.getvalue()), encoding="utf-8")
+
+
+#: What holds coordinates in points: paths, lists of points, and shifts. Words and factors keep their digits.
+_COORDINATES = re.compile(r"""(?<=\s)(?:d|points)="[^"]*"|translate\([^)"]*\)""")
+
+
+def _shortened(svg: str) -> str:
+    """Coordinates with two decimals of a point, which are enough."""
+    return _COORDINATES.sub(lambda found: re.sub(r"(\d+\.\d{2})\d+(?!\d*[eE])", r"\1", found[0]), svg)

@@ -48,13 +48,15 @@ document.addEventListener('mousemove',e=>{
 for(const table of document.querySelectorAll('table.sortable')){
  const body=table.tBodies[0],heads=[...table.tHead.rows[0].cells];
  const value=(row,i)=>{const c=row.cells[i];return 'v' in c.dataset?+c.dataset.v:c.textContent};
+ const rank=v=>v===''||Number.isNaN(v)?2:typeof v==='number'?0:1; // numbers, words, and last what is blank
  heads.forEach((head,i)=>head.firstChild.addEventListener('click',()=>{
   const up=head.getAttribute('aria-sort')!=='ascending';
   heads.forEach(h=>h.removeAttribute('aria-sort'));
   head.setAttribute('aria-sort',up?'ascending':'descending');
   const rows=[...body.rows].sort((a,b)=>{
    const x=value(a,i),y=value(b,i);
-   const order=typeof x==='number'&&typeof y==='number'?x-y:String(x).localeCompare(String(y));
+   if(rank(x)!==rank(y))return rank(x)-rank(y);
+   const order=typeof x==='number'?x-y:x.localeCompare(y);
    return up?order:-order});
   body.append(...rows);
  }));

@@ -60,17 +60,18 @@ class Laboratory:
         self, examples: Sequence[Example], intervention: Intervention, settings: dict[str, Any], seed: int, steps: int,
         *, n_active: int | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Fit an intervention in place, and return how long it took.
+        """Fit an intervention in place, and return its number of steps and how long they took.
 
         Without a checkpoint: a resumed fit would not tell how long the whole of it takes, which equal time depends on.
-        Where the fits of a path are too short to leave at most `n_active` scalars, it takes twice the steps.
+        Where the fits of a path are too short to leave at most `n_active` scalars, it starts again with twice the
+        steps; the result holds the steps and the time of the last attempt alone.
         """
         objective = Objective(faithfulness=settings["faithfulness"])
         if n_active is None:
             objective = replace(objective, minimality=settings["minimality"])
-        begun = self._clock()
         most = _MORE_STEPS * steps
         while True:
+            begun = self._clock()
             try:
                 result = fit(
                     self.model, self.tokenizer, examples, intervention, objective, lr=settings["lr"], seed=seed,

@@ -57,10 +57,14 @@ def stages(lab: Laboratory) -> Iterator[Stage]:
 
 
 def remedy_stages(lab: Laboratory) -> Iterator[Stage]:
-    """What is tried for the claims that the results do not bear out."""
+    """What is tried for the claims that are not held or not decided."""
     if not lab.size.remedy_seeds:
         return
-    open_claims = [claim for claim in judged(lab.results, [task.name for task in TASKS]) if claim.verdict != "held"]
+    open_claims = [
+        claim
+        for claim in judged(lab.results, [task.name for task in TASKS])
+        if claim.verdict in ("not held", "not decided")
+    ]
     for task in TASKS:
         for kind in dict.fromkeys(claim.kind for claim in open_claims if claim.kind and claim.task == task.name):
             for number, (_, name, factor, active) in enumerate(remedies.REMEDIES[kind]):

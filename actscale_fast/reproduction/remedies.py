@@ -1,4 +1,4 @@
-"""What is tried where a claim does not hold: more steps, a refit without the ℓ1 term, scalars per position."""
+"""What is tried where a claim is not held or not decided: more steps, a refit without ℓ1, scalars per position."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ REMEDIES: dict[str, tuple[tuple[str, str, float, str], ...]] = {
 def attempted(lab: Laboratory, task: Task, kind: str, number: int) -> dict[str, Any]:
     """One attempt on the first seeds, measured on their test prompts."""
     what, name, factor, active = REMEDIES[kind][number]
-    system, runs, steps = system_named(name), [], round(lab.size.steps * factor)
+    system, steps = system_named(name), round(lab.size.steps * factor)
+    runs: list[dict[str, Any]] = []
+    taken: list[int] = []
     for place, seed in enumerate(lab.size.seeds[: lab.size.remedy_seeds]):
         splits = task.examples(lab.tokenizer, lab.size, seed, aligned=system.aligned)
         intervention = lab.new(task, system, seed)
@@ -40,6 +42,7 @@ def attempted(lab: Laboratory, task: Task, kind: str, number: int) -> dict[str, 
             n_active = max(int(lab.results["comparison"][task.name][name][place]["test"]["n_active"]), 1)
         if active == "few":
             n_active = few_of(intervention)
-        lab.fitted(splits.train, intervention, lab.settings(task, system), seed, steps, n_active=n_active)
+        made = lab.fitted(splits.train, intervention, lab.settings(task, system), seed, steps, n_active=n_active)
+        taken.append(made["steps"])
         runs += lab.measured(splits.test, [intervention])
-    return {"what": what, "system": name, "steps": steps, "runs": runs}
+    return {"what": what, "system": name, "steps": max(taken), "runs": runs}

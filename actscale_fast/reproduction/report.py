@@ -24,7 +24,9 @@ from .html import as_html
 from .intervals import Interval
 from .laboratory import Laboratory
 from .markdown import as_markdown
+from .preface import command_of, preface
 from .recipe_sections import recipe_sections
+from .stress_tables import left_out, stress_table
 from .systems import FEW, SYSTEMS, system_named
 from .task_forms import FORMS, TASKS, Task
 from .transferring import transferred
@@ -37,14 +39,14 @@ def write_report(lab: Laboratory, *, quick: bool, seconds: float) -> Path:
     document = Document(
         f"Activation scaling on {model_name(lab)}",
         [
-            Section("What this is", [Text(_preface(lab, quick, seconds))]),
+            Section("What this is", [Text(preface(lab, quick, seconds))]),
             _claims(lab, claims),
             *(section for task in TASKS for section in _task(lab, task)),
             *_where(lab),
             *_methods(lab),
             *_stress(lab),
             *recipe_sections(lab),
-            _how(lab, quick),
+            _how(lab),
         ],
     )
     record = {
@@ -98,19 +100,6 @@ def model_name(lab: Laboratory) -> str:
     return f"{Path(name).name} ({shape})"
 
 
-def _preface(lab: Laboratory, quick: bool, seconds: float) -> str:
-    size, n = lab.size, len(lab.size.seeds)
-    few = "**A quick run: one seed, and fewer prompts, settings and steps than the full report, so that intervals are "
-    few += "wide.** " if quick else ""
-    return f"""\
-{few if quick else ""}{n} seed{"s" if n > 1 else ""}, for the order of training and what is held out. Per task, \
-{size.n_train} prompts to learn from, {size.n_validation} to choose weights, rates and strengths by, and {size.n_test} \
-test prompts; the three have different countries (capitals) or different templates (names). Brackets are 95 % \
-bootstrap intervals, which resample seeds and the prompts of each. {round(seconds / 60)} minutes in total. The method \
-is that of arXiv 2410.04962. The hinge, the direction of the KL and the exclusion of the answers are choices of \
-`actscale_fast`. No figure from the paper is used."""
-
-
 def _claims(lab: Laboratory, claims: list[Claim]) -> Section:
     blocks: list[Block] = [
         Text(
@@ -140,11 +129,13 @@ def _task(lab: Laboratory, task: Task) -> Iterable[Section]:
             Text(f"{length}, such as `{prompt}` →{example.correct} (correct), not{example.wrong}."),
             Text(f"Equally many steps ({lab.size.steps}), test prompts:"),
             tables.comparison_table(lab, task, aligned=aligned),
+            *(Text(words) for words in tables.more_steps_words(lab, task, aligned=aligned)),
         ]
         if lab.size.time_seeds:
             blocks += [
                 Text(tables.time_words(lab)),
                 tables.comparison_table(lab, task, aligned=aligned, equal_time=True),
+                *(Text(words) for words in tables.more_steps_words(lab, task, aligned=aligned, equal_time=True)),
             ]
         yield Section(f"{form}: {task.short}", blocks, level=3)
     yield Section(
@@ -173,7 +164,10 @@ def _task(lab: Laboratory, task: Task) -> Iterable[Section]:
     picture = pictures.transfer(lab, task)
     longer += [] if picture is None else [picture]
     longer += [
-        Text("The same questions in other wordings, in which nothing was learned or chosen:"),
+        Text(
+            "The same questions in other wordings, in which nothing was learned or chosen. The prompts of each "
+            f"system have other {task.held_out} than its own training. {task.near}".rstrip()
+        ),
         tables.transfer_table(lab, task, "wordings", transferred()),
     ]
     yield Section(f"Other lengths and wordings: {task.short}", longer, level=3)
@@ -219,13 +213,13 @@ def _stress(lab: Laboratory) -> Iterable[Section]:
     words = (
         f"`af.stress` at strength 1, on {n} test prompts of the first seed: control (flips under changed prompts), "
         "utility (plain text and unrelated prompts) and robustness (the worst change, and unrelated behaviours). A "
-        "gate passes if all its checks do; a check is not decided where its interval includes the threshold."
+        "gate passes if all its checks do. A check is not decided where its interval includes the threshold; a gate "
+        "that passes is decided if all its checks are, one that fails if a failed check is."
     )
     yield Section("Stress tests", [Text(words)])
     for task in TASKS:
-        left_out = lab.results["stress"][task.name]["scalars"]["left_out"]
-        notes = [Text(f"Left out: {name}, {' '.join(reason.split())}.") for name, reason in left_out.items()]
-        yield Section(f"Stress: {task.short}", [tables.stress_table(lab, task), *notes], level=3)
+        notes = [Text(words) for words in left_out(lab, task)]
+        yield Section(f"Stress: {task.short}", [stress_table(lab, task), *notes], level=3)
 
 
 def _knock_out(found: dict[str, Any]) -> str:
@@ -243,14 +237,14 @@ def _known(value: float | None, form: str) -> str:
     return "(not defined)" if value is None else form.format(value)
 
 
-def _how(lab: Laboratory, quick: bool) -> Section:
+def _how(lab: Laboratory) -> Section:
     device = next(lab.model.parameters()).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return Section(
         "How it was run",
         [
             Text(
-                f"Settings were tried with {lab.size.tuning_steps} steps on the training prompts of the first seed: "
+                f"Settings were tried once, with {lab.size.tuning_steps} steps on the first seed's training prompts: "
                 "the defaults, and changes by the factors below. Of those whose flips on the validation prompts are "
                 f"within {TOLERANCE} of the best, the one with the smallest KL was chosen. {SYSTEMS[1].title}, takes "
                 f"the weight λ_F and the learning rate of {SYSTEMS[0].title}; its scalars are at most {FEW:.0%} of "
@@ -262,7 +256,7 @@ def _how(lab: Laboratory, quick: bool) -> Section:
                 f"fit are those of the {'processors, all threads together' if device.type == 'cpu' else 'clock'}."
             ),
             Text(
-                f"`actscale-fast reproduce{' --quick' if quick else ''}`; actscale_fast {__version__}, torch "
+                f"`{command_of(lab.size)}`; actscale_fast {__version__}, torch "
                 f"{torch.__version__}, {where}, {platform.machine()}, {datetime.now(UTC).date().isoformat()}. The "
                 "claims and main figures are also in `report.json`, the data of each table and picture in `csv/`, "
                 "those of each stage in `results/`, and the learned interventions in `interventions/`."

@@ -20,6 +20,7 @@ from .size import FULL, QUICK, Size
 from .stages import Stages
 from .systems import SYSTEMS
 from .task_forms import TASKS
+from .tokenizer_digest import tokenizer_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,8 +44,9 @@ def reproduce(
 
     Finished stages are files in the folder, so the same call continues a run that was killed.
     The report judges the claims of the abstract of arXiv 2410.04962 by criteria that it states: each is held, not held,
-    or not decided, by its interval over seeds and prompts. Weights, rates and strengths are chosen on validation
-    prompts, which share nothing with the test prompts.
+    or not decided, by its interval over seeds and prompts. Weights, rates and strengths are chosen once, on
+    validation prompts of the first seed. Within a seed these share no country (or template) with the training and test
+    prompts; the test prompts of the other seeds may share countries or templates with them.
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
@@ -57,7 +59,8 @@ def reproduce(
         The path of `report.md`; the other files are beside it.
 
     Raises:
-        ValueError: the folder holds a run with another model or size, or the tokenizer lacks the words of a task.
+        ValueError: the folder holds a run with another model, tokenizer or size, or the tokenizer lacks the words of a
+            task.
     """
     if quick and size is not None:
         raise ValueError("size: given together with quick=True, expected one or the other")
@@ -67,6 +70,7 @@ def reproduce(
         "version": __version__,
         "model": found.model_type,
         "weights": weights_digest(model),
+        "tokenizer": tokenizer_digest(tokenizer),
         "dtype": str(next(model.parameters()).dtype),
         "systems": digest([repr(system) for system in SYSTEMS]),
         **chosen.to_dict(),

@@ -41,10 +41,12 @@ def reproduce_models(
         The path of the summary, `report.md`; `report.html` is beside it.
 
     Raises:
-        ValueError: two models have the same name, or as `reproduce`.
+        ValueError: there are no models, two have the same name, or as `reproduce`.
     """
     root, done = Path(folder), {}
     named = [(re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-."), load) for name, load in models]
+    if not named:
+        raise ValueError("models: got none, expected at least one name with the function that loads it")
     twice = next((name for name, _ in named if [other for other, _ in named].count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"models: got {twice!r} more than once, expected different names")

@@ -45,7 +45,7 @@ class Size:
     transfer_seeds: int = 3
     n_generated: int = 24  # test prompts that are continued
     time_seeds: int = 3  # seeds of the table with equal time; 0: there is none
-    remedy_seeds: int = 1  # seeds of what is tried where a claim is not held; 0: nothing is tried
+    remedy_seeds: int = 1  # seeds of what is tried for open claims; 0: nothing is tried
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)

@@ -31,8 +31,10 @@ class Task:
     held_out: str  # what validation and test do not share with training
     any_length: Split
     aligned: Split
-    #: Wordings that occur neither in training nor in validation, by name.
-    wordings: Mapping[str, Split]
+    #: Wordings that occur neither in training nor in validation, by name: for what was learned on prompts of any
+    #: length, and for what was learned on aligned prompts, which have held-out countries and templates of their own.
+    wordings: Mapping[str, tuple[Split, Split]]
+    near: str = ""  # what the report says about a wording that is near to what a form learns from
 
     def examples(
         self, tokenizer: PreTrainedTokenizerBase, size: Size, seed: int, *, aligned: bool = False
@@ -41,17 +43,30 @@ class Task:
         counts = (size.n_train, size.n_validation, size.n_test)
         return (self.aligned if aligned else self.any_length)(tokenizer, counts, seed)
 
-    def reworded(self, tokenizer: PreTrainedTokenizerBase, size: Size, seed: int, wording: str) -> list[Example]:
-        """Test examples of a seed in another wording."""
-        return self.wordings[wording](tokenizer, (1, 1, size.n_transferred), seed).test
+    def reworded(
+        self, tokenizer: PreTrainedTokenizerBase, size: Size, seed: int, wording: str, *, aligned: bool = False
+    ) -> list[Example]:
+        """Test examples of a seed in another wording, for what was learned on prompts of this form."""
+        return self.wordings[wording][aligned](tokenizer, (1, 1, size.n_transferred), seed).test
 
 
 def _conflicts(templates: Sequence[str], **options: Any) -> Split:
     return partial(conflicts_three_ways, templates=templates, whole_names=False, **options)
 
 
+def _reworded_conflicts(templates: Sequence[str]) -> tuple[Split, Split]:
+    """For each form the countries that it holds out, which its seed chooses among those that it uses."""
+    others = [text for text in templates if text not in tasks.ALIGNED_CONFLICT_TEMPLATES]
+    return _conflicts(templates), partial(conflicts_three_ways, templates=others)
+
+
 def _sentences(templates: Sequence[str], **options: Any) -> Split:
     return partial(sentences_three_ways, templates=templates, **options)
+
+
+def _new_sentences(templates: Sequence[str], **options: Any) -> Split:
+    """Templates that no form learns from, so that all of them serve for testing."""
+    return _sentences(templates, own_templates=False, **options)
 
 
 _TWO_SENTENCES = (
@@ -62,6 +77,10 @@ _THREE_SENTENCES = (
     "{first} and {second} were at the {place}. It was late. {giver} had a {thing}, and gave it to",
     "{first} and {second} came to the {place}. There was a {thing}. {giver} took it and passed it to",
 )
+_GIVER_FIRST = ("BABA",)
+_NOT_ALIGNED = tuple(
+    text for text in tasks.INDIRECT_OBJECT_TEMPLATES if text not in tasks.ALIGNED_INDIRECT_OBJECT_TEMPLATES
+)
 _CONFLICTS = tasks.CONFLICT_TEMPLATES
 TASKS = (
     Task(
@@ -69,19 +88,23 @@ TASKS = (
         _conflicts(_CONFLICTS[:1]),
         partial(conflicts_three_ways, templates=tasks.ALIGNED_CONFLICT_TEMPLATES, aligned=True),
         {
-            "another layout": _conflicts(_CONFLICTS[1:3]),
-            "another question": _conflicts(_CONFLICTS[3:5]),
-            "a repetition instead of a question": _conflicts(_CONFLICTS[5:]),
+            "another layout": _reworded_conflicts(_CONFLICTS[1:3]),
+            "another question": _reworded_conflicts(_CONFLICTS[3:5]),
+            "a repetition instead of a question": _reworded_conflicts(_CONFLICTS[5:]),
         },
+        "The aligned prompts, which DynScalar was learned on, are repetitions too, in other words than those below.",
     ),
     Task(
         "indirect-object", "Indirect object identification", "names", "templates",
         _sentences(tasks.INDIRECT_OBJECT_TEMPLATES),
         _sentences(tasks.ALIGNED_INDIRECT_OBJECT_TEMPLATES, aligned=True),
         {
-            "two sentences": _sentences(_TWO_SENTENCES, own_templates=False),
-            "three sentences": _sentences(_THREE_SENTENCES, own_templates=False),
-            "the giver is always named first": _sentences(tasks.INDIRECT_OBJECT_TEMPLATES, orders=("BABA",)),
+            "two sentences": (_new_sentences(_TWO_SENTENCES),) * 2,
+            "three sentences": (_new_sentences(_THREE_SENTENCES),) * 2,
+            "the giver is always named first": (
+                _sentences(tasks.INDIRECT_OBJECT_TEMPLATES, orders=_GIVER_FIRST),
+                _new_sentences(_NOT_ALIGNED, orders=_GIVER_FIRST),
+            ),
         },
     ),
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..architectures.layout import layout
@@ -19,22 +21,30 @@ def transferred() -> tuple[System, ...]:
 
 def to_length(lab: Laboratory, task: Task, n_sentences: int) -> dict[str, Any]:
     """Test records of all such systems on prompts that follow unrelated sentences, each in its own form of the task."""
-    found: dict[str, Any] = {}
-    for aligned in (False, True):
-        systems = [system for system in transferred() if system.aligned is aligned]
-        runs = []
-        for seed in lab.size.seeds[: lab.size.transfer_seeds]:
-            test = task.examples(lab.tokenizer, lab.size, seed, aligned=aligned).test[: lab.size.n_transferred]
-            runs.append((seed, longer(test, n_sentences)))
-        found |= _measured(lab, task, systems, runs)
-    return found
+
+    def test(seed: int, *, aligned: bool) -> list[Example]:
+        examples = task.examples(lab.tokenizer, lab.size, seed, aligned=aligned).test[: lab.size.n_transferred]
+        return longer(examples, n_sentences)
+
+    return _by_form(lab, task, test)
 
 
 def to_wording(lab: Laboratory, task: Task, wording: str) -> dict[str, Any]:
-    """Test records of all such systems on the same questions in words that nothing was learned on."""
-    seeds = lab.size.seeds[: lab.size.transfer_seeds]
-    runs = [(seed, task.reworded(lab.tokenizer, lab.size, seed, wording)) for seed in seeds]
-    return _measured(lab, task, transferred(), runs)
+    """Test records of all such systems on questions in words that nothing was learned on.
+
+    The prompts of a system ask for what its own form of the task holds out.
+    """
+    return _by_form(lab, task, partial(task.reworded, lab.tokenizer, lab.size, wording=wording))
+
+
+def _by_form(lab: Laboratory, task: Task, test: Callable[..., list[Example]]) -> dict[str, Any]:
+    """Test records of the systems of each form on the prompts `test(seed, aligned=…)` of that form."""
+    found: dict[str, Any] = {}
+    for aligned in (False, True):
+        systems = [system for system in transferred() if system.aligned is aligned]
+        seeds = lab.size.seeds[: lab.size.transfer_seeds]
+        found |= _measured(lab, task, systems, [(seed, test(seed, aligned=aligned)) for seed in seeds])
+    return found
 
 
 def _measured(lab: Laboratory, task: Task, systems: Any, runs: list[tuple[int, list[Example]]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The weights of each system and its learning rate, chosen on validation prompts from a small grid."""
+"""The weights of each system and its learning rate, chosen once on the first seed's validation prompts."""
 
 from __future__ import annotations
 

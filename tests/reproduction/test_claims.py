@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from actscale_fast.reproduction.blocks import Column, Document, HeadMap, Section, Table, Text
 from actscale_fast.reproduction.claims import judged
 from actscale_fast.reproduction.csv_files import as_csv
-from actscale_fast.reproduction.html import as_html
+from actscale_fast.reproduction.html import _shortened, as_html, embedded_svg
 from actscale_fast.reproduction.intervals import Interval, all_of, interval, mean
 from actscale_fast.reproduction.markdown import table
 from actscale_fast.reproduction.tuning import chosen
@@ -132,6 +133,42 @@ def test_a_map_tells_layer_head_and_value(tmp_path: Any) -> None:
     assert 'data-t="layer 3, head 1: α −0.500"' in page
     assert page.count("<rect") == 4
     assert as_csv(found.data).splitlines()[2] == "3,head 1,-0.5"
+
+
+def test_a_vector_picture_keeps_the_digits_of_its_words(tmp_path: Any) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([0.0, 1.0, 2.0], [0.0, 0.0025, 0.00125])
+    axes.set_yticks([0.0025], ["0.0025"])
+    embedded_svg(figure, tmp_path / "p.svg")
+    text = (tmp_path / "p.svg").read_text()
+    assert ">0.0025</text>" in text
+    paths = re.findall(r'\sd="([^"]*)"', text)
+    assert any("." in path for path in paths)
+    assert not [path for path in paths if re.search(r"\.\d{3}", path)]
+    point = 'M 1.2345 2.3456e-05" transform="translate(1.2345 2) scale(0.0125 0.0125)'
+    assert _shortened(f'<path d="{point}"/>') == (
+        '<path d="M 1.23 2.3456e-05" transform="translate(1.23 2) scale(0.0125 0.0125)"/>'
+    )
+
+
+def test_what_was_tried_is_not_called_held() -> None:
+    from types import SimpleNamespace
+
+    from actscale_fast.reproduction import tables
+    from actscale_fast.reproduction.size import FULL
+
+    tried = {
+        name: {"what": name, "steps": 120, "runs": [record(share, 1.0, n=n)]}
+        for name, share, n in (("a", 0.97, 400), ("b", 0.5, 400), ("c", 0.85, 20))
+    }
+    lab: Any = SimpleNamespace(results={"remedies": {"t": {"few": tried}}}, size=FULL)
+    found = tables.remedies_table(lab)
+    assert found is not None
+    assert [row[-1] for row in found.rows] == ["reached", "missed", "not decided"]
+    assert "not held or not decided" in tables.tried_words(lab)
 
 
 def test_what_is_not_held_is_tried_in_other_ways() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import re
@@ -17,21 +18,28 @@ from word_models import LATE_CAPITALS, save_model
 import actscale_fast as af
 from actscale_fast.cli import main
 from actscale_fast.reproduction import (
+    FULL,
     PAPER_MODELS,
     QUICK,
     SYSTEMS,
     TASKS,
     Size,
     comparing,
+    laboratory,
     recipes,
     reproduce_models,
     reproducing,
     stressing,
+    tables,
 )
 from actscale_fast.reproduction.measuring import by_attribution, jaccard, measure, places, shuffled
 from actscale_fast.reproduction.pictures import slots
+from actscale_fast.reproduction.preface import command_of, preface
 from actscale_fast.reproduction.stages import Stages
+from actscale_fast.reproduction.stress_tables import left_out, stress_table
+from actscale_fast.reproduction.tokenizer_digest import tokenizer_digest
 from actscale_fast.tasks import Example
+from actscale_fast.tasks.known_prompts import _pattern
 
 TINY = Size(
     seeds=(0,), n_train=6, n_test=4, steps=6, n_path=2, path_steps=2, n_attributed=1, n_sentences=1, max_new_tokens=3,
@@ -75,18 +83,18 @@ def test_a_killed_run_goes_on_and_its_files_belong_together(
     with pytest.raises(KeyboardInterrupt):
         af.reproduce(*opened, folder, size=TINY, progress=False)
     assert not (folder / "report.md").exists()
-    report = reproduce_models([("tiny", lambda: opened)], tmp_path, size=TINY, progress=False)
+    summary = reproduce_models([("tiny", lambda: opened)], tmp_path, size=TINY, progress=False)
     assert len(calls) == 1 + len(SYSTEMS) * len(TASKS)  # the one that was interrupted, twice
     _check_files(folder)
-    assert "(tiny/report.md)" in report.read_text()
-    assert 'href="tiny/report.html"' in report.with_suffix(".html").read_text()
+    assert "(tiny/report.md)" in summary.read_text()
+    assert 'href="tiny/report.html"' in summary.with_suffix(".html").read_text()
 
     def never(*_: Any) -> None:
         raise AssertionError("computed again")
 
     monkeypatch.setattr(comparing, "compare", never)
     monkeypatch.setattr(comparing, "baselines", never)
-    monkeypatch.setattr(reproducing, "write_report", lambda *_, **__: report)  # pictures take time
+    monkeypatch.setattr(reproducing, "write_report", lambda *_, **__: summary)  # pictures take time
     af.reproduce(*opened, folder, size=TINY, progress=False)
     with pytest.raises(ValueError, match=r"holds a run with other settings .*steps.* differ"):
         af.reproduce(*opened, folder, size=replace(TINY, steps=7), progress=False)
@@ -157,6 +165,8 @@ def test_models_are_named_in_one_way_only(tmp_path: Path, capsys: pytest.Capture
     assert "--paper cannot be used with --models" in capsys.readouterr().err
     assert main(["reproduce", "--models", "a,,b", *out]) != 0
     assert "--models: got 'a,,b', expected names or folders" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="models: got none, expected at least one name"):
+        reproduce_models([], tmp_path)
     with pytest.raises(ValueError, match="'x' more than once"):
         reproduce_models([("x", lambda: (None, None)), ("x", lambda: (None, None))], tmp_path)  # type: ignore[arg-type, return-value]
 
@@ -180,6 +190,18 @@ def test_a_stage_is_kept_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     assert stages.seconds >= 0
 
 
+def test_another_chat_template_or_special_token_is_another_tokenizer(opened: tuple[Any, Any]) -> None:
+    _, tokenizer = opened
+    known = tokenizer_digest(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other(["one", "two two"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_digest(other) == known
+    other.chat_template = "{{ messages[0].content }} A:"
+    with_template = tokenizer_digest(other)
+    other.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    assert len({known, with_template, tokenizer_digest(other)}) == 3
+
+
 def test_the_three_parts_of_a_task_share_neither_countries_nor_templates(opened: tuple[Any, Any]) -> None:
     _, tokenizer = opened
     size = replace(TINY, n_train=20, n_validation=10, n_test=12)
@@ -197,6 +219,35 @@ def test_the_three_parts_of_a_task_share_neither_countries_nor_templates(opened:
     assert not frames[0] & frames[2]
     assert not frames[1] & frames[2]
     assert TASKS[1].examples(tokenizer, size, 2) != found
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_other_wordings_share_nothing_with_the_training_of_a_system(opened: tuple[Any, Any], aligned: bool) -> None:
+    _, tokenizer = opened
+    size = replace(TINY, n_train=20, n_validation=10, n_test=12, n_transferred=12)
+    capitals, names = TASKS
+    for seed in range(4):
+        learned = capitals.examples(tokenizer, size, seed, aligned=aligned).train
+        answers = {answer for one in learned for answer in (one.correct, one.wrong)}
+        for wording in capitals.wordings:
+            tested = capitals.reworded(tokenizer, size, seed, wording, aligned=aligned)
+            assert len(tested) == 12
+            assert not answers & {answer for one in tested for answer in (one.correct, one.wrong)}
+            assert not {_template(one) for one in learned} & {_template(one) for one in tested}
+        templates = {_template(one) for one in names.examples(tokenizer, size, seed, aligned=aligned).train}
+        assert None not in templates
+        for wording in names.wordings:
+            tested = names.reworded(tokenizer, size, seed, wording, aligned=aligned)
+            assert not templates & {_template(one) for one in tested}
+
+
+def _template(example: Example) -> str | None:
+    """The built-in template of a prompt; None if it has another one."""
+    every = (
+        af.tasks.CONFLICT_TEMPLATES, af.tasks.ALIGNED_CONFLICT_TEMPLATES,
+        af.tasks.INDIRECT_OBJECT_TEMPLATES, af.tasks.ALIGNED_INDIRECT_OBJECT_TEMPLATES,
+    )  # fmt: skip
+    return next((text for some in every for text in some if _pattern(text).fullmatch(example.prompt)), None)
 
 
 def _frame(example: Example) -> str:
@@ -268,9 +319,67 @@ def test_a_slot_that_holds_an_answer_is_named_by_its_role() -> None:
 
 
 def test_equal_time_gives_slower_systems_fewer_steps() -> None:
-    runs = {name: [{"seconds": seconds}] for name, seconds in (("scalars", 8.0), ("vectors", 16.0), ("probes", 8.5))}
+    times = {"scalars": (8.0, 40), "vectors": (16.0, 40), "probes": (8.5, 40), "few-scalars": (32.0, 80)}
+    runs = {name: [{"seconds": seconds, "steps": steps}] for name, (seconds, steps) in times.items()}
     lab: Any = SimpleNamespace(size=replace(TINY, steps=40), results={"comparison": {"country-capital": runs}})
     steps = {
         system.name: comparing.steps_in_equal_time(lab, TASKS[0], system) for system in SYSTEMS if system.name in runs
     }
-    assert steps == {"scalars": 40, "vectors": 20, "probes": 40}
+    assert steps == {"scalars": 40, "few-scalars": 20, "vectors": 20, "probes": 40}
+    (words,) = tables.more_steps_words(lab, TASKS[0], aligned=False)
+    assert "refit, took up to 80 steps instead of 40 with 1 of 1 seed" in words
+
+
+def test_a_report_names_the_command_that_it_is_of() -> None:
+    assert command_of(FULL) == "actscale-fast reproduce"
+    assert command_of(QUICK) == "actscale-fast reproduce --quick"
+    assert command_of(replace(QUICK, seeds=(0, 1, 2))) == "actscale-fast reproduce --quick --seeds 3"
+    assert "Size(" in command_of(TINY)
+    lab: Any = SimpleNamespace(size=replace(QUICK, seeds=(0, 1, 2)))
+    words = preface(lab, True, 600.0)
+    assert "A quick run: 3 seeds, and fewer" in words
+    assert "one seed" not in words
+    assert "chosen once" in words
+    assert "chosen once" not in preface(SimpleNamespace(size=QUICK), True, 600.0)  # type: ignore[arg-type]
+
+
+def test_the_stress_table_tells_each_gate_and_what_was_left_out() -> None:
+    from actscale_fast.learning.stress.result import Check, Gate
+
+    checks = [
+        Check("flips", 0.9, (0.85, 0.95), 0.85, at_least=True),
+        Check("drop", 0.3, (0.2, 0.4), 0.25, at_least=False),
+    ]
+    gates = [stressing.gate_record(Gate("control", checks[:1])), stressing.gate_record(Gate("robustness", checks[1:]))]
+    found = {
+        "scalars": {"gates": gates, "left_out": {"chats": "no chat template"}},
+        "vectors": {"gates": [], "left_out": {"chats": "no chat template", "the whole test": "too long"}},
+    }
+    lab: Any = SimpleNamespace(results={"stress": {"country-capital": found}})
+    rows = [(row[1], row[2], row[-1]) for row in stress_table(lab, TASKS[0]).rows]
+    assert rows == [
+        ("control", "the gate", "**passed, not decided**"), ("control", "flips", "passed, not decided"),
+        ("robustness", "the gate", "**failed, not decided**"), ("robustness", "drop", "failed, not decided"),
+    ]  # fmt: skip
+    words = left_out(lab, TASKS[0])
+    assert words == [
+        "Left out for ActivScalar per head; SteerVec per head: chats, no chat template.",
+        "Left out for SteerVec per head: the whole test, too long.",
+    ]
+
+
+def test_a_fit_tells_the_steps_and_the_time_of_its_last_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fit(*_: Any, steps: int, **__: Any) -> Any:
+        tried.append(steps)
+        if steps < 24:
+            raise ValueError("n_active: got 2, but the fits of the path leave more")
+        return SimpleNamespace(objective=SimpleNamespace(minimality=0.5))
+
+    monkeypatch.setattr(laboratory, "fit", fit)
+    lab = laboratory.Laboratory(SimpleNamespace(), None, TINY, Path())  # type: ignore[arg-type]
+    monkeypatch.setattr(lab, "_clock", iter((0.0, 10.0, 20.0, 25.0)).__next__)
+    made = lab.fitted([], af.ActivScalar, {"faithfulness": 1.0, "lr": 0.1}, 0, 6, n_active=2)  # type: ignore[arg-type]
+    assert tried == [6, 12, 24]
+    assert made == {"seconds": 5.0, "steps": 24, "minimality": 0.5}
