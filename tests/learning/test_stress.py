@@ -211,6 +211,24 @@ def test_a_run_twice_reads_each_text_and_an_interchange_has_none(
     assert "indirect-object" in result.left_out
 
 
+def test_the_perplexity_is_left_out_where_not_every_token_is_steered(
+    model: Any, tokenizer: Any, test: list[af.Example]
+) -> None:
+    options: dict[str, Any] = {"perturbations": ["length-1"], "unrelated": {}, "prompts": PROMPTS[:2]}
+    for positions in ([-1], [0, 1]):
+        last = af.ActivScalar.for_model(model, positions=positions)
+        with torch.no_grad():
+            last.alpha.fill_(2.0)
+        result = af.stress(model, tokenizer, last, test[:2], **options)
+        assert [check.what for check in result.gate("utility").checks] == ["KL"]
+        assert result.gate("utility").checks[0].value > 0
+        assert "would not steer every token of a text" in result.left_out["plain texts"]
+        assert result.left_out["plain texts"] in str(result)
+        everywhere = af.ActivScalar.for_model(model)
+        both = af.stress(model, tokenizer, last + everywhere, test[:2], **options)
+        assert "plain texts" in both.left_out
+
+
 def test_an_intervention_whose_positions_a_longer_prompt_does_not_fit_names_the_perturbation(
     model: Any, tokenizer: Any, test: list[af.Example]
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..._checks import check_counts, check_finite, is_integer, is_real
 from ..._suggestions import did_you_mean
+from ...frozen.encoder import check_texts
 from ...interventions import Intervention
 from ...tasks.examples import Example, prompt_of
 from ...tasks.greater_than import greater_than
@@ -18,7 +19,7 @@ from ..head_selection.strength import Direction
 from ..prompt_statistics import Measured
 from .figures import behaviour_row, check, control_rows, overall, text_rows, worst
 from .perturbations import PERTURBATIONS, NotApplicableError, Perturbation, Rule, perturbed, tokens_of
-from .plain_text import PROMPTS, TEXTS, refuse_other_sources
+from .plain_text import PROMPTS, TEXTS, refuse_other_sources, why_not_steered
 from .result import GIVEN, Check, Gate, StressResult, StressRow
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def stress(
         perturbations: names of `PERTURBATIONS` in `learning/stress/perturbations.py`; None: all that can be applied to
             these examples and change them; the others are listed in `left_out`.
         own_perturbations: further ones by name, each a function from an example to the changed one.
-        texts: plain texts, for the perplexity; None: eight built-in ones; []: none.
+        texts: plain texts, for the perplexity; None: eight built-in ones; []: none. They are left out, with the reason
+            in `left_out`, where the intervention acts at some positions of a prompt only.
         prompts: unrelated prompts, for the divergence; None: sixteen built-in ones; []: none.
         unrelated: examples of unrelated behaviours by name; None: names and years (the built-in tasks indirect-object
             and greater-than), without the one that the examples belong to.
@@ -126,6 +128,11 @@ def stress(
         refuse_other_sources(intervention)
     given = examples_from(examples)
     left_out: dict[str, str] = {}
+    if texts:
+        check_texts(texts, "texts", plain=True)
+        reason = why_not_steered(model, tokenizer, intervention, texts)
+        if reason is not None:
+            left_out["plain texts"], texts = reason, ()
     sets = _perturbed_sets(given, tokenizer, perturbations, own_perturbations or {}, seed, left_out)
     behaviours = _behaviours(unrelated, intervention, given, tokenizer, seed, left_out)
     common: dict[str, Any] = {"strength": float(strength), "batch_size": batch_size}
