@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -18,6 +19,7 @@ from torch.nn import functional
 import actscale_fast as af
 from actscale_fast.cli.parser import build_parser
 from actscale_fast.cli.stress import THRESHOLDS
+from actscale_fast.frozen.chat import user_message
 from actscale_fast.learning.stress.harness import harness_accuracies
 from actscale_fast.learning.stress.perturbations import ASIDES, PERTURBATIONS, NotApplicableError, perturbed
 from actscale_fast.learning.stress.plain_text import PROMPTS, TEXTS
@@ -229,6 +231,30 @@ def test_the_perplexity_is_left_out_where_not_every_token_is_steered(
         assert "plain texts" in both.left_out
 
 
+def test_the_examples_own_task_is_no_unrelated_behaviour_in_chats_either(
+    model: Any, tokenizer: Any, scalars: Any
+) -> None:
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = CHAT
+    made = af.tasks.indirect_object_identification(tokenizer, n_train=1, n_test=2).test
+    chats = [
+        replace(
+            one, prompt="", messages=({"role": "system", "content": "Names."}, *user_message(one.prompt)),
+            correct=one.correct.strip(), wrong=one.wrong.strip(),
+        )
+        for one in made
+    ]  # fmt: skip
+    own = [replace(one, prompt=f"Rome: {one.prompt}") for one in made]  # as in templates of the user's own
+    options: dict[str, Any] = {"perturbations": ["length-1"], "texts": [], "prompts": []}
+
+    def behaviours(examples: list[af.Example], **more: Any) -> list[str]:
+        found = af.stress(model, talking, scalars, examples, **options, **more)
+        return [row.name for row in found.rows if row.kind == "unrelated"]
+
+    assert behaviours(made) == behaviours(chats) == behaviours(own, task="indirect-object") == []
+    assert behaviours(own) == ["indirect-object"]
+
+
 def test_an_intervention_whose_positions_a_longer_prompt_does_not_fit_names_the_perturbation(
     model: Any, tokenizer: Any, test: list[af.Example]
 ) -> None:
@@ -256,6 +282,7 @@ def test_an_intervention_whose_positions_a_longer_prompt_does_not_fit_names_the_
         ({"accuracies": {"quiz": (2, 0)}}, r"accuracies: got \(2, 0\) for 'quiz'"),
         ({"max_kl": "much"}, "max_kl: got 'much'"),
         ({"unrelated": []}, "unrelated: got list, expected a dict"),
+        ({"task": "names"}, "task: got 'names', expected None or one of 'indirect-object', 'greater-than'"),
     ],
 )
 def test_bad_arguments_are_refused(

@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 _SIGNS = {"both": (1, -1), "correct": (1,), "wrong": (-1,)}
 #: Prompts of each built-in task that serve as unrelated behaviours.
 _N_UNRELATED = 24
-_UNRELATED = {"indirect-object": indirect_object_identification, "greater-than": greater_than}
+UNRELATED = {"indirect-object": indirect_object_identification, "greater-than": greater_than}
 
 
 def stress(
@@ -45,6 +45,7 @@ def stress(
     texts: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
     unrelated: Mapping[str, ExampleSource] | None = None,
+    task: str | None = None,
     accuracies: Mapping[str, tuple[float, float]] | None = None,
     min_control: float = 0.8,
     min_gain: float = 0.1,
@@ -88,7 +89,10 @@ def stress(
             in `left_out`, where the intervention acts at some positions of a prompt only.
         prompts: unrelated prompts, for the divergence; None: sixteen built-in ones; []: none.
         unrelated: examples of unrelated behaviours by name; None: names and years (the built-in tasks indirect-object
-            and greater-than), without the one that the examples belong to.
+            and greater-than), without the one that the examples belong to. What the model or the tokenizer does not
+            allow of them is listed in `left_out`.
+        task: "indirect-object" or "greater-than" where the examples are of that built-in task; None: as their prompts
+            say, or the user's last messages, which is known of the task's own templates alone.
         accuracies: of further tasks by name, (frozen, under the intervention), such as
             `integrations.lm_eval.accuracies` measures with lm-evaluation-harness.
         min_control, min_gain, max_perplexity_ratio, max_kl, max_accuracy_drop, max_drop, max_side_effect: thresholds.
@@ -120,6 +124,8 @@ def stress(
     check_finite(strength=strength, **thresholds)
     if strength == 0:
         raise ValueError("strength: got 0, at which an intervention does nothing")
+    if task is not None and task not in UNRELATED:
+        raise ValueError(f"task: got {task!r}, expected None or one of {', '.join(map(repr, UNRELATED))}")
     if direction not in _SIGNS:
         raise ValueError(f"direction: got {direction!r}, expected 'both', 'correct' or 'wrong'")
     checked_accuracies = _checked_accuracies(accuracies or {})
@@ -134,7 +140,7 @@ def stress(
         if reason is not None:
             left_out["plain texts"], texts = reason, ()
     sets = _perturbed_sets(given, tokenizer, perturbations, own_perturbations or {}, seed, left_out)
-    behaviours = _behaviours(unrelated, intervention, given, tokenizer, seed, left_out)
+    behaviours = _behaviours(unrelated, intervention, given, tokenizer, task, seed, left_out)
     common: dict[str, Any] = {"strength": float(strength), "batch_size": batch_size}
     signs = _SIGNS[direction]
     measured = {
@@ -225,26 +231,34 @@ def _as_rule(change: Callable[[Example], Example]) -> Rule:
 
 def _behaviours(
     given: Mapping[str, ExampleSource] | None, intervention: Intervention, examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase, seed: int, left_out: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase, task: str | None, seed: int, left_out: dict[str, str],
 ) -> dict[str, list[Example]]:  # fmt: skip
     """Examples of unrelated behaviours: the caller's, or those of built-in tasks that the examples do not belong to."""
     if given is not None:
         if not isinstance(given, Mapping):
             raise TypeError(f"unrelated: got {type(given).__name__}, expected a dict of examples by name")
         return {name: examples_from(some, f"unrelated {name!r}") for name, some in given.items()}
-    own = {family_of(prompt) for prompt in map(prompt_of, examples) if isinstance(prompt, str)}
+    own = {task, *(family_of(text) for text in map(_question, examples) if text is not None)}
     found = {}
-    for name, task in _UNRELATED.items():
+    for name, make in UNRELATED.items():
         if name in own:
             continue
         if any(part.needs_source and not part.source_is_prompt for part in intervention.singles):
             left_out[name] = "its prompts have no source for an interchange"
             continue
         try:
-            found[name] = task(tokenizer, n_train=1, n_test=_N_UNRELATED, seed=seed).test
+            found[name] = make(tokenizer, n_train=1, n_test=_N_UNRELATED, seed=seed).test
         except ValueError as error:
             left_out[name] = str(error)
     return found
+
+
+def _question(example: Example) -> str | None:
+    """The text of a prompt; of a chat the user's last message, if there is one."""
+    prompt = prompt_of(example)
+    if isinstance(prompt, str):
+        return prompt
+    return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), None)
 
 
 def _checked_accuracies(given: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
