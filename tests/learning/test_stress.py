@@ -263,6 +263,23 @@ def test_an_intervention_whose_positions_a_longer_prompt_does_not_fit_names_the_
         af.stress(model, tokenizer, twice, test, perturbations=["length-4"], texts=[], prompts=[], unrelated={})
 
 
+def test_what_nobody_named_is_left_out_where_it_cannot_be_measured(tokenizer: Any, test: list[af.Example]) -> None:
+    longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in test[:2])
+    short = word_models.model_for(tokenizer, context=longest + 3)
+    scalars = af.ActivScalar.for_model(short)
+    result = af.stress(short, tokenizer, scalars, test[:2])
+    reasons = {name: result.left_out[name] for name in ("length-1", "length-4", "role-expert", "plain texts")}
+    assert all("tokens, expected at most" in reason for reason in reasons.values()), reasons
+    assert {row.name for row in result.rows if row.gate == "control"} >= {"as given", "lower-case", "upper-case"}
+    assert not {row.name for row in result.rows} & set(result.left_out)
+    assert [check.what for check in result.gate("utility").checks] == ["KL"]
+    with pytest.raises(ValueError, match="perturbation 'length-4'"):
+        af.stress(short, tokenizer, scalars, test[:2], perturbations=["length-4"], unrelated={}, texts=[], prompts=[])
+    long = {"unrelated": {"long": [replace(test[0], prompt=test[0].prompt * 3)]}}
+    with pytest.raises(ValueError, match="unrelated 'long'"):
+        af.stress(short, tokenizer, scalars, test[:2], perturbations=["lower-case"], texts=[], prompts=[], **long)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..._checks import check_counts, check_finite, is_integer, is_real
@@ -83,7 +84,8 @@ def stress(
         direction: the flips that count: to the "correct" answer under β = +strength, to the "wrong" one under
             β = −strength, or the mean of "both".
         perturbations: names of `PERTURBATIONS` in `learning/stress/perturbations.py`; None: all that can be applied to
-            these examples and change them; the others are listed in `left_out`.
+            these examples, change them, and can be measured with this model and intervention; the others are listed in
+            `left_out`.
         own_perturbations: further ones by name, each a function from an example to the changed one.
         texts: plain texts, for the perplexity; None: eight built-in ones; []: none. They are left out, with the reason
             in `left_out`, where the intervention acts at some positions of a prompt only.
@@ -129,32 +131,39 @@ def stress(
     if direction not in _SIGNS:
         raise ValueError(f"direction: got {direction!r}, expected 'both', 'correct' or 'wrong'")
     checked_accuracies = _checked_accuracies(accuracies or {})
-    texts, prompts = TEXTS if texts is None else texts, PROMPTS if prompts is None else prompts
-    if texts or prompts:
+    if (texts is None or texts) or (prompts is None or prompts):
         refuse_other_sources(intervention)
     given = examples_from(examples)
     left_out: dict[str, str] = {}
-    if texts:
-        check_texts(texts, "texts", plain=True)
-        reason = why_not_steered(model, tokenizer, intervention, texts)
-        if reason is not None:
-            left_out["plain texts"], texts = reason, ()
     sets = _perturbed_sets(given, tokenizer, perturbations, own_perturbations or {}, seed, left_out)
     behaviours = _behaviours(unrelated, intervention, given, tokenizer, task, seed, left_out)
     common: dict[str, Any] = {"strength": float(strength), "batch_size": batch_size}
     signs = _SIGNS[direction]
-    measured = {
-        name: _measured(
-            "" if name == GIVEN else f"perturbation {name!r}: ", model, tokenizer, some, intervention, common
-        )
-        for name, (_, some) in _bar(sets, progress)
-    }
-    effects = [
-        behaviour_row(name, _measured(f"unrelated {name!r}: ", model, tokenizer, some, intervention, common), signs)
-        for name, some in _bar(behaviours, progress)
-    ]
+
+    def measure(prefix: str, name: str, some: list[Example], named: bool) -> Measured | None:
+        values = None
+        with _left_out_unless(named, name, left_out, prefix):
+            ((values, _),) = measure_all(model, tokenizer, some, [intervention], **common)
+        return values
+
+    measured = {}
+    for name, (_, some) in _bar(sets, progress):
+        prefix = "" if name == GIVEN else f"perturbation {name!r}: "
+        named = name == GIVEN or perturbations is not None or name in (own_perturbations or {})
+        if (values := measure(prefix, name, some, named)) is not None:
+            measured[name] = values
+    effects = []
+    for name, some in _bar(behaviours, progress):
+        if (values := measure(f"unrelated {name!r}: ", name, some, unrelated is not None)) is not None:
+            effects.append(behaviour_row(name, values, signs))
     control = control_rows({name: kind for name, (kind, _) in sets.items()}, measured, signs)
-    costs = text_rows(model, tokenizer, intervention, texts, prompts, float(strength), signs, batch_size)
+    costs: list[StressRow] = []
+    how: tuple[Any, ...] = (float(strength), signs, batch_size)
+    with _left_out_unless(texts is not None, "plain texts", left_out):
+        costs += _on_texts(model, tokenizer, intervention, TEXTS if texts is None else texts, how, left_out)
+    with _left_out_unless(prompts is not None, "unrelated prompts", left_out):
+        some_prompts = PROMPTS if prompts is None else prompts
+        costs += text_rows(model, tokenizer, intervention, (), some_prompts, *how)
     costs += [
         StressRow("utility", name, "accuracy", None, {"frozen": before, "change": before - after})
         for name, (before, after) in checked_accuracies.items()
@@ -179,16 +188,33 @@ def stress(
     return StressResult(control + costs + effects, gates, float(strength), direction, len(given), left_out)
 
 
-def _measured(
-    prefix: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example],
-    intervention: Intervention, options: dict[str, Any],
-) -> Measured:  # fmt: skip
-    """What is measured under the intervention; the message of an error begins with the prefix."""
+@contextlib.contextmanager
+def _left_out_unless(named: bool, name: str, left_out: dict[str, str], prefix: str = "") -> Iterator[None]:
+    """A ValueError of what the caller named is raised, after the prefix; of anything else it is why it is left out."""
     try:
-        ((steered, _),) = measure_all(model, tokenizer, examples, [intervention], **options)
+        yield
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from error
-    return steered
+        if not named:
+            left_out[name] = str(error)
+        elif prefix:
+            raise ValueError(f"{prefix}{error}") from error
+        else:
+            raise
+
+
+def _on_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, intervention: Intervention, texts: Sequence[str],
+    how: tuple[Any, ...], left_out: dict[str, str],
+) -> list[StressRow]:  # fmt: skip
+    """The row of the perplexity, if the intervention acts on every token of the texts."""
+    if not texts:
+        return []
+    check_texts(texts, "texts", plain=True)
+    reason = why_not_steered(model, tokenizer, intervention, texts)
+    if reason is not None:
+        left_out["plain texts"] = reason
+        return []
+    return text_rows(model, tokenizer, intervention, texts, (), *how)
 
 
 def _perturbed_sets(
@@ -216,7 +242,7 @@ def _perturbed_sets(
             made = perturbed(name, rule, examples, tokenizer, seed)
             if tokens_of(made, tokenizer) == before:
                 raise NotApplicableError(f"perturbation {name!r}: changes no token of the prompts")
-        except NotApplicableError as error:
+        except ValueError as error:
             if names is not None or name in own:
                 raise
             left_out[name] = str(error).removeprefix(f"perturbation {name!r}: ")
