@@ -333,6 +333,13 @@ def test_the_harnesss_results_become_accuracies() -> None:
         harness_accuracies(frozen, {"results": {"a": {"acc,none": 0.4}}})
     with pytest.raises(ValueError, match="the task 'a' has none of the metrics"):
         harness_accuracies({"results": {"a": {"perplexity,none": 3.0}}}, plus)
+    both = [
+        {"results": {"a": {"exact_match,strict": 0.5, "exact_match,flexible": 0.75}}},
+        {"results": {"a": {"exact_match,flexible": 0.25, "exact_match,strict": 0.125}}},
+    ]
+    assert harness_accuracies(*both) == {"a": (0.5, 0.125)}
+    with pytest.raises(ValueError, match="steered: the task 'a' has no 'acc,none', which the frozen model's"):
+        harness_accuracies({"results": {"a": {"acc,none": 0.5}}}, {"results": {"a": {"acc_norm,none": 0.9}}})
     with pytest.raises(ValueError, match="steered: got no results"):
         harness_accuracies(frozen)
 
