@@ -284,6 +284,7 @@ def test_what_nobody_named_is_left_out_where_it_cannot_be_measured(tokenizer: An
     ("given", "message"),
     [
         ({"strength": 0}, "strength: got 0"),
+        ({"strength": -0.5}, "strength: got -0.5, expected more than 0"),
         ({"strength": math.nan}, "strength: got nan"),
         ({"direction": "up"}, "direction: got 'up'"),
         ({"perturbations": ["typo"]}, "perturbations: got 'typo', expected some of .*; did you mean 'typos'"),

@@ -80,7 +80,7 @@ def stress(
         model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
         intervention: the intervention to test.
         examples: held-out prompts with their two answers, as for `evaluate`; each runs three times per perturbation.
-        strength: β is this and, for the flips to the wrong answer, its negative.
+        strength: β is this, which is above 0, and, for the flips to the wrong answer, its negative.
         direction: the flips that count: to the "correct" answer under β = +strength, to the "wrong" one under
             β = −strength, or the mean of "both".
         perturbations: names of `PERTURBATIONS` in `learning/stress/perturbations.py`; None: all that can be applied to
@@ -124,8 +124,11 @@ def stress(
         "max_side_effect": max_side_effect,
     }  # fmt: skip
     check_finite(strength=strength, **thresholds)
-    if strength == 0:
-        raise ValueError("strength: got 0, at which an intervention does nothing")
+    if strength <= 0:
+        raise ValueError(
+            f"strength: got {strength:g}, expected more than 0; β = −strength is measured as well, or with "
+            'direction="wrong" alone'
+        )
     if task is not None and task not in UNRELATED:
         raise ValueError(f"task: got {task!r}, expected None or one of {', '.join(map(repr, UNRELATED))}")
     if direction not in _SIGNS:
