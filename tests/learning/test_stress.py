@@ -96,6 +96,18 @@ def test_rules_edit_a_chats_last_user_message_and_the_source(tokenizer: Any) -> 
             perturbed(name, PERTURBATIONS[name].rule, [example], tokenizer, 0)
 
 
+def test_longer_words_keep_their_case_only_where_an_answer_is_their_beginning(tokenizer: Any) -> None:
+    for prompt, correct, wrong, expected in (
+        ("Answer A or Both: Answer", " A", " B", "ANSWER A OR BOTH: ANSWER"),
+        ("No note on Notes, Yesterday", " No", " Yes", "No NOTE ON NOTES, Yesterday"),
+        ("The capital is Amsterdam", " Amst", " Par", "THE CAPITAL IS Amsterdam"),
+        ("He is in Rome, a Roman said", " Rome", " Rom", "HE IS IN Rome, A Roman SAID"),
+    ):
+        example = af.Example(prompt, correct, wrong)
+        (made,) = perturbed("upper-case", PERTURBATIONS["upper-case"].rule, [example], tokenizer, 0)
+        assert made.prompt == expected
+
+
 def test_typos_leave_names_numbers_and_the_last_word(tokenizer: Any) -> None:
     example = af.Example("Therefore Richard counted about 1234 letters before Charles counted", " seven", " letters")
     for seed in range(20):

@@ -178,9 +178,18 @@ def _chat(system: str | None) -> Rule:
 
 
 def _outside_answers(text: str, example: Example, change: Callable[[str], str]) -> str:
-    """The text with everything changed but the words that an answer begins or is."""
+    """The text with everything changed but the words that are an answer, or that an answer is the beginning of.
+
+    An answer that stands in the text as a word of its own, or has one letter, is no beginning of other words.
+    """
     answers = sorted({answer.strip() for answer in (example.correct, example.wrong)}, key=len, reverse=True)
-    kept = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, answers)) + r")\w*")
+    patterns = []
+    for answer in answers:
+        end = r"(?!\w)" if re.match(r"\w", answer[-1:]) else ""
+        word = rf"(?<!\w){re.escape(answer)}{end}"
+        begins = len(answer) > 1 and re.search(word, text) is None
+        patterns.append(rf"(?<!\w){re.escape(answer)}\w*" if begins else word)
+    kept = re.compile("|".join(patterns))
     parts, end = [], 0
     for match in kept.finditer(text):
         parts += [change(text[end : match.start()]), match[0]]
