@@ -20,10 +20,11 @@ import actscale_fast as af
 from actscale_fast.cli.parser import build_parser
 from actscale_fast.cli.stress import THRESHOLDS
 from actscale_fast.frozen.chat import user_message
+from actscale_fast.learning.stress.figures import worst
 from actscale_fast.learning.stress.harness import harness_accuracies
 from actscale_fast.learning.stress.perturbations import ASIDES, PERTURBATIONS, NotApplicableError, perturbed
 from actscale_fast.learning.stress.plain_text import PROMPTS, TEXTS
-from actscale_fast.learning.stress.result import Check, Gate
+from actscale_fast.learning.stress.result import Check, Gate, StressRow
 
 CHAT = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} {% endfor %}<s> answer "
 TEXT = "Continue the following text, be brief and reply with the answer only. You are an experienced expert on whom"
@@ -171,7 +172,7 @@ def test_figures_are_those_of_plain_passes(
             ]  # fmt: skip
             assert rows["unrelated prompts"].figures[name] == pytest.approx(float(sum(kl)) / 4, rel=1e-5)
     assert "greater-than" in result.left_out  # this tokenizer has no digits
-    assert result.gate("robustness").checks[1].what == "largest side effect, indirect-object,"
+    assert result.gate("robustness").checks[1].what == "largest side effect, indirect-object"
     result.save(tmp_path / "stress.json")
     again = af.StressResult.load(tmp_path / "stress.json")
     assert again.to_dict() == result.to_dict()
@@ -332,6 +333,13 @@ def test_a_verdict_is_decided_where_the_interval_leaves_out_the_threshold() -> N
     assert (Gate("control", [sure]).passed, Gate("control", [sure]).decided) == (True, True)
     assert (Gate("utility", [sure, unsure]).passed, Gate("utility", [sure, unsure]).decided) == (True, False)
     assert (Gate("utility", [unsure, bad]).passed, Gate("utility", [unsure, bad]).decided) == (False, True)
+    rows = [
+        StressRow("control", name, "", 9, {"drop": value}, {"drop": ends})
+        for name, value, ends in (("typos", 0.1, (0.1, 0.1)), ("spaces", 0.05, (-0.1, 0.3)))
+    ]
+    (largest,) = worst("largest drop", rows, "drop", 0.2)
+    assert (largest.value, largest.interval, largest.passed, largest.decided) == (0.1, (0.1, 0.3), True, False)
+    assert str(largest) == "largest drop, typos: 0.10 [0.10, 0.30] (at most 0.2, not decided)"
     assert str(Gate("utility", [bad])) == "utility: FAILED: KL 0.50 [0.40, 0.60] (at most 0.1, failed)"
 
 

@@ -185,8 +185,8 @@ def _outside_answers(text: str, example: Example, change: Callable[[str], str]) 
     answers = sorted({answer.strip() for answer in (example.correct, example.wrong)}, key=len, reverse=True)
     patterns = []
     for answer in answers:
-        end = r"(?!\w)" if re.match(r"\w", answer[-1:]) else ""
-        word = rf"(?<!\w){re.escape(answer)}{end}"
+        after = r"(?!\w)" if re.match(r"\w", answer[-1:]) else ""
+        word = rf"(?<!\w){re.escape(answer)}{after}"
         begins = len(answer) > 1 and re.search(word, text) is None
         patterns.append(rf"(?<!\w){re.escape(answer)}\w*" if begins else word)
     kept = re.compile("|".join(patterns))

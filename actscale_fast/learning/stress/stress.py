@@ -74,7 +74,8 @@ def stress(
       `max_side_effect`.
 
     A verdict follows from the figures themselves; where a 95 % bootstrap interval over the prompts (or texts) includes
-    the threshold it is marked as not decided. The interval of a largest value is that of the row which has it.
+    the threshold it is marked as not decided. A largest value is within its threshold, and decided, if the intervals of
+    all rows (and of both strengths) are: its own interval has the largest of their lower and of their upper ends.
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
