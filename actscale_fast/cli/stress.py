@@ -7,8 +7,8 @@ from pathlib import Path
 
 from .. import learning
 from .._json import parsed, read_limited
+from ..learning.stress.behaviours import UNRELATED
 from ..learning.stress.harness import harness_accuracies
-from ..learning.stress.stress import UNRELATED
 from .loading import check_file
 from .output import say, show
 from .saved_with_examples import saved_with_examples

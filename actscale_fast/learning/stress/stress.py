@@ -10,14 +10,12 @@ from ..._checks import check_counts, check_finite, is_integer, is_real
 from ..._suggestions import did_you_mean
 from ...frozen.encoder import check_texts
 from ...interventions import Intervention
-from ...tasks.examples import Example, prompt_of
-from ...tasks.greater_than import greater_than
-from ...tasks.indirect_objects import indirect_object_identification
-from ...tasks.known_prompts import family_of
+from ...tasks.examples import Example
 from ...tasks.loading import ExampleSource, examples_from
 from ..evaluate import measure_all
 from ..head_selection.strength import Direction
 from ..prompt_statistics import Measured
+from .behaviours import UNRELATED, behaviours_beside
 from .figures import behaviour_row, check, control_rows, overall, text_rows, worst
 from .perturbations import PERTURBATIONS, NotApplicableError, Perturbation, Rule, perturbed, tokens_of
 from .plain_text import PROMPTS, TEXTS, refuse_other_sources, why_not_steered
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _SIGNS = {"both": (1, -1), "correct": (1,), "wrong": (-1,)}
-#: Prompts of each built-in task that serve as unrelated behaviours.
-_N_UNRELATED = 24
-UNRELATED = {"indirect-object": indirect_object_identification, "greater-than": greater_than}
 
 
 def stress(
@@ -140,7 +135,7 @@ def stress(
     given = examples_from(examples)
     left_out: dict[str, str] = {}
     sets = _perturbed_sets(given, tokenizer, perturbations, own_perturbations or {}, seed, left_out)
-    behaviours = _behaviours(unrelated, intervention, given, tokenizer, task, seed, left_out)
+    behaviours = behaviours_beside(unrelated, intervention, given, tokenizer, task, seed, left_out)
     common: dict[str, Any] = {"strength": float(strength), "batch_size": batch_size}
     signs = _SIGNS[direction]
 
@@ -257,38 +252,6 @@ def _perturbed_sets(
 
 def _as_rule(change: Callable[[Example], Example]) -> Rule:
     return lambda example, _: change(example)
-
-
-def _behaviours(
-    given: Mapping[str, ExampleSource] | None, intervention: Intervention, examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase, task: str | None, seed: int, left_out: dict[str, str],
-) -> dict[str, list[Example]]:  # fmt: skip
-    """Examples of unrelated behaviours: the caller's, or those of built-in tasks that the examples do not belong to."""
-    if given is not None:
-        if not isinstance(given, Mapping):
-            raise TypeError(f"unrelated: got {type(given).__name__}, expected a dict of examples by name")
-        return {name: examples_from(some, f"unrelated {name!r}") for name, some in given.items()}
-    own = {task, *(family_of(text) for text in map(_question, examples) if text is not None)}
-    found = {}
-    for name, make in UNRELATED.items():
-        if name in own:
-            continue
-        if any(part.needs_source and not part.source_is_prompt for part in intervention.singles):
-            left_out[name] = "its prompts have no source for an interchange"
-            continue
-        try:
-            found[name] = make(tokenizer, n_train=1, n_test=_N_UNRELATED, seed=seed).test
-        except ValueError as error:
-            left_out[name] = str(error)
-    return found
-
-
-def _question(example: Example) -> str | None:
-    """The text of a prompt; of a chat the user's last message, if there is one."""
-    prompt = prompt_of(example)
-    if isinstance(prompt, str):
-        return prompt
-    return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), None)
 
 
 def _checked_accuracies(given: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
