@@ -412,3 +412,21 @@ def test_the_command_line_tests_what_a_fit_saved(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "stress.png").exists()
     assert main(["stress", str(tmp_path / "out"), "--texts", str(tmp_path / "none.txt"), "--quiet"]) == 1
     assert "texts: there is no file" in capsys.readouterr().err
+
+
+def test_the_command_line_names_the_task_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from actscale_fast import learning
+    from actscale_fast.cli import main
+
+    folder, seen = str(word_models.save_model(tmp_path / "model")), []
+    fitted = ["fit", "--model", folder, "--task", "indirect-object", "--n-train", "2", "--n-test", "2", "--steps", "1"]
+    assert main([*fitted, "--layers", "1", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+
+    def noted(*_: Any, task: str | None, **__: Any) -> Any:
+        seen.append(task)
+        raise ValueError("noted")
+
+    monkeypatch.setattr(learning, "stress", noted)
+    assert main(["stress", str(tmp_path / "out"), "--quiet"]) == 1
+    assert main(["stress", str(tmp_path / "out"), "--task", "country-capital", "--n-test", "2", "--quiet"]) == 1
+    assert seen == ["indirect-object", None]
