@@ -4,9 +4,10 @@
     python -m benchmarks.stress_tests --only scalars --scalars FOLDER --model NAME --name NAME
     python -m benchmarks.stress_tests --table
 
-All are learned from (or chosen on) 192 conflicts in one wording and tested on held-out ones: `ActivScalar` by the
-defaults, a `SteerVec` at one layer, and 20 heads by attribution with a shared strength. Each has a file of its own;
-those that are there are not made again. --scalars takes the scalars that an earlier fit by the defaults has saved.
+All are of conflicts in one wording and are tested on held-out ones: `ActivScalar` by the defaults and a `SteerVec` at
+one layer, both learned from 192, and 20 heads by attribution with a shared strength, chosen on the first 96 of these.
+Each has a file of its own; those that are there are not made again. --scalars takes the scalars that an earlier fit by
+the defaults has saved.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _markdown(lines: list[list[str]]) -> str:
 def _verdict(check: Any) -> str:
     """A figure with its interval, and the row that it is from."""
     figure = f"{check.value:.2f}" if check.passed else f"**{check.value:.2f}**"
-    _, _, row = check.what.strip(",").partition(", ")
+    _, _, row = check.what.partition(", ")
     return f"{figure} [{check.interval[0]:.2f}, {check.interval[1]:.2f}]" + (f" {row}" if row else "")
 
 

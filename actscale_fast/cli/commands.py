@@ -116,12 +116,14 @@ def evaluate(options: argparse.Namespace) -> int:
     check_file(options.out, "out")
     given = saved_with_examples(options)
     everything = (given.model, given.tokenizer, given.examples, given.intervention)
-    evaluation = learning.evaluate(*everything, batch_size=options.batch_size)
-    print_evaluation(given.title, evaluation)
-    options.result = evaluation.to_dict()
     kinds_of = set(map(conflict_kind, given.examples))
+    kinds = None
     if None not in kinds_of and len(kinds_of) > 1:  # questions without a context alone may be anyone's
         kinds = learning.evaluate_conflicts(*everything, batch_size=options.batch_size)
+    evaluation = learning.evaluate(*everything, batch_size=options.batch_size) if kinds is None else kinds.mean
+    print_evaluation(given.title, evaluation)
+    options.result = evaluation.to_dict()
+    if kinds is not None:
         print_table("By kind of conflict (parametric: the correct answer, contextual: the wrong one)", *kinds.table())
         options.result |= {"kinds": kinds.to_dict()["kinds"]}
     if options.out is not None:

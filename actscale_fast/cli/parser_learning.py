@@ -213,7 +213,7 @@ def stress(command: argparse.ArgumentParser) -> None:
     )
     options.saved_with_examples(command)
     test = command.add_argument_group("test")
-    options.number(test, "--strength", float, 1.0, "strength β", "X")
+    options.number(test, "--strength", positive_float, 1.0, "strength β", "X")
     options.choice(
         test, "--direction", ("both", "correct", "wrong"), "flips that count: both, correct (β) or wrong (−β)", "WHAT"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import learning
 from .._json import parsed, read_limited
+from ..learning.stress.behaviours import UNRELATED
 from ..learning.stress.harness import harness_accuracies
 from .loading import check_file
 from .output import say, show
@@ -33,6 +34,7 @@ def stress(options: argparse.Namespace) -> int:
     result = learning.stress(
         given.model, given.tokenizer, given.intervention, examples, strength=options.strength,
         direction=options.direction, perturbations=options.perturbations, texts=texts, accuracies=accuracies,
+        task=options.task if options.task in UNRELATED else None,
         seed=options.stress_seed, batch_size=options.batch_size, progress=shows_progress(options),
         **{name: getattr(options, name) for name in THRESHOLDS},
     )  # fmt: skip

@@ -12,6 +12,7 @@ from test_circuit_metrics import examples, plain
 
 import actscale_fast as af
 from actscale_fast.learning.bootstrap import intervals
+from actscale_fast.learning.head_selection.faithfulness import HeadFaithfulness, _rows
 from actscale_fast.tasks.examples import Example
 
 
@@ -55,6 +56,24 @@ def test_a_selection_has_the_same_figures_as_its_heads(model: Any) -> None:
         found.necessity("interchange")
 
 
+def test_shares_of_an_effect_that_may_be_none_are_not_shown() -> None:
+    every, none = torch.tensor([2.0, -2.0, 3.0, -2.0]), torch.tensor([0.0, 0.1, 0.0, -0.1])
+    names = ("all", "all but the chosen", "only the chosen", "none")
+    for shift, known in ((0.0, False), (9.0, True), (-9.0, True)):
+        differences = dict(zip(names, (every + shift, none, every + shift, none), strict=True))
+        rows = _rows("zero", differences, {name: (values > 0).double() for name, values in differences.items()})
+        found = HeadFaithfulness(rows, 1, 2, 0, 4)
+        assert rows[0].intervals["effect"] == pytest.approx(
+            intervals({"effect": every + shift - none}, {})["effect"], abs=1e-6
+        )
+        assert found.has_effect() is known
+        assert ("necessity 1.00 [1.00, 1.00]" in str(found)) is known
+        assert ("necessity not known" in str(found)) is not known
+        assert ("zero: the effect of all heads may be 0 (from " in str(found)) is not known
+    with pytest.raises(ValueError, match="ablation: got 'interchange', which was not measured"):
+        found.has_effect("interchange")
+
+
 def test_what_is_no_choice_of_heads_is_refused(model: Any) -> None:
     for chosen, message in (
         (torch.zeros(3, 4), "selection: got Tensor, expected a HeadSelection or a bool tensor"),
@@ -67,6 +86,11 @@ def test_what_is_no_choice_of_heads_is_refused(model: Any) -> None:
         af.head_faithfulness(
             model, tiny.tokenizer(), examples(), torch.ones(3, 4, dtype=torch.bool), ablations=["mean"]  # type: ignore[list-item]
         )  # fmt: skip
+
+    with pytest.raises(ValueError, match="ablations: got 'zero' more than once"):
+        af.head_faithfulness(
+            model, tiny.tokenizer(), examples(), torch.ones(3, 4, dtype=torch.bool), ablations=["zero", "zero"]
+        )
 
 
 def test_an_interval_of_a_ratio_is_that_of_resampled_means() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -18,10 +19,12 @@ from torch.nn import functional
 import actscale_fast as af
 from actscale_fast.cli.parser import build_parser
 from actscale_fast.cli.stress import THRESHOLDS
+from actscale_fast.frozen.chat import user_message
+from actscale_fast.learning.stress.figures import worst
 from actscale_fast.learning.stress.harness import harness_accuracies
 from actscale_fast.learning.stress.perturbations import ASIDES, PERTURBATIONS, NotApplicableError, perturbed
 from actscale_fast.learning.stress.plain_text import PROMPTS, TEXTS
-from actscale_fast.learning.stress.result import Check, Gate
+from actscale_fast.learning.stress.result import Check, Gate, StressRow
 
 CHAT = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} {% endfor %}<s> answer "
 TEXT = "Continue the following text, be brief and reply with the answer only. You are an experienced expert on whom"
@@ -94,6 +97,18 @@ def test_rules_edit_a_chats_last_user_message_and_the_source(tokenizer: Any) -> 
             perturbed(name, PERTURBATIONS[name].rule, [example], tokenizer, 0)
 
 
+def test_longer_words_keep_their_case_only_where_an_answer_is_their_beginning(tokenizer: Any) -> None:
+    for prompt, correct, wrong, expected in (
+        ("Answer A or Both: Answer", " A", " B", "ANSWER A OR BOTH: ANSWER"),
+        ("No note on Notes, Yesterday", " No", " Yes", "No NOTE ON NOTES, Yesterday"),
+        ("The capital is Amsterdam", " Amst", " Par", "THE CAPITAL IS Amsterdam"),
+        ("He is in Rome, a Roman said", " Rome", " Rom", "HE IS IN Rome, A Roman SAID"),
+    ):
+        example = af.Example(prompt, correct, wrong)
+        (made,) = perturbed("upper-case", PERTURBATIONS["upper-case"].rule, [example], tokenizer, 0)
+        assert made.prompt == expected
+
+
 def test_typos_leave_names_numbers_and_the_last_word(tokenizer: Any) -> None:
     example = af.Example("Therefore Richard counted about 1234 letters before Charles counted", " seven", " letters")
     for seed in range(20):
@@ -157,7 +172,7 @@ def test_figures_are_those_of_plain_passes(
             ]  # fmt: skip
             assert rows["unrelated prompts"].figures[name] == pytest.approx(float(sum(kl)) / 4, rel=1e-5)
     assert "greater-than" in result.left_out  # this tokenizer has no digits
-    assert result.gate("robustness").checks[1].what == "largest side effect, indirect-object,"
+    assert result.gate("robustness").checks[1].what == "largest side effect, indirect-object"
     result.save(tmp_path / "stress.json")
     again = af.StressResult.load(tmp_path / "stress.json")
     assert again.to_dict() == result.to_dict()
@@ -211,6 +226,48 @@ def test_a_run_twice_reads_each_text_and_an_interchange_has_none(
     assert "indirect-object" in result.left_out
 
 
+def test_the_perplexity_is_left_out_where_not_every_token_is_steered(
+    model: Any, tokenizer: Any, test: list[af.Example]
+) -> None:
+    options: dict[str, Any] = {"perturbations": ["length-1"], "unrelated": {}, "prompts": PROMPTS[:2]}
+    for positions in ([-1], [0, 1]):
+        last = af.ActivScalar.for_model(model, positions=positions)
+        with torch.no_grad():
+            last.alpha.fill_(2.0)
+        result = af.stress(model, tokenizer, last, test[:2], **options)
+        assert [check.what for check in result.gate("utility").checks] == ["KL"]
+        assert result.gate("utility").checks[0].value > 0
+        assert "would not steer every token of a text" in result.left_out["plain texts"]
+        assert result.left_out["plain texts"] in str(result)
+        everywhere = af.ActivScalar.for_model(model)
+        both = af.stress(model, tokenizer, last + everywhere, test[:2], **options)
+        assert "plain texts" in both.left_out
+
+
+def test_the_examples_own_task_is_no_unrelated_behaviour_in_chats_either(
+    model: Any, tokenizer: Any, scalars: Any
+) -> None:
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = CHAT
+    made = af.tasks.indirect_object_identification(tokenizer, n_train=1, n_test=2).test
+    chats = [
+        replace(
+            one, prompt="", messages=({"role": "system", "content": "Names."}, *user_message(one.prompt)),
+            correct=one.correct.strip(), wrong=one.wrong.strip(),
+        )
+        for one in made
+    ]  # fmt: skip
+    own = [replace(one, prompt=f"Rome: {one.prompt}") for one in made]  # as in templates of the user's own
+    options: dict[str, Any] = {"perturbations": ["length-1"], "texts": [], "prompts": []}
+
+    def behaviours(examples: list[af.Example], **more: Any) -> list[str]:
+        found = af.stress(model, talking, scalars, examples, **options, **more)
+        return [row.name for row in found.rows if row.kind == "unrelated"]
+
+    assert behaviours(made) == behaviours(chats) == behaviours(own, task="indirect-object") == []
+    assert behaviours(own) == ["indirect-object"]
+
+
 def test_an_intervention_whose_positions_a_longer_prompt_does_not_fit_names_the_perturbation(
     model: Any, tokenizer: Any, test: list[af.Example]
 ) -> None:
@@ -219,10 +276,28 @@ def test_an_intervention_whose_positions_a_longer_prompt_does_not_fit_names_the_
         af.stress(model, tokenizer, twice, test, perturbations=["length-4"], texts=[], prompts=[], unrelated={})
 
 
+def test_what_nobody_named_is_left_out_where_it_cannot_be_measured(tokenizer: Any, test: list[af.Example]) -> None:
+    longest = max(len(tokenizer(example.prompt)["input_ids"]) for example in test[:2])
+    short = word_models.model_for(tokenizer, context=longest + 3)
+    scalars = af.ActivScalar.for_model(short)
+    result = af.stress(short, tokenizer, scalars, test[:2])
+    reasons = {name: result.left_out[name] for name in ("length-1", "length-4", "role-expert", "plain texts")}
+    assert all("tokens, expected at most" in reason for reason in reasons.values()), reasons
+    assert {row.name for row in result.rows if row.gate == "control"} >= {"as given", "lower-case", "upper-case"}
+    assert not {row.name for row in result.rows} & set(result.left_out)
+    assert [check.what for check in result.gate("utility").checks] == ["KL"]
+    with pytest.raises(ValueError, match="perturbation 'length-4'"):
+        af.stress(short, tokenizer, scalars, test[:2], perturbations=["length-4"], unrelated={}, texts=[], prompts=[])
+    long = {"unrelated": {"long": [replace(test[0], prompt=test[0].prompt * 3)]}}
+    with pytest.raises(ValueError, match="unrelated 'long'"):
+        af.stress(short, tokenizer, scalars, test[:2], perturbations=["lower-case"], texts=[], prompts=[], **long)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"strength": 0}, "strength: got 0"),
+        ({"strength": -0.5}, "strength: got -0.5, expected more than 0"),
         ({"strength": math.nan}, "strength: got nan"),
         ({"direction": "up"}, "direction: got 'up'"),
         ({"perturbations": ["typo"]}, "perturbations: got 'typo', expected some of .*; did you mean 'typos'"),
@@ -238,6 +313,7 @@ def test_an_intervention_whose_positions_a_longer_prompt_does_not_fit_names_the_
         ({"accuracies": {"quiz": (2, 0)}}, r"accuracies: got \(2, 0\) for 'quiz'"),
         ({"max_kl": "much"}, "max_kl: got 'much'"),
         ({"unrelated": []}, "unrelated: got list, expected a dict"),
+        ({"task": "names"}, "task: got 'names', expected None or one of 'indirect-object', 'greater-than'"),
     ],
 )
 def test_bad_arguments_are_refused(
@@ -257,6 +333,13 @@ def test_a_verdict_is_decided_where_the_interval_leaves_out_the_threshold() -> N
     assert (Gate("control", [sure]).passed, Gate("control", [sure]).decided) == (True, True)
     assert (Gate("utility", [sure, unsure]).passed, Gate("utility", [sure, unsure]).decided) == (True, False)
     assert (Gate("utility", [unsure, bad]).passed, Gate("utility", [unsure, bad]).decided) == (False, True)
+    rows = [
+        StressRow("control", name, "", 9, {"drop": value}, {"drop": ends})
+        for name, value, ends in (("typos", 0.1, (0.1, 0.1)), ("spaces", 0.05, (-0.1, 0.3)))
+    ]
+    (largest,) = worst("largest drop", rows, "drop", 0.2)
+    assert (largest.value, largest.interval, largest.passed, largest.decided) == (0.1, (0.1, 0.3), True, False)
+    assert str(largest) == "largest drop, typos: 0.10 [0.10, 0.30] (at most 0.2, not decided)"
     assert str(Gate("utility", [bad])) == "utility: FAILED: KL 0.50 [0.40, 0.60] (at most 0.1, failed)"
 
 
@@ -271,6 +354,13 @@ def test_the_harnesss_results_become_accuracies() -> None:
         harness_accuracies(frozen, {"results": {"a": {"acc,none": 0.4}}})
     with pytest.raises(ValueError, match="the task 'a' has none of the metrics"):
         harness_accuracies({"results": {"a": {"perplexity,none": 3.0}}}, plus)
+    both = [
+        {"results": {"a": {"exact_match,strict": 0.5, "exact_match,flexible": 0.75}}},
+        {"results": {"a": {"exact_match,flexible": 0.25, "exact_match,strict": 0.125}}},
+    ]
+    assert harness_accuracies(*both) == {"a": (0.5, 0.125)}
+    with pytest.raises(ValueError, match="steered: the task 'a' has no 'acc,none', which the frozen model's"):
+        harness_accuracies({"results": {"a": {"acc,none": 0.5}}}, {"results": {"a": {"acc_norm,none": 0.9}}})
     with pytest.raises(ValueError, match="steered: got no results"):
         harness_accuracies(frozen)
 
@@ -322,3 +412,21 @@ def test_the_command_line_tests_what_a_fit_saved(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "stress.png").exists()
     assert main(["stress", str(tmp_path / "out"), "--texts", str(tmp_path / "none.txt"), "--quiet"]) == 1
     assert "texts: there is no file" in capsys.readouterr().err
+
+
+def test_the_command_line_names_the_task_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from actscale_fast import learning
+    from actscale_fast.cli import main
+
+    folder, seen = str(word_models.save_model(tmp_path / "model")), []
+    fitted = ["fit", "--model", folder, "--task", "indirect-object", "--n-train", "2", "--n-test", "2", "--steps", "1"]
+    assert main([*fitted, "--layers", "1", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+
+    def noted(*_: Any, task: str | None, **__: Any) -> Any:
+        seen.append(task)
+        raise ValueError("noted")
+
+    monkeypatch.setattr(learning, "stress", noted)
+    assert main(["stress", str(tmp_path / "out"), "--quiet"]) == 1
+    assert main(["stress", str(tmp_path / "out"), "--task", "country-capital", "--n-test", "2", "--quiet"]) == 1
+    assert seen == ["indirect-object", None]

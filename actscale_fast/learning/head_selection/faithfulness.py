@@ -46,7 +46,8 @@ class FaithfulnessRow:
     logit_difference: float
     correct: float  #: share of prompts with the correct answer above the wrong one
     share: float | None  #: the necessity or sufficiency; None: of the whole model and of no head
-    intervals: dict[str, tuple[float, float]]  #: 95 % bootstrap intervals over the prompts
+    #: 95 % bootstrap intervals over the prompts; of the whole model also that of the "effect", m(M) − m(∅)
+    intervals: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -60,12 +61,23 @@ class HeadFaithfulness(Readable):
     n_examples: int
 
     def necessity(self, ablation: Ablation = "zero") -> float:
-        """The share of the effect that is lost without the chosen heads."""
+        """The share of the effect that is lost without the chosen heads; see `has_effect`."""
         return self._share(ablation, _WITHOUT)
 
     def sufficiency(self, ablation: Ablation = "zero") -> float:
-        """The share of the effect that the chosen heads alone keep."""
+        """The share of the effect that the chosen heads alone keep; see `has_effect`."""
         return self._share(ablation, _ONLY)
+
+    def has_effect(self, ablation: Ablation = "zero") -> bool:
+        """Whether the 95 % interval of the effect m(M) − m(∅) excludes 0; else its shares have no meaning."""
+        low, high = self._whole(ablation).intervals["effect"]
+        return low > 0 or high < 0
+
+    def _whole(self, ablation: str) -> FaithfulnessRow:
+        for row in self.rows:
+            if (row.ablation, row.circuit) == (ablation, _ALL):
+                return row
+        raise ValueError(f"ablation: got {ablation!r}, which was not measured")
 
     def _share(self, ablation: str, circuit: str) -> float:
         for row in self.rows:
@@ -74,10 +86,16 @@ class HeadFaithfulness(Readable):
         raise ValueError(f"ablation: got {ablation!r}, which was not measured")
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """(column names, rows) as text; brackets are 95 % intervals over the prompts."""
+        """(column names, rows) as text; brackets are 95 % intervals over the prompts.
+
+        Shares of an effect whose own interval includes 0 are not shown.
+        """
         rows = []
         for row in self.rows:
-            share = "" if row.share is None else f"{_MEASURES[row.circuit]} {_with_ends(row, 'share', '{:.2f}')}"
+            share = ""
+            if row.share is not None:
+                known = self.has_effect(row.ablation)  # type: ignore[arg-type]
+                share = f"{_MEASURES[row.circuit]} {_with_ends(row, 'share', '{:.2f}') if known else 'not known'}"
             difference = _with_ends(row, "logit_difference", "{:+.2f}")
             rows.append([row.ablation, row.circuit, difference, f"{row.correct:.2f}", share])
         return ["replaced by", "heads that act", "logit difference", "correct above wrong", "share of the effect"], rows
@@ -86,7 +104,15 @@ class HeadFaithfulness(Readable):
         return f"Faithfulness of {self.k} of {self.n_heads} heads ({self.n_examples} prompts)"
 
     def _notes(self) -> list[str]:
-        return [f"random heads: the mean of {self.n_random} choices of {self.k}"] if self.n_random else []
+        notes = [f"random heads: the mean of {self.n_random} choices of {self.k}"] if self.n_random else []
+        for ablation in dict.fromkeys(row.ablation for row in self.rows):
+            if not self.has_effect(ablation):  # type: ignore[arg-type]
+                low, high = self._whole(ablation).intervals["effect"]
+                notes.append(
+                    f"{ablation}: the effect of all heads may be 0 (from {low:+.2f} to {high:+.2f}), so that shares of "
+                    "it are not known"
+                )
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -134,7 +160,7 @@ def head_faithfulness(
             4 + 2·n_random.
 
     Returns:
-        HeadFaithfulness: `.table()`, `.necessity()`, `.sufficiency()`, `.save()`.
+        HeadFaithfulness: `.table()`, `.necessity()`, `.sufficiency()`, `.has_effect()`, `.save()`.
 
     Raises:
         TypeError, ValueError: bad arguments or examples, no chosen head, or a model whose logit difference does not
@@ -161,8 +187,10 @@ def head_faithfulness(
         ablations = ("zero", "interchange") if all(one.source is not None for one in given) else ("zero",)
     if isinstance(ablations, str) or not ablations:
         raise ValueError(f"ablations: got {ablations!r}, expected a list of 'zero' and 'interchange'")
-    for ablation in ablations:
+    for number, ablation in enumerate(ablations):
         check_ablation(ablation)
+        if ablation in ablations[:number]:
+            raise ValueError(f"ablations: got {ablation!r} more than once")
     subject = Subject(model, tokenizer, given, None if layers is None else tuple(layers), batch_size)
     exists = subject.exists
     if chosen.shape != exists.shape:
@@ -206,7 +234,8 @@ def _rows(ablation: str, differences: dict[str, Tensor], correct: dict[str, Tens
     for name, values in differences.items():
         part = {"necessity": differences[_ALL] - values, "sufficiency": values - differences[_NONE]}
         ratio = {"share": (part[_MEASURES[name]], effect)} if name in _MEASURES else {}
-        ends = intervals({"logit_difference": values, "correct": correct[name]}, {}, ratio)
+        means = {"logit_difference": values, "correct": correct[name]} | ({"effect": effect} if name == _ALL else {})
+        ends = intervals(means, {}, ratio)
         share = float(ratio["share"][0].mean() / effect.mean()) if ratio else None
         rows.append(FaithfulnessRow(ablation, name, float(values.mean()), float(correct[name].mean()), share, ends))
     return rows

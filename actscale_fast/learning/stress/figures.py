@@ -73,8 +73,8 @@ def behaviour_row(name: str, found: Measured, signs: Sequence[int]) -> StressRow
     right = {1: found.plus > 0, -1: found.minus > 0}
     columns = {"frozen": (found.start > 0).double()}
     columns |= {_UNDER[sign]: right[sign].double() for sign in signs}
-    worst = min((columns[_UNDER[sign]] for sign in signs), key=lambda values: float(values.mean()))
-    return _row("robustness", name, "unrelated", columns | {"change": columns["frozen"] - worst})
+    changes = [columns["frozen"] - columns[_UNDER[sign]] for sign in signs]
+    return _row("robustness", name, "unrelated", columns, changes)
 
 
 def text_rows(
@@ -86,9 +86,8 @@ def text_rows(
     if texts:
         logs = log_perplexities(model, tokenizer, intervention, texts, strengths, batch_size)
         names = ["frozen", *(_UNDER[sign] for sign in signs)]
-        growth = max(logs[1:] - logs[0], key=lambda values: float(values.mean()))
-        columns = dict(zip(names, logs, strict=True)) | {"change": growth}
-        row = _row("utility", "plain texts", "perplexity", columns)
+        columns = dict(zip(names, logs, strict=True))
+        row = _row("utility", "plain texts", "perplexity", columns, list(logs[1:] - logs[0]))
         rows.append(
             StressRow(
                 row.gate, row.name, row.kind, row.n, {name: _exp(value) for name, value in row.figures.items()},
@@ -98,8 +97,7 @@ def text_rows(
     if prompts:
         kl = next_token_divergences(model, tokenizer, intervention, prompts, strengths, batch_size)
         columns = {_UNDER[sign]: values for sign, values in zip(signs, kl, strict=True)}
-        columns["change"] = max(kl, key=lambda values: float(values.mean()))
-        rows.append(_row("utility", "unrelated prompts", "KL", columns))
+        rows.append(_row("utility", "unrelated prompts", "KL", columns, list(kl)))
     return rows
 
 
@@ -110,21 +108,40 @@ def check(row: StressRow, threshold: float) -> Check:
 
 
 def worst(what: str, rows: Sequence[StressRow], figure: str, threshold: float) -> list[Check]:
-    """The row with the largest value of a figure against the most that is allowed; nothing without rows."""
+    """The largest value of a figure, with the name of its row, against the most that is allowed; none without rows."""
     if not rows:
         return []
     row = max(rows, key=lambda one: one.figures[figure])
-    return [Check(f"{what}, {row.name},", row.figures[figure], row.intervals.get(figure), threshold, False)]
+    known = [one.intervals[figure] for one in rows if figure in one.intervals]
+    return [Check(f"{what}, {row.name}", row.figures[figure], _of_the_largest(known), threshold, False)]
 
 
 #: What a row calls the figure under each sign of β.
 _UNDER = {1: "plus", -1: "minus"}
 
 
-def _row(gate: str, name: str, kind: str, columns: dict[str, Tensor]) -> StressRow:
+def _row(
+    gate: str, name: str, kind: str, columns: dict[str, Tensor], changes: Sequence[Tensor] = ()
+) -> StressRow:  # fmt: skip
+    """A row of the means of columns [N], and as its change the largest mean of some others, if there are any."""
     n = len(next(iter(columns.values())))
     figures = {name: float(values.mean()) for name, values in columns.items()}
-    return StressRow(gate, name, kind, n, figures, intervals(columns, {}))  # type: ignore[arg-type]
+    ends = intervals(columns, {})
+    if changes:
+        figures["change"] = max(float(values.mean()) for values in changes)
+        found = intervals({str(number): values for number, values in enumerate(changes)}, {})
+        largest = _of_the_largest(list(found.values()))
+        ends |= {} if largest is None else {"change": largest}
+    return StressRow(gate, name, kind, n, figures, ends)  # type: ignore[arg-type]
+
+
+def _of_the_largest(known: Sequence[Ends]) -> Ends | None:
+    """An interval of the largest of several figures, from the intervals of each: the largest lower and upper end.
+
+    It is below a threshold only if all intervals are, and above it if one is. That of the figure which happens to be
+    largest would leave out that another may be larger for other prompts.
+    """
+    return (max(low for low, _ in known), max(high for _, high in known)) if known else None
 
 
 def _exp(value: float) -> float:

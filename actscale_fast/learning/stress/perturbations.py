@@ -1,11 +1,14 @@
-"""Named perturbations of examples: rules that change a prompt and leave its two answers as they are.
+"""Named perturbations of examples: rules that change a prompt and keep the words of its two answers.
 
 FaithSteer-BENCH (arXiv 2603.18329) names the kinds: mild instructions, role prompts, and encoding transformations. The
 rules and wordings here are ours, as are paraphrases and other lengths; its "data scarcity" concerns how an intervention
 is learned and has no rule.
 
-All rules keep the words of both answers, and with them what the model may copy. In a chat they change the user's last
-message. A source (of an interchange) is changed like the prompt.
+All rules keep the words of both answers, and with them what the model may copy. The two that make a chat also strip the
+space before an answer where the chat template ends with a line break or space, after which models begin without one: an
+answer of one token may then have several, which is measured by the log-probability of them all, so that a part of what
+changes may be due to the measure. In a chat the other rules change the user's last message. A source (of an
+interchange) is changed like the prompt.
 """
 
 from __future__ import annotations
@@ -178,9 +181,18 @@ def _chat(system: str | None) -> Rule:
 
 
 def _outside_answers(text: str, example: Example, change: Callable[[str], str]) -> str:
-    """The text with everything changed but the words that an answer begins or is."""
+    """The text with everything changed but the words that are an answer, or that an answer is the beginning of.
+
+    An answer that stands in the text as a word of its own, or has one letter, is no beginning of other words.
+    """
     answers = sorted({answer.strip() for answer in (example.correct, example.wrong)}, key=len, reverse=True)
-    kept = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, answers)) + r")\w*")
+    patterns = []
+    for answer in answers:
+        after = r"(?!\w)" if re.match(r"\w", answer[-1:]) else ""
+        word = rf"(?<!\w){re.escape(answer)}{after}"
+        begins = len(answer) > 1 and re.search(word, text) is None
+        patterns.append(rf"(?<!\w){re.escape(answer)}\w*" if begins else word)
+    kept = re.compile("|".join(patterns))
     parts, end = [], 0
     for match in kept.finditer(text):
         parts += [change(text[end : match.start()]), match[0]]

@@ -63,6 +63,30 @@ def refuse_other_sources(intervention: Intervention) -> None:
             )
 
 
+def why_not_steered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, intervention: Intervention, texts: Sequence[str]
+) -> str | None:
+    """Why the perplexity of these texts would not be that under the intervention; None: it is.
+
+    To `patch` a whole text is a prompt. An intervention at listed positions then steers these of its tokens alone: with
+    positions=[-1] only the last, whose prediction no token of the text follows.
+    """
+    limited = [part for part in intervention.singles if part.location.positions is not None]
+    if not limited:
+        return None
+    rows = TextEncoder(layout(model, intervention.paths), tokenizer).prompts(texts, "texts")
+    for part in limited:
+        positions = part.location.positions or ()
+        for row in rows:
+            if not set(range(len(row))) <= {at + len(row) if at < 0 else at for at in positions}:
+                listed = f"{', '.join(map(str, positions[:4]))}{', …' if len(positions) > 4 else ''}"
+                return (
+                    f"the {type(part).__name__} acts at the positions {listed} of a prompt, so that it would not "
+                    "steer every token of a text"
+                )
+    return None
+
+
 def log_perplexities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, intervention: Intervention, texts: Sequence[str],
     strengths: Sequence[float], batch_size: int,

@@ -47,7 +47,8 @@ class Check:
         ends = "" if self.interval is None else " [{:.2f}, {:.2f}]".format(*self.interval)
         wanted = f"at {'least' if self.at_least else 'most'} {self.threshold:g}"
         mark = ("" if self.passed else ", failed") + ("" if self.decided else ", not decided")
-        return f"{self.what} {self.value:.2f}{ends} ({wanted}{mark})"
+        after = ":" if "," in self.what else ""  # a mark that sets the name of a row off from the figure
+        return f"{self.what}{after} {self.value:.2f}{ends} ({wanted}{mark})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,14 @@ class StressResult(Readable):
             rows = [StressRow(**row | {"intervals": _ends(row["intervals"])}) for row in data["rows"]]
             gates = [
                 Gate(
-                    gate["name"], [Check(**check | {"interval": _pair(check["interval"])}) for check in gate["checks"]]
+                    gate["name"],
+                    [
+                        Check(
+                            **check
+                            | {"what": str(check["what"]).removesuffix(","), "interval": _pair(check["interval"])}
+                        )
+                        for check in gate["checks"]
+                    ],
                 )
                 for gate in data["gates"]
             ]

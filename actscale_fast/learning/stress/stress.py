@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..._checks import check_counts, check_finite, is_integer, is_real
 from ..._suggestions import did_you_mean
+from ...frozen.encoder import check_texts
 from ...interventions import Intervention
-from ...tasks.examples import Example, prompt_of
-from ...tasks.greater_than import greater_than
-from ...tasks.indirect_objects import indirect_object_identification
-from ...tasks.known_prompts import family_of
+from ...tasks.examples import Example
 from ...tasks.loading import ExampleSource, examples_from
 from ..evaluate import measure_all
 from ..head_selection.strength import Direction
 from ..prompt_statistics import Measured
+from .behaviours import UNRELATED, behaviours_beside
 from .figures import behaviour_row, check, control_rows, overall, text_rows, worst
 from .perturbations import PERTURBATIONS, NotApplicableError, Perturbation, Rule, perturbed, tokens_of
-from .plain_text import PROMPTS, TEXTS, refuse_other_sources
+from .plain_text import PROMPTS, TEXTS, refuse_other_sources, why_not_steered
 from .result import GIVEN, Check, Gate, StressResult, StressRow
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _SIGNS = {"both": (1, -1), "correct": (1,), "wrong": (-1,)}
-#: Prompts of each built-in task that serve as unrelated behaviours.
-_N_UNRELATED = 24
-_UNRELATED = {"indirect-object": indirect_object_identification, "greater-than": greater_than}
 
 
 def stress(
@@ -44,6 +41,7 @@ def stress(
     texts: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
     unrelated: Mapping[str, ExampleSource] | None = None,
+    task: str | None = None,
     accuracies: Mapping[str, tuple[float, float]] | None = None,
     min_control: float = 0.8,
     min_gain: float = 0.1,
@@ -71,22 +69,28 @@ def stress(
       `max_side_effect`.
 
     A verdict follows from the figures themselves; where a 95 % bootstrap interval over the prompts (or texts) includes
-    the threshold it is marked as not decided. The interval of a largest value is that of the row which has it.
+    the threshold it is marked as not decided. A largest value is within its threshold, and decided, if the intervals of
+    all rows (and of both strengths) are: its own interval has the largest of their lower and of their upper ends.
 
     Args:
         model, tokenizer: a Hugging Face causal language model and its tokenizer; the model is left unchanged.
         intervention: the intervention to test.
         examples: held-out prompts with their two answers, as for `evaluate`; each runs three times per perturbation.
-        strength: β is this and, for the flips to the wrong answer, its negative.
+        strength: β is this, which is above 0, and, for the flips to the wrong answer, its negative.
         direction: the flips that count: to the "correct" answer under β = +strength, to the "wrong" one under
             β = −strength, or the mean of "both".
         perturbations: names of `PERTURBATIONS` in `learning/stress/perturbations.py`; None: all that can be applied to
-            these examples and change them; the others are listed in `left_out`.
+            these examples, change them, and can be measured with this model and intervention; the others are listed in
+            `left_out`.
         own_perturbations: further ones by name, each a function from an example to the changed one.
-        texts: plain texts, for the perplexity; None: eight built-in ones; []: none.
+        texts: plain texts, for the perplexity; None: eight built-in ones; []: none. They are left out, with the reason
+            in `left_out`, where the intervention acts at some positions of a prompt only.
         prompts: unrelated prompts, for the divergence; None: sixteen built-in ones; []: none.
         unrelated: examples of unrelated behaviours by name; None: names and years (the built-in tasks indirect-object
-            and greater-than), without the one that the examples belong to.
+            and greater-than), without the one that the examples belong to. What the model or the tokenizer does not
+            allow of them is listed in `left_out`.
+        task: "indirect-object" or "greater-than" where the examples are of that built-in task; None: as their prompts
+            say, or the user's last messages, which is known of the task's own templates alone.
         accuracies: of further tasks by name, (frozen, under the intervention), such as
             `integrations.lm_eval.accuracies` measures with lm-evaluation-harness.
         min_control, min_gain, max_perplexity_ratio, max_kl, max_accuracy_drop, max_drop, max_side_effect: thresholds.
@@ -116,32 +120,49 @@ def stress(
         "max_side_effect": max_side_effect,
     }  # fmt: skip
     check_finite(strength=strength, **thresholds)
-    if strength == 0:
-        raise ValueError("strength: got 0, at which an intervention does nothing")
+    if strength <= 0:
+        raise ValueError(
+            f"strength: got {strength:g}, expected more than 0; β = −strength is measured as well, or with "
+            'direction="wrong" alone'
+        )
+    if task is not None and task not in UNRELATED:
+        raise ValueError(f"task: got {task!r}, expected None or one of {', '.join(map(repr, UNRELATED))}")
     if direction not in _SIGNS:
         raise ValueError(f"direction: got {direction!r}, expected 'both', 'correct' or 'wrong'")
     checked_accuracies = _checked_accuracies(accuracies or {})
-    texts, prompts = TEXTS if texts is None else texts, PROMPTS if prompts is None else prompts
-    if texts or prompts:
+    if (texts is None or texts) or (prompts is None or prompts):
         refuse_other_sources(intervention)
     given = examples_from(examples)
     left_out: dict[str, str] = {}
     sets = _perturbed_sets(given, tokenizer, perturbations, own_perturbations or {}, seed, left_out)
-    behaviours = _behaviours(unrelated, intervention, given, tokenizer, seed, left_out)
+    behaviours = behaviours_beside(unrelated, intervention, given, tokenizer, task, seed, left_out)
     common: dict[str, Any] = {"strength": float(strength), "batch_size": batch_size}
     signs = _SIGNS[direction]
-    measured = {
-        name: _measured(
-            "" if name == GIVEN else f"perturbation {name!r}: ", model, tokenizer, some, intervention, common
-        )
-        for name, (_, some) in _bar(sets, progress)
-    }
-    effects = [
-        behaviour_row(name, _measured(f"unrelated {name!r}: ", model, tokenizer, some, intervention, common), signs)
-        for name, some in _bar(behaviours, progress)
-    ]
+
+    def measure(prefix: str, name: str, some: list[Example], named: bool) -> Measured | None:
+        values = None
+        with _left_out_unless(named, name, left_out, prefix):
+            ((values, _),) = measure_all(model, tokenizer, some, [intervention], **common)
+        return values
+
+    measured = {}
+    for name, (_, some) in _bar(sets, progress):
+        prefix = "" if name == GIVEN else f"perturbation {name!r}: "
+        named = name == GIVEN or perturbations is not None or name in (own_perturbations or {})
+        if (values := measure(prefix, name, some, named)) is not None:
+            measured[name] = values
+    effects = []
+    for name, some in _bar(behaviours, progress):
+        if (values := measure(f"unrelated {name!r}: ", name, some, unrelated is not None)) is not None:
+            effects.append(behaviour_row(name, values, signs))
     control = control_rows({name: kind for name, (kind, _) in sets.items()}, measured, signs)
-    costs = text_rows(model, tokenizer, intervention, texts, prompts, float(strength), signs, batch_size)
+    costs: list[StressRow] = []
+    how: tuple[Any, ...] = (float(strength), signs, batch_size)
+    with _left_out_unless(texts is not None, "plain texts", left_out):
+        costs += _on_texts(model, tokenizer, intervention, TEXTS if texts is None else texts, how, left_out)
+    with _left_out_unless(prompts is not None, "unrelated prompts", left_out):
+        some_prompts = PROMPTS if prompts is None else prompts
+        costs += text_rows(model, tokenizer, intervention, (), some_prompts, *how)
     costs += [
         StressRow("utility", name, "accuracy", None, {"frozen": before, "change": before - after})
         for name, (before, after) in checked_accuracies.items()
@@ -166,16 +187,33 @@ def stress(
     return StressResult(control + costs + effects, gates, float(strength), direction, len(given), left_out)
 
 
-def _measured(
-    prefix: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example],
-    intervention: Intervention, options: dict[str, Any],
-) -> Measured:  # fmt: skip
-    """What is measured under the intervention; the message of an error begins with the prefix."""
+@contextlib.contextmanager
+def _left_out_unless(named: bool, name: str, left_out: dict[str, str], prefix: str = "") -> Iterator[None]:
+    """A ValueError of what the caller named is raised, after the prefix; of anything else it is why it is left out."""
     try:
-        ((steered, _),) = measure_all(model, tokenizer, examples, [intervention], **options)
+        yield
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from error
-    return steered
+        if not named:
+            left_out[name] = str(error)
+        elif prefix:
+            raise ValueError(f"{prefix}{error}") from error
+        else:
+            raise
+
+
+def _on_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, intervention: Intervention, texts: Sequence[str],
+    how: tuple[Any, ...], left_out: dict[str, str],
+) -> list[StressRow]:  # fmt: skip
+    """The row of the perplexity, if the intervention acts on every token of the texts."""
+    if not texts:
+        return []
+    check_texts(texts, "texts", plain=True)
+    reason = why_not_steered(model, tokenizer, intervention, texts)
+    if reason is not None:
+        left_out["plain texts"] = reason
+        return []
+    return text_rows(model, tokenizer, intervention, texts, (), *how)
 
 
 def _perturbed_sets(
@@ -203,7 +241,7 @@ def _perturbed_sets(
             made = perturbed(name, rule, examples, tokenizer, seed)
             if tokens_of(made, tokenizer) == before:
                 raise NotApplicableError(f"perturbation {name!r}: changes no token of the prompts")
-        except NotApplicableError as error:
+        except ValueError as error:
             if names is not None or name in own:
                 raise
             left_out[name] = str(error).removeprefix(f"perturbation {name!r}: ")
@@ -214,30 +252,6 @@ def _perturbed_sets(
 
 def _as_rule(change: Callable[[Example], Example]) -> Rule:
     return lambda example, _: change(example)
-
-
-def _behaviours(
-    given: Mapping[str, ExampleSource] | None, intervention: Intervention, examples: list[Example],
-    tokenizer: PreTrainedTokenizerBase, seed: int, left_out: dict[str, str],
-) -> dict[str, list[Example]]:  # fmt: skip
-    """Examples of unrelated behaviours: the caller's, or those of built-in tasks that the examples do not belong to."""
-    if given is not None:
-        if not isinstance(given, Mapping):
-            raise TypeError(f"unrelated: got {type(given).__name__}, expected a dict of examples by name")
-        return {name: examples_from(some, f"unrelated {name!r}") for name, some in given.items()}
-    own = {family_of(prompt) for prompt in map(prompt_of, examples) if isinstance(prompt, str)}
-    found = {}
-    for name, task in _UNRELATED.items():
-        if name in own:
-            continue
-        if any(part.needs_source and not part.source_is_prompt for part in intervention.singles):
-            left_out[name] = "its prompts have no source for an interchange"
-            continue
-        try:
-            found[name] = task(tokenizer, n_train=1, n_test=_N_UNRELATED, seed=seed).test
-        except ValueError as error:
-            left_out[name] = str(error)
-    return found
 
 
 def _checked_accuracies(given: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
