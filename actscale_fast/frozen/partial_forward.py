@@ -56,7 +56,7 @@ class PartialForward:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
             for index, layer in enumerate(self.found.layers):
-                undo.enter_context(replaced_forward(layer, _LayerForward(self, index, layer.forward)))
+                undo.enter_context(replaced_forward(layer, _LayerForward(self, index, layer)))
             if self.head is not None:
                 undo.enter_context(replaced_forward(self.head, self._note_head))
             self._undo = undo.pop_all()
@@ -131,17 +131,16 @@ class PartialForward:
 class _LayerForward:
     """The forward of a layer that runs, is left out, or starts from stored hidden states."""
 
-    calls_the_class = True  # see `module_paths.own_forward`
-
-    def __init__(self, run: PartialForward, index: int, original: Callable[..., Any]) -> None:
-        self.run, self.index, self.original = run, index, original
+    def __init__(self, run: PartialForward, index: int, layer: nn.Module) -> None:
+        self.run, self.index, self.original = run, index, layer.forward
+        self.wrapped_forward = layer.__dict__.get("forward")  # see `module_paths.own_forward`
         self.width: int | None = None  # items that the layer returns; 0: a tensor; None: not known yet
         self.kind: type = tuple
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run, index = self.run, self.index
         if run.first <= index < run.end:
-            forward = self.original
+            forward: Callable[..., Any] = self.original
             if run.wrap_layer is not None and torch.is_grad_enabled():
                 forward = run.wrap_layer(
                     forward if run.cache is None else _repeatable(forward, run.cache.layers[index])

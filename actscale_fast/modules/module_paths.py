@@ -87,7 +87,11 @@ _HELP = "remove the patch before modules are changed, and apply it again afterwa
 
 
 def own_forward(module: nn.Module) -> int | None:
-    """The id of a forward set on the instance; None where there is none, or where it calls the class's forward."""
+    """The id of a forward set on the instance; None where there is none, or where it calls the class's forward.
+
+    This package's own wrappers tell what stood on the instance before them, `wrapped_forward`, and count as that.
+    """
     forward: Any = module.__dict__.get("forward")
-    calls_the_class = "_hf_hook" in module.__dict__ or getattr(forward, "calls_the_class", False)
-    return None if forward is None or calls_the_class else id(forward)
+    while hasattr(forward, "wrapped_forward"):
+        forward = forward.wrapped_forward
+    return None if forward is None or "_hf_hook" in module.__dict__ else id(forward)

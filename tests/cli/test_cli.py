@@ -23,8 +23,8 @@ from actscale_fast.learning.head_selection.selection import HeadSelection
 from actscale_fast.tasks.examples import Example, save_examples
 
 COMMANDS = (
-    "demo", "fit", "sweep", "attribution", "heads", "interchange", "extract", "combine", "evaluate", "info", "generate",
-    "plot", "merge", "reproduce", "completion", "doctor", "plan", "verify", "serving", "bench",
+    "demo", "fit", "sweep", "attribution", "heads", "interchange", "extract", "combine", "evaluate", "stress", "info",
+    "generate", "plot", "merge", "reproduce", "completion", "doctor", "plan", "verify", "serving", "bench",
 )  # fmt: skip
 
 

@@ -69,10 +69,9 @@ class Recomputation:
 class _RepeatedForward:
     """The forward of a layer that is computed again in the backward pass."""
 
-    calls_the_class = True  # see `module_paths.own_forward`
-
-    def __init__(self, forward: Callable[..., Any], found: ModelLayout) -> None:
-        self.forward = CheckpointWithContexts.around(forward, found.decoder, _CHECKPOINT)
+    def __init__(self, layer: nn.Module, found: ModelLayout) -> None:
+        self.wrapped_forward = layer.__dict__.get("forward")  # see `module_paths.own_forward`
+        self.forward = CheckpointWithContexts.around(layer.forward, found.decoder, _CHECKPOINT)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
@@ -90,7 +89,7 @@ def layers_recomputed(found: ModelLayout, wanted: bool | str, n_tokens: int) -> 
     with contextlib.ExitStack() as stack:
         if wanted is True or (wanted == "auto" and (n_tokens > _MANY_TOKENS or _is_offloaded(found))):
             for layer in found.layers:
-                stack.enter_context(replaced_forward(layer, _RepeatedForward(layer.forward, found)))
+                stack.enter_context(replaced_forward(layer, _RepeatedForward(layer, found)))
         yield
 
 

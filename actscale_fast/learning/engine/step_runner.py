@@ -162,6 +162,7 @@ class StepRunner:
         for _ in range(n_passes - len(microbatches)):  # others need this process in theirs; the result is not used
             row = self.planner.unpacked(RequestedPrompt(0, requests[0].rows[0]))
             self.compute(self.collator.collate([row], requests, shared))
+        self.cache.begin(())  # what was computed for the last microbatch is not needed any more
         if self.penalises_scalars:  # a mean over directions, as the norm of parameters is the same for both
             for index, request in enumerate(requests):
                 terms[index, 2] /= len(request.objective.directions)
