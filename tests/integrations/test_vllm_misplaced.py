@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from actscale_fast.integrations.vllm.dropped_arguments import why_dropped
 from actscale_fast.integrations.vllm.misplaced_options import RefuseMisplaced, route_of, why_misplaced
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "actscale_strength: what is it?"}]}
@@ -334,6 +335,35 @@ def test_a_message_of_a_websocket_ends_the_connection() -> None:
     waiting, got, sent = [{"type": "websocket.connect"}], [], []
     asyncio.run(RefuseMisplaced(app)({**scope, "query_string": b"actscale=a"}, receive, send))
     assert (got, [message["type"] for message in sent]) == ([], ["websocket.close"])
+
+
+class Parsed:
+    """A request as pydantic keeps it."""
+
+    __slots__ = ("__dict__", "model_extra")
+
+    def __init__(self, unknown: dict[str, Any], known: dict[str, Any]) -> None:
+        self.model_extra = unknown
+        self.__dict__.update(known)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "known", "reason"),
+    [
+        ({"actscale": "a"}, {}, "got actscale as a field of the request, expected it inside vllm_xargs"),
+        ({"extra_body": {"vllm_xargs": {"actscale": "a"}}}, {}, "inside extra_body.vllm_xargs, expected"),
+        ({"extra": [{"more": ({"actscale": "a"},)}]}, {}, "inside extra.more, expected"),
+        ({}, {"metadata": {"actscale": "a"}}, "inside metadata, expected"),
+        ({}, {"chat_template_kwargs": {"actscale": "a"}}, "inside chat_template_kwargs, expected"),
+        ({"note": {1: {"x": 1}}, "messages": [{"actscale": 1}]}, {"metadata": {"actscale_x": "a"}}, None),
+        ({"vllm_xargs": {"actscale": "a"}}, {}, None),  # where nothing is generated; `vllm_xargs` is known elsewhere
+        ({}, {"vllm_xargs": {"actscale": "a"}}, None),
+    ],
+)
+def test_fields_of_a_request_without_an_address(unknown: Any, known: Any, reason: str | None) -> None:
+    """As from `vllm run-batch`, which has no routes."""
+    why = why_dropped("OpenAIServingChat", Parsed(unknown, known))
+    assert why == reason if reason is None else reason in (why or "")
 
 
 def test_a_lifespan_passes() -> None:
