@@ -447,9 +447,32 @@ def test_what_changed_is_read_in_another_thread(
     for _ in range(2):
         asyncio.run(registry.prepare(["a", "broken", "unknown", "../a"]))
     assert threading.main_thread() not in threads
-    assert len(threads) == 3  # one of a, and two of what is broken
+    assert len(threads) == 2  # what is broken is not read again either
     registry.get("a")
-    assert len(threads) == 3
+    with pytest.raises(ValueError, match=r"broken/intervention\.json"):
+        registry.get("broken")
+    assert len(threads) == 2
+
+
+def test_what_was_refused_is_read_again_when_it_has_changed(model: Any, served: ServedModel, tmp_path: Path) -> None:
+    registry = Registry(tmp_path, served)
+    random(model).save_pretrained(tmp_path / "x")
+    tensors = next((tmp_path / "x").glob("*.safetensors"))
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=tensors.name):
+            registry.get("x")
+    tensors.write_bytes(whole)  # the description stays as it was
+    assert registry.get("x").name == "x"
+    assert registry._refused == {}
+    (tmp_path / "x" / "intervention.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x/intervention\.json"):
+        registry.get("x")
+    remove_named(tmp_path, "x")
+    random(model).save_pretrained(tmp_path / "y")
+    registry.get("y")
+    assert registry._refused == {}
 
 
 def test_the_configuration_carries_what_is_served(served: ServedModel) -> None:
