@@ -447,9 +447,32 @@ def test_what_changed_is_read_in_another_thread(
     for _ in range(2):
         asyncio.run(registry.prepare(["a", "broken", "unknown", "../a"]))
     assert threading.main_thread() not in threads
-    assert len(threads) == 3  # one of a, and two of what is broken
+    assert len(threads) == 2  # what is broken is not read again either
     registry.get("a")
-    assert len(threads) == 3
+    with pytest.raises(ValueError, match=r"broken/intervention\.json"):
+        registry.get("broken")
+    assert len(threads) == 2
+
+
+def test_what_was_refused_is_read_again_when_it_has_changed(model: Any, served: ServedModel, tmp_path: Path) -> None:
+    registry = Registry(tmp_path, served)
+    random(model).save_pretrained(tmp_path / "x")
+    tensors = next((tmp_path / "x").glob("*.safetensors"))
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=tensors.name):
+            registry.get("x")
+    tensors.write_bytes(whole)  # the description stays as it was
+    assert registry.get("x").name == "x"
+    assert registry._refused == {}
+    (tmp_path / "x" / "intervention.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x/intervention\.json"):
+        registry.get("x")
+    remove_named(tmp_path, "x")
+    random(model).save_pretrained(tmp_path / "y")
+    registry.get("y")
+    assert registry._refused == {}
 
 
 def test_the_configuration_carries_what_is_served(served: ServedModel) -> None:
@@ -508,6 +531,39 @@ def test_the_table_holds_vectors_of_the_whole_output(model: Any, served: ServedM
     assert small.output_layer(0) is None
     with pytest.raises(ValueError, match="it holds SteerVec:attn_out, for which the table has no room"):
         small.assign([Span(plan, 0, 1)])
+
+
+def test_a_row_that_could_not_be_written_is_not_used(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    scalars_only = ServedModel(**{**served.__dict__, "kinds": ("ActivScalar",), "rows_per_request": 1})
+    table = WorkerTable(scalars_only, range(served.n_heads), max_requests=2, max_tokens=8, device=torch.device("cpu"))
+    first, second = (Plan((plain_row(served, value),), 0, 0, {}, 3) for value in (1.0, 2.0))
+    table.assign([Span(first, 0, 1)])
+    shift = np.ones((served.n_layers, served.n_heads, served.head_dim), dtype=np.float32)
+    for row, message in (
+        (Row(first.rows[0].alpha, shift), "holds SteerVec, for which the table has no room"),
+        (Row(first.rows[0].alpha[:, :1]), "alpha has the shape"),
+    ):
+        wrong = Plan((row,), 0, 0, {}, 3)
+        for _ in range(2):  # the second pass with the same plan
+            with pytest.raises(ValueError, match=message):
+                table.assign([Span(second, 0, 1), Span(wrong, 0, 1)])
+            assert list(table._row_of) == [first.rows[0].key]  # nothing was written or overwritten
+    write = WorkerTable._write
+
+    def fails(self: WorkerTable, number: int, row: Row) -> None:
+        write(self, number, row)
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WorkerTable, "_write", fails)
+        with pytest.raises(MemoryError):
+            table.assign([Span(second, 0, 1)])
+    assert list(table._row_of) == [first.rows[0].key]
+    written = table.n_written
+    table.assign([Span(second, 0, 1), Span(first, 0, 1)])
+    assert table.n_written == written + 1
+    assert table.alpha[0, table.index, 0, 0].tolist()[:3] == [2, 1, 0]
+    assert len(table._row_of) + len(table._free) == table.n_rows - 1
 
 
 def test_the_table_keeps_its_addresses(served: ServedModel) -> None:

@@ -15,6 +15,7 @@ from . import compatibility
 from .misplaced_options import RefuseMisplaced
 from .registry import Registry
 from .request_options import NAME, mentions, parse
+from .unread_options import why_unread
 
 #: The handlers that make sampling parameters of their own, from requests that have no field `vllm_xargs`.
 _WITHOUT_ARGUMENTS = {
@@ -76,9 +77,9 @@ def why_dropped(handler: str, request: Any) -> str | None:
         request: the request, a pydantic model that keeps unknown fields.
     """
     unknown = getattr(request, "model_extra", None) or {}
-    if mentions(unknown):
-        found = ", ".join(sorted(key for key in unknown if mentions({key: None})))
-        return f"{NAME}: got {found} as a field of the request, expected it inside vllm_xargs"
+    known = {key: value for key, value in getattr(request, "__dict__", {}).items() if isinstance(value, dict)}
+    if reason := why_unread({**known, **unknown}):
+        return reason
     arguments = getattr(request, "vllm_xargs", None)
     if not isinstance(arguments, dict) or not mentions(arguments):
         return None

@@ -18,6 +18,7 @@ from fastapi import FastAPI, HTTPException, Request
 from ..._log import logger
 from .admission import registry_of
 from .metrics import admitted, show_tables
+from .misplaced_options import route_of
 from .registry import Entry, Registry
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class _TablesInMetrics:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") == "/metrics":
+        if scope["type"] == "http" and route_of(scope) == "/metrics":
             await _show_tables(scope["app"].state.engine_client)
         await self.app(scope, receive, send)
 

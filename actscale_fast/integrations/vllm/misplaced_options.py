@@ -1,20 +1,22 @@
 """HTTP requests with `actscale…` keys where no route reads them are refused, not answered by the unsteered model.
 
-Many of vLLM's routes drop the fields that they do not know. So a request body is looked at before it reaches its route.
-Only a body in which the letters occur is parsed here; the others are handed on as they came. Keys inside the content of
-a request (its messages, tools, schemas) are the client's own and are left alone.
+Many of vLLM's routes drop the fields that they do not know. So a request body is looked at while its route reads it,
+and the route does not get the end of one that is refused. A body is parsed here only where the letters "actscale"
+occur, in capitals or not, where JSON's escapes of ASCII letters occur, or where the text may be UTF-16 or UTF-32. Keys
+inside the content of a request (its messages, tools, schemas) are the client's own and are left alone.
 """
 
 from __future__ import annotations
 
-import collections
+import asyncio
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from .request_options import NAME, mentions
+from .request_options import NAME, is_option
+from .unread_options import reason, why_misplaced
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
@@ -24,28 +26,14 @@ if TYPE_CHECKING:
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-_XARGS, _EXTRA = ("vllm_xargs",), ("sampling_params", "extra_args")
-#: Where the options of a request stand, by route. Two of these routes cannot steer, and say so themselves.
-_READ = {
-    **dict.fromkeys(
-        ("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/messages",
-         "/v1/audio/transcriptions", "/v1/audio/translations", "/invocations", "/generative_scoring", "/v1/systemone"),
-        _XARGS,
-    ),
-    "/inference/v1/generate": _EXTRA,
-}  # fmt: skip
 #: The ends of routes that generate nothing: they may be sent the body of a request that will be steered.
 _NOTHING_GENERATED = ("/count_tokens", "/tokenize", "/detokenize", "/render", "/derender")
-#: Fields whose values are content, with keys of the client's own.
-_CONTENT = {
-    "messages", "system", "input", "prompt", "instructions", "tools", "tool_choice", "functions", "response_format",
-    "structured_outputs", "text", "output_config", "documents", "query", "items", "features", "content_parts",
-    "chat_template_kwargs",
-}  # fmt: skip
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 #: JSON may write letters as escapes; these are the ones of ASCII's letters.
 _ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
 _LONGEST = max(len(NAME), 6)
+_PARSED_AT_ONCE = 256 * 1024  # bytes; the event loop goes on while a longer body is parsed
+_DISCONNECT = {"type": "websocket.disconnect", "code": 1008, "reason": "actscale"}
 
 
 class RefuseMisplaced:
@@ -62,35 +50,87 @@ class RefuseMisplaced:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        route = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
-        query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
-        if mentions(query):
-            reason = _reason(route, (), [key for key in query if mentions({key: None})], "in the query of the address")
-            await (_refuse(send, reason) if scope["type"] == "http" else _close(receive, send, reason))
+        route = route_of(scope)
+        query = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
+        if keys := [key for key, _ in query if is_option(key)]:
+            why = reason(route, (), keys, "in the query of the address")
+            await (_refuse(send, why) if scope["type"] == "http" else _close(receive, send, why))
         elif scope["type"] == "websocket":
-            await self.app(scope, _WatchedMessages(route, receive, send), send)
+            messages = _WatchedMessages(route, receive, send)
+            await self.app(scope, messages.receive, messages.send)
         elif scope["method"] in ("GET", "HEAD", "OPTIONS") or route.endswith(_NOTHING_GENERATED) or _is_form(scope):
             await self.app(scope, receive, send)
         else:
-            await self._with_body(route, scope, receive, send)
+            await _WatchedBody(route, receive, send).run(self.app, scope)
 
-    async def _with_body(self, route: str, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        # Each of vLLM's routes waits for the whole body too, so nothing starts later, and nothing is copied.
-        held: collections.deque[Message] = collections.deque()
-        scan = _Scan()
-        while True:
-            held.append(await receive())
-            scan.add(held[-1].get("body", b""))
-            if held[-1]["type"] != "http.request" or not held[-1].get("more_body", False):
-                break
-        if scan.found and (reason := why_misplaced(route, b"".join(part.get("body", b"") for part in held))):
-            await _refuse(send, reason)
-            return
 
-        async def again() -> Message:
-            return held.popleft() if held else await receive()
+def route_of(scope: Mapping[str, Any]) -> str:
+    """The path of a request without the application's prefix, by the same rule as Starlette's, and without a last "/".
 
-        await self.app(scope, again, send)
+    Args:
+        scope: the ASGI scope.
+    """
+    path, root = scope["path"], scope.get("root_path", "")
+    if root and path.startswith(root) and path[len(root) :][:1] in ("", "/"):
+        path = path[len(root) :]
+    return str(path).rstrip("/")
+
+
+class _RefusedError(Exception):
+    """Raised in a route that waits for a body which has been refused."""
+
+
+class _WatchedBody:
+    """The body of a request, looked at while its route reads it.
+
+    A route that reads no body is not kept waiting for one. A route that reads it never gets the last piece of a body
+    that is refused, so that it cannot have answered by then.
+    """
+
+    def __init__(self, route: str, receive: Receive, send: Send) -> None:
+        self._route, self._receive, self._send = route, receive, send
+        self._pieces: list[bytes] = []
+        self._scan = _Scan()
+        self._whole = self._refused = self._started = False
+
+    async def run(self, app: App, scope: MutableMapping[str, Any]) -> None:
+        try:
+            await app(scope, self.receive, self.send)
+        except Exception:
+            if not self._refused:
+                raise
+
+    async def receive(self) -> Message:
+        if self._refused:
+            raise _RefusedError
+        message = await self._receive()
+        if self._whole or message["type"] != "http.request":
+            return message
+        piece = message.get("body", b"")
+        self._pieces.append(piece)
+        self._scan.add(piece)
+        if message.get("more_body", False):
+            return message
+        self._whole = True
+        pieces, self._pieces = self._pieces, []
+        if self._scan.found and (why := await _looked_at(self._route, pieces)):
+            self._refused = True
+            if not self._started:
+                await _refuse(self._send, why)
+            raise _RefusedError
+        return message
+
+    async def send(self, message: Message) -> None:
+        if not self._refused:
+            self._started = True
+            await self._send(message)
+
+
+async def _looked_at(route: str, pieces: list[bytes]) -> str | None:
+    """`why_misplaced` of a body in pieces; a long one is parsed in a thread."""
+    if sum(map(len, pieces)) <= _PARSED_AT_ONCE:
+        return why_misplaced(route, b"".join(pieces))
+    return await asyncio.to_thread(lambda: why_misplaced(route, b"".join(pieces)))
 
 
 class _Scan:
@@ -110,66 +150,33 @@ class _Scan:
         self._tail = text[1 - _LONGEST :]
 
 
-def why_misplaced(route: str, body: bytes | str) -> str | None:
-    """Why a route would not read options that a JSON body holds; None: it reads them, or there are none.
-
-    Args:
-        route: the path of the request.
-        body: the body. What is not JSON is left to the route, which refuses it.
-    """
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    read = _READ.get(route, ())
-    for at, keys in _places(content):
-        if not read or at != read:
-            where = "as a field of the request" if not at else f"inside {'.'.join(at)}"
-            return _reason(route, read, keys, where)
-    return None
-
-
-def _reason(route: str, read: tuple[str, ...], keys: list[str], where: str) -> str:
-    expected = f"inside {'.'.join(read)}" if read else f"on another route: {route or '/'} cannot steer requests"
-    return f"{NAME}: got {', '.join(sorted(key[:80] for key in keys))} {where}, expected it {expected}"
-
-
-def _places(content: Any) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """The path and the keys of each object of a request that has keys of this plug-in."""
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
-    while waiting:
-        at, value = waiting.pop()
-        if isinstance(value, list):
-            waiting += [(at, one) for one in value if isinstance(one, list | dict)]
-        elif isinstance(value, Mapping):
-            if keys := [key for key in value if mentions({key: None})]:
-                yield at, keys
-            waiting += [
-                ((*at, key[:80]), one)
-                for key, one in value.items()
-                if isinstance(one, list | dict) and key not in _CONTENT
-            ]
-
-
 class _WatchedMessages:
     """The messages of a WebSocket; one with options of this plug-in is answered by an error and ends the connection."""
 
     def __init__(self, route: str, receive: Receive, send: Send) -> None:
-        self.route, self.receive, self.send = route, receive, send
+        self._route, self._receive, self._send = route, receive, send
+        self._closed = False
 
-    async def __call__(self) -> Message:
-        message = await self.receive()
+    async def receive(self) -> Message:
+        if self._closed:
+            return dict(_DISCONNECT)
+        message = await self._receive()
         text = message.get("text") or message.get("bytes") or b""
         body = text.encode() if isinstance(text, str) else text
         scan = _Scan()
         scan.add(body)
-        reason = why_misplaced(self.route, body) if scan.found else None
-        if reason is None:
+        why = await _looked_at(self._route, [body]) if scan.found else None
+        if why is None:
             return message
-        event = {"type": "error", "error": reason, "code": "invalid_request"}  # as vLLM's own
-        await self.send({"type": "websocket.send", "text": json.dumps(event)})
-        await self.send({"type": "websocket.close", "code": 1008, "reason": "actscale"})
-        return {"type": "websocket.disconnect", "code": 1008, "reason": "actscale"}
+        self._closed = True
+        event = {"type": "error", "error": why, "code": "invalid_request"}  # as vLLM's own
+        await self._send({"type": "websocket.send", "text": json.dumps(event)})
+        await self._send({"type": "websocket.close", "code": 1008, "reason": "actscale"})
+        return dict(_DISCONNECT)
+
+    async def send(self, message: Message) -> None:
+        if not self._closed:
+            await self._send(message)
 
 
 def _is_form(scope: Mapping[str, Any]) -> bool:
@@ -178,19 +185,19 @@ def _is_form(scope: Mapping[str, Any]) -> bool:
     return bool(kind.decode("latin-1").lower().startswith(_FORMS))
 
 
-def _error(reason: str) -> dict[str, Any]:
+def _error(why: str) -> dict[str, Any]:
     """An error that the clients of OpenAI, Anthropic and Cohere each understand."""
-    error = {"message": reason, "type": "BadRequestError", "param": None, "code": 400}
-    return {"type": "error", "message": reason, "error": error}
+    error = {"message": why, "type": "BadRequestError", "param": None, "code": 400}
+    return {"type": "error", "message": why, "error": error}
 
 
-async def _refuse(send: Send, reason: str) -> None:
-    body = json.dumps(_error(reason)).encode()
+async def _refuse(send: Send, why: str) -> None:
+    body = json.dumps(_error(why)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 400, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-async def _close(receive: Receive, send: Send, reason: str) -> None:
+async def _close(receive: Receive, send: Send, why: str) -> None:
     await receive()  # the client's wish to connect, which is refused
-    await send({"type": "websocket.close", "code": 1008, "reason": reason[:120]})
+    await send({"type": "websocket.close", "code": 1008, "reason": why[:120]})

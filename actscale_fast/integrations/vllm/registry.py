@@ -57,6 +57,15 @@ class Entry:
         return max(1, sum(part.location.n_slots for part in self.intervention.singles))
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """A folder that cannot be served, with the reason and the stamps of its files when it was read."""
+
+    path: Path
+    message: str
+    stamps: tuple[tuple[str, int, int, int, int], ...]
+
+
 class Registry:
     """The interventions of a folder.
 
@@ -69,6 +78,7 @@ class Registry:
         self.folder = folder
         self.served = served
         self._entries: dict[str, Entry] = {}
+        self._refused: dict[str, _Refused] = {}
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -101,15 +111,27 @@ class Registry:
         with self._lock:
             if (entry := self._known(name, path)) is not None:  # another thread has read it
                 return entry
-            stamp = _stamp(path)
+            stamp, stamps = _stamp(path), _stamps(path)
             # What was removed from the folder is not kept in memory.
             self._entries = {key: held for key, held in self._entries.items() if _is_saved(held.path)}
-            entry = self._read(name, path, stamp)
+            self._refused = {key: held for key, held in self._refused.items() if key != name and _is_saved(held.path)}
+            try:
+                entry = self._read(name, path, stamp)
+            except ValueError as error:
+                self._refused = {**self._refused, name: _Refused(path, str(error), stamps)}
+                raise
             self._entries = {**self._entries, name: entry}
             return entry
 
     def _known(self, name: str, path: Path) -> Entry | None:
-        """What was read of a folder that has not changed since; without a lock, since entries are exchanged whole."""
+        """What was read of a folder that has not changed since; without a lock, since entries are exchanged whole.
+
+        Raises:
+            ValueError: what was read was refused; it is not read again by each request that names it.
+        """
+        refused = self._refused.get(name)
+        if refused is not None and refused.stamps == _stamps(path):
+            raise ValueError(refused.message)
         entry = self._entries.get(name)
         return entry if entry is not None and entry.stamp == _stamp(path) else None
 
@@ -218,3 +240,9 @@ def _is_saved(path: Path) -> bool:
 def _stamp(path: Path) -> tuple[int, int, int]:
     found = (path / DESCRIPTION).stat()
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _stamps(path: Path) -> tuple[tuple[str, int, int, int, int], ...]:
+    """Of all files: what is wrong may be mended in another file than the description, or by new permissions."""
+    found = [(file.name, file.stat()) for file in path.iterdir()]
+    return tuple(sorted((name, at.st_ino, at.st_mtime_ns, at.st_ctime_ns, at.st_size) for name, at in found))

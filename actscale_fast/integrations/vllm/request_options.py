@@ -47,7 +47,7 @@ class RequestOptions:
 
 def mentions(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a request has a key that belongs to this plug-in."""
-    return bool(extra_args) and any(_ours(key) for key in extra_args or ())
+    return bool(extra_args) and any(is_option(key) for key in extra_args or ())
 
 
 def parse(extra_args: Mapping[str, Any] | None) -> RequestOptions | None:
@@ -56,7 +56,7 @@ def parse(extra_args: Mapping[str, Any] | None) -> RequestOptions | None:
     Raises:
         ValueError: an unknown or reserved key, or a value that its key cannot have.
     """
-    found = [key for key in extra_args or () if _ours(key)]
+    found = [key for key in extra_args or () if is_option(key)]
     if not found or extra_args is None:
         return None
     for key in found:
@@ -74,7 +74,8 @@ def parse(extra_args: Mapping[str, Any] | None) -> RequestOptions | None:
     )
 
 
-def _ours(key: object) -> bool:
+def is_option(key: object) -> bool:
+    """Whether a key belongs to this plug-in, however it is spelled."""
     return isinstance(key, str) and key.casefold().replace("-", "_").startswith(NAME)
 
 

@@ -134,11 +134,17 @@ class WorkerTable:
         for key in wanted:  # the last ones are not overwritten
             if key in self._row_of:
                 self._row_of[key] = self._row_of.pop(key)
-        for key, row in wanted.items():
-            if key not in self._row_of:
-                number = self._free.pop() if self._free else self._row_of.pop(next(iter(self._row_of)))
-                self._row_of[key] = number
+        missing = {key: row for key, row in wanted.items() if key not in self._row_of}
+        for row in missing.values():  # before anything is overwritten
+            self._require_room(row)
+        for key, row in missing.items():
+            number = self._free.pop() if self._free else self._row_of.pop(next(iter(self._row_of)))
+            try:
                 self._write(number, row)
+            except BaseException:  # half written: no plan may find it
+                self._free.append(number)
+                raise
+            self._row_of[key] = number
         return {key: self._row_of[key] for key in wanted}
 
     def _parts(self, number: int) -> list[Tensor | None]:
@@ -163,22 +169,37 @@ class WorkerTable:
                     "requests can no longer be steered: start the server again"
                 )
 
+    def _require_room(self, row: Row) -> None:
+        """Raise a ValueError for a row that the table cannot hold."""
+        served = self.served
+        heads = (served.n_layers, served.n_heads)
+        for name, part, shape in (
+            ("alpha", self.alpha, heads),
+            ("shift", self.shift, (*heads, served.head_dim)),
+            ("probes", self.probes, (*heads, served.head_dim)),
+            ("output", self.output, (served.n_layers, served.hidden_size)),
+        ):
+            values = getattr(row, name)
+            if values is not None and part is None and values.any():
+                raise ValueError(f"row: it holds {PARTS[name]}, for which the table has no room")
+            if values is not None and part is not None and values.shape != shape:
+                raise ValueError(f"row: {name} has the shape {list(values.shape)}, expected {list(shape)}")
+
     def _write(self, number: int, row: Row) -> None:
         own = slice(self.heads.start, self.heads.stop)
         self.alpha[:, number, 0] = self._tensor(row.alpha[:, own])
         shift, probes, output = row.shift, row.probes, row.output
-        for name, part, values in (
-            ("shift", self.shift, None if shift is None else shift[:, None, own]),
-            ("probes", self.probes, None if probes is None else probes[:, own]),
-            ("output", self.output, None if output is None else output[:, None, None]),
+        for part, values in (
+            (self.shift, None if shift is None else shift[:, None, own]),
+            (self.probes, None if probes is None else probes[:, own]),
+            (self.output, None if output is None else output[:, None, None]),
         ):
-            if part is not None:
-                if values is None:
-                    part[:, number].zero_()
-                else:
-                    part[:, number].copy_(self._tensor(values))
-            elif values is not None and values.any():
-                raise ValueError(f"row: it holds {PARTS[name]}, for which the table has no room")
+            if part is None:
+                continue
+            if values is None:
+                part[:, number].zero_()
+            else:
+                part[:, number].copy_(self._tensor(values))
         self.n_written += 1
 
     def _tensor(self, values: NDArray[np.float32]) -> Tensor:
