@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from ..architectures.layout import layout
 from ..architectures.location import SITES
 from ..ops.losses.linear_softmax import CHUNK_BYTES
 from .engine.reference_cache import REFERENCE_ROWS, REFERENCE_TOKENS
+from .engine.token_budget import PEAK_OVER_KEPT, SHARE_OF_FREE
 from .execution import CACHE_BYTES
 from .memory_simulation import frozen_pass, model_without_weights, step_pass
 
@@ -141,12 +143,12 @@ def plan_memory(
     weights = _weights(whole, own, tp, fsdp)
     found = layout(own)
     text = config.get_text_config()
-    steered = list(found.layers_of(site)) if layers is None else [layer % found.n_layers for layer in layers]
-    place = layout(whole).location(site, steered)
+    place = layout(whole).location(site, found.layers_of(site) if layers is None else layers)
     first = place.first_changed(min(place.layers))
-    n_bytes, width, vocabulary = type_.itemsize, text.hidden_size, text.vocab_size
-    head_is_read = tp == fsdp == 1
-    stored = (tokens * width * n_bytes if first else 0) + (0 if head_is_read else vocabulary * n_bytes)
+    n_bytes, width, vocabulary = type_.itemsize, text.hidden_size, -(-text.vocab_size // tp)
+    head_is_read = fsdp == 1  # with tensor parallelism, by each process for its part of the vocabulary
+    logits = vocabulary * n_bytes if not head_is_read or getattr(text, "final_logit_softcapping", None) else 0
+    stored = (tokens * width * n_bytes if first else 0) + logits
     references = min(n_examples * stored, cache_bytes) + n_examples * (4 * width + 32) * head_is_read
     n_rows = 2 * prompts
     loss = min(n_rows * vocabulary * 4, CHUNK_BYTES) + (0 if head_is_read else 2 * n_rows * vocabulary * n_bytes)
@@ -165,18 +167,28 @@ def plan_memory(
     return plan
 
 
+def _free_for(plan: MemoryPlan, use: MemoryUse) -> float:
+    """Bytes of a device on which `fit` runs a prompt so by itself: a pass may take a share of what is free."""
+    return use.weights + use.references + PEAK_OVER_KEPT * use.kept / plan.prompts_per_pass / SHARE_OF_FREE
+
+
 def _advice(plan: MemoryPlan, memory_gb: float | None) -> list[str]:
     plain, again = plan.use(False), plan.use(True)
     if memory_gb is None:
         return [
-            f"What to set: nothing on devices of {plain.total / 1e9:.3g} GB or more; recompute=True (which 'auto' "
-            f"chooses by itself) from {again.total / 1e9:.3g} GB."
+            f"What to set: nothing on devices of {max(_free_for(plan, plain), plain.total) / 1e9:.3g} GB or more. On "
+            f"smaller ones 'auto' sets recompute=True, which fits from {again.total / 1e9:.3g} GB; memory_bytes= keeps "
+            f"layers plain from {plain.total / 1e9:.3g} GB."
         ]
     limit = memory_gb * 1e9
+    if max(_free_for(plan, plain), plain.total) <= limit:
+        return [f"What to set: nothing, it fits in {memory_gb:g} GB without recomputation."]
     if plain.total <= limit:
-        more = int((limit - plain.total) // max(plain.kept // plan.prompts_per_pass, 1))
-        room = f"; about {plan.prompts_per_pass + more} prompts fit in a pass" if more else ""
-        return [f"What to set: nothing, it fits in {memory_gb:g} GB without recomputation{room}."]
+        bound = math.ceil(PEAK_OVER_KEPT * plain.kept / plan.prompts_per_pass)
+        return [
+            f"What to set: nothing; 'auto' sets recompute=True, because a pass may take {SHARE_OF_FREE:.0%} of what is "
+            f"free. memory_bytes={bound} keeps layers plain, which fits in {memory_gb:g} GB too."
+        ]
     if again.total <= limit:
         return [f"What to set: recompute=True, which 'auto' chooses by itself; it then fits in {memory_gb:g} GB."]
     options = []

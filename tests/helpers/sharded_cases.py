@@ -224,7 +224,12 @@ def swept(model: Any) -> Any:
                 lr=0.05, batch_size=3, folder=own, evaluate_on=conflicts(4, seed=3), progress=False, warm_start=True,
             )  # fmt: skip
             found.append([(fit.intervention.alpha.detach(), fit.score("flips")) for fit in result.fits])
-        return found
+    # Losses of several kinds and small passes, where nothing is kept: processes with other rows run equally many.
+    result = af.sweep(
+        model, tiny.tokenizer(), conflicts(9), {"margin": [1.0, 2.0], "kl": ["forward", "reverse"]}, OBJECTIVE, steps=2,
+        lr=0.05, batch_size=3, accumulate=2, cache_bytes=0, spill_bytes=0, progress=False,
+    )  # fmt: skip
+    return found, [fit.intervention.alpha.detach() for fit in result.fits]
 
 
 def resumed(model: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import actscale_fast as af
 from actscale_fast.cli.app import main
@@ -87,6 +88,32 @@ def test_layers_and_passes_change_what_is_kept() -> None:
     assert together.kept == pytest.approx(4 * whole.kept, rel=0.05)
 
 
+def test_kept_logits_are_counted_and_divided_heads_need_none() -> None:
+    config = random_model(SHAPE, torch.device("cpu")).config
+    whole, by_heads, by_shards = (
+        af.plan_memory(config, 8, n_examples=100, **options).use(False) for options in ({}, {"tp": 2}, {"fsdp": 2})
+    )
+    assert by_heads.references == whole.references
+    assert by_shards.references >= 100 * config.vocab_size * 4
+    capped = transformers.Gemma2Config(
+        vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    assert af.plan_memory(capped, 8, n_examples=100).use(False).references >= 100 * 97 * 4
+
+
+def test_the_advice_follows_the_share_of_free_memory_that_a_pass_may_take() -> None:
+    config = random_model(SHAPE, torch.device("cpu")).config
+    plain = af.plan_memory(config, 1024, batch_size=1).use(False)
+    enough, tight = (
+        af.plan_memory(config, 1024, batch_size=1, memory_gb=size / 1e9).advice[0]
+        for size in (4 * plain.total, 1.01 * plain.total)
+    )
+    assert "without recomputation" in enough
+    assert "'auto' sets recompute=True" in tight
+    assert "memory_bytes=" in tight
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -95,6 +122,7 @@ def test_layers_and_passes_change_what_is_kept() -> None:
         ({"dtype": "int8"}, "dtype: got 'int8', expected 'auto', float32, bfloat16 or float16"),
         ({"memory_gb": 0}, "memory_gb: got 0, expected a number above 0"),
         ({"site": "nowhere"}, "site: got 'nowhere', expected one of head"),
+        ({"layers": [40]}, "layers: got 40"),
     ],
     ids=str,
 )

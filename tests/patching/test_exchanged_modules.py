@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import word_models
 from model_zoo import IDS, logits, scalars, tiny_model
 from torch import nn
 
@@ -165,3 +166,17 @@ def test_a_merge_is_checked_as_a_patch_is() -> None:
     shared_projection(model)
     with pytest.raises(ValueError, match="share"):
         af.merge(model, one)
+
+
+def test_a_model_with_forwards_of_its_own_can_be_measured_under_a_patch() -> None:
+    tokenizer = word_models.tokenizer()
+    model = word_models.model_for(tokenizer)
+    layer = model.model.layers[0]
+    plain = layer.forward
+    layer.forward = lambda *args, **kwargs: plain(*args, **kwargs)  # as libraries that trace a model leave them
+    with af.patch(model, af.ActivScalar.for_model(model)):
+        found = af.perplexity(model, tokenizer, ["The capital of Spain"])
+        layer.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+        with pytest.raises(RuntimeError, match=r"the forward of model.layers.0 .* was exchanged"):
+            af.perplexity(model, tokenizer, ["The capital of Spain"])
+    assert bool(found.isfinite().all())
