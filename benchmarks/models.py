@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,3 +114,18 @@ def _led_up_to(tokenizer: Any, prompt: str, texts: Sequence[str], tokens: int) -
             if length < tokens:  # a word of several tokens: other texts end in other words
                 break
     raise ValueError(f"tokens: got {tokens}, and no text in front of {prompt!r} makes it as long")
+
+
+def named_model(source: str | None, name: str | None) -> tuple[Any, Any, str]:
+    """A model in float32, its tokenizer, and its name in a benchmark's files.
+
+    Args:
+        source: a folder or a name on the hub; None: the demo's model.
+        name: None: that of the demo's model, or of the folder.
+    """
+    if source is None:
+        return *af.load_demo_model(), name or "smollm2-135m-instruct"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(source), name or Path(source).name

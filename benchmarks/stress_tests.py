@@ -24,6 +24,7 @@ from typing import Any
 import actscale_fast as af
 
 from .by_the_defaults import examples
+from .models import named_model
 from .results import FOLDER
 
 N_TESTED, SEED = 24, 0
@@ -131,15 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.table:
         print(table(options.out), end="")
         return 0
-    if options.model is None:
-        model, tokenizer = af.load_demo_model()
-        name = options.name or "smollm2-135m-instruct"
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32").eval().requires_grad_(False)
-        name = options.name or Path(options.model).name
+    model, tokenizer, name = named_model(options.model, options.name)
     train, test = examples(tokenizer, "capitals")
     options.out.mkdir(parents=True, exist_ok=True)
     for kind in [options.only] if options.only else list(MAKERS):

@@ -22,7 +22,7 @@ def stress_table(lab: Laboratory, task: Task) -> Table:
             for check in gate["checks"]:
                 measured = Interval(check["value"], *(check["interval"] or (check["value"],) * 2))
                 bound = f"at {'least' if check['at_least'] else 'most'} {check['threshold']:g}"
-                rows.append([title, gate["gate"], check["what"].rstrip(", "), measured, bound, _passed(check)])
+                rows.append([title, gate["gate"], check["what"], measured, bound, _passed(check)])
     columns = [
         Column("system"), Column("gate"), Column("measured"), Column("value"), Column("threshold"), Column("verdict"),
     ]  # fmt: skip

@@ -145,7 +145,7 @@ class Engine:
                 if self.halved or not _divisible(microbatches):
                     if not runner.recomputation.may_begin:
                         raise
-                    runner.recomputation.begin("memory ran out in passes that cannot be made smaller, or were already")
+                    runner.recomputation.begin("memory ran out in passes that cannot be made smaller, or already were")
                     continue
             self.halved = True  # once
             largest = planner.halve(microbatches, requests)
