@@ -16,7 +16,7 @@ from torch import nn
 
 from .._json import shown
 from .hugging_face import unwrap
-from .sharding import stored_as
+from .sharding import own_class, stored_as
 from .weights_digest import weights_digest
 
 #: A longer name is neither saved nor read.
@@ -56,15 +56,20 @@ class ModelOrigin:
         return ", ".join(filter(None, known)) or "unknown"
 
 
-def origin_of(model: nn.Module) -> ModelOrigin:
-    """The origin of a model. Its weights are not known where reading them fails or would fetch them from elsewhere."""
+def origin_of(model: nn.Module, *, collective: bool = False) -> ModelOrigin:
+    """The origin of a model. Its weights are not known where reading them fails or would fetch them from elsewhere.
+
+    Args:
+        model: plain, quantised, offloaded or sharded.
+        collective: whether all processes that hold a sharded model make this call; otherwise its weights are not known.
+    """
     model = unwrap(model)
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     found = ModelOrigin(
         public_name(name),
-        type(model).__name__,
+        own_class(model).__name__,
         str(getattr(model, "dtype", "")).removeprefix("torch.") or None,
-        _weights(model),
+        _weights(model, collective),
         getattr(sys.modules.get("transformers"), "__version__", None),
         _quantisation(model),
     )
@@ -134,9 +139,9 @@ def _kind(settings: Mapping[str, Any]) -> list[str]:
     return [kind if isinstance(kind, str) else type(kind).__name__]
 
 
-def _weights(model: nn.Module) -> str | None:
+def _weights(model: nn.Module, collective: bool) -> str | None:
     if any(parameter.is_meta for parameter in model.parameters()):
         return None  # offloaded weights would be read from the disk as a whole
     with contextlib.suppress(Exception):  # weights of any library; nothing depends on their digest
-        return weights_digest(model)
+        return weights_digest(model, collective=collective)
     return None

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .sharding import own_class
+
 
 def part(module: nn.Module, path: str) -> nn.Module | None:
     """The part of a module at a dotted path, or None where there is none."""
@@ -76,7 +78,7 @@ def _names(forward: Any) -> frozenset[str]:
 
 def kind_of(module: nn.Module | None, layer: nn.Module) -> str:
     """The class name of a part of a layer without the beginning that it shares with the layer's: the family's name."""
-    return "" if module is None else _without_family(type(module).__name__, type(layer).__name__)
+    return "" if module is None else _without_family(own_class(module).__name__, own_class(layer).__name__)
 
 
 @functools.cache

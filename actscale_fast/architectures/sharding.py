@@ -174,6 +174,15 @@ def fsdp_modules(model: nn.Module) -> Iterator[Any]:
     return iter(()) if kind is None else (module for module in model.modules() if isinstance(module, kind))
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class; that of before, where `fully_shard` has put one of its own in front."""
+    library = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(library, "FSDPModule", None)
+    if kind is None or not isinstance(module, kind):
+        return type(module)
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, kind))
+
+
 def fsdp_mesh(model: nn.Module) -> Any:
     """The processes over which FSDP2 shards a model; None: it does not."""
     for module in fsdp_modules(model):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .config_file import WRITERS, given_options, with_config, write_config
 from .parser import build_parser
+from .processes import started, together
 from .values import joined_signed_lists
 from .verbosity import printing
 
@@ -44,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "bench":
             return _command("bench")(rest)
         run = _command(options.command)
-        with printing(options):
+        with together(options) as leads, printing(options):
             status = run(options)
-            if status == 0 and options.command in WRITERS and not getattr(options, "gather", False):
+            writes = leads and options.command in WRITERS and not getattr(options, "gather", False)
+            if status == 0 and writes:
                 write_config(Path(options.out), words, parser)
         return status
     except KeyboardInterrupt:
@@ -59,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         else:
-            print(f"actscale-fast: error: {_one_line(error)}", file=sys.stderr)
+            rank, size = started()
+            where = f" in process {rank} of {size}" if size > 1 else ""
+            print(f"actscale-fast: error{where}: {_one_line(error)}", file=sys.stderr)
         return 1
 
 

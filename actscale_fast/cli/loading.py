@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from ..interventions.description import DESCRIPTION
 from ..learning.prompt_spaces import without_needless_space
 from ..tasks.examples import Example
 from ..tasks.loading import load_examples
+from .processes import current
 from .quantize import quantization_config
 from .verbosity import shows_progress
 
@@ -39,6 +41,7 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
     """
     if options.device_map is not None and options.device != "auto":
         raise ValueError("--device-map divides the model between devices and cannot be used with --device")
+    sharded = _sharded(options)
     device = _device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -48,6 +51,7 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
         more["device_map"] = {"": str(device)}
     if options.device_map is not None:
         more["device_map"] = options.device_map
+    more |= sharded
     name = options.model
     if name is None:
         model, tokenizer = load_demo_model()
@@ -56,7 +60,7 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
             torch.nn.Module.to(model, getattr(torch, options.dtype))
     if name is not None:
         model, tokenizer = _from_transformers(name, options.dtype, bars=shows_progress(options), **more)
-    if "device_map" not in more:
+    if "device_map" not in more and not sharded:
         torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False), tokenizer
 
@@ -177,9 +181,34 @@ def check_file(name: str | None, option: str) -> None:
     check_folder(Path(name).absolute().parent, option)
 
 
+def _sharded(options: argparse.Namespace) -> dict[str, Any]:
+    """What `from_pretrained` needs for --tp and --fsdp."""
+    sizes = {name: getattr(options, name, 1) for name in ("tp", "fsdp")}
+    given = " and ".join(f"--{name}" for name, number in sizes.items() if number > 1)
+    if not given:
+        return {}
+    for option, is_given in (
+        ("--device", options.device != "auto"),
+        ("--device-map", options.device_map is not None),
+        ("--quantize", options.quantize not in (None, "none")),
+    ):
+        if is_given:
+            raise ValueError(f"{given} chooses the device of each process itself, and cannot be used with {option}")
+    if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
+        raise ValueError(f"{given} needs a newer transformers, whose weights say how they are sharded")
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=sizes["tp"], fsdp_size=sizes["fsdp"])}
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if current().size > 1:  # one GPU per process
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", current().rank)) % torch.cuda.device_count())
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

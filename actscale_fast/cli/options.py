@@ -189,6 +189,14 @@ def model(command: argparse.ArgumentParser, default: str = DEMO_MODEL) -> None:
         "--device-map", metavar="NAME",
         help="divide the layers between devices, as in transformers: auto, balanced, sequential (not with --device)",
     )  # fmt: skip
+    for name, what in (
+        ("--tp", "share each layer among N processes by tensor parallelism"),
+        ("--fsdp", "shard the weights over N processes by FSDP2"),
+    ):
+        group.add_argument(
+            name, type=positive_int, default=1, metavar="N",
+            help=f"{what}; start the command with torchrun (default: 1)",
+        )  # fmt: skip
     device(group)
 
 

@@ -36,7 +36,7 @@ def provenance(
         train, test: the examples that were learned from, and those that were held out.
         objective: as it was used, with numbers where shares were given; None: there is none.
     """
-    origin = origin_of(model)
+    origin = origin_of(model, collective=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     return {
         "versions": {"actscale_fast": __version__, "python": platform.python_version(), **versions},

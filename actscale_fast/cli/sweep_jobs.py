@@ -13,6 +13,7 @@ from .._json import read_sealed, write_sealed
 from .._locks import locked
 from ..architectures.model_origin import origin_of
 from ..learning import Objective, SweepResult
+from .processes import current
 from .provenance import examples_record, provenance
 from .record import FILE, read_record, save_record
 
@@ -44,15 +45,18 @@ def path_of_jobs(
     if options.points is None:
         return find()
     asked = {name: getattr(options, name) for name in ("path", "steps", "batch_size", "margin", "seeds")}
-    asked |= {"weights": origin_of(model).weights, "examples": examples_record(train)}
+    asked |= {"weights": origin_of(model, collective=True).weights, "examples": examples_record(train)}
     asked |= {name: getattr(template.location, name) for name in ("site", "layers", "positions")}
     asked = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}  # as in JSON
-    with locked(out / ".lock", f"the weights of --path in {out}"):
-        try:
-            found = read_sealed(out / PATH)
-        except FileNotFoundError:
+    processes = current()
+    with contextlib.ExitStack() as stack:
+        if processes.leads:
+            stack.enter_context(locked(out / ".lock", f"the weights of --path in {out}"))
+        found = processes.from_leader(lambda: _read(out / PATH))
+        if found is None:
             found = {"options": asked, "weights": find()}
-            write_sealed(out / PATH, found)
+            if processes.leads:
+                write_sealed(out / PATH, found)
     if found["options"] != asked:
         former = found["options"]
         other = [f"{name} {former.get(name)}, now {asked[name]}" for name in asked if former.get(name) != asked[name]]
@@ -60,13 +64,22 @@ def path_of_jobs(
     return [float(weight) for weight in found["weights"]]
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """The weights that an earlier job found; None if there are none."""
+    try:
+        found: dict[str, Any] = read_sealed(path)
+        return found
+    except FileNotFoundError:
+        return None
+
+
 def keep_records(
     out: Path, options: argparse.Namespace, result: SweepResult, model: PreTrainedModel,
     train: list[Example], test: list[Example],
 ) -> None:  # fmt: skip
     """Write into the folder of each finished fit the record that `evaluate FOLDER` needs, where it is not there yet."""
-    told = provenance(model, train, test)
-    for fit in result.fits:
+    told = provenance(model, train, test)  # by all processes that hold the model
+    for fit in result.fits if current().leads else ():
         folder = out / fit.folder
         if fit.error is not None or _has_record(folder):
             continue

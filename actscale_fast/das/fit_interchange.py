@@ -132,7 +132,7 @@ def fit_interchange(
         identity |= examples_identity(data, range(len(data))) | model_identity(model, True)
     fit = InterchangeState(das, plan, checkpoint, identity)
     fit.resume()
-    das.set_origin(origin_of(model))  # after all refusals, which leave the intervention unchanged
+    das.set_origin(origin_of(model, collective=True))  # after all refusals, which leave the intervention unchanged
     if fit.taken < steps:
         if checkpoint is not None:
             checkpoints.check_writable_checkpoint(checkpoint, fit.tensors())

@@ -123,22 +123,34 @@ def process_group(distributed: bool | None, model: nn.Module | None = None) -> I
         with _sharing(held) as found, explained(range(processes.get_world_size())):
             yield found
     elif available and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        # Both backends where there are GPUs: the model may still be on the CPU, and objects are sent through gloo.
-        on_gpus = torch.cuda.is_available() and processes.is_nccl_available()
-        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-        store, rank, size = _rendezvous()
-        store = processes.PrefixStore(f"actscale_fast/{next(_numbers)}", store)
-        processes.init_process_group(backend, store=store, rank=rank, world_size=size)
-        try:
-            with explained(range(size)):
-                yield ProcessGroup(rank, size, n_processes=size)
-        finally:
-            processes.destroy_process_group()
+        with environment_group() as (rank, size), explained(range(size)):
+            yield ProcessGroup(rank, size, n_processes=size)
     elif distributed:
         raise RuntimeError("distributed: there is one process only; start several with torchrun or accelerate")
     else:
         with explained(held.ranks):
             yield ProcessGroup(model=held, n_processes=held.size, everybody=held.group)
+
+
+@contextlib.contextmanager
+def environment_group() -> Iterator[tuple[int, int]]:
+    """Create the process group that the environment of torchrun or accelerate describes, destroyed at the end.
+
+    Yields:
+        (rank, number of processes).
+    """
+    from torch import distributed as processes
+
+    # Both backends where there are GPUs: the model may still be on the CPU, and objects are sent through gloo.
+    on_gpus = torch.cuda.is_available() and processes.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    store, rank, size = _rendezvous()
+    store = processes.PrefixStore(f"actscale_fast/{next(_numbers)}", store)
+    processes.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        yield rank, size
+    finally:
+        processes.destroy_process_group()
 
 
 @contextlib.contextmanager

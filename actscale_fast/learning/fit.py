@@ -184,7 +184,8 @@ def fit(
         state = FitState(intervention, objective, settings, rows, checkpoint=checkpoint.path, identity=identity)
         begun = time.perf_counter()
         state.resume(processes)
-        intervention.set_origin(origin_of(model))  # after all refusals, which leave the intervention unchanged
+        # After all refusals, which leave the intervention unchanged.
+        intervention.set_origin(origin_of(model, collective=True))
         if state.done():
             return _result(state, begun)
         engine = Engine(

@@ -110,10 +110,10 @@ def _of_task(lab: Laboratory, task: Task) -> Iterator[Stage]:
         ("path", task.name), partial(locating.path, lab, task, scalars),
         size.n_path * (size.path_steps * size.batch_size * _FIT + 2 * size.n_test),
     )  # fmt: skip
-    for name in stressing.STRESSED:
+    for name in size.stressed:
         compute = partial(stressing.stressed, lab, task, name)
-        yield Stage(("stress", task.name, name), compute, 60 * size.n_transferred + 300)
-    yield Stage(("knock-out", task.name), partial(locating.knock_out, lab, task, scalars), 80 * size.n_attributed)
+        yield Stage(("stress", task.name, name), compute, 100 * size.n_stressed + 600)
+    yield Stage(("knock-out", task.name), partial(locating.knock_out, lab, task, scalars), 300 * size.n_attributed)
     for group in size.methods:
         rows = len(group) * len(size.head_counts)
         cost = rows * 2 * (size.n_validation * len(size.head_strengths) + size.n_test)

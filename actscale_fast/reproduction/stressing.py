@@ -11,14 +11,11 @@ from .laboratory import Laboratory
 from .systems import system_named
 from .task_forms import Task
 
-#: The systems that are tested: scalars, few of them, and vectors.
-STRESSED = ("scalars", "few-scalars", "vectors")
-
 
 def stressed(lab: Laboratory, task: Task, name: str) -> dict[str, Any]:
     """The gates of one system of the first seed, on its test prompts."""
     seed = lab.size.seeds[0]
-    test = task.examples(lab.tokenizer, lab.size, seed).test[: lab.size.n_transferred]
+    test = task.examples(lab.tokenizer, lab.size, seed).test[: lab.size.n_stressed]
     learned = lab.learned(task, system_named(name), seed)
     try:
         result = stress(lab.model, lab.tokenizer, learned, test, seed=seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import socket
@@ -31,6 +32,7 @@ from sharded_head import heads
 from torch import Tensor
 
 import actscale_fast as af
+from actscale_fast._log import logger
 from actscale_fast.architectures.lm_head import OutputHead, read_head
 from actscale_fast.learning.engine import step_runner
 from actscale_fast.learning.fit_settings import FitSettings
@@ -361,7 +363,8 @@ def shared_work(model: Any, folder: Path, rank: int) -> dict[str, Any]:
     """What only several processes can do, right or wrong."""
     found: dict[str, Any] = {}
     found["unequal memory"] = fitted(model, n=7, batch_size=7, memory_bytes=4000 if rank else None)
-    found["less memory later"] = memory_running_low(model, rank)
+    found["less memory later"] = memory_running_low(model, rank, 100_000)
+    found["too little for one"] = memory_running_low(model, rank, 10)
     head = read_head(model, {"input_ids": IDS})
     found["rows of the head"] = None if head is None else len(head.weight)
     found["each by itself"] = fitted(model, distributed=False)
@@ -406,20 +409,27 @@ def alone_work() -> dict[str, Any]:
     return {method: heads_by(method, model) for method in METHODS} | {
         "unequal memory": fitted(model, n=7, batch_size=7),
         "less memory later": fitted(model, n=7, batch_size=7),
+        "too little for one": fitted(model, n=7, batch_size=7),
         "each by itself": fitted(model),
         "begun by one": fitted(model, steps=4, schedule="constant"),
         "one disk": [fit.intervention.alpha.detach() for fit in result.fits],
     }
 
 
-def memory_running_low(model: Any, rank: int) -> Any:
-    """A fit in which one process has little memory left from its second step on, and says so in a warning."""
-    free, calls = step_runner.free_bytes, []
+def memory_running_low(model: Any, rank: int, left: int) -> Any:
+    """A fit in which one process has so many bytes left from its second step on, and says so in a warning.
+
+    Where they are too few for a single prompt, both compute their layers again, which the log says.
+    """
+    free, calls, logged = step_runner.free_bytes, [], Logged()
 
     def less(device: torch.device) -> int:
         calls.append(1)
-        return 100_000 if rank == 1 and len(calls) > 3 else free(device)
+        return left if rank == 1 and len(calls) > 3 else free(device)
 
+    level = logger.level
+    logger.addHandler(logged)
+    logger.setLevel(logging.INFO)
     step_runner.free_bytes = less  # type: ignore[assignment]
     try:
         with warnings.catch_warnings(record=True) as said:
@@ -427,8 +437,23 @@ def memory_running_low(model: Any, rank: int) -> Any:
             found = fitted(model, n=7, batch_size=7)
     finally:
         step_runner.free_bytes = free
+        logger.removeHandler(logged)
+        logger.setLevel(level)
+    recomputed = [line for line in logged.lines if line.startswith("recompute: process 1 has too little memory left")]
+    assert len(recomputed) == (left < 1000)
     assert any("process 1 has too little memory left" in str(warning.message) for warning in said)
     return found
+
+
+class Logged(logging.Handler):
+    """Keeps the lines of a log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def without_memory(model: Any, rank: int) -> str:

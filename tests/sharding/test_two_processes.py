@@ -30,7 +30,9 @@ def test_two_processes_give_the_result_of_one(engine: str, claim: str, results: 
 
 
 @engines
-@pytest.mark.parametrize("what", ["unequal memory", "less memory later", "each by itself", "begun by one", "one disk"])
+@pytest.mark.parametrize(
+    "what", ["unequal memory", "less memory later", "too little for one", "each by itself", "begun by one", "one disk"]
+)
 def test_processes_that_hold_a_model_share_its_work(engine: str, what: str, results: Any) -> None:
     ranks, expected = results
     for found in ranks:

@@ -135,17 +135,18 @@ class Engine:
                 break
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if out_of_memory(error) and self.together.size > 1:  # the others wait inside the pass
+                    other = "" if runner.recomputation.is_on else ", or recompute=True"
                     raise type(error)(
                         f"{error}\nprocess {self.together.rank} of the {self.together.size} that hold the model ran "
                         "out of memory in a pass, which cannot be repeated with fewer tokens because the others are in "
-                        "it too; set memory_bytes= to less, or accumulate= to more"
+                        f"it too; set memory_bytes= to less, or accumulate= to more{other}"
                     ) from error
                 if not out_of_memory(error):
                     raise
                 if self.halved or not _divisible(microbatches):
                     if not runner.recomputation.may_begin:
                         raise
-                    runner.recomputation.begin("memory ran out in passes that cannot be made smaller, or already were")
+                    runner.begin_recomputation("memory ran out in passes that cannot be made smaller, or already were")
                     continue
             self.halved = True  # once
             largest = planner.halve(microbatches, requests)
@@ -162,17 +163,23 @@ class Engine:
         """The microbatches of these prompts.
 
         Processes that hold the model together cannot repeat a pass in which one of them ran out of memory. So they
-        look before the step, and all make smaller passes where one of them has too little left.
+        look before the step, and where one of them has too little left, all make smaller passes, or compute layers
+        again if the passes cannot be made smaller.
         """
         runner, planner, together = self.runner, self.runner.planner, self.together
         microbatches = planner.microbatches(prompts, requests)
         while together.size > 1:
             found = together.all_gather((runner.lacks_memory(microbatches, requests), _divisible(microbatches)))
-            if not any(lacks for lacks, _ in found) or not any(divisible for _, divisible in found):
+            if not any(lacks for lacks, _ in found):
                 break
+            short = ", ".join(str(together.ranks[place]) for place, (lacks, _) in enumerate(found) if lacks)
+            if not any(divisible for _, divisible in found):
+                if not runner.recomputation.may_begin:
+                    break
+                runner.begin_recomputation(f"process {short} has too little memory left for a single prompt")
+                continue
             largest = max(together.all_gather(max(tokens(rows, requests) for rows in microbatches)))
             planner.max_tokens = max(largest // 2, 1)
-            short = ", ".join(str(together.ranks[place]) for place, (lacks, _) in enumerate(found) if lacks)
             warnings.warn(
                 f"process {short} has too little memory left for {largest} tokens in a pass; all that hold the model "
                 f"continue with at most {planner.max_tokens}",

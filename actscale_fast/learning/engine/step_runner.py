@@ -85,6 +85,7 @@ class StepRunner:
         #: Whether other processes take part in this one's passes with other rows (FSDP2).
         self.rows_differ = not self.together.same_rows
         self.bytes_per_token = 0.0  # at the peak of a pass
+        self._bytes_per_token_recomputed = 0.0
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -173,6 +174,11 @@ class StepRunner:
         largest = max((tokens(rows, requests) for rows in microbatches), default=0)
         return largest * self.bytes_per_token > free_bytes(self.data.device)
 
+    def begin_recomputation(self, why: str) -> None:
+        """Let all further passes compute their layers again; processes that hold the model together do it together."""
+        self.recomputation.begin(why)
+        self.bytes_per_token = self._bytes_per_token_recomputed
+
     def _shared_below(self, requests: Sequence[FitRequest]) -> int:
         one_direction = all(len(request.objective.directions) == 1 for request in requests)
         if not self.partial or not self.on_cpu or self.penalises_scalars or one_direction or self.rows_differ:
@@ -226,11 +232,13 @@ class StepRunner:
         if budget is None:
             budget = int(SHARE_OF_FREE * free_bytes(self.data.device))
         fit = tokens_that_fit(kept.n_bytes, n_tokens, budget)
-        if self.together.any(self.recomputation.may_begin and fit < n_tokens):
-            size = f"{PEAK_OVER_KEPT * kept.n_bytes / 1e9:.3g} GB"
-            self.recomputation.begin(f"a prompt of {n_tokens} tokens in all directions would take about {size}")
         n_bytes = kept.n_bytes_recomputed if self.recomputation.is_on else kept.n_bytes
         self.bytes_per_token = PEAK_OVER_KEPT * n_bytes / n_tokens
+        self._bytes_per_token_recomputed = PEAK_OVER_KEPT * kept.n_bytes_recomputed / n_tokens
+        if self.together.any(self.recomputation.may_begin and fit < n_tokens):
+            size = f"{PEAK_OVER_KEPT * kept.n_bytes / 1e9:.3g} GB"
+            self.begin_recomputation(f"a prompt of {n_tokens} tokens in all directions would take about {size}")
+            n_bytes = kept.n_bytes_recomputed
         fit = min(self.together.all_gather(tokens_that_fit(n_bytes, n_tokens, budget)))
         fit = 1 << (fit.bit_length() - 1)  # a power of two, so that small changes of free memory change nothing
         bound = self.planner.max_tokens

@@ -165,7 +165,7 @@ def sweep(
             check_writable_checkpoint(root / INDEX, room, processes=processes)
             if processes.is_rank_zero:
                 clear(root)
-        origin = origin_of(model)
+        origin = origin_of(model, collective=True)
         for point in made:
             _check_point(model, origin, point, data)
         expected = {task: examples_digest(some) for task, some in (held_out or {}).items()}

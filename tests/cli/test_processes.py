@@ -1,0 +1,194 @@
+"""Commands that torchrun starts in two processes: what they print and write is that of one process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tiny
+import word_models
+
+from actscale_fast._json import read_sealed
+from actscale_fast.cli import main
+from actscale_fast.tasks.examples import Example, save_examples
+
+#: Without it, transformers' weights do not say how they are sharded.
+SAYS_HOW = find_spec("transformers.distributed.tensor_parallel") is not None
+ENGINES: dict[str, list[str]] = {"whole": []}
+if SAYS_HOW:
+    ENGINES |= {"tensor-parallel": ["--tp", "2"], "fully-sharded": ["--fsdp", "2"]}
+PAIRS = (("A", "Paris", "Rome"), ("B", "Berlin", "Oslo"), ("C", "Madrid", "Rome"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, examples, and the fit that other commands read."""
+    root = tmp_path_factory.mktemp("processes")
+    tiny.llama().save_pretrained(root / "model")
+    tiny.tokenizer().save_pretrained(root / "model")
+    save_examples(root / "data.jsonl", [Example(f"The capital of {a} is", f" {c}", f" {w}") for a, c, w in PAIRS])
+    given = ["--model", str(root / "model"), "--data", str(root / "data.jsonl"), "--quiet"]
+    assert main(["fit", *given, "--steps", "2", "--out", str(root / "fitted")]) == 0
+    return root
+
+
+def commands(root: Path, out: Path) -> dict[str, list[str]]:
+    model = ["--model", str(root / "model")]
+    data = [*model, "--data", str(root / "data.jsonl")]
+    fitting = [*data, "--test-data", str(root / "data.jsonl"), "--steps", "2"]
+    return {
+        "fit": ["fit", *fitting, "--json", "--checkpoint", str(out / "fit.safetensors"), "--out", str(out / "fit")],
+        "sweep": ["sweep", *fitting, "--minimality", "0.1,0", "--out", str(out / "sweep")],
+        "path": ["sweep", *fitting, "--path", "2", "--points", "1/1", "--out", str(out / "path")],
+        "evaluate": ["evaluate", str(root / "fitted"), *data, "--json", "--out", str(out / "evaluation.json")],
+        "generate": [
+            "generate", "--intervention", str(root / "fitted"), "--prompt", "The capital of A is", "--json",
+            "--max-new-tokens", "4",
+        ],
+        "attribution": ["attribution", *data, "--json", "--out", str(out / "attribution")],
+        "heads": ["heads", *data, "--k", "2", "--json", "--out", str(out / "heads")],
+        "extract": [
+            "extract", "act-add", *model, "--positive", "Paris", "--negative", "Rome", "--layer", "1",
+            "--coefficient", "2", "--out", str(out / "extracted"),
+        ],
+    }  # fmt: skip
+
+
+#: Runs the commands of a JSON file one after another, and keeps what each prints in another file.
+SCRIPT = """
+import contextlib, io, json, os, sys
+from actscale_fast.cli import main
+printed = {}
+for engine, commands in json.load(open(sys.argv[1])).items():
+    printed[engine] = {}
+    for name, words in commands.items():
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main(words) == 0, (engine, name)
+        printed[engine][name] = out.getvalue()
+json.dump(printed, open(f"{sys.argv[2]}/printed-{os.environ['RANK']}.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, dict[str, str]]]:
+    """What each of two processes printed, by engine and command; the files of an engine are in a folder of its name."""
+    script, words = folder / "script.py", folder / "commands.json"
+    script.write_text(SCRIPT)
+    wanted = {}
+    for engine, options in ENGINES.items():
+        (folder / engine).mkdir()
+        wanted[engine] = {name: [*some, *options] for name, some in commands(folder, folder / engine).items()}
+    words.write_text(json.dumps(wanted))
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(script), str(words), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"printed-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> tuple[Path, dict[str, str]]:
+    """The files that one process writes, and what it prints for each command."""
+    out, printed = folder / "one", {}
+    out.mkdir()
+    for name, words in commands(folder, out).items():
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            assert main(words) == 0
+        printed[name] = text.getvalue()
+    return out, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_print_and_write_what_one_does(
+    engine: str, folder: Path, one: tuple[Path, dict[str, str]], two: list[dict[str, dict[str, str]]]
+) -> None:
+    (expected_out, expected), out = one, folder / engine
+    printed, others = (rank[engine] for rank in two)
+    assert others == dict.fromkeys(expected, "")
+    assert printed.keys() == expected.keys()
+    for name in ("evaluate", "attribution", "heads", "generate", "fit"):
+        assert_near(json.loads(printed[name]), json.loads(expected[name]))
+    files = {strip(file.relative_to(expected_out)) for file in expected_out.rglob("*") if file.is_file()}
+    assert {strip(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == files
+    records = [read_sealed(root / "fit" / "fit.json") for root in (out, expected_out)]
+    assert records[0]["weights"] == records[1]["weights"] is not None  # the digest of the whole model
+    for name in ("fit/history.json", "attribution/attribution.json", "evaluation.json"):
+        read = read_sealed if name.startswith("fit") else lambda file: json.loads(file.read_bytes())
+        assert_near(read(out / name), read(expected_out / name))
+
+
+def strip(file: Path) -> str:
+    """A file's path, with a name in place of that of a sweep's point, which is a digest."""
+    return re.sub(r"[0-9a-f]{8,}", "*", str(file))
+
+
+def assert_near(found: object, expected: object, where: str = "") -> None:
+    """Equal, numbers to 1e-4, but for times and places."""
+    if isinstance(expected, dict):
+        assert isinstance(found, dict)
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            if key not in ("seconds", "out", "weights"):  # one process cannot read the weights of a sharded model
+                assert_near(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert isinstance(found, list)
+        assert len(found) == len(expected), where
+        for number, value in enumerate(expected):
+            assert_near(found[number], value, f"{where}[{number}]")
+    else:
+        assert found == (pytest.approx(expected, rel=1e-4, abs=1e-5) if isinstance(expected, float) else expected), (
+            where
+        )
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    assert main([*words, "--quiet"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_shared_model_needs_its_processes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["fit", "--task", "country-capital", "--out", str(tmp_path / "out")]
+    assert (
+        "--tp 2 needs 2 processes, and this is one; start them with torchrun --nproc-per-node 2 --no-python "
+        "actscale-fast fit --tp 2 …"
+    ) in refused(capsys, *words, "--tp", "2")
+    assert "--tp 2 --fsdp 2 needs 4 processes" in refused(capsys, *words, "--tp", "2", "--fsdp", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert "error in process 1 of 3: --tp 2 needs 2 processes, but 3 were started" in refused(
+        capsys, *words, "--tp", "2"
+    )
+    assert "merge runs in one process, but torchrun or accelerate started 3" in refused(
+        capsys, "merge", "--intervention", "x", "--out", "y"
+    )
+
+
+@pytest.mark.skipif(not SAYS_HOW, reason="this transformers does not say how its weights are sharded")
+@pytest.mark.parametrize("more", [("--device", "cpu"), ("--device-map", "auto"), ("--quantize", "torchao-int8")])
+def test_options_that_place_a_model_do_not_go_with_a_shared_one(
+    more: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actscale_fast.cli import processes
+
+    monkeypatch.setattr(processes, "_check", lambda options, size: None)
+    folder = word_models.save_model(tmp_path / "model")
+    words = ["fit", "--model", str(folder), "--task", "country-capital", "--out", str(tmp_path / "out"), "--tp", "2"]
+    assert f"--tp chooses the device of each process itself, and cannot be used with {more[0]}" in refused(
+        capsys, *words, *more
+    )
