@@ -28,8 +28,8 @@ from .machine import environment
 from .models import RandomPrompts, Shape, random_model
 
 OUT = Path(__file__).parent / "results" / "growth_processes.json"
-SHAPE = Shape(4, 4, 64, 2048, torch.float32, kv_heads=4, inner=704)
-PROMPTS, TOKENS, PROCESSES = 32, 64, (1, 2, 4)
+SHAPE = Shape(4, 8, 64, 4096, torch.float32, kv_heads=4, inner=1408)
+PROMPTS, TOKENS, PROCESSES = 16, 64, (1, 2, 4)
 
 
 def _whole(folder: str) -> Any:
@@ -74,7 +74,7 @@ def in_process(rank: int, size: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def seconds_of_step(model: Any, repeats: int = 5) -> float:
+def seconds_of_step(model: Any, repeats: int = 3) -> float:
     """CPU seconds of one step in this process, the median of some."""
     data = RandomPrompts(PROMPTS, TOKENS, SHAPE.vocab, torch.device("cpu"))
     scalars = af.ActivScalar.for_model(model)

@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from actscale_fast.ops.backends import automatic, has_extension
 from actscale_fast.ops.torch_internals import graph_is_kept, in_forward_mode, is_eager
+from actscale_fast.patching.forward_context import _note_compiled
 
 CHANGED = "PyTorch's private parts have changed, see actscale_fast/ops/torch_internals.py: "
 
@@ -75,3 +77,13 @@ def test_whether_the_graph_is_kept_is_known_in_a_backward_pass() -> None:
     y.backward(retain_graph=True)
     y.backward()
     assert kept == [True, False], CHANGED + "whether a graph is kept is not told"
+
+
+def test_the_compiler_marks_a_constant_as_this_package_does() -> None:
+    def asked() -> int:
+        return 3
+
+    torch.compiler.assume_constant_result(asked)
+    mark = "_dynamo_marked_constant"
+    assert getattr(asked, mark, False) is True, f"torch.compiler.assume_constant_result no longer sets {mark}"
+    assert all(getattr(function, mark) is True for function in (automatic, has_extension, _note_compiled))
