@@ -1,5 +1,6 @@
 # make demo           learn, evaluate, save and use activation scalars on a small real model
-# make test           the whole test suite, without the sanitizers and the notebooks
+# make test           the test suite but for what the next targets run
+# make test-real      the tests and the examples of the documentation on the demo model
 # make test-fast      one case of each test, without the slow ones: for every commit
 # make test-versions  the tests that other libraries' releases can break, with the oldest and the newest of them
 # make test-vllm      the vLLM plug-in, with vLLM and a tiny model in an environment of their own
@@ -32,7 +33,7 @@ PINS    = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # pip builds the package in an environment of its own, to which the first option does not apply.
 ALL_PINS = $(PINS) $(if $(CONSTRAINTS),--build-constraint $(CONSTRAINTS))
 
-.PHONY: demo test test-fast test-ptx test-notebooks test-vllm test-versions test-oldest test-newest check docs notebooks \
+.PHONY: demo test test-fast test-real test-ptx test-notebooks test-vllm test-versions test-oldest test-newest check docs notebooks \
 	sanitize bench gpu-check clean
 
 demo: $(VENV)/installed
@@ -43,7 +44,10 @@ PYTEST := pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 test test-fast: $(VENV)/tested
-	$(THREADS) $(RUN)/$(PYTEST) -m "not notebook and not sanitizer and not ptx" $(if $(filter %fast,$@),--fast)
+	$(THREADS) $(RUN)/$(PYTEST) -m "not real_model and not notebook and not sanitizer and not ptx" $(if $(filter %fast,$@),--fast)
+
+test-real: $(VENV)/tested
+	$(THREADS) $(RUN)/$(PYTEST) -m "real_model and not notebook" tests
 
 # Those of the ops that a Triton or CUDA kernel serves; torch.compile would run the kernels of another process.
 PTX_TESTS := tests/ops $(addprefix tests/kernels/test_,$(addsuffix .py,ptx_faults triton_loss triton_scaling \
