@@ -13,7 +13,7 @@ from ._files import naming
 from ._log import notice
 
 #: How often a process that waits for a lock tries again, in seconds, and after how many tries it says so.
-POLL, _PATIENCE = 0.2, 25
+POLL, PATIENCE = 0.2, 25
 
 
 class HeldLock:
@@ -91,7 +91,7 @@ def locked(path: Path, what: str, say: Callable[[str], None] = notice) -> Iterat
     tries = 0
     while (lock := try_lock(path)) is None:
         tries += 1
-        if tries == _PATIENCE:
+        if tries == PATIENCE:
             say(f"waiting for {what}, which {holder(path)} is working on")
         time.sleep(POLL)
     try:

@@ -11,9 +11,12 @@ logger = logging.getLogger("actscale_fast")
 class StderrHandler(logging.Handler):
     """Writes "actscale-fast: …" to what is stderr at that moment."""
 
+    #: Says which of several processes is writing.
+    speaker = ""
+
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        print(f"actscale-fast: {level}{record.getMessage()}", file=sys.stderr, flush=True)
+        print(f"actscale-fast: {self.speaker}{level}{record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def notice(text: str) -> None:

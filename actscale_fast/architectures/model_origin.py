@@ -77,8 +77,12 @@ def origin_of(model: nn.Module, *, collective: bool = False) -> ModelOrigin:
     return found
 
 
-def warn_of_other_weights(model: nn.Module, origin: ModelOrigin | None, *, stacklevel: int) -> None:
+def warn_of_other_weights(
+    model: nn.Module, origin: ModelOrigin | None, *, stacklevel: int, collective: bool = False
+) -> None:
     """Warn, once for each model, if an intervention was made for a model with other weights.
+
+    `collective` is as in `origin_of`.
 
     Nothing is known, and nothing is said, about weights that were loaded in another dtype, by another class, quantised
     in another way or by another version of transformers, which may rename or fuse them.
@@ -87,7 +91,7 @@ def warn_of_other_weights(model: nn.Module, origin: ModelOrigin | None, *, stack
     compared = _compared.setdefault(model, set())
     if origin is None or origin.weights is None or origin in compared:
         return
-    found = origin_of(model)
+    found = origin_of(model, collective=collective)
     compared.add(origin)
     if _are_comparable(found, origin) and found.weights not in (None, origin.weights):
         same = "the same name, other weights; " if found.name is not None and found.name == origin.name else ""

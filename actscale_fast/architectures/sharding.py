@@ -175,7 +175,7 @@ def fsdp_modules(model: nn.Module) -> Iterator[Any]:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class; that of before, where `fully_shard` has put one of its own in front."""
+    """A module's class, or its original class if `fully_shard` has replaced it."""
     library = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(library, "FSDPModule", None)
     if kind is None or not isinstance(module, kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from .config_file import WRITERS, given_options, with_config, write_config
 from .parser import build_parser
-from .processes import started, together
+from .processes import place, together
+from .suggesting_parser import SuggestingParser
 from .values import joined_signed_lists
 from .verbosity import printing
 
@@ -42,15 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "bench":
         (command if depth else parser).refuse(rest)
     try:
-        if options.command == "bench":
-            return _command("bench")(rest)
-        run = _command(options.command)
-        with together(options) as leads, printing(options):
-            status = run(options)
-            writes = leads and options.command in WRITERS and not getattr(options, "gather", False)
-            if status == 0 and writes:
-                write_config(Path(options.out), words, parser)
-        return status
+        with together(options) as leads:
+            if options.command == "bench":
+                return _command("bench")(rest)
+            run = _command(options.command)
+            return _printed(run, options, words, parser, leads)
     except KeyboardInterrupt:
         print("\nactscale-fast: interrupted", file=sys.stderr)
         return 130
@@ -61,10 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         else:
-            rank, size = started()
-            where = f" in process {rank} of {size}" if size > 1 else ""
-            print(f"actscale-fast: error{where}: {_one_line(error)}", file=sys.stderr)
+            print(f"actscale-fast: error{place()}: {_one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _printed(
+    run: Command, options: argparse.Namespace, words: Sequence[str], parser: SuggestingParser, leads: bool
+) -> int:
+    """Run a command and print its results; the first of several processes writes the file that repeats the run."""
+    with printing(options):
+        status = run(options)
+        if leads and status == 0 and options.command in WRITERS and not getattr(options, "gather", False):
+            write_config(Path(options.out), words, parser)
+    return status
 
 
 def _command(name: str) -> Command:

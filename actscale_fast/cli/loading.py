@@ -39,8 +39,13 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
         ValueError: a device that cannot be used, or a model that cannot be loaded.
         FileNotFoundError: neither a folder nor a model that can be downloaded.
     """
-    if options.device_map is not None and options.device != "auto":
-        raise ValueError("--device-map divides the model between devices and cannot be used with --device")
+    if options.device_map is not None:
+        if options.device != "auto":
+            raise ValueError("--device-map divides the model between devices and cannot be used with --device")
+        if current().size > 1:
+            raise ValueError(
+                "--device-map divides a model between the devices of one process, but several were started"
+            )
     sharded = _sharded(options)
     device = _device(options.device)
     if options.threads is not None:
@@ -187,13 +192,13 @@ def _sharded(options: argparse.Namespace) -> dict[str, Any]:
     given = " and ".join(f"--{name}" for name, number in sizes.items() if number > 1)
     if not given:
         return {}
-    for option, is_given in (
-        ("--device", options.device != "auto"),
-        ("--device-map", options.device_map is not None),
-        ("--quantize", options.quantize not in (None, "none")),
-    ):
-        if is_given:
-            raise ValueError(f"{given} chooses the device of each process itself, and cannot be used with {option}")
+    if options.device != "auto":
+        raise ValueError(f"{given} chooses the device of each process itself, and cannot be used with --device")
+    if options.quantize not in (None, "none"):
+        raise ValueError(
+            f"{given} cannot be used with a quantised model, which is loaded as {options.quantize}; --quantize none "
+            "loads its weights as they are saved"
+        )
     if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
         raise ValueError(f"{given} needs a newer transformers, whose weights say how they are sharded")
     from transformers.distributed import DistributedConfig
@@ -203,12 +208,9 @@ def _sharded(options: argparse.Namespace) -> dict[str, Any]:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        if current().size > 1:  # one GPU per process
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", current().rank)) % torch.cuda.device_count())
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cuda")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if current().size > 1 and name.startswith("cuda"):
+        return _own_gpu(name)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -218,6 +220,28 @@ def _device(name: str) -> torch.device:
     if device.type == "meta":
         raise ValueError("device: got 'meta', which holds no values")
     return device
+
+
+def _own_gpu(name: str) -> torch.device:
+    """The GPU of this process, one of several on this machine."""
+    if name != "cuda":
+        raise ValueError(f"device: got {name!r} for several processes, each of which needs a GPU of its own; use cuda")
+    place, there = int(os.environ.get("LOCAL_RANK", current().rank)), torch.cuda.device_count()
+    if place >= there:
+        raise ValueError(f"device: this machine has {there} GPUs, but this is process {place + 1} on it")
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)
+
+
+def _check_divides(source: str, processes: int, **more: Any) -> None:
+    """Raise a ValueError if tensor parallelism cannot divide a model's heads."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, **more).get_text_config()
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        number = getattr(config, field, None)
+        if isinstance(number, int) and number % processes:
+            raise ValueError(f"--tp {processes} does not divide {field}={number}; use --fsdp, which divides weights")
 
 
 def _from_transformers(
@@ -234,6 +258,8 @@ def _from_transformers(
     with quiet_transformers(bars=bars and not local):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+            if "distributed_config" in more:
+                _check_divides(source, more["distributed_config"].tp_size, local_files_only=local)
             model = whole_model(source, dtype=chosen, local_files_only=local, **more)
         except OSError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._log import logger
+from ..architectures.model_origin import warn_of_other_weights
 from ..demo_model import FOLDER_NAME
 from ..interventions.description import DESCRIPTION
 from .loading import load_model
 from .options import QUANTIZERS
+from .processes import current
 from .record import FILE, read_record
 
 if TYPE_CHECKING:
@@ -30,6 +32,16 @@ def load_model_of_fit(
         ValueError: the record names no model as text, or a model that cannot be loaded.
         FileNotFoundError: the model that the record names is not there.
     """
+    model, tokenizer = _loaded(options, folder, intervention)
+    if current().size > 1:  # one process cannot read the weights of a sharded model, so that a patch would not warn
+        for part in intervention.singles:
+            warn_of_other_weights(model, part.location.origin, stacklevel=2, collective=True)
+    return model, tokenizer
+
+
+def _loaded(
+    options: argparse.Namespace, folder: Path, intervention: Intervention
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if options.model is not None:
         return load_model(options)
     try:

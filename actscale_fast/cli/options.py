@@ -154,12 +154,12 @@ def data(
         )  # fmt: skip
 
 
-def saved_with_examples(command: argparse.ArgumentParser) -> None:
+def saved_with_examples(command: argparse.ArgumentParser, *, shared: bool = False) -> None:
     """A saved intervention, its model, and the examples that it is measured on."""
     saved = command.add_mutually_exclusive_group(required=True)
     saved.add_argument("folder", nargs="?", metavar="FOLDER", help=SAVED)
     saved.add_argument("--intervention", metavar="FOLDER", help="the same as FOLDER")
-    model(command, MODEL_OF_FIT)
+    model(command, MODEL_OF_FIT, shared=shared)
     data(command, required=False, recorded=True)
     command.add_argument(
         "--seed", type=int, metavar="N",
@@ -167,7 +167,8 @@ def saved_with_examples(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def model(command: argparse.ArgumentParser, default: str = DEMO_MODEL) -> None:
+def model(command: argparse.ArgumentParser, default: str = DEMO_MODEL, *, shared: bool = False) -> None:
+    """The model and how it is loaded; `shared`: also by several processes, for the commands of `processes.COMMANDS`."""
     group = command.add_argument_group("model")
     group.add_argument(
         "--model", metavar="NAME_OR_PATH", help=f"name on the Hugging Face hub, or a folder (default: {default})"
@@ -193,10 +194,11 @@ def model(command: argparse.ArgumentParser, default: str = DEMO_MODEL) -> None:
         ("--tp", "share each layer among N processes by tensor parallelism"),
         ("--fsdp", "shard the weights over N processes by FSDP2"),
     ):
-        group.add_argument(
-            name, type=positive_int, default=1, metavar="N",
-            help=f"{what}; start the command with torchrun (default: 1)",
-        )  # fmt: skip
+        if shared:
+            group.add_argument(
+                name, type=positive_int, default=1, metavar="N",
+                help=f"{what}; start the command with torchrun (default: 1)",
+            )  # fmt: skip
     device(group)
 
 

@@ -118,7 +118,7 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         "Measures an intervention on examples, beside the frozen model. By default these are the examples that the\n"
         "fit held out, which are found again from its record (fit.json) and must be the same, on the model of the fit."
     )
-    options.saved_with_examples(command)
+    options.saved_with_examples(command, shared=True)
     options.as_json(command)
     options.number(command, "--batch-size", positive_int, 32, "examples per forward pass")
     command.add_argument("--out", metavar="FILE", help="also write the figures to this file, as JSON")
@@ -166,7 +166,7 @@ def _doctor(command: argparse.ArgumentParser) -> None:
 
 def _generate(command: argparse.ArgumentParser) -> None:
     options.intervention(command)
-    options.model(command, options.MODEL_OF_FIT)
+    options.model(command, options.MODEL_OF_FIT, shared=True)
     command.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="the text to continue; may be repeated"
     )

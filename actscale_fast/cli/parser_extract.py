@@ -24,7 +24,7 @@ def extract(command: argparse.ArgumentParser, make: Make) -> None:
         ("latent", f"--sentence TEXT --layer N {out}", "a vector that makes the model say a sentence", _latent),
     ):
         recipe = make(recipes, name, usage, what)
-        options.model(recipe)
+        options.model(recipe, shared=True)
         options.paths(recipe)
         options.out(recipe, "the intervention")
         add(recipe)

@@ -29,7 +29,7 @@ _MINIMALITY, _VECTOR_MINIMALITY, _LR = (f"{s}%" for s in (defaults.MINIMALITY, d
 
 
 def fit(command: argparse.ArgumentParser) -> None:
-    options.model(command)
+    options.model(command, shared=True)
     options.data(command)
     options.paths(command)
     options.test_data(command)
@@ -90,7 +90,7 @@ def fit(command: argparse.ArgumentParser) -> None:
 
 
 def sweep(command: argparse.ArgumentParser) -> None:
-    options.model(command)
+    options.model(command, shared=True)
     options.data(command, required=False)
     options.paths(command)
     command.add_argument(
@@ -152,7 +152,7 @@ def attribution(command: argparse.ArgumentParser) -> None:
         "Predicts from one gradient how removing each head would change the logit difference between the two\n"
         "answers, measures it by removing one head at a time, and writes both to attribution.json and attribution.png."
     )
-    options.model(command)
+    options.model(command, shared=True)
     options.data(command, n_train=32)  # each example runs once for every head
     options.paths(command)
     options.seed(command, what="with --task: random seed of the examples")
@@ -171,7 +171,7 @@ def heads(command: argparse.ArgumentParser) -> None:
         "examples that are held back, and saves the intervention with heads.json and heads.png. With several methods\n"
         "or numbers of heads it compares them on the held-out examples: comparison.json, and a folder for each."
     )
-    options.model(command)
+    options.model(command, shared=True)
     options.data(command, n_train=64)
     options.seed(command, what="random seed of the split, of what a method draws and, with --task, of the examples")
     options.test_data(command)

@@ -1,7 +1,7 @@
 """One command in several processes, as torchrun starts them: they share the model and the work, and the first writes.
 
 Every process runs the whole command, because each pass of a sharded model is the work of all. All but the first print
-nothing but errors, and write their results into a folder that is deleted at the end.
+only warnings and errors, and write their results into a folder that is deleted at the end.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .._log import notice
 
 if TYPE_CHECKING:
     from ..architectures.sharding import ModelProcesses
 
 #: The commands that several processes can run together; what they call is compared with one process in the tests.
 COMMANDS = ("attribution", "evaluate", "extract", "fit", "generate", "heads", "sweep")
+#: The commands that several processes would run side by side, doing the same work and writing the same files.
+OTHERS = ("bench", "demo", "interchange", "merge", "reproduce", "stress")
 #: Options that name what a command writes.
 _WRITTEN = ("out", "plot")
 
@@ -27,15 +32,17 @@ _current: list[ModelProcesses] = []
 
 def current() -> ModelProcesses:
     """The processes that run this command together; a single one unless torchrun started several."""
-    from ..architectures.sharding import ALONE
+    from ..architectures import sharding
 
-    return _current[-1] if _current else ALONE
+    return _current[-1] if _current else sharding.ALONE
 
 
-def started() -> tuple[int, int]:
-    """(the number of this process, how many there are), as torchrun or accelerate say in the environment."""
-    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    return (int(os.environ["RANK"]), size) if size > 1 else (0, 1)
+def place() -> str:
+    """ " in process 1 of 2" where several processes run this command, for an error; never an error itself."""
+    with contextlib.suppress(ValueError):
+        rank, size = _started()
+        return f" in process {rank} of {size}" if size > 1 else ""
+    return ""
 
 
 @contextlib.contextmanager
@@ -46,28 +53,84 @@ def together(options: argparse.Namespace) -> Iterator[bool]:
         Whether this process writes the files of the command.
 
     Raises:
-        ValueError: a command that runs in one process, or `--tp` and `--fsdp` that do not make up all processes.
+        ValueError: a command that runs in one process, `--tp` and `--fsdp` that do not make up all processes, or an
+            environment that does not say how the processes find each other.
     """
-    rank, size = started()
+    if options.command not in COMMANDS + OTHERS:  # those that need no model
+        yield True
+        return
+    rank, size = _started()
     _check(options, size)
     if size == 1:
         yield True
         return
     from ..architectures.sharding import ModelProcesses
-    from ..learning.distributed import environment_group
+    from ..learning.broken_connections import explained
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(environment_group())
         if rank:
-            stack.enter_context(_unseen(options))
+            stack.enter_context(_unseen(options, rank))
+        made = not _initialized()
+        if made:
+            _join(size)
         _current.append(ModelProcesses(tuple(range(size)), rank))
         stack.callback(_current.pop)
-        yield not rank
+        with explained(range(size)):
+            yield not rank
+        if made:  # after an error the connections close with the process: here NCCL might wait for the others
+            sys.modules["torch"].distributed.destroy_process_group()
+
+
+def _started() -> tuple[int, int]:
+    """(the number of this process, how many there are): of the process group, or by the environment.
+
+    Raises:
+        ValueError: RANK or WORLD_SIZE is not a number.
+    """
+    if _initialized():
+        group = sys.modules["torch"].distributed
+        return group.get_rank(), group.get_world_size()
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None or size is None:
+        return 0, 1
+    try:
+        found = int(rank), int(size)
+    except ValueError:
+        raise ValueError(f"{_environment()}, expected numbers; unset both to run in one process") from None
+    return found if found[1] > 1 else (0, 1)
+
+
+def _initialized() -> bool:
+    """Whether this process belongs to a process group; without importing torch, as no group exists then."""
+    group: Any = getattr(sys.modules.get("torch"), "distributed", None)
+    return group is not None and group.is_available() and bool(group.is_initialized())
+
+
+def _environment() -> str:
+    return f"the environment has RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
+
+
+def _join(size: int) -> None:
+    """Create the process group."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"{_environment()}, but not {' and '.join(missing)}, by which the processes find each other; start them "
+            "with torchrun, or unset RANK and WORLD_SIZE to run in one process"
+        )
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has started all of them
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        notice(f"{_environment()}: waiting for all {size} processes at {where}")
+    from ..learning.distributed import join_environment
+
+    join_environment()
 
 
 def _check(options: argparse.Namespace, size: int) -> None:
-    if size > 1 and options.command not in COMMANDS:
-        raise ValueError(f"{options.command} runs in one process, but torchrun or accelerate started {size}")
+    if size > 1 and options.command in OTHERS:
+        raise ValueError(
+            f"{options.command} runs in one process, but {_environment()}; start it without torchrun, or unset both"
+        )
     parts = {name: getattr(options, name, 1) for name in ("tp", "fsdp")}
     wanted = parts["tp"] * parts["fsdp"]
     if wanted in (1, size):
@@ -82,8 +145,8 @@ def _check(options: argparse.Namespace, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _unseen(options: argparse.Namespace) -> Iterator[None]:
-    """Print nothing but errors, and write into a folder that is deleted.
+def _unseen(options: argparse.Namespace, rank: int) -> Iterator[None]:
+    """Print nothing but warnings and errors, and write into a folder that is deleted.
 
     The folder of a sweep is left as it is: its processes agree on who writes what there.
     """
@@ -93,9 +156,10 @@ def _unseen(options: argparse.Namespace) -> Iterator[None]:
             options.plot = str(folder / "front.png")
         else:
             for name in _WRITTEN:
-                if getattr(options, name, None) is not None:
-                    setattr(options, name, str(folder / Path(getattr(options, name)).name))
-        options.quiet = options.muted = True
+                given = getattr(options, name, None)
+                if given is not None:
+                    setattr(options, name, str(folder / f"{name}{Path(given).suffix}"))
+        options.quiet, options.speaker = True, f"process {rank}: "
         nowhere: Any = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         yield

@@ -37,8 +37,8 @@ def printing(options: argparse.Namespace) -> Iterator[None]:
     quiet, as_json = getattr(options, "quiet", False), getattr(options, "json", False)
     handler, level = StderrHandler(), logger.level
     logger.addHandler(handler)
-    muted = getattr(options, "muted", False)  # one of several processes, the first of which says the same
-    logger.setLevel(logging.ERROR if muted else logging.WARNING if quiet else logging.INFO)
+    handler.speaker = getattr(options, "speaker", "")
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
     _quiet.append(quiet)
     options.result = None
     try:

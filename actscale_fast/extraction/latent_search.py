@@ -18,6 +18,7 @@ from ..architectures import site_check
 from ..architectures.layout import ModelLayout
 from ..architectures.lm_head import OutputHead
 from ..architectures.location import Location
+from ..architectures.sharding import fsdp_mesh
 from ..frozen.batching import Batch, forward_arguments
 from ..frozen.encoder import TextEncoder
 from ..frozen.partial_forward import PartialForward
@@ -66,6 +67,9 @@ class LatentSearch:
     def __enter__(self) -> Self:
         model: Any = self.found.model
         one = Batch(self.ids[:, :1], torch.ones_like(self.ids[:, :1]), padded=False)
+        if fsdp_mesh(model) is not None:  # it takes the first module that runs for the root of what it shards
+            with torch.no_grad():
+                model(**forward_arguments(model, one))
         site_check.require_site(
             self.found, self.z.location.site, self.z.location.layers, now=True
         )  # all layers run yet

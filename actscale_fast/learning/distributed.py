@@ -123,8 +123,12 @@ def process_group(distributed: bool | None, model: nn.Module | None = None) -> I
         with _sharing(held) as found, explained(range(processes.get_world_size())):
             yield found
     elif available and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        with environment_group() as (rank, size), explained(range(size)):
-            yield ProcessGroup(rank, size, n_processes=size)
+        rank, size = join_environment()
+        try:
+            with explained(range(size)):
+                yield ProcessGroup(rank, size, n_processes=size)
+        finally:
+            processes.destroy_process_group()
     elif distributed:
         raise RuntimeError("distributed: there is one process only; start several with torchrun or accelerate")
     else:
@@ -132,11 +136,10 @@ def process_group(distributed: bool | None, model: nn.Module | None = None) -> I
             yield ProcessGroup(model=held, n_processes=held.size, everybody=held.group)
 
 
-@contextlib.contextmanager
-def environment_group() -> Iterator[tuple[int, int]]:
-    """Create the process group that the environment of torchrun or accelerate describes, destroyed at the end.
+def join_environment() -> tuple[int, int]:
+    """Create the default process group as the environment of torchrun or accelerate says.
 
-    Yields:
+    Returns:
         (rank, number of processes).
     """
     from torch import distributed as processes
@@ -147,10 +150,7 @@ def environment_group() -> Iterator[tuple[int, int]]:
     store, rank, size = _rendezvous()
     store = processes.PrefixStore(f"actscale_fast/{next(_numbers)}", store)
     processes.init_process_group(backend, store=store, rank=rank, world_size=size)
-    try:
-        yield rank, size
-    finally:
-        processes.destroy_process_group()
+    return rank, size
 
 
 @contextlib.contextmanager

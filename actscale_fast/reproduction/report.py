@@ -209,7 +209,9 @@ def _methods(lab: Laboratory) -> Iterable[Section]:
 
 
 def _stress(lab: Laboratory) -> Iterable[Section]:
-    n = lab.results["stress"][TASKS[0].name]["scalars"]["n_examples"]
+    if not lab.size.stressed:
+        return
+    n = lab.results["stress"][TASKS[0].name][lab.size.stressed[0]]["n_examples"]
     words = (
         f"`af.stress` at strength 1, on {n} test prompts of the first seed: control (flips under changed prompts), "
         "utility (plain text and unrelated prompts) and robustness (the worst change, and unrelated behaviours). A "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -9,13 +10,16 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tiny
-import word_models
+import torch
 
+import actscale_fast as af
 from actscale_fast._json import read_sealed
 from actscale_fast.cli import main
 from actscale_fast.tasks.examples import Example, save_examples
@@ -58,6 +62,10 @@ def commands(root: Path, out: Path) -> dict[str, list[str]]:
         "extract": [
             "extract", "act-add", *model, "--positive", "Paris", "--negative", "Rome", "--layer", "1",
             "--coefficient", "2", "--out", str(out / "extracted"),
+        ],
+        "latent": [
+            "extract", "latent", *model, "--sentence", "Paris is", "--layer", "1", "--steps", "2",
+            "--out", str(out / "latent"),
         ],
     }  # fmt: skip
 
@@ -120,13 +128,36 @@ def test_two_processes_print_and_write_what_one_does(
     assert printed.keys() == expected.keys()
     for name in ("evaluate", "attribution", "heads", "generate", "fit"):
         assert_near(json.loads(printed[name]), json.loads(expected[name]))
-    files = {strip(file.relative_to(expected_out)) for file in expected_out.rglob("*") if file.is_file()}
-    assert {strip(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == files
+    files = sorted(strip(file.relative_to(expected_out)) for file in expected_out.rglob("*") if file.is_file())
+    assert sorted(strip(file.relative_to(out)) for file in out.rglob("*") if file.is_file()) == files
     records = [read_sealed(root / "fit" / "fit.json") for root in (out, expected_out)]
     assert records[0]["weights"] == records[1]["weights"] is not None  # the digest of the whole model
     for name in ("fit/history.json", "attribution/attribution.json", "evaluation.json"):
         read = read_sealed if name.startswith("fit") else lambda file: json.loads(file.read_bytes())
         assert_near(read(out / name), read(expected_out / name))
+    for name in ("fit", "heads", "extracted", "latent"):
+        assert_same_intervention(af.load_intervention(out / name), af.load_intervention(expected_out / name))
+    for name in ("sweep", "path"):
+        found, wanted = (af.load_sweep(root / name).fits for root in (out, expected_out))
+        assert len(found) == len(wanted) == 2
+        for fit, other in zip(found, wanted, strict=True):
+            assert_near(fit.settings, other.settings)
+            assert_same_intervention(fit.intervention, other.intervention)
+            assert fit.evaluation is not None
+            assert_near(fit.evaluation.to_dict(), other.evaluation.to_dict())  # type: ignore[union-attr]
+    assert_near(
+        read_sealed(out / "path" / "path.json")["weights"], read_sealed(expected_out / "path" / "path.json")["weights"]
+    )
+    config = tomllib.loads((out / "fit" / "config.toml").read_text())
+    assert {name: config[name] for name in ("tp", "fsdp") if name in config} == {
+        option.removeprefix("--"): int(number)
+        for option, number in zip(ENGINES[engine][::2], ENGINES[engine][1::2], strict=True)
+    }
+
+
+def assert_same_intervention(found: af.Intervention, expected: af.Intervention) -> None:
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def strip(file: Path) -> str:
@@ -174,21 +205,83 @@ def test_a_shared_model_needs_its_processes(
     assert "error in process 1 of 3: --tp 2 needs 2 processes, but 3 were started" in refused(
         capsys, *words, "--tp", "2"
     )
-    assert "merge runs in one process, but torchrun or accelerate started 3" in refused(
+    assert "merge runs in one process, but the environment has RANK=1 and WORLD_SIZE=3; start it without" in refused(
         capsys, "merge", "--intervention", "x", "--out", "y"
     )
 
 
-@pytest.mark.skipif(not SAYS_HOW, reason="this transformers does not say how its weights are sharded")
-@pytest.mark.parametrize("more", [("--device", "cpu"), ("--device-map", "auto"), ("--quantize", "torchao-int8")])
-def test_options_that_place_a_model_do_not_go_with_a_shared_one(
-    more: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_environment_of_something_else_is_named_where_it_matters(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    words = ["fit", "--task", "country-capital", "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "auto")
+    assert "the environment has RANK=0 and WORLD_SIZE=auto, expected numbers; unset both" in refused(capsys, *words)
+    assert main(["completion", "bash"]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert "RANK=0 and WORLD_SIZE=2, but not MASTER_ADDR, by which the processes find each other" in refused(
+        capsys, *words
+    )
+    assert main(["completion", "bash"]) == 0
+
+
+def test_a_plan_for_several_processes_needs_none_of_them(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    assert main(["plan", "--model", str(folder / "model"), "--tokens", "16", "--tp", "2"]) == 0
+    assert "tp 2" in capsys.readouterr().out
+
+
+def test_warnings_of_another_process_are_printed_with_its_number(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from actscale_fast.cli.processes import _unseen
+    from actscale_fast.cli.verbosity import printing
+
+    options = argparse.Namespace(command="fit", out="..", plot=None, quiet=False, json=False)
+    with _unseen(options, 1), printing(options):
+        print("a result")
+        warnings.warn("little memory", stacklevel=1)
+        assert Path(options.out).name == "out"
+    assert capsys.readouterr() == ("", "actscale-fast: process 1: warning: little memory\n")
+
+
+@pytest.mark.skipif(not SAYS_HOW, reason="this transformers does not say how its weights are sharded")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tp", "2", "--device", "cpu"], "--tp chooses the device of each process itself, and cannot be used with"),
+        (["--tp", "2", "--quantize", "torchao-int8"], "--tp cannot be used with a quantised model, which is loaded as"),
+        (["--tp", "3"], "--tp 3 does not divide num_attention_heads=4; use --fsdp, which divides weights"),
+        (["--device-map", "auto"], "--device-map divides a model between the devices of one process, but several were"),
+    ],
+)
+def test_a_model_that_processes_cannot_share_is_refused_before_it_is_loaded(
+    more: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from actscale_fast.architectures.sharding import ModelProcesses
     from actscale_fast.cli import processes
 
     monkeypatch.setattr(processes, "_check", lambda options, size: None)
-    folder = word_models.save_model(tmp_path / "model")
-    words = ["fit", "--model", str(folder), "--task", "country-capital", "--out", str(tmp_path / "out"), "--tp", "2"]
-    assert f"--tp chooses the device of each process itself, and cannot be used with {more[0]}" in refused(
-        capsys, *words, *more
-    )
+    monkeypatch.setattr(processes, "_current", [ModelProcesses((0, 1), 0)])
+    words = ["fit", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl")]
+    assert message in refused(capsys, *words, "--out", str(tmp_path / "out"), *more)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from actscale_fast.cli import loading
+
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(loading, "current", lambda: argparse.Namespace(size=4, rank=3))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert loading._device("auto") == loading._device("cuda") == torch.device("cuda", 1)
+    assert chosen == [1, 1]
+    with pytest.raises(ValueError, match=r"got 'cuda:0' for several processes, each of which needs a GPU of its own"):
+        loading._device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"this machine has 2 GPUs, but this is process 3 on it"):
+        loading._device("auto")

@@ -145,3 +145,34 @@ def test_an_activation_that_is_a_distributed_tensor_is_refused(mesh: Any) -> Non
     model.model.layers[0].mlp = Spread()
     with pytest.raises(ValueError, match=r"an activation at the site is a DTensor"):
         af.ActivScalar.for_model(model, site="mlp_out", layers=[0])
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_too_little_memory_for_a_long_prompt_among_short_ones_ends_in_recomputation(packs: bool) -> None:
+    from actscale_fast.learning.encoded_examples import EncodedExamples
+    from actscale_fast.learning.engine import Engine, FitRequest, step_runner
+    from actscale_fast.learning.engine.microbatches import RequestedPrompt
+
+    class TwoAlike(sharding.ModelProcesses):
+        """Two processes of which the other says what this one says."""
+
+        n_asked = 0
+
+        def all_gather(self, value: Any) -> list[Any]:
+            TwoAlike.n_asked += 1
+            assert TwoAlike.n_asked < 20, "they go on asking each other"
+            return [value, value]
+
+    prompts = ["The capital of A is " * 9 + "The capital of A is", *(f"The capital of {a} is" for a in "BC"), "A is"]
+    data = EncodedExamples([af.Example(text, " Paris", " Rome") for text in prompts], tiny.tokenizer(), tiny.llama())
+    requests = [FitRequest(range(len(prompts)), af.Objective())]
+    engine = Engine(tiny.llama(), data, af.ActivScalar.for_model(tiny.llama()), [af.Objective()])
+    with torch.enable_grad(), engine, pytest.MonkeyPatch.context() as patched:
+        engine.together = TwoAlike((0, 1), 0)
+        engine.runner.planner.packs = packs
+        patched.setattr(step_runner, "free_bytes", lambda device: 10)
+        rows = [RequestedPrompt(0, row) for row in range(len(prompts))]
+        with pytest.warns(UserWarning, match="too little memory left for"):
+            found = engine._agreed_microbatches(rows, requests)
+    assert engine.runner.recomputation.is_on
+    assert [len(rows) for rows in found] == [1] * len(prompts)

@@ -163,29 +163,29 @@ class Engine:
         """The microbatches of these prompts.
 
         Processes that hold the model together cannot repeat a pass in which one of them ran out of memory. So they
-        look before the step, and where one of them has too little left, all make smaller passes, or compute layers
-        again if the passes cannot be made smaller.
+        look before the step. Where one of them has too little left for a single prompt, all recompute their layers from
+        then on; where it has too little for a pass of several, all make smaller passes.
         """
         runner, planner, together = self.runner, self.runner.planner, self.together
         microbatches = planner.microbatches(prompts, requests)
         while together.size > 1:
-            found = together.all_gather((runner.lacks_memory(microbatches, requests), _divisible(microbatches)))
-            if not any(lacks for lacks, _ in found):
-                break
-            short = ", ".join(str(together.ranks[place]) for place, (lacks, _) in enumerate(found) if lacks)
-            if not any(divisible for _, divisible in found):
-                if not runner.recomputation.may_begin:
-                    break
+            too_large = runner.too_large(microbatches, requests)
+            several = [tokens(rows, requests) for rows in too_large if _divisible([rows])]
+            found = together.all_gather((len(too_large) > len(several), max(several, default=0)))
+            short = ", ".join(str(together.ranks[place]) for place, one in enumerate(found) if any(one))
+            largest = max(tokens_of_several for _, tokens_of_several in found)
+            if any(single for single, _ in found) and runner.recomputation.may_begin:
                 runner.begin_recomputation(f"process {short} has too little memory left for a single prompt")
-                continue
-            largest = max(together.all_gather(max(tokens(rows, requests) for rows in microbatches)))
-            planner.max_tokens = max(largest // 2, 1)
-            warnings.warn(
-                f"process {short} has too little memory left for {largest} tokens in a pass; all that hold the model "
-                f"continue with at most {planner.max_tokens}",
-                stacklevel=4,
-            )
-            microbatches = planner.microbatches(prompts, requests)
+            elif largest:
+                planner.max_tokens = max(largest // 2, 1)
+                warnings.warn(
+                    f"process {short} has too little memory left for {largest} tokens in a pass; all that hold the "
+                    f"model continue with at most {planner.max_tokens}",
+                    stacklevel=4,
+                )
+                microbatches = planner.microbatches(prompts, requests)
+            else:
+                break
         return microbatches
 
     def _gradient_check(self) -> GradientCheck | None:

@@ -169,13 +169,13 @@ class StepRunner:
                 terms[index, 2] /= len(request.objective.directions)
         return terms, gradients
 
-    def lacks_memory(self, microbatches: list[list[PackedRow]], requests: Sequence[FitRequest]) -> bool:
-        """Whether less memory is free than the largest of these passes needs."""
-        largest = max((tokens(rows, requests) for rows in microbatches), default=0)
-        return largest * self.bytes_per_token > free_bytes(self.data.device)
+    def too_large(self, microbatches: list[list[PackedRow]], requests: Sequence[FitRequest]) -> list[list[PackedRow]]:
+        """Those of these passes that need more memory than is free."""
+        free = free_bytes(self.data.device)
+        return [rows for rows in microbatches if tokens(rows, requests) * self.bytes_per_token > free]
 
     def begin_recomputation(self, why: str) -> None:
-        """Let all further passes compute their layers again; processes that hold the model together do it together."""
+        """Let all further passes recompute their layers; processes that hold the model together do it together."""
         self.recomputation.begin(why)
         self.bytes_per_token = self._bytes_per_token_recomputed
 
