@@ -30,6 +30,8 @@ from actscale_fast.learning.head_selection.methods import METHODS
 from actscale_fast.learning.head_selection.select_heads import score
 from actscale_fast.learning.head_selection.subject import Subject
 
+from .models import named_model
+
 #: Updates of each fit of the gates, by default; six are timed.
 GATE_STEPS = 60
 #: Of the quick run: what each method costs most is made small.
@@ -86,6 +88,30 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def _rounded(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with four decimals."""
+    found = {}
+    for name, value in record.items():
+        if isinstance(value, list | tuple):
+            found[name] = [round(one, 4) for one in value]
+        else:
+            found[name] = round(value, 4) if isinstance(value, float) else value
+    return found
+
+
+def mib_table(folder: Path) -> str:
+    """The table of MIB's metrics in docs/heads.md, from mib.json."""
+    rows = json.loads((folder / "mib.json").read_text(encoding="utf-8"))["rows"]
+    found = {(row["method"], row["ablation"]): row for row in rows}
+    ablations = list(dict.fromkeys(row["ablation"] for row in rows))
+    heads = [f"{metric}, {ablation}" for ablation in ablations for metric in ("CPR", "CMD")]
+    lines = [f"| scores | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [f"{found[method, one][metric]:.2f}" for one in ablations for metric in ("cpr", "cmd")]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def costs(model: Any, tokenizer: Any, *, n_prompts: int = 1) -> list[dict[str, Any]]:
     """CPU seconds to score all heads by each method, and those of one forward pass per head, on the same prompts.
 
@@ -131,7 +157,7 @@ def mib(model: Any, tokenizer: Any, *, quick: bool, seed: int = 0) -> list[dict[
         selection = af.select_heads(model, tokenizer, train, name, 1, strength=1.0, seed=seed, progress=False)
         for ablation in ("zero", "interchange"):
             found = af.circuit_metrics(model, tokenizer, judged, selection, ablation=ablation)  # type: ignore[arg-type]
-            rows.append({"method": name} | found.to_dict())
+            rows.append({"method": name} | _rounded(found.to_dict()))
             print(f"{name:13} {ablation:12} CPR {found.cpr:6.3f}  CMD {found.cmd:6.3f}")
     return rows
 
@@ -146,22 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    model: Any
-    tokenizer: Any
-    if options.model is None:
-        model, tokenizer = af.load_demo_model()
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(options.model)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model, tokenizer, _ = named_model(options.model, None)
     if options.cost:
         text = json.dumps({"threads": torch.get_num_threads(), "rows": costs(model, tokenizer)}, indent=1)
         (options.out / "cost.json").write_text(text + "\n", encoding="utf-8")
         return 0
     if options.mib:
-        text = json.dumps({"rows": mib(model, tokenizer, quick=options.quick, seed=options.seed)}, indent=1)
-        (options.out / "mib.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({"rows": mib(model, tokenizer, quick=options.quick, seed=options.seed)})
+        (options.out / "mib.json").write_text(text.replace('{"method"', '\n{"method"') + "\n", encoding="utf-8")
+        print(mib_table(options.out))
         return 0
     result = compared(model, tokenizer, quick=options.quick, seed=options.seed)
     text = json.dumps(slim(result, quick=options.quick, seed=options.seed))

@@ -46,7 +46,7 @@ def fit(command: argparse.ArgumentParser) -> None:
     options.positions(where)
     where.add_argument(
         "--generated", action="store_true",
-        help="with --positions: add a slot for generated tokens; fit leaves it at 0, as it has no such tokens",
+        help="with --positions: add a slot for generated tokens; it is learned only from answers of several tokens",
     )  # fmt: skip
     objective = command.add_argument_group("objective")
     options.number(objective, "--margin", weight, defaults.MARGIN, "desired logit difference", "X")

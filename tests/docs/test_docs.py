@@ -61,7 +61,9 @@ def test_the_table_of_fits_with_the_defaults_is_that_of_their_files() -> None:
 
 def test_the_table_of_methods_that_choose_heads_is_that_of_its_file() -> None:
     folder = ROOT / "benchmarks/results/heads"
-    assert head_methods.table(folder) in (ROOT / "docs/heads.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/heads.md").read_text(encoding="utf-8")
+    assert head_methods.table(folder) in text
+    assert head_methods.mib_table(folder) in text
 
 
 @pytest.mark.parametrize("name", ["faithfulness", "conflicts"])
