@@ -90,7 +90,7 @@ def table(folder: Path) -> str:
 
 def _rounded(record: dict[str, Any]) -> dict[str, Any]:
     """The record with four decimals."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, list | tuple):
             found[name] = [round(one, 4) for one in value]
