@@ -1,8 +1,9 @@
 """Builds `actscale_fast.ops._C` from csrc with ninja; everything else about the package stands in pyproject.toml.
 
 Environment: CXX (the compiler), ACTSCALE_BUILD_CUDA=auto|0|1, ACTSCALE_CUDA_ARCHS (default "80;90;100"), MAX_JOBS,
-ACTSCALE_WERROR=1 (the C++ compiler's warnings are errors; for CI). Architectures that nvcc does not know are left out,
-with a warning and in the record that `actscale-fast doctor` prints."""
+ACTSCALE_WERROR=1 (the C++ compiler's warnings are errors; for CI). Architectures that nvcc does not know, and
+instructions that the C++ compiler does not know, are left out, with a warning and in the record that
+`actscale-fast doctor` prints."""
 
 import hashlib
 import json
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ CSRC = Path(__file__).resolve().parent / "csrc"
 PYTHON_HEADERS = sysconfig.get_paths()["include"]
 # Compiled for their own instructions and chosen by CPUID when the package runs; all other files are for the baseline.
 SIMD = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
+SIMD["avx512_bf16"] = f"{SIMD['avx512']} -mavx512bf16"  # left out where the compiler does not know it
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall"
 FLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 gives them for its own AVX-512 header
 FLAGS += " -Werror" if os.environ.get("ACTSCALE_WERROR") == "1" else ""
@@ -114,6 +116,14 @@ def cuda(cxx: str) -> Cuda:
     return Cuda(missing=reason, dropped=found.dropped)
 
 
+def unknown_levels(cxx: Sequence[str]) -> dict[str, str]:
+    """Levels whose instructions the compiler does not know, and what it says."""
+    reason = complaint(*cxx, *SIMD["avx512_bf16"].split())
+    if reason:
+        print(f"warning: actscale-fast: no C++ kernels for the level avx512_bf16: {reason}", file=sys.stderr)
+    return {"avx512_bf16": reason} if reason else {}
+
+
 def literal(text: str) -> str:
     """A text as a string literal of C++, with "?" for all but printable ASCII, which JSON and C++ escape alike."""
     shown = json.dumps("".join(letter if " " <= letter <= "~" else "?" for letter in text))
@@ -129,12 +139,16 @@ def digest_of_sources() -> str:
     return digest.hexdigest()
 
 
-def record(compiler: str, openmp: bool, built: Cuda) -> str:
+def record(compiler: str, openmp: bool, built: Cuda, dropped_levels: Mapping[str, str] | None = None) -> str:
     """A header with what the extension says of its own build."""
+    left_out = dropped_levels or {}
     texts = {"COMPILER": compiler, "NVCC": built.nvcc, "NO_CUDA": built.missing, "SOURCES": digest_of_sources()}
     lines = [f"#define ACTSCALE_{name} {literal(text)}" for name, text in texts.items()]
     pairs = ", ".join(f"{{{literal(arch)}, {literal(reason)}}}" for arch, reason in built.dropped)
-    return "\n".join([*lines, f"#define ACTSCALE_OPENMP {int(openmp)}", f"#define ACTSCALE_DROPPED {pairs}", ""])
+    levels = ", ".join(f"{{{literal(level)}, {literal(reason)}}}" for level, reason in left_out.items())
+    lines += [f"#define ACTSCALE_OPENMP {int(openmp)}", f"#define ACTSCALE_DROPPED {pairs}"]
+    lines += [f"#define ACTSCALE_AVX512_BF16 {int('avx512_bf16' not in left_out)}"]
+    return "\n".join([*lines, f"#define ACTSCALE_DROPPED_LEVELS {levels}", ""])
 
 
 def version_of(cxx: list[str]) -> str:
@@ -166,7 +180,10 @@ class BuildWithNinja(build_ext):
         folder, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(ext.name)).resolve()
         self.mkpath(str(folder)), self.mkpath(str(target.parent))
         cxx, openmp = shlex.join(self.cxx), "-fopenmp" if compiles(*self.cxx, "-fopenmp") else "-Wno-unknown-pragmas"
-        write_if_changed(folder / "build_record.h", record(version_of(self.cxx), openmp == "-fopenmp", self.cuda))
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        dropped = unknown_levels(self.cxx) if x86 else {}
+        about = record(version_of(self.cxx), openmp == "-fopenmp", self.cuda, dropped)
+        write_if_changed(folder / "build_record.h", about)
         flags = shlex.join(f"-I{h}" for h in (pybind11.get_include(), PYTHON_HEADERS, str(folder)))
         rules = {".cpp": f"{cxx} {FLAGS} {openmp} {flags} $simd"}
         link = f"{cxx} {'-bundle -undefined dynamic_lookup' if sys.platform == 'darwin' else '-shared'} {openmp}"
@@ -175,7 +192,7 @@ class BuildWithNinja(build_ext):
             options = shlex.join([*CUDA, *targets(self.cuda.archs)])
             rules = {".cpp": f"{rules['.cpp']} -DACTSCALE_CUDA", ".cu": f"{link} -std=c++17 {options}"}
             link += f" -shared -cudart static -Xcompiler {openmp}"
-        skipped = () if platform.machine().lower() in ("x86_64", "amd64") else SIMD
+        skipped = dropped if x86 else SIMD
         sources = [p for p in sorted(CSRC.rglob("*")) if p.suffix in rules and p.stem not in skipped]
         objects = {p: f"{p.parent.name}-{p.name}.o" for p in sources}
         lines = [f"rule link\n command = {link} $in -o $out"]

@@ -65,12 +65,15 @@ def compiled() -> Section:
         "simd_built": list(built["simd_levels"]),
         "simd_levels": module.levels(),
         "simd_level": module.level(),
+        "simd_by_verdict": module.levels_by_verdict(),
+        "simd_dropped": built["dropped_levels"],
         "cuda_archs": [] if cuda is None else cuda.archs(),
         "cuda_toolkit": None if cuda is None else cuda.toolkit(),
         "cuda_dropped_archs": built["dropped_archs"],
         "cuda_reason": built["no_cuda"] or None,
     }
     notes = {name: " (not on this processor)" for name in built["simd_levels"] if name not in module.levels()}
+    notes |= dict.fromkeys(module.levels_by_verdict(), " (only where a verdict has found it faster)")
     notes[module.level()] = " (in use)"
     kernels = f"none: {built['no_cuda']}"
     if cuda is not None:
@@ -81,6 +84,7 @@ def compiled() -> Section:
         ["compiler", built["compiler"]],
         ["threads", "OpenMP" if built["openmp"] else "one: the compiler has no OpenMP"],
         ["SIMD levels", ", ".join(name + notes.get(name, "") for name in built["simd_levels"])],
+        *([f"left out: {level}", reason] for level, reason in built["dropped_levels"].items()),
         ["CUDA kernels", kernels],
         *([f"left out: sm_{arch}", reason] for arch, reason in built["dropped_archs"].items()),
     ]

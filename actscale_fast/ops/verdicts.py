@@ -37,6 +37,7 @@ class Choice(NamedTuple):
 
     fastest: tuple[str, str, str]  # by size class
     passed: tuple[str, ...]  # kernel backends that passed
+    level: str | None = None  # of the C++ kernels, where one that needs a verdict is right and faster
 
 
 Choices = dict[tuple[str, torch.dtype], Choice]
@@ -131,7 +132,7 @@ def choices_of(verdict: Mapping[str, Any]) -> Choices:
             passed = tuple(choice["passed"])
             if op not in OPS or not {small, medium, large} <= {"reference", *passed}:
                 raise ValueError(f"choices: got {op!r} with {choice!r}")
-            table[op, getattr(torch, dtype)] = Choice((small, medium, large), passed)
+            table[op, getattr(torch, dtype)] = Choice((small, medium, large), passed, choice.get("level"))
     return table
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ Step = Callable[[], object]
 def microseconds(
     op: str, dtype: torch.dtype, size: int, names: Sequence[str], device: torch.device, *, quick: bool
 ) -> dict[str, dict[str, float]]:
-    """For each name (a backend, or `COMPILED`) the times of one call with its gradients, in µs.
+    """For each name (a backend, "cpu" and a level, or `COMPILED`) the times of one call with its gradients, in µs.
 
     `step` is what a call adds to a queue of calls, the larger of host and device time; its median and the middle 60 %
     of the samples. On a GPU `host` is the time until the call returns, and in a full measurement `device` is that of a
@@ -72,8 +73,21 @@ def microseconds(
     return result
 
 
-def _chosen(name: str) -> contextlib.AbstractContextManager[None]:
-    return backends.use_backend("reference" if name == COMPILED else name)  # type: ignore[arg-type]
+@contextlib.contextmanager
+def _chosen(name: str) -> Iterator[None]:
+    backend, _, level = name.partition(" ")
+    with backends.use_backend("reference" if name == COMPILED else backend):  # type: ignore[arg-type]
+        if not level:
+            yield
+            return
+        importlib.import_module("actscale_fast.ops.cpu")  # applies the environment's level at first
+        extension = importlib.import_module("actscale_fast.ops._C")
+        before = extension.level()
+        extension.set_level(level)
+        try:
+            yield
+        finally:
+            extension.set_level(before)
 
 
 def _step(op: str, dtype: torch.dtype, size: int, name: str, device: torch.device) -> Step:

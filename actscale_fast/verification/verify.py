@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,14 @@ import torch
 
 from .._tables import Readable
 from ..ops import backends, device_identity, verdicts
+from . import levels
 from .speed import COMPILED
 from .supervisor import Outcome, Supervisor
 from .worker import NOT_TESTED, Job
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+Passed = set[tuple[str, str, str]]  # op, dtype, and a backend, alone or with a level
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,7 +57,9 @@ class Verification(Readable):
         for op, by_dtype in self.verdict["choices"].items():
             for dtype, choice in by_dtype.items():
                 found = [_shown(outcomes.get((op, dtype, name))) for name in names]
-                rows.append([op, dtype, *found, *(choice["fastest"][size] for size in verdicts.SIZES)])
+                used = {"cpu": f"cpu {choice['level']}"} if "level" in choice else {}
+                fastest = [choice["fastest"][size] for size in verdicts.SIZES]
+                rows.append([op, dtype, *found, *(used.get(name, name) for name in fastest)])
         return ["op", "dtype", *names, *verdicts.SIZES], rows
 
     def _heading(self) -> str:
@@ -131,20 +135,21 @@ def verify_locked(
     supervisor = supervisor or Supervisor(str(chosen), quick=quick, environment=threads)
     started = time.perf_counter()
     jobs = [Job(name, op, dtype) for name in kernel_backends(chosen) for op, dtype in ops_and_dtypes()]
-    levels = lower_levels() if chosen.type == "cpu" else []
+    lower, eligible = (levels.lower(), levels.by_verdict()) if chosen.type == "cpu" else ([], [])
+    measured = [job for job in jobs if job in levels.MEASURED_JOBS] if eligible else []
     if progress is not None:
         timings = len(ops_and_dtypes()) * len(verdicts.SIZES)
-        supervisor = dataclasses.replace(supervisor, progress=_Share(progress, len(jobs) * (1 + len(levels)) + timings))
+        total = len(jobs) * (1 + len(lower)) + len(measured) * len(eligible) + timings
+        supervisor = dataclasses.replace(supervisor, progress=_Share(progress, total))
+    if eligible:  # "cpu" is the level in use, whatever an earlier verdict says
+        supervisor = levels.at_level(supervisor, str(device_identity.cpu_level()))
     outcomes = supervisor.verify(jobs)
     passed = {(one.job.op, one.job.dtype, one.job.backend) for one in outcomes if one.status == "ok"}
-    times = _merged(supervisor.time(_times_wanted(passed, compiled=not quick)))
-    for level in levels:
-        environment = {**supervisor.environment, "ACTSCALE_CPU_LEVEL": level}
-        at_level = dataclasses.replace(supervisor, environment=environment)
-        outcomes += [
-            dataclasses.replace(one, job=one.job._replace(backend=f"{one.job.backend} {level}"))
-            for one in at_level.verify(jobs)
-        ]
+    at_levels = [one for level in eligible for one in levels.verified_at(supervisor, level, measured)]
+    faster = {(one.job.op, one.job.dtype, one.job.backend) for one in at_levels if one.status == "ok"}
+    times = _merged(supervisor.time(_times_wanted(passed, faster, compiled=not quick)))
+    outcomes += at_levels
+    outcomes += [one for level in lower for one in levels.verified_at(supervisor, level, jobs)]
     verdict = {
         "format": verdicts.FORMAT,
         "device": device_identity.identity(chosen),
@@ -155,7 +160,7 @@ def verify_locked(
         "complete": all(one.status != NOT_TESTED for one in outcomes),
         "outcomes": [_entry(one) for one in outcomes],
         "times": [{**one, "size": verdicts.SIZES[one["size"]]} for one in times],
-        "choices": _choices(passed, times),
+        "choices": _choices(passed, times, faster),
     }
     path = verdicts.save(verdict)
     backends.reconsider()
@@ -177,14 +182,6 @@ def kernel_backends(device: torch.device) -> list[backends.BackendName]:
     """The compiled backends that can run on this device."""
     names: tuple[backends.BackendName, ...] = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
     return [name for name in names if not backends.unavailable_on(name, device.type, device.index)]
-
-
-def lower_levels() -> list[str]:
-    """The instruction sets of the C++ kernels that this processor has, except the one in use."""
-    if not backends.has_extension():
-        return []
-    in_use = device_identity.cpu_level()
-    return [level for level in importlib.import_module("actscale_fast.ops._C").levels() if level != in_use]
 
 
 def ops_and_dtypes() -> list[tuple[str, str]]:
@@ -214,10 +211,10 @@ def chosen_device(device: torch.device | str | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _times_wanted(passed: set[tuple[str, str, str]], *, compiled: bool) -> list[tuple[str, str, int, Sequence[str]]]:
+def _times_wanted(passed: Passed, at_levels: Passed, *, compiled: bool) -> list[tuple[str, str, int, Sequence[str]]]:
     wanted: list[tuple[str, str, int, Sequence[str]]] = []
     for op, dtype in ops_and_dtypes():
-        kernels = [name for one_op, one_dtype, name in sorted(passed) if (one_op, one_dtype) == (op, dtype)]
+        kernels = [name for one_op, one_dtype, name in sorted(passed | at_levels) if (one_op, one_dtype) == (op, dtype)]
         sizes = range(len(verdicts.SIZES)) if kernels else ()
         wanted += [(op, dtype, size, ["reference", *kernels]) for size in sizes]
         if compiled and op != "proximal_adam_":  # by itself: what a compiler cannot do must not cost the others' times
@@ -235,24 +232,30 @@ def _merged(times: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _choices(passed: set[tuple[str, str, str]], times: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _choices(passed: Passed, times: Sequence[dict[str, Any]], at_levels: Passed) -> dict[str, dict[str, Any]]:
     """The fastest backend per op, dtype and size; a kernel without times (its worker died) is not chosen.
 
-    Plain PyTorch is preferred to a kernel only where it is faster beyond the spread of both.
+    Plain PyTorch is preferred to a kernel only where it is faster beyond the spread of both. `at_levels`: backends and
+    levels that passed and need to be faster, as `levels.is_faster` says.
     """
     measured = {(one["op"], one["dtype"], one["size"]): one["times"] for one in times}
     choices: dict[str, dict[str, Any]] = {}
     for op, dtype in ops_and_dtypes():
         fastest = {}
         kernels = sorted(name for one_op, one_dtype, name in passed if (one_op, one_dtype) == (op, dtype))
-        for index, size in enumerate(verdicts.SIZES):
-            found = measured.get((op, dtype, index), {})
+        by_size = [measured.get((op, dtype, index), {}) for index in range(len(verdicts.SIZES))]
+        candidates = [name for one_op, one_dtype, name in at_levels if (one_op, one_dtype) == (op, dtype)]
+        level = next((name for name in candidates if "cpu" in kernels and levels.is_faster(by_size, name)), None)
+        for found, size in zip(by_size, verdicts.SIZES, strict=True):
+            found = found | {"cpu": found[level]} if level else found
             timed = [name for name in kernels if name in found]
             best = min(timed, key=lambda name: found[name]["step"]) if timed else "reference"
             if timed and found["reference"]["high"] < found[best]["low"]:
                 best = "reference"
             fastest[size] = best
         choices.setdefault(op, {})[dtype] = {"fastest": fastest, "passed": kernels}
+        if level:
+            choices[op][dtype]["level"] = level.partition(" ")[2]
     return choices
 
 

@@ -6,7 +6,8 @@
 
 namespace actscale {
 
-const Kernels& kernels();  // of the level in use
+const Kernels& kernels();             // of the level in use
+const Kernels& kernels_by_verdict();  // of the level that needs a verdict; of that in use where there is none
 
 // A hint that large fresh memory should lie in huge pages.
 void advise_huge_pages(void* memory, int64_t bytes);

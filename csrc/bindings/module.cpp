@@ -5,6 +5,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <cstdlib>
 #include <new>
@@ -71,11 +74,28 @@ std::vector<const Kernels*> supported() {
     return levels;
 }
 
+// The level that has to be found right and faster on this machine before it is used unasked, or null: on some processors
+// its instruction is slower than those that it replaces.
+const Kernels* waiting_for_verdict() {
+#if defined(__x86_64__) && ACTSCALE_AVX512_BF16
+    unsigned a = 0, b = 0, c = 0, d = 0;  // by CPUID: compilers differ in the names that they know
+    const bool avx512 = supported().back()->level == std::string("avx512");  // avx512_kernels() is itself AVX-512
+    if (avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)) return &avx512_bf16_kernels();
+#endif
+    return nullptr;
+}
+
+std::vector<const Kernels*> all_levels() {
+    std::vector<const Kernels*> levels = supported();
+    if (const Kernels* waiting = waiting_for_verdict()) levels.push_back(waiting);
+    return levels;
+}
+
 const Kernels* in_use = supported().back();
 
 void set_level(const std::string& name) {
     std::string known;
-    for (const Kernels* level : supported()) {
+    for (const Kernels* level : all_levels()) {
         if (level->level == name) {
             in_use = level;
             return;
@@ -89,6 +109,11 @@ void set_level(const std::string& name) {
 
 const Kernels& kernels() { return *in_use; }
 
+const Kernels& kernels_by_verdict() {
+    static const Kernels* const waiting = waiting_for_verdict();
+    return waiting ? *waiting : *in_use;
+}
+
 }  // namespace actscale
 
 PYBIND11_MODULE(_C, module) {
@@ -98,7 +123,12 @@ PYBIND11_MODULE(_C, module) {
 
     module.def("levels", [] {
         py::list names;
-        for (const Kernels* level : supported()) names.append(level->level);
+        for (const Kernels* level : all_levels()) names.append(level->level);
+        return names;
+    });
+    module.def("levels_by_verdict", [] {
+        py::list names;
+        if (const Kernels* level = waiting_for_verdict()) names.append(level->level);
         return names;
     });
     module.def("level", [] { return kernels().level; });
@@ -106,14 +136,19 @@ PYBIND11_MODULE(_C, module) {
 
     // How this extension was built; written by setup.py.
     module.def("build_record", [] {
-        py::dict record, dropped;
+        py::dict record, dropped, dropped_levels;
         const std::vector<std::pair<const char*, const char*>> archs = {ACTSCALE_DROPPED};
         for (const auto& [arch, reason] : archs) dropped[arch] = reason;
-#if defined(__x86_64__)
+        const std::vector<std::pair<const char*, const char*>> levels = {ACTSCALE_DROPPED_LEVELS};
+        for (const auto& [level, reason] : levels) dropped_levels[level] = reason;
+#if defined(__x86_64__) && ACTSCALE_AVX512_BF16
+        record["simd_levels"] = py::make_tuple("portable", "avx2", "avx512", "avx512_bf16");
+#elif defined(__x86_64__)
         record["simd_levels"] = py::make_tuple("portable", "avx2", "avx512");
 #else
         record["simd_levels"] = py::make_tuple("portable");
 #endif
+        record["dropped_levels"] = dropped_levels;
         record["compiler"] = ACTSCALE_COMPILER, record["openmp"] = bool(ACTSCALE_OPENMP);
         record["nvcc"] = ACTSCALE_NVCC, record["no_cuda"] = ACTSCALE_NO_CUDA, record["dropped_archs"] = dropped;
         record["sources"] = ACTSCALE_SOURCES;

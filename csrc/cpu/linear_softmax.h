@@ -14,8 +14,15 @@
 // V is cut into splits by its size alone, their sums are joined in order, and a row's products and sums run over the
 // same lanes in the same order whatever rows stand beside it: every number of threads and every batch give the same
 // bits. That makes the KL divergence of a row to itself exactly 0.
+//
+// W and the hidden states are widened to float32 where they are not. With ACTSCALE_BF16_PAIRS the products W·h of
+// bfloat16 are made from pairs instead (bf16_pairs.h), as exactly. The sums of W's rows are not: e rounded to bfloat16
+// would be 2^-9 off, and log_sum with it, in the first order; as two bfloat16 numbers it takes no less time than float32.
 #pragma once
-#include "intervention_loss.h"
+#include "loss_blocks.h"
+#if defined(ACTSCALE_BF16_PAIRS)
+#include "bf16_pairs.h"
+#endif
 
 namespace actscale {
 namespace ACTSCALE_LEVEL {
@@ -33,6 +40,12 @@ constexpr int TILE = 12;  // rows of a register tile, two vectors wide: 24 of 32
 constexpr int TILE = 6;
 #else
 constexpr int TILE = 4;
+#endif
+
+// Whether the products of this type are made from pairs.
+template <class T> constexpr bool in_pairs(T) { return false; }
+#if defined(ACTSCALE_BF16_PAIRS)
+constexpr bool in_pairs(bf16) { return true; }
 #endif
 
 struct LinearPlan {
@@ -78,6 +91,13 @@ INLINE void products(const float* w, int64_t stride, const float* h, int64_t dep
         for (int j = 0; j < C; j++) store(z + i * GROUP + j * W, sums[i][j]);
 }
 
+#if defined(ACTSCALE_BF16_PAIRS)
+template <int M, int C>
+INLINE void products(const bf16* w, int64_t stride, const float* h, int64_t depth, float* z) {
+    products_of_pairs<M, C, GROUP>(w, stride, h, depth, z);
+}
+#endif
+
 // sums[i][k] += Σ_v e[v][i]·w[v][k] for M rows and C vectors of columns k.
 template <int M, int C>
 INLINE void weighted_rows(const float* e, const float* w, int64_t stride, int64_t count, float* sums, int64_t state) {
@@ -102,11 +122,21 @@ INLINE void weighted_rows(const float* e, const float* w, int64_t stride, int64_
         }
 }
 
-template <int C>
-static void products_of_block(const float* w, int64_t stride, int64_t count, const float* h, int64_t depth, float* z) {
+// Of W as it is stored, with pairs, or as float32.
+template <class Weight, int C>
+static void products_of_block(const Weight* w, int64_t stride, int64_t count, const float* h, int64_t depth, float* z) {
     int64_t v = 0;
     for (; v + TILE <= count; v += TILE) products<TILE, C>(w + v * stride, stride, h, depth, z + v * GROUP);
     for (; v < count; v++) products<1, C>(w + v * stride, stride, h, depth, z + v * GROUP);
+}
+
+template <class Weight>
+static void products_of_rows(const Weight* w, int64_t stride, int64_t count, int64_t rows, const float* packed,
+                             int64_t depth, float* z) {
+    for (int64_t n = 0; n < rows; n += 2 * W) {
+        if (rows - n > W) products_of_block<Weight, 2>(w, stride, count, packed + n, depth, z + n);
+        else products_of_block<Weight, 1>(w, stride, count, packed + n, depth, z + n);
+    }
 }
 
 template <int C>
@@ -204,10 +234,8 @@ static void run_split(const LinearSoftmax& c, const LinearPlan& p, int64_t split
                 if (k < c.width) store(copied + i * p.depth + k, load_part(row + k, int(c.width - k), 0));
             }
         }
-        for (int64_t n = 0; n < rows; n += 2 * W) {
-            if (rows - n > W) products_of_block<2>(w, stride, count, packed + n, c.width, z + n);
-            else products_of_block<1>(w, stride, count, packed + n, c.width, z + n);
-        }
+        if constexpr (in_pairs(T())) products_of_rows(from, c.weight_stride, count, rows, packed, c.width, z);
+        else products_of_rows(w, stride, count, rows, packed, c.width, z);
         if (c.correct) take_answers(c, first_row, rows, v, count, z);
         powers_of_block(c, p, v, count, rows, z, states);
         int64_t k = 0;
@@ -262,7 +290,8 @@ static void join_splits(const LinearSoftmax& c, const LinearPlan& p, int64_t row
 template <class T>
 static void linear_softmax_of(const LinearSoftmax& c) {
     const LinearPlan p = plan_of(c);
-    const int64_t packed_floats = c.width * GROUP, own = p.block * (GROUP + p.depth);
+    const int64_t steps = in_pairs(T()) ? (c.width + 1) / 2 : c.width;  // of a product: h[k] or a pair of them
+    const int64_t packed_floats = steps * GROUP, own = p.block * (GROUP + p.depth);
     for (int64_t first = 0; first < c.rows; first += p.rows) {
         const int64_t rows = smaller(p.rows, c.rows - first), groups = (rows + GROUP - 1) / GROUP;
         const int64_t split_floats = rows * p.state;
@@ -272,12 +301,15 @@ static void linear_softmax_of(const LinearSoftmax& c) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < groups * c.width; i++) {  // h[k][n], the rows that are not there 0
-                const int64_t group = i / c.width, k = i % c.width;
+            for (int64_t i = 0; i < groups * steps; i++) {  // h[k][n], the rows that are not there 0
+                const int64_t group = i / steps, k = i % steps;
                 for (int64_t n = 0; n < GROUP; n++) {
                     const int64_t row = group * GROUP + n;
-                    packed[i * GROUP + n] =
-                        row < rows ? widen(*at(c.hidden, (first + row) * c.hidden_stride + k, T())) : 0.0f;
+                    const T* hidden = at(c.hidden, (first + smaller(row, rows - 1)) * c.hidden_stride, T());
+                    float* out = packed + i * GROUP + n;
+                    if (row >= rows) *out = 0;
+                    else if constexpr (in_pairs(T())) store_pair(out, hidden, k, c.width);
+                    else *out = widen(hidden[k]);
                 }
             }
 #pragma omp for schedule(dynamic, 1)
@@ -292,9 +324,11 @@ static void linear_softmax_of(const LinearSoftmax& c) {
     }
 }
 
+#if !defined(ACTSCALE_BF16_PAIRS)  // where there are pairs, another level serves the other types
 static void linear_softmax(const LinearSoftmax& c) {
     with_type(c.type, [&](auto zero) { linear_softmax_of<decltype(zero)>(c); });
 }
+#endif
 
 }  // namespace ACTSCALE_LEVEL
 }  // namespace actscale

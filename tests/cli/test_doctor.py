@@ -44,11 +44,12 @@ def fake_extension(**kernels: Any) -> types.SimpleNamespace:
     """An extension that was built without architecture 100; with kernels: with CUDA."""
     record = {"compiler": "g++ 12", "openmp": True, "nvcc": "/opt/nvcc", "no_cuda": "" if kernels else "no nvcc"}
     record["simd_levels"] = ("portable", "avx2", "avx512")
+    record["dropped_levels"] = {"avx512_bf16": "g++: error: unrecognized command-line option '-mavx512bf16'"}
     record["dropped_archs"] = {"100": "nvcc fatal: Unsupported gpu architecture 'compute_100'"}
     names = types.SimpleNamespace(**kernels)
     return types.SimpleNamespace(
         __file__="/site/_C.so", build_record=lambda: record, levels=lambda: ["portable", "avx2"],
-        level=lambda: "avx2", **({"cuda": names} if kernels else {}),
+        levels_by_verdict=list, level=lambda: "avx2", **({"cuda": names} if kernels else {}),
     )  # fmt: skip
 
 
@@ -78,8 +79,22 @@ def test_an_architecture_that_was_left_out_and_a_gpu_without_code_are_named(
         f"cuda cannot run: CUDA says: {reason}",
         "NVIDIA driver 550.54.15",
         "SIMD levels portable, avx2 (in use), avx512 (not on this processor)",
+        "left out: avx512_bf16 g++: error: unrecognized command-line option '-mavx512bf16'",
     ):
         assert words in printed, printed
+
+
+def test_a_level_that_waits_for_a_verdict_is_said_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, level = fake_extension(), "avx512_bf16"
+    record = module.build_record()
+    record["simd_levels"], record["dropped_levels"] = ("portable", "avx2", level), {}
+    module.levels, module.levels_by_verdict = lambda: ["portable", "avx2", level], lambda: [level]
+    monkeypatch.setattr(doctor, "extension", lambda: module)
+    facts, printed = report(capsys)
+    assert facts["compiled"]["simd_by_verdict"] == [level]
+    assert "avx2 (in use), avx512_bf16 (only where a verdict has found it faster)" in printed
 
 
 def test_it_says_what_did_not_pass_verification(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import runpy
 import shlex
@@ -283,3 +284,27 @@ def test_architectures_that_nvcc_does_not_know_are_left_out_and_said(tree: Path,
     (rules,) = (tree / "build").rglob("build.ninja")
     assert "compute_90" in rules.read_text()
     assert "compute_100" not in rules.read_text()
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="a level of x86-64")
+@pytest.mark.parametrize("known", [True, False])
+def test_instructions_that_the_compiler_does_not_know_are_left_out_and_said(
+    tree: Path, tmp_path: Path, known: bool
+) -> None:
+    """The rest of the extension is built; the record in it keeps what was left out."""
+    compiler, real = tmp_path / "c++", shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0])
+    message = "c++: error: unrecognized command-line option '-mavx512bf16'"
+    refusal = "" if known else f'case "$*" in *-mavx512bf16*) echo "{message}" >&2; exit 1;; esac\n'
+    sources = 'case "$*" in *" -c "*) echo none is compiled here >&2; exit 1;; esac\n'
+    without = f'set -- $(echo "$@" | sed s/-mavx512bf16//)\nexec {real} "$@"\n'  # the real one may not know it
+    compiler.write_text(f"#!/bin/sh\n{refusal}{sources}{without}")
+    compiler.chmod(0o755)
+    done = build_extension(tree, CXX=str(compiler), ACTSCALE_BUILD_CUDA="0")
+    warning = f"warning: actscale-fast: no C++ kernels for the level avx512_bf16: {message}\n"
+    assert (warning in done.stderr) != known
+    (header,) = (tree / "build").rglob("build_record.h")
+    assert f"#define ACTSCALE_AVX512_BF16 {int(known)}\n" in header.read_text()
+    assert (message in header.read_text()) != known
+    (rules,) = (tree / "build").rglob("build.ninja")
+    assert ("avx512_bf16" in rules.read_text()) == known
+    assert "avx512.cpp" in rules.read_text()

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
-from .. import _C, outputs  # type: ignore[attr-defined]
+from .. import _C, outputs, verdicts  # type: ignore[attr-defined]
 from ..calls import TYPES
 
 #: Scratch beyond this is not taken, whatever the caller allows: W is read again for every 64 rows anyway.
 MOST_BYTES = 64 << 20
+#: Levels of this processor that are used only where they were measured (csrc/bindings/module.cpp).
+LEVELS_BY_VERDICT: tuple[str, ...] = tuple(_C.levels_by_verdict())
+
+
+def by_verdict(dtype: torch.dtype) -> bool:
+    """Whether the verdict on this processor has found such a level right and faster, and no other is forced."""
+    if not LEVELS_BY_VERDICT or "ACTSCALE_CPU_LEVEL" in os.environ:
+        return False
+    choice = (verdicts.choices("cpu", None) or {}).get(("linear_softmax", dtype))
+    return choice is not None and choice.level in LEVELS_BY_VERDICT
 
 
 def linear_softmax(
@@ -24,7 +36,8 @@ def linear_softmax(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_sum, mean, mean_bias, answers = outputs.linear_softmax(hidden, correct)
     rows, width = hidden.shape
-    _C.linear_softmax(
+    run = _C.linear_softmax_by_verdict if by_verdict(hidden.dtype) else _C.linear_softmax
+    run(
         type=TYPES[hidden.dtype], rows=rows, vocab=weight.shape[0], width=width, hidden=hidden,
         hidden_stride=hidden.stride(0), weight=weight, weight_stride=weight.stride(0), bias=bias, correct=correct,
         wrong=wrong, exclude_answers=exclude_answers, scale=logit_scale, bytes=min(chunk_bytes, MOST_BYTES),

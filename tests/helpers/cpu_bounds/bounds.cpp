@@ -12,6 +12,10 @@
 
 namespace actscale {
 
+#if defined(__x86_64__)
+void linear_softmax_of_emulated_pairs(const LinearSoftmax& c);  // helpers/bf16_pairs
+#endif
+
 // Of its exact size, and fresh for every call.
 thread_local std::unique_ptr<float, void (*)(void*)> own(nullptr, free);
 float* scratch(int64_t count) {
@@ -167,6 +171,19 @@ int main() {
         }
         printf("%s: within bounds\n", run->level);
     }
+#if defined(__x86_64__)
+    if (levels().size() > 1) {  // for bfloat16 alone
+        Kernels pairs = avx2_kernels();
+        pairs.linear_softmax = linear_softmax_of_emulated_pairs;
+        for (int threads : {1, 3})
+            for (int64_t off : {0, 1, 3}) {
+                softmax<uint16_t>(pairs, Type::bfloat16, 3, 31, 5, off, threads);
+                softmax<uint16_t>(pairs, Type::bfloat16, 70, 9001, 24, off, threads);
+                softmax<uint16_t>(pairs, Type::bfloat16, 2, 300, 1, off, threads);
+            }
+        printf("avx512_bf16, emulated: within bounds\n");
+    }
+#endif
     release_scratch(0);
     return 0;
 }
