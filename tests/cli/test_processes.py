@@ -228,8 +228,8 @@ def test_an_environment_of_something_else_is_named_where_it_matters(
 
 
 def test_a_plan_for_several_processes_needs_none_of_them(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    assert main(["plan", "--model", str(folder / "model"), "--tokens", "16", "--tp", "2"]) == 0
-    assert "tp 2" in capsys.readouterr().out
+    assert main(["plan", "--model", str(folder / "model"), "--tokens", "16", "--tp", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tp"] == 2
 
 
 def test_warnings_of_another_process_are_printed_with_its_number(
