@@ -50,10 +50,10 @@ def said_by(command: Sequence[str], cwd: str | None = None) -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, errors="replace")
 
 
-def complaint(*command: str) -> str:
-    """What the compiler says of an empty program, in one line; "" where it compiles it."""
+def complaint(*command: str, program: str = PROBE) -> str:
+    """What the compiler says of a program, an empty one by default, in one line; "" where it compiles it."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "probe.cpp").write_text(PROBE)
+        Path(folder, "probe.cpp").write_text(program)
         command = (*command, "-std=c++17", f"-I{PYTHON_HEADERS}", "probe.cpp", "-o", "probe")
         try:
             done = said_by(command, cwd=folder)
@@ -116,9 +116,16 @@ def cuda(cxx: str) -> Cuda:
     return Cuda(missing=reason, dropped=found.dropped)
 
 
+#: The option alone is not enough: the header may lack the types, and the assembler the instruction.
+PROBE_OF_BF16 = """#include <immintrin.h>
+__m512 probed(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+int main() { return 0; }
+"""
+
+
 def unknown_levels(cxx: Sequence[str]) -> dict[str, str]:
     """Levels whose instructions the compiler does not know, and what it says."""
-    reason = complaint(*cxx, *SIMD["avx512_bf16"].split())
+    reason = complaint(*cxx, *SIMD["avx512_bf16"].split(), program=PROBE_OF_BF16)
     if reason:
         print(f"warning: actscale-fast: no C++ kernels for the level avx512_bf16: {reason}", file=sys.stderr)
     return {"avx512_bf16": reason} if reason else {}

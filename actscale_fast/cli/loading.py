@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from .._files import check_writable
 from ..demo_model import load_demo_model, quiet_transformers, whole_model
 from ..frozen.chat import has_chat_template, user_message
 from ..interventions.description import DESCRIPTION
+from ..learning.broken_connections import is_broken_connection
 from ..learning.prompt_spaces import without_needless_space
 from ..tasks.examples import Example
 from ..tasks.loading import load_examples
@@ -226,22 +228,40 @@ def _own_gpu(name: str) -> torch.device:
     """The GPU of this process, one of several on this machine."""
     if name != "cuda":
         raise ValueError(f"device: got {name!r} for several processes, each of which needs a GPU of its own; use cuda")
-    place, there = int(os.environ.get("LOCAL_RANK", current().rank)), torch.cuda.device_count()
+    there, local = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")
+    place = int(local) if local.isdecimal() else current().rank % there
+    place = 0 if there == 1 else place  # schedulers may show each process a GPU of its own alone
+    seen = (
+        f"this process sees {there}; LOCAL_RANK={local}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
+    )
     if place >= there:
-        raise ValueError(f"device: this machine has {there} GPUs, but this is process {place + 1} on it")
+        raise ValueError(f"device: there is no GPU number {place} for process {current().rank} ({seen})")
     torch.cuda.set_device(place)
+    taken = current().all_gather((socket.gethostname(), str(torch.cuda.get_device_properties(place).uuid)))
+    shared = [rank for rank, one in enumerate(taken) if one == taken[current().rank]]
+    if len(shared) > 1:
+        raise ValueError(f"device: processes {', '.join(map(str, shared))} would share one GPU ({seen})")
     return torch.device("cuda", place)
 
 
-def _check_divides(source: str, processes: int, **more: Any) -> None:
-    """Raise a ValueError if tensor parallelism cannot divide a model's heads."""
+class _CannotShareError(ValueError):
+    """A model that the processes cannot hold together."""
+
+
+def _check_shared(source: str, processes: int, **more: Any) -> None:
+    """Raise an error for a quantised model, or if tensor parallelism cannot divide a model's heads."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source, **more).get_text_config()
+    whole = AutoConfig.from_pretrained(source, **more)
+    if getattr(whole, "quantization_config", None) is not None:
+        raise _CannotShareError(f"{source} is quantised, and cannot be shared by --tp or --fsdp")
+    config = whole.get_text_config()
     for field in ("num_attention_heads", "num_key_value_heads"):
         number = getattr(config, field, None)
         if isinstance(number, int) and number % processes:
-            raise ValueError(f"--tp {processes} does not divide {field}={number}; use --fsdp, which divides weights")
+            raise _CannotShareError(
+                f"--tp {processes} does not divide {field}={number} of {source}; use --fsdp, which divides weights"
+            )
 
 
 def _from_transformers(
@@ -259,7 +279,7 @@ def _from_transformers(
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
             if "distributed_config" in more:
-                _check_divides(source, more["distributed_config"].tp_size, local_files_only=local)
+                _check_shared(source, more["distributed_config"].tp_size, local_files_only=local)
             model = whole_model(source, dtype=chosen, local_files_only=local, **more)
         except OSError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -270,6 +290,8 @@ def _from_transformers(
             )
             raise FileNotFoundError(f"model: {problem} ({reason})") from error
         except Exception as error:
+            if isinstance(error, _CannotShareError) or is_broken_connection(error):
+                raise
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"model: {name!r} cannot be loaded as a causal language model ({reason})") from error
     return model, tokenizer

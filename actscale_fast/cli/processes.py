@@ -15,15 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._log import notice
-
 if TYPE_CHECKING:
     from ..architectures.sharding import ModelProcesses
 
 #: The commands that several processes can run together; what they call is compared with one process in the tests.
 COMMANDS = ("attribution", "evaluate", "extract", "fit", "generate", "heads", "sweep")
 #: The commands that several processes would run side by side, doing the same work and writing the same files.
-OTHERS = ("bench", "demo", "interchange", "merge", "reproduce", "stress")
+OTHERS = ("bench", "combine", "demo", "interchange", "merge", "plot", "reproduce", "stress")
 #: Options that name what a command writes.
 _WRITTEN = ("out", "plot")
 
@@ -56,7 +54,7 @@ def together(options: argparse.Namespace) -> Iterator[bool]:
         ValueError: a command that runs in one process, `--tp` and `--fsdp` that do not make up all processes, or an
             environment that does not say how the processes find each other.
     """
-    if options.command not in COMMANDS + OTHERS:  # those that need no model
+    if options.command not in COMMANDS + OTHERS:  # those that only print, or look after themselves
         yield True
         return
     rank, size = _started()
@@ -72,7 +70,7 @@ def together(options: argparse.Namespace) -> Iterator[bool]:
             stack.enter_context(_unseen(options, rank))
         made = not _initialized()
         if made:
-            _join(size)
+            _join(size, says=not rank and not getattr(options, "quiet", False))
         _current.append(ModelProcesses(tuple(range(size)), rank))
         stack.callback(_current.pop)
         with explained(range(size)):
@@ -110,17 +108,17 @@ def _environment() -> str:
     return f"the environment has RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
 
 
-def _join(size: int) -> None:
-    """Create the process group."""
+def _join(size: int, *, says: bool) -> None:
+    """Create the process group; with `says`, a line names what this process waits for, unless torchrun started all."""
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(
             f"{_environment()}, but not {' and '.join(missing)}, by which the processes find each other; start them "
             "with torchrun, or unset RANK and WORLD_SIZE to run in one process"
         )
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has started all of them
+    if says and "TORCHELASTIC_RUN_ID" not in os.environ:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        notice(f"{_environment()}: waiting for all {size} processes at {where}")
+        print(f"actscale-fast: {_environment()}: waiting for all {size} processes at {where}", file=sys.stderr)
     from ..learning.distributed import join_environment
 
     join_environment()

@@ -130,9 +130,11 @@ def choices_of(verdict: Mapping[str, Any]) -> Choices:
         for dtype, choice in by_dtype.items():
             small, medium, large = (choice["fastest"][size] for size in SIZES)
             passed = tuple(choice["passed"])
-            if op not in OPS or not {small, medium, large} <= {"reference", *passed}:
+            level = choice.get("level")
+            known = op in OPS and {small, medium, large} <= {"reference", *passed}
+            if not known or not isinstance(level, str | None):
                 raise ValueError(f"choices: got {op!r} with {choice!r}")
-            table[op, getattr(torch, dtype)] = Choice((small, medium, large), passed, choice.get("level"))
+            table[op, getattr(torch, dtype)] = Choice((small, medium, large), passed, level)
     return table
 
 

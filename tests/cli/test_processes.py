@@ -32,6 +32,12 @@ if SAYS_HOW:
 PAIRS = (("A", "Paris", "Rome"), ("B", "Berlin", "Oslo"), ("C", "Madrid", "Rome"))
 
 
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, examples, and the fit that other commands read."""
@@ -227,6 +233,16 @@ def test_an_environment_of_something_else_is_named_where_it_matters(
     assert main(["completion", "bash"]) == 0
 
 
+def test_every_command_is_shared_or_refused_or_needs_no_other_process() -> None:
+    from actscale_fast.cli.parser import build_parser
+    from actscale_fast.cli.processes import COMMANDS, OTHERS
+
+    harmless = {"completion", "doctor", "info", "plan", "serving", "verify"}
+    found = next(action for action in build_parser()._actions if action.dest == "command").choices
+    assert found is not None
+    assert sorted([*COMMANDS, *OTHERS, *harmless]) == sorted(found)
+
+
 def test_a_plan_for_several_processes_needs_none_of_them(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert main(["plan", "--model", str(folder / "model"), "--tokens", "16", "--tp", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tp"] == 2
@@ -252,7 +268,7 @@ def test_warnings_of_another_process_are_printed_with_its_number(
     [
         (["--tp", "2", "--device", "cpu"], "--tp chooses the device of each process itself, and cannot be used with"),
         (["--tp", "2", "--quantize", "torchao-int8"], "--tp cannot be used with a quantised model, which is loaded as"),
-        (["--tp", "3"], "--tp 3 does not divide num_attention_heads=4; use --fsdp, which divides weights"),
+        (["--tp", "3"], "error: --tp 3 does not divide num_attention_heads=4 of "),
         (["--device-map", "auto"], "--device-map divides a model between the devices of one process, but several were"),
     ],
 )
@@ -276,12 +292,20 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(loading, "current", lambda: argparse.Namespace(size=4, rank=3))
+    others = [("elsewhere", "a"), ("elsewhere", "b"), ("elsewhere", "c")]
+    processes = argparse.Namespace(size=4, rank=3, all_gather=lambda mine: [*others, mine])
+    monkeypatch.setattr(loading, "current", lambda: processes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: argparse.Namespace(uuid=f"GPU-{place}"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert loading._device("auto") == loading._device("cuda") == torch.device("cuda", 1)
     assert chosen == [1, 1]
     with pytest.raises(ValueError, match=r"got 'cuda:0' for several processes, each of which needs a GPU of its own"):
         loading._device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match=r"this machine has 2 GPUs, but this is process 3 on it"):
+    with pytest.raises(ValueError, match=r"no GPU number 2 for process 3 \(this process sees 2; LOCAL_RANK=2, CUDA"):
+        loading._device("auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as where a scheduler shows each process one
+    assert loading._device("auto") == torch.device("cuda", 0)
+    processes.all_gather = lambda mine: [mine, *others[1:], mine]
+    with pytest.raises(ValueError, match=r"processes 0, 3 would share one GPU"):
         loading._device("auto")

@@ -34,6 +34,14 @@ def knows(*flags: str) -> bool:
         return False
 
 
+def gcc_version() -> str:
+    """The version of the compiler if it is GCC, such as "12.2.0"; otherwise ""."""
+    try:  # other compilers do not know this option
+        return subprocess.run([*compiler(), "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 class EmulatedPairs:
     """The compiled library; called as `ops.cpu.linear_softmax`, for hidden states and W in bfloat16."""
 

@@ -172,7 +172,7 @@ def test_too_little_memory_for_a_long_prompt_among_short_ones_ends_in_recomputat
         engine.runner.planner.packs = packs
         patched.setattr(step_runner, "free_bytes", lambda device: 10)
         rows = [RequestedPrompt(0, row) for row in range(len(prompts))]
-        with pytest.warns(UserWarning, match="too little memory left for"):
+        with pytest.warns(UserWarning, match="too little memory is left for"):
             found = engine._agreed_microbatches(rows, requests)
     assert engine.runner.recomputation.is_on
     assert [len(rows) for rows in found] == [1] * len(prompts)

@@ -172,14 +172,15 @@ class Engine:
             too_large = runner.too_large(microbatches, requests)
             several = [tokens(rows, requests) for rows in too_large if _divisible([rows])]
             found = together.all_gather((len(too_large) > len(several), max(several, default=0)))
-            short = ", ".join(str(together.ranks[place]) for place, one in enumerate(found) if any(one))
             largest = max(tokens_of_several for _, tokens_of_several in found)
             if any(single for single, _ in found) and runner.recomputation.may_begin:
-                runner.begin_recomputation(f"process {short} has too little memory left for a single prompt")
+                who = self._named(single for single, _ in found)
+                runner.begin_recomputation(f"too little memory is left for a single prompt in {who}")
             elif largest:
                 planner.max_tokens = max(largest // 2, 1)
+                who = self._named(tokens_of_several for _, tokens_of_several in found)
                 warnings.warn(
-                    f"process {short} has too little memory left for {largest} tokens in a pass; all that hold the "
+                    f"too little memory is left for {largest} tokens in a pass in {who}; all processes that hold the "
                     f"model continue with at most {planner.max_tokens}",
                     stacklevel=4,
                 )
@@ -187,6 +188,11 @@ class Engine:
             else:
                 break
         return microbatches
+
+    def _named(self, found: Iterable[object]) -> str:
+        """The processes of which something was found, for a message."""
+        ranks = [str(rank) for rank, one in zip(self.together.ranks, found, strict=True) if one]
+        return f"process{'es' * (len(ranks) > 1)} {', '.join(ranks)}"
 
     def _gradient_check(self) -> GradientCheck | None:
         """What the plain whole model gives for two prompts; None if checks are skipped."""
