@@ -13,7 +13,7 @@ from ._files import naming
 from ._log import notice
 
 #: How often a process that waits for a lock tries again, in seconds, and after how many tries it says so.
-POLL, PATIENCE = 0.2, 25
+POLL, _PATIENCE = 0.2, 25
 
 
 class HeldLock:
@@ -80,24 +80,34 @@ def holder(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str, say: Callable[[str], None] = notice) -> Iterator[None]:
+def locked(
+    path: Path, what: str, say: Callable[[str], None] = notice,
+    attempted: Callable[[Callable[[], bool]], bool] = lambda claim: claim(),
+) -> Iterator[None]:  # fmt: skip
     """Hold a lock inside the block, after waiting for as long as another process holds it.
 
     Args:
         path: the lock's file; its folder must exist.
         what: what the lock is for, for the line that says that this process is waiting.
         say: prints that line.
+        attempted: makes one attempt and returns whether it succeeded. Several processes for which one of them takes the
+            lock ask it each time, because no collective operation may wait for long.
     """
-    tries = 0
-    while (lock := try_lock(path)) is None:
-        tries += 1
-        if tries == PATIENCE:
-            say(f"waiting for {what}, which {holder(path)} is working on")
-        time.sleep(POLL)
-    try:
+    tries, held = 0, contextlib.ExitStack()
+
+    def claim() -> bool:
+        lock = try_lock(path)
+        if lock is not None:
+            held.callback(lock.release)
+        return lock is not None
+
+    with held:
+        while not attempted(claim):
+            tries += 1
+            if tries == _PATIENCE:
+                say(f"waiting for {what}, which {holder(path)} is working on")
+            time.sleep(POLL)
         yield
-    finally:
-        lock.release()
 
 
 def _is_named(path: Path, handle: int) -> bool:

@@ -31,6 +31,7 @@ from actscale_fast.learning.head_selection.select_heads import score
 from actscale_fast.learning.head_selection.subject import Subject
 
 from .models import named_model
+from .stress_tests import rounded
 
 #: Updates of each fit of the gates, by default; six are timed.
 GATE_STEPS = 60
@@ -86,17 +87,6 @@ def table(folder: Path) -> str:
             cells.append(f"{row[name]:.2f} [{low:.2f}, {high:.2f}]")
         lines.append(f"| {' | '.join([*cells, format(row['kl'], '.2f')])} |")
     return "\n".join(lines)
-
-
-def _rounded(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with four decimals."""
-    found: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, list | tuple):
-            found[name] = [round(one, 4) for one in value]
-        else:
-            found[name] = round(value, 4) if isinstance(value, float) else value
-    return found
 
 
 def mib_table(folder: Path) -> str:
@@ -157,7 +147,7 @@ def mib(model: Any, tokenizer: Any, *, quick: bool, seed: int = 0) -> list[dict[
         selection = af.select_heads(model, tokenizer, train, name, 1, strength=1.0, seed=seed, progress=False)
         for ablation in ("zero", "interchange"):
             found = af.circuit_metrics(model, tokenizer, judged, selection, ablation=ablation)  # type: ignore[arg-type]
-            rows.append({"method": name} | _rounded(found.to_dict()))
+            rows.append({"method": name} | rounded(found.to_dict()))
             print(f"{name:13} {ablation:12} CPR {found.cpr:6.3f}  CMD {found.cmd:6.3f}")
     return rows
 

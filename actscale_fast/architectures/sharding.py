@@ -169,18 +169,21 @@ def refuse_dtensor(x: Tensor) -> None:
 
 def fsdp_modules(model: nn.Module) -> Iterator[Any]:
     """The modules of a model that `fully_shard` was called on."""
-    library = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing can be sharded by it
-    kind = getattr(library, "FSDPModule", None)
+    kind = _fsdp_class()
     return iter(()) if kind is None else (module for module in model.modules() if isinstance(module, kind))
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """A module's class, or its original class if `fully_shard` has replaced it."""
-    library = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(library, "FSDPModule", None)
+    kind = _fsdp_class()
     if kind is None or not isinstance(module, kind):
         return type(module)
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, kind))
+
+
+def _fsdp_class() -> Any:
+    """The class that `fully_shard` puts in front of a module's; None where FSDP2 is not imported and shards nothing."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def fsdp_mesh(model: nn.Module) -> Any:

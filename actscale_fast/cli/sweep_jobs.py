@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._json import read_sealed, write_sealed
-from .._locks import PATIENCE, POLL, holder, try_lock
-from .._log import notice
+from .._locks import locked
 from ..architectures.model_origin import origin_of
 from ..learning import Objective, SweepResult
 from .processes import current
@@ -22,7 +20,6 @@ from .record import FILE, read_record, save_record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..architectures.sharding import ModelProcesses
     from ..interventions import Intervention
     from ..tasks.examples import Example
 
@@ -52,8 +49,7 @@ def path_of_jobs(
     asked |= {"weights": origin_of(model, collective=True).weights, "examples": examples_record(train)}
     asked |= {name: getattr(template.location, name) for name in ("site", "layers", "positions")}
     asked = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}  # as in JSON
-    with contextlib.ExitStack() as stack:
-        _lock(out, stack, processes)
+    with locked(out / ".lock", f"the weights of --path in {out}", attempted=processes.from_leader):
         found = processes.from_leader(lambda: _read(out / PATH))
         if found is None:
             found = {"options": asked, "weights": processes.leaders(find())}
@@ -63,26 +59,6 @@ def path_of_jobs(
         other = [f"{name} {former.get(name)}, now {asked[name]}" for name in asked if former.get(name) != asked[name]]
         raise ValueError(f"out: {out} belongs to jobs with another --path ({'; '.join(other)})")
     return [float(weight) for weight in found["weights"]]
-
-
-def _lock(out: Path, stack: contextlib.ExitStack, processes: ModelProcesses) -> None:
-    """Lock the weights of --path until the stack ends, in the first of several processes for all.
-
-    The others ask again and again whether it has the lock, because no collective operation may wait for long.
-    """
-    path, what, tries = out / ".lock", f"the weights of --path in {out}", 0
-
-    def claim() -> bool:
-        lock = try_lock(path)
-        if lock is not None:
-            stack.callback(lock.release)
-        return lock is not None
-
-    while not processes.from_leader(claim):
-        tries += 1
-        if tries == PATIENCE and processes.leads:
-            notice(f"waiting for {what}, which {holder(path)} is working on")
-        time.sleep(POLL)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

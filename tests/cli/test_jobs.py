@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import word_models
+from refused_commands import refused
 
 from actscale_fast._json import read_sealed, write_sealed
 from actscale_fast.cli import main
@@ -26,13 +27,6 @@ def data(tmp_path: Path) -> str:
     path = tmp_path / "examples.jsonl"
     save_examples(path, [Example(f"The capital of {a} is {w}. A:", f" {c}", f" {w}") for a, c, w in PAIRS])
     return str(path)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    capsys.readouterr()
-    assert main([*words, "--quiet"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_shares_of_a_path_are_gathered_and_their_fits_are_evaluated_by_their_folders(

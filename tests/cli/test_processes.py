@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from refused_commands import refused
 
 import actscale_fast as af
 from actscale_fast._json import read_sealed
@@ -188,13 +189,6 @@ def assert_near(found: object, expected: object, where: str = "") -> None:
         assert found == (pytest.approx(expected, rel=1e-4, abs=1e-5) if isinstance(expected, float) else expected), (
             where
         )
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    capsys.readouterr()
-    assert main([*words, "--quiet"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_a_shared_model_needs_its_processes(
