@@ -28,7 +28,8 @@ CSRC = Path(__file__).resolve().parent / "csrc"
 PYTHON_HEADERS = sysconfig.get_paths()["include"]
 # Compiled for their own instructions and chosen by CPUID when the package runs; all other files are for the baseline.
 SIMD = {"avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"}
-SIMD["avx512_bf16"] = f"{SIMD['avx512']} -mavx512bf16"  # left out where the compiler does not know it
+SIMD["avx512_bf16"] = f"{SIMD['avx512']} -mavx512bf16"  # these are left out where the compiler does not know them
+SIMD["avx512_amx"] = f"{SIMD['avx512']} -mamx-tile -mamx-bf16"
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall"
 FLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12 gives them for its own AVX-512 header
 FLAGS += " -Werror" if os.environ.get("ACTSCALE_WERROR") == "1" else ""
@@ -116,19 +117,26 @@ def cuda(cxx: str) -> Cuda:
     return Cuda(missing=reason, dropped=found.dropped)
 
 
-#: The option alone is not enough: the header may lack the types, and the assembler the instruction.
-PROBE_OF_BF16 = """#include <immintrin.h>
+#: The options alone are not enough: the header may lack the types, and the assembler the instructions.
+PROBES = {
+    "avx512_bf16": """#include <immintrin.h>
 __m512 probed(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 int main() { return 0; }
-"""
+""",
+    "avx512_amx": """#include <immintrin.h>
+void probed() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }
+int main() { return 0; }
+""",
+}
 
 
 def unknown_levels(cxx: Sequence[str]) -> dict[str, str]:
     """Levels whose instructions the compiler does not know, and what it says."""
-    reason = complaint(*cxx, *SIMD["avx512_bf16"].split(), program=PROBE_OF_BF16)
-    if reason:
-        print(f"warning: actscale-fast: no C++ kernels for the level avx512_bf16: {reason}", file=sys.stderr)
-    return {"avx512_bf16": reason} if reason else {}
+    said = {level: complaint(*cxx, *SIMD[level].split(), program=program) for level, program in PROBES.items()}
+    for level, reason in said.items():
+        if reason:
+            print(f"warning: actscale-fast: no C++ kernels for the level {level}: {reason}", file=sys.stderr)
+    return {level: reason for level, reason in said.items() if reason}
 
 
 def literal(text: str) -> str:
@@ -154,7 +162,7 @@ def record(compiler: str, openmp: bool, built: Cuda, dropped_levels: Mapping[str
     pairs = ", ".join(f"{{{literal(arch)}, {literal(reason)}}}" for arch, reason in built.dropped)
     levels = ", ".join(f"{{{literal(level)}, {literal(reason)}}}" for level, reason in left_out.items())
     lines += [f"#define ACTSCALE_OPENMP {int(openmp)}", f"#define ACTSCALE_DROPPED {pairs}"]
-    lines += [f"#define ACTSCALE_AVX512_BF16 {int('avx512_bf16' not in left_out)}"]
+    lines += [f"#define ACTSCALE_{level.upper()} {int(level not in left_out)}" for level in PROBES]
     return "\n".join([*lines, f"#define ACTSCALE_DROPPED_LEVELS {levels}", ""])
 
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Decode = Callable[..., list[list[int]]]
 
+#: Characters per line of a table that goes into a file, at most.
+_WIDEST = 240
+
 
 def say(text: str = "") -> None:
     """Print one line that is not a result; nothing with --quiet."""
@@ -41,6 +44,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     """Print a table; columns after the first are aligned to the right unless `right` is False."""
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -50,8 +54,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(column, justify="right" if number else "left", no_wrap=number or index == 0, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    width = None if sys.stdout.isatty() else 110
-    Console(width=width, highlight=False).print(table)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
+    wide = Console(width=_WIDEST, highlight=False)  # nothing is folded or cut off in a file
+    needed = Measurement.get(wide, wide.options, table).maximum
+    Console(width=max(110, needed), highlight=False).print(table)
 
 
 def print_evaluation(title: str, evaluation: Evaluation) -> None:

@@ -12,7 +12,10 @@ from .supervisor import Outcome, Supervisor
 from .worker import Job
 
 #: What levels `by_verdict` do otherwise than the level in use.
-MEASURED_JOBS = (Job("cpu", "linear_softmax", "bfloat16"),)
+MEASURED_JOBS = {
+    "avx512_bf16": (Job("cpu", "linear_softmax", "bfloat16"),),
+    "avx512_amx": tuple(Job("cpu", "linear_softmax", dtype) for dtype in ("float32", "bfloat16", "float16")),
+}
 
 
 def lower() -> list[str]:

@@ -50,9 +50,10 @@ class Verification(Readable):
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Per op and dtype: every backend's outcome with its number of cases, and the choice by size of the call."""
+        """Per op and dtype: the outcome, with its number of cases, of every backend that may be used, and the choice by
+        size of the call."""
         outcomes = {(one["op"], one["dtype"], one["backend"]): one for one in self.verdict["outcomes"]}
-        names = list(dict.fromkeys(one["backend"] for one in self.verdict["outcomes"]))
+        names = [name for name in self._names if name not in self._other_levels]
         rows = []
         for op, by_dtype in self.verdict["choices"].items():
             for dtype, choice in by_dtype.items():
@@ -61,6 +62,16 @@ class Verification(Readable):
                 fastest = [choice["fastest"][size] for size in verdicts.SIZES]
                 rows.append([op, dtype, *found, *(used.get(name, name) for name in fastest)])
         return ["op", "dtype", *names, *verdicts.SIZES], rows
+
+    @property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(one["backend"] for one in self.verdict["outcomes"]))
+
+    @property
+    def _other_levels(self) -> list[str]:
+        """Instruction sets that were tested, and that this processor has better ones than."""
+        timed = {name for one in self.verdict["times"] for name in one["times"]}
+        return [name for name in self._names if " " in name and name not in timed]
 
     def _heading(self) -> str:
         device = self.verdict["device"]
@@ -73,6 +84,7 @@ class Verification(Readable):
         counts = f"{passed} of {len(self.verdict['outcomes'])} passed, in {self.verdict['seconds']:.0f} s"
         return [
             f'{counts}; the last columns show what "auto" uses for small, medium and large calls.',
+            *([f"Also tested, and not used here: {', '.join(self._other_levels)}."] if self._other_levels else []),
             *self.failures,
             *(f"not timed: {one['op']} {one['dtype']}, {one['size']} ({one['reason']})" for one in self._untimed),
         ]
@@ -136,16 +148,16 @@ def verify_locked(
     started = time.perf_counter()
     jobs = [Job(name, op, dtype) for name in kernel_backends(chosen) for op, dtype in ops_and_dtypes()]
     lower, eligible = (levels.lower(), levels.by_verdict()) if chosen.type == "cpu" else ([], [])
-    measured = [job for job in jobs if job in levels.MEASURED_JOBS] if eligible else []
+    measured = {level: [job for job in jobs if job in levels.MEASURED_JOBS[level]] for level in eligible}
     if progress is not None:
         timings = len(ops_and_dtypes()) * len(verdicts.SIZES)
-        total = len(jobs) * (1 + len(lower)) + len(measured) * len(eligible) + timings
+        total = len(jobs) * (1 + len(lower)) + sum(map(len, measured.values())) + timings
         supervisor = dataclasses.replace(supervisor, progress=_Share(progress, total))
     if eligible:  # "cpu" is the level in use, whatever an earlier verdict says
         supervisor = levels.at_level(supervisor, str(device_identity.cpu_level()))
     outcomes = supervisor.verify(jobs)
     passed = {(one.job.op, one.job.dtype, one.job.backend) for one in outcomes if one.status == "ok"}
-    at_levels = [one for level in eligible for one in levels.verified_at(supervisor, level, measured)]
+    at_levels = [one for level in eligible for one in levels.verified_at(supervisor, level, measured[level])]
     faster = {(one.job.op, one.job.dtype, one.job.backend) for one in at_levels if one.status == "ok"}
     times = _merged(supervisor.time(_times_wanted(passed, faster, compiled=not quick)))
     outcomes += at_levels

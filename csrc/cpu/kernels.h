@@ -23,6 +23,7 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();  // another linear_softmax in bfloat16; not built by a compiler that cannot
+const Kernels& avx512_amx_kernels();   // another linear_softmax; not built by a compiler that cannot
 
 // Scratch of the calling thread, 64-byte aligned, kept for the next call. Throws std::bad_alloc.
 float* scratch(int64_t count);

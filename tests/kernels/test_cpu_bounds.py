@@ -37,8 +37,9 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for level, flags in LEVELS.items():
         if level == "portable" or platform.machine().lower() in ("x86_64", "amd64"):
             sources[CSRC / "cpu" / f"{level}.cpp"] = flags
-    if platform.machine().lower() in ("x86_64", "amd64"):  # what avx512_bf16 does, on any of these processors
-        sources[HERE.parent / "helpers" / "bf16_pairs" / "emulated.cpp"] = LEVELS["avx2"]
+    if platform.machine().lower() in ("x86_64", "amd64"):  # what avx512_bf16 and avx512_amx do, on any of these
+        for name in ("pairs", "tiles"):
+            sources[HERE.parent / "helpers" / "emulated_level_sources" / f"{name}.cpp"] = LEVELS["avx2"]
     running = [
         subprocess.Popen(
             [*compiler, *FLAGS, *flags, "-c", str(source), "-o", str(folder / f"{source.stem}.o")],

@@ -37,12 +37,12 @@ LEVEL = "avx512_bf16"
 class Processor:
     """The extension on a processor that has the level, and which kernel a call of `linear_softmax` took."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, level: str = LEVEL) -> None:
         self.taken: list[str] = []
         extension = importlib.import_module("actscale_fast.ops._C")
         module = importlib.import_module("actscale_fast.ops.cpu.linear_softmax")
-        monkeypatch.setattr(extension, "levels_by_verdict", lambda: [LEVEL])
-        monkeypatch.setattr(module, "LEVELS_BY_VERDICT", (LEVEL,))
+        monkeypatch.setattr(extension, "levels_by_verdict", lambda: [level])
+        monkeypatch.setattr(module, "LEVELS_BY_VERDICT", (level,))
         monkeypatch.delenv("ACTSCALE_CPU_LEVEL", raising=False)
         usual = extension.linear_softmax
         for name in ("linear_softmax", "linear_softmax_by_verdict"):
@@ -72,9 +72,10 @@ class AtLevels(Faked):
     def time(self, requests: Sequence[tuple[str, str, int, Sequence[str]]]) -> list[dict[str, Any]]:
         made = super().time(requests)
         for one in made:
-            if f"cpu {LEVEL}" in one["times"]:
-                times = {key: value * self.factors[one["size"]] for key, value in one["times"]["cpu"].items()}
-                one["times"][f"cpu {LEVEL}"] = times
+            for name in ("cpu avx512_bf16", "cpu avx512_amx"):
+                if name in one["times"]:
+                    times = {key: value * self.factors[one["size"]] for key, value in one["times"]["cpu"].items()}
+                    one["times"][name] = times
         return made
 
 
@@ -91,6 +92,16 @@ def test_a_level_that_needs_a_verdict_is_used_where_it_passed_and_is_faster(monk
     assert f"cpu {LEVEL}" in str(found)
     monkeypatch.setenv("ACTSCALE_CPU_LEVEL", str(device_identity.cpu_level()))
     assert processor.of_a_call() == "linear_softmax"
+
+
+def test_a_level_for_every_dtype_is_tested_and_used_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = Processor(monkeypatch, "avx512_amx")
+    AtLevels.at.clear()
+    af.verify_kernels("cpu", supervisor=AtLevels("cpu"))
+    jobs = [job for level, job in AtLevels.at if level == "avx512_amx"]
+    assert jobs == [Job("cpu", "linear_softmax", dtype) for dtype in ("float32", "bfloat16", "float16")]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert processor.of_a_call(dtype) == "linear_softmax_by_verdict"
 
 
 @pytest.mark.parametrize("factors", [(0.5, 0.5, 0.95), (1.5, 0.5, 0.5), (2.0, 2.0, 2.0)])

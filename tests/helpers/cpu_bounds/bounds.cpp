@@ -13,7 +13,8 @@
 namespace actscale {
 
 #if defined(__x86_64__)
-void linear_softmax_of_emulated_pairs(const LinearSoftmax& c);  // helpers/bf16_pairs
+void linear_softmax_of_emulated_pairs(const LinearSoftmax& c);  // helpers/emulated_level_sources
+void linear_softmax_of_emulated_tiles(const LinearSoftmax& c);
 #endif
 
 // Of its exact size, and fresh for every call.
@@ -130,6 +131,13 @@ void softmax(const Kernels& run, Type type, int64_t rows, int64_t vocab, int64_t
     run.linear_softmax(c);
 }
 
+template <class T> void softmaxes(const Kernels& run, Type type, int64_t off, int threads) {
+    softmax<T>(run, type, 3, 31, 5, off, threads);
+    softmax<T>(run, type, 70, 9001, 24, off, threads);
+    softmax<T>(run, type, 2, 300, 1, off, threads);
+    softmax<T>(run, type, 17, 320, 64, off, threads);
+}
+
 template <class T> void all(const Kernels& run, Type type) {
     for (int threads : {1, 3}) {
         for (int64_t vocab : {1, 2, 3, 31, 257, 9001})
@@ -172,16 +180,18 @@ int main() {
         printf("%s: within bounds\n", run->level);
     }
 #if defined(__x86_64__)
-    if (levels().size() > 1) {  // for bfloat16 alone
-        Kernels pairs = avx2_kernels();
+    if (levels().size() > 1) {
+        Kernels pairs = avx2_kernels(), tiles = pairs;
         pairs.linear_softmax = linear_softmax_of_emulated_pairs;
+        tiles.linear_softmax = linear_softmax_of_emulated_tiles;
         for (int threads : {1, 3})
             for (int64_t off : {0, 1, 3}) {
-                softmax<uint16_t>(pairs, Type::bfloat16, 3, 31, 5, off, threads);
-                softmax<uint16_t>(pairs, Type::bfloat16, 70, 9001, 24, off, threads);
-                softmax<uint16_t>(pairs, Type::bfloat16, 2, 300, 1, off, threads);
+                softmaxes<uint16_t>(pairs, Type::bfloat16, off, threads);
+                softmaxes<uint16_t>(tiles, Type::bfloat16, off, threads);
+                softmaxes<uint16_t>(tiles, Type::float16, off, threads);
+                softmaxes<float>(tiles, Type::float32, off, threads);
             }
-        printf("avx512_bf16, emulated: within bounds\n");
+        printf("avx512_bf16 and avx512_amx, emulated: within bounds\n");
     }
 #endif
     release_scratch(0);
