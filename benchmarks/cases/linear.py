@@ -136,11 +136,12 @@ def products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 def case() -> Case:
     settings = []
-    for rows, dtype in ((16, torch.float32), (64, torch.float32), (64, torch.bfloat16)):
+    for rows, dtype in ((16, torch.float32), (64, torch.float32), (64, torch.bfloat16), (64, torch.float16)):
         label = f"{rows} × 576, V = 49152 {str(dtype).split('.')[1]} (SmolLM2-135M)"
         settings.append(Setting(label, functools.partial(make, rows, 576, 49152, dtype), quick=rows == 16))
-    label = "32 × 2048, V = 128256 float32 (Llama-3.2-1B)"
-    settings.append(Setting(label, functools.partial(make, 32, 2048, 128256, torch.float32)))
+    for dtype in (torch.float32, torch.bfloat16):
+        label = f"32 × 2048, V = 128256 {str(dtype).split('.')[1]} (Llama-3.2-1B)"
+        settings.append(Setting(label, functools.partial(make, 32, 2048, 128256, dtype)))
     for rows in (16, 128, 8192):
         build = functools.partial(make, rows, 4096, 128256, torch.bfloat16)
         settings.append(Setting(f"{rows} × 4096, V = 128256 bfloat16 (Llama-3-8B)", build, devices=GPU_ONLY))
