@@ -26,7 +26,7 @@ from actscale_fast.learning.execution import Execution
 from .machine import environment
 from .models import RandomPrompts, Shape, random_model
 
-OUT = Path(__file__).parent / "results" / "growth.json"
+OUT = Path(__file__).parent / "results" / "scale" / "growth.json"
 SHAPE = Shape(4, 2, 64, 1024, torch.float32, kv_heads=2, inner=352)
 PROMPTS, TOKENS = 8, 32
 SIZES: dict[str, Sequence[int]] = {

@@ -27,7 +27,7 @@ from .growth import OBJECTIVE, slope
 from .machine import environment
 from .models import RandomPrompts, Shape, random_model
 
-OUT = Path(__file__).parent / "results" / "growth_processes.json"
+OUT = Path(__file__).parent / "results" / "scale" / "growth_processes.json"
 SHAPE = Shape(4, 8, 64, 4096, torch.float32, kv_heads=4, inner=1408)
 PROMPTS, TOKENS, PROCESSES = 16, 64, (1, 2, 4)
 

@@ -22,7 +22,7 @@ from .machine import environment
 from .memory import peak_bytes
 from .models import RandomPrompts, Shape, random_model
 
-OUT = Path(__file__).parent / "results" / "plan.json"
+OUT = Path(__file__).parent / "results" / "scale" / "plan.json"
 #: Llama's shapes at sizes that a CPU computes in seconds.
 SHAPES = {
     "6 layers of 256": Shape(6, 4, 64, 4096, torch.float32, kv_heads=2, inner=704),

@@ -343,6 +343,13 @@ def test_a_record_survives_its_file_and_becomes_the_table_between_the_markers(tm
     assert not results.fill(document, [loaded])
 
 
+@pytest.mark.skipif(not results.FOLDER.is_dir(), reason="needs the source tree")
+def test_every_file_directly_in_the_results_folder_is_a_record_that_the_tables_are_made_from() -> None:
+    records = results.load_all()
+    assert all(results.table(record) for record in records)
+    assert {"loss", "linear", "scale_heads"} <= {record["case"] for record in records}
+
+
 def test_a_damaged_results_file_or_marker_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"broken\.json: not a benchmark record"):
