@@ -259,6 +259,28 @@ def test_the_emulated_tiles_give_the_bits_of_the_processor(
     assert same(EmulatedLevel(library, tiles=True)(*given), real)
 
 
+def test_products_of_pytorch_and_those_by_tiles_leave_each_other_alone(inputs: Inputs) -> None:
+    """PyTorch's products by AMX share the thread and its tile registers with these."""
+    if "avx512_amx" not in _C.levels():
+        pytest.skip("this processor has no AMX")
+    given, before = arguments(inputs, (40, 3000, 96), BF16), _C.level()
+    pairs = [
+        (inputs.normal(m, k, dtype=BF16), inputs.normal(k, n, dtype=BF16))
+        for m, k, n in ((64, 576, 1536), (17, 100, 33), (1, 2048, 512))
+    ]
+    products = [a @ b for a, b in pairs]
+    _C.set_level("avx512_amx")
+    try:
+        expected = cpu.linear_softmax(*given)
+        for _ in range(5):
+            for (a, b), product in zip(pairs, products, strict=True):
+                assert torch.equal(a @ b, product)
+                assert same(cpu.linear_softmax(*given), expected)
+                assert torch.equal(a @ b, product)
+    finally:
+        _C.set_level(before)
+
+
 @pytest.mark.skipif("ACTSCALE_CPU_LEVEL" in os.environ, reason="a level is forced")
 def test_a_level_of_the_processor_that_needs_a_verdict_is_not_in_use_without_one() -> None:
     assert _C.level() not in _C.levels_by_verdict()
