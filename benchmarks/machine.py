@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from actscale_fast.ops import verdicts
 from actscale_fast.ops.device_identity import cpu_level, processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,11 +43,17 @@ def environment(device: torch.device) -> dict[str, object]:
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "kernel_level": cpu_level(),
+        "kernel_level": kernel_levels(),
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
     }
+
+
+def kernel_levels() -> str | None:
+    """The instructions of the C++ kernels, with those that a verdict chooses for some op."""
+    chosen = {choice.level for choice in (verdicts.choices("cpu", None) or {}).values() if choice.level}
+    return ", ".join([level, *sorted(chosen)]) if (level := cpu_level()) else None
 
 
 def commit() -> str:

@@ -57,7 +57,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     if sys.stdout.isatty():
         Console(highlight=False).print(table)
         return
-    wide = Console(width=_WIDEST, highlight=False)  # nothing is folded or cut off in a file
+    wide = Console(width=_WIDEST, highlight=False)
     needed = Measurement.get(wide, wide.options, table).maximum
     Console(width=max(110, needed), highlight=False).print(table)
 

@@ -28,7 +28,7 @@ def identity(device: torch.device) -> dict[str, Any]:
     """
     of_device: dict[str, Any]
     if device.type == "cpu":
-        of_device = {"name": processor_name(), "instructions": cpu_level()}
+        of_device = {"name": processor_name(), "instructions": cpu_level(), "by_verdict": levels_by_verdict()}
     elif device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         of_device = {
@@ -79,6 +79,13 @@ def cpu_level() -> str | None:
         return None
     # The variable is applied when the backend is imported, which may be later.
     return os.environ.get("ACTSCALE_CPU_LEVEL") or str(importlib.import_module("actscale_fast.ops._C").level())
+
+
+def levels_by_verdict() -> list[str]:
+    """Instructions of the C++ kernels here that a verdict may choose."""
+    if importlib.util.find_spec("actscale_fast.ops._C") is None:
+        return []
+    return list(importlib.import_module("actscale_fast.ops._C").levels_by_verdict())
 
 
 def driver_version() -> str | None:

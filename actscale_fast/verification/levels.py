@@ -11,19 +11,24 @@ from ..ops import backends, device_identity, verdicts
 from .supervisor import Outcome, Supervisor
 from .worker import Job
 
-#: What levels `by_verdict` do otherwise than the level in use.
-MEASURED_JOBS = {
+#: What these levels do otherwise than `avx512`.
+OWN_JOBS = {
     "avx512_bf16": (Job("cpu", "linear_softmax", "bfloat16"),),
     "avx512_amx": tuple(Job("cpu", "linear_softmax", dtype) for dtype in ("float32", "bfloat16", "float16")),
 }
 
 
-def lower() -> list[str]:
+def others() -> list[str]:
     """The instruction sets of the C++ kernels here, except the one in use and those `by_verdict`."""
     if not backends.has_extension():
         return []
-    others = {device_identity.cpu_level(), *by_verdict()}
-    return [level for level in importlib.import_module("actscale_fast.ops._C").levels() if level not in others]
+    known = importlib.import_module("actscale_fast.ops._C").levels()
+    return [level for level in known if level not in {device_identity.cpu_level(), *by_verdict()}]
+
+
+def jobs_at(level: str, jobs: Sequence[Job]) -> list[Job]:
+    """Of these jobs, those with kernels of the level's own."""
+    return [job for job in jobs if level not in OWN_JOBS or job in OWN_JOBS[level]]
 
 
 def by_verdict() -> list[str]:

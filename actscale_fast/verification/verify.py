@@ -69,7 +69,7 @@ class Verification(Readable):
 
     @property
     def _other_levels(self) -> list[str]:
-        """Instruction sets that were tested, and that this processor has better ones than."""
+        """Instruction sets that were tested, but are neither in use nor timed against the one that is."""
         timed = {name for one in self.verdict["times"] for name in one["times"]}
         return [name for name in self._names if " " in name and name not in timed]
 
@@ -147,21 +147,21 @@ def verify_locked(
     supervisor = supervisor or Supervisor(str(chosen), quick=quick, environment=threads)
     started = time.perf_counter()
     jobs = [Job(name, op, dtype) for name in kernel_backends(chosen) for op, dtype in ops_and_dtypes()]
-    lower, eligible = (levels.lower(), levels.by_verdict()) if chosen.type == "cpu" else ([], [])
-    measured = {level: [job for job in jobs if job in levels.MEASURED_JOBS[level]] for level in eligible}
+    others, eligible = (levels.others(), levels.by_verdict()) if chosen.type == "cpu" else ([], [])
+    at_level = {level: levels.jobs_at(level, jobs) for level in (*others, *eligible)}
     if progress is not None:
         timings = len(ops_and_dtypes()) * len(verdicts.SIZES)
-        total = len(jobs) * (1 + len(lower)) + sum(map(len, measured.values())) + timings
+        total = len(jobs) + sum(map(len, at_level.values())) + timings
         supervisor = dataclasses.replace(supervisor, progress=_Share(progress, total))
     if eligible:  # "cpu" is the level in use, whatever an earlier verdict says
         supervisor = levels.at_level(supervisor, str(device_identity.cpu_level()))
     outcomes = supervisor.verify(jobs)
     passed = {(one.job.op, one.job.dtype, one.job.backend) for one in outcomes if one.status == "ok"}
-    at_levels = [one for level in eligible for one in levels.verified_at(supervisor, level, measured[level])]
+    at_levels = [one for level in eligible for one in levels.verified_at(supervisor, level, at_level[level])]
     faster = {(one.job.op, one.job.dtype, one.job.backend) for one in at_levels if one.status == "ok"}
     times = _merged(supervisor.time(_times_wanted(passed, faster, compiled=not quick)))
     outcomes += at_levels
-    outcomes += [one for level in lower for one in levels.verified_at(supervisor, level, jobs)]
+    outcomes += [one for level in others for one in levels.verified_at(supervisor, level, at_level[level])]
     verdict = {
         "format": verdicts.FORMAT,
         "device": device_identity.identity(chosen),

@@ -76,9 +76,21 @@ std::vector<const Kernels*> supported() {
     return levels;
 }
 
+// Linux gives AMX's registers to processes that ask for them. From then on it refuses stacks for signals that have no
+// room for these registers (12 KiB), so nothing is asked for before the level is used.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
+    static const bool granted = !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+    return granted;
+#else
+    return false;
+#endif
+}
+
 // Levels that have to be found right and faster on this machine before they are used unasked: on some processors their
 // instructions are slower than those that they replace.
-std::vector<const Kernels*> waiting_for_verdict() {
+std::vector<const Kernels*> found_for_verdict() {
     std::vector<const Kernels*> levels;
 #if defined(__x86_64__)
     // By CPUID: compilers differ in the names that they know. avx512_kernels() is itself AVX-512.
@@ -88,21 +100,26 @@ std::vector<const Kernels*> waiting_for_verdict() {
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)) levels.push_back(&avx512_bf16_kernels());
 #endif
 #if ACTSCALE_AVX512_AMX && defined(__linux__)
-    constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM: Linux gives the registers to who asks for them
+    constexpr long SUPPORTED = 0x1021;  // ARCH_GET_XCOMP_SUPP
+    uint64_t features = 0;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) &&
-        !syscall(SYS_arch_prctl, ASK, TILE_DATA))
+        !syscall(SYS_arch_prctl, SUPPORTED, &features) && (features >> 18 & 1))
         levels.push_back(&avx512_amx_kernels());
 #endif
 #endif
     return levels;
 }
 
-// The one of them that a verdict may choose, or null. AMX replaces AVX512_BF16, which is slower where there is AMX (42
-// against 12 ms; 64 x 576, V = 49152 in bfloat16 on Sapphire Rapids).
-const Kernels* candidate() {
-    static const std::vector<const Kernels*> waiting = waiting_for_verdict();
-    return waiting.empty() ? nullptr : waiting.back();
+const std::vector<const Kernels*>& waiting_for_verdict() {
+    static const std::vector<const Kernels*> levels = found_for_verdict();
+    return levels;
 }
+
+// The one of them that a verdict may choose, or null. AMX replaces AVX512_BF16, which is slower where there is AMX (43
+// against 12 ms; 64 x 576, V = 49152 in bfloat16 on Sapphire Rapids).
+const Kernels* candidate() { return waiting_for_verdict().empty() ? nullptr : waiting_for_verdict().back(); }
+
+bool may_use(const Kernels& level) { return level.level != std::string("avx512_amx") || may_use_tiles(); }
 
 std::vector<const Kernels*> all_levels() {
     std::vector<const Kernels*> levels = supported();
@@ -115,7 +132,7 @@ const Kernels* in_use = supported().back();
 void set_level(const std::string& name) {
     std::string known;
     for (const Kernels* level : all_levels()) {
-        if (level->level == name) {
+        if (level->level == name && may_use(*level)) {
             in_use = level;
             return;
         }
@@ -129,7 +146,7 @@ void set_level(const std::string& name) {
 const Kernels& kernels() { return *in_use; }
 
 const Kernels& kernels_by_verdict() {
-    const Kernels* const chosen = candidate();
+    static const Kernels* const chosen = candidate() && may_use(*candidate()) ? candidate() : nullptr;
     return chosen ? *chosen : *in_use;
 }
 
@@ -165,7 +182,9 @@ PYBIND11_MODULE(_C, module) {
 #if defined(__x86_64__)
         built.append("avx2"), built.append("avx512");
         if (ACTSCALE_AVX512_BF16) built.append("avx512_bf16");
+#if defined(__linux__)
         if (ACTSCALE_AVX512_AMX) built.append("avx512_amx");
+#endif
 #endif
         record["simd_levels"] = py::tuple(built);
         record["dropped_levels"] = dropped_levels;

@@ -7,9 +7,9 @@
 // rounded to nearest. Numbers below 2^-126 count as 0, in the arguments and in the sums.
 //
 // A number of more bits than bfloat16's 8 is taken as the sum of several: `parts_of`. They are cut off, not rounded, so
-// that none rounds to infinity; two hold 16 bits and three 24.
+// that none rounds to infinity; two hold 16 bits and three 24. What is below 2^-126 of them is lost.
 //
-// ACTSCALE_AVX2 with ACTSCALE_BF16_TILES is the same in plain code, for tests on processors without it.
+// Without ACTSCALE_AVX512 it is the same in plain code, for tests on processors without it.
 #pragma once
 #include "simd.h"
 
@@ -158,7 +158,7 @@ template <class T> INLINE Numbers numbers_at(const T* p, int64_t count) {
 }
 INLINE void put(uint32_t* out, Words words) { memcpy(out, &words, sizeof words); }
 
-// The first part of each number, which keeps the rest.
+// The first part of each number, which keeps the rest. Products of an infinite number in parts are NaN.
 INLINE Words cut(Numbers* numbers) {
     const Words part = (Words)*numbers & 0xffff0000;
     *numbers -= (Numbers)part;

@@ -121,8 +121,6 @@ struct VectorProducts {
         own_floats = block * depth;  // a copy of a block
     }
 
-    static INLINE_MEMBER F weight(F e) { return e; }
-
     bool direct() const { return sizeof(T) == 4 && c.width == depth; }
 
     void pack(int64_t step, int64_t first, int64_t rows, float* packed) const {

@@ -41,20 +41,18 @@ struct Running {
 
 INLINE Running* running_of(float* state, int64_t depth) { return (Running*)(state + depth); }
 
-// `own`: floats of a thread's memory.
-static LinearPlan plan_of(const LinearSoftmax& c, int64_t block, int64_t depth, int64_t own) {
+// `own`: floats of a thread's memory; `packed`: those of a row of hidden states.
+static LinearPlan plan_of(const LinearSoftmax& c, int64_t block, int64_t depth, int64_t own, int64_t packed) {
     LinearPlan p;
     p.block = block, p.depth = depth;
     p.splits = greater(1, smaller(MOST_SPLITS, c.vocab / SPLIT_COLUMNS));
     p.state = depth + 16;  // whole cache lines
-    const int64_t affordable = (c.bytes / int64_t(sizeof(float)) - c.threads * own) / (p.splits * p.state + c.width);
+    const int64_t affordable = (c.bytes / int64_t(sizeof(float)) - c.threads * own) / (p.splits * p.state + packed);
     p.rows = smaller(greater(affordable / GROUP, 1) * GROUP, (c.rows + GROUP - 1) / GROUP * GROUP);
     return p;
 }
 
-// Products become powers relative to the rows' anchors, which rise where a larger product came. All sums are those of the
-// powers as `Products` weights W's rows with them, so that the roundings of a q stand in every term alike.
-template <class Products>
+// Products become powers relative to the rows' anchors, which rise where a larger product came.
 static void powers_of_block(const LinearSoftmax& c, const LinearPlan& p, int64_t begin, int64_t count, int64_t rows,
                             float* z, float* states) {
     const float scale = float(LOG2E * c.scale);
@@ -82,8 +80,7 @@ static void powers_of_block(const LinearSoftmax& c, const LinearPlan& p, int64_t
         for (int64_t begun = 0; begun < count; begun += CHAIN) {  // short sums in float, joined in double
             F sum = set1(0), power_sum = sum, bias_sum = sum;
             for (int64_t v = begun; v < smaller(begun + CHAIN, count); v++) {
-                const F power = (load(z + v * GROUP + n) - subtracted) * factor,
-                        e = Products::weight(exponential2(power));
+                const F power = (load(z + v * GROUP + n) - subtracted) * factor, e = exponential2(power);
                 store(z + v * GROUP + n, e);
                 sum = sum + e;
                 power_sum = fmadd(e, keep(not_below(e, set1(FLT_MIN)), power), power_sum);
@@ -116,8 +113,8 @@ static void take_answers(const LinearSoftmax& c, int64_t first_row, int64_t rows
 
 // One group of rows against one split of the vocabulary.
 template <class Products>
-static void run_split(const LinearSoftmax& c, const LinearPlan& p, const Products& of, int64_t split, int64_t first_row,
-                      int64_t rows, const float* packed, float* states, float* memory) {
+static void run_split(const LinearSoftmax& c, const LinearPlan& p, const Products& products, int64_t split,
+                      int64_t first_row, int64_t rows, const float* packed, float* states, float* memory) {
     const int64_t begin = c.vocab * split / p.splits, end = c.vocab * (split + 1) / p.splits;
     float *z = memory, *own = memory + p.block * GROUP;
     for (int64_t n = 0; n < rows; n++) {
@@ -126,10 +123,10 @@ static void run_split(const LinearSoftmax& c, const LinearPlan& p, const Product
     }
     for (int64_t v = begin; v < end; v += p.block) {
         const int64_t count = smaller(p.block, end - v);
-        of.multiply(v, count, rows, packed, z, own);
+        products.multiply(v, count, rows, packed, z, own);
         if (c.correct) take_answers(c, first_row, rows, v, count, z);
-        powers_of_block<Products>(c, p, v, count, rows, z, states);
-        of.add_rows(v, count, rows, z, states, p.state, own);
+        powers_of_block(c, p, v, count, rows, z, states);
+        products.add_rows(v, count, rows, z, states, p.state, own);
     }
 }
 
@@ -178,33 +175,33 @@ static void join_splits(const LinearSoftmax& c, const LinearPlan& p, int64_t row
 //   pack(step, first, rows, packed)         the step's part of the rows from `first` on, the missing ones as 0
 //   multiply(v, count, rows, packed, z, own)        z[i][n] = W[v + i]·h[n]
 //   add_rows(v, count, rows, e, states, state, own)  states[n] += Σ_i e[i][n]·W[v + i]
-//   weight(e)                 a weight as add_rows takes it, e or e rounded
 //   Thread                    an object that each thread holds meanwhile
 template <class T, class Products>
 static void linear_softmax_by(const LinearSoftmax& c) {
-    const Products of(c);
-    const int64_t own = of.block * GROUP + of.own_floats;
-    const LinearPlan p = plan_of(c, of.block, of.depth, own);
+    const Products products(c);
+    const int64_t own = products.block * GROUP + products.own_floats;
+    const LinearPlan p = plan_of(c, products.block, products.depth, own, products.group_floats / GROUP);
     for (int64_t first = 0; first < c.rows; first += p.rows) {
         const int64_t rows = smaller(p.rows, c.rows - first), groups = (rows + GROUP - 1) / GROUP;
         const int64_t split_floats = rows * p.state;
         const int threads = int(smaller(c.threads, groups * p.splits));
-        float* states = scratch(p.splits * split_floats + groups * of.group_floats + threads * own + 16);
-        float *packed = states + p.splits * split_floats, *memory = packed + groups * of.group_floats;
+        float* states = scratch(p.splits * split_floats + groups * products.group_floats + threads * own + 16);
+        float *packed = states + p.splits * split_floats, *memory = packed + groups * products.group_floats;
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             const typename Products::Thread held;
             (void)held;
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < groups * of.steps; i++) {
-                const int64_t row = i / of.steps * GROUP;
-                of.pack(i % of.steps, first + row, smaller(GROUP, rows - row), packed + i / of.steps * of.group_floats);
+            for (int64_t i = 0; i < groups * products.steps; i++) {
+                const int64_t row = i / products.steps * GROUP;
+                products.pack(i % products.steps, first + row, smaller(GROUP, rows - row),
+                              packed + i / products.steps * products.group_floats);
             }
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < groups * p.splits; i++) {
                 const int64_t split = i / groups, row = i % groups * GROUP;
-                run_split(c, p, of, split, first + row, smaller(GROUP, rows - row),
-                          packed + i % groups * of.group_floats, states + split * split_floats + row * p.state,
+                run_split(c, p, products, split, first + row, smaller(GROUP, rows - row),
+                          packed + i % groups * products.group_floats, states + split * split_floats + row * p.state,
                           memory + thread_index() * own);
             }
 #pragma omp for schedule(static)

@@ -2,14 +2,15 @@
 //
 // Both products take the same instruction: 16 rows of W against 16 hidden states, 32 numbers of them at a time, and 16
 // rows of weights e against 16 columns of W, 32 rows of W at a time. For the second one a block of W is copied with the
-// numbers of two rows side by side, and e is cut into parts and transposed, both into whole tiles (1 KiB each).
+// numbers of two rows side by side, and e is cut into three parts and transposed, both into whole tiles (1 KiB each).
 //
-//   type      parts of W and h   passes of W·h   parts of e   passes of e·W   bits that are lost
-//   bfloat16  1                  1               2            2               e: beyond 16
-//   float16   2                  4               2            4               e: beyond 16
-//   float32   3                  6               3            6               products of parts below 2^-22 of the whole
+//   type      parts of W and h   passes of W·h   passes of e·W
+//   bfloat16  1                  1               3
+//   float16   2                  4               5
+//   float32   3                  6               6
 //
-// A pass takes a sixteenth of the time of as many fused multiply-adds of AVX-512.
+// Products of the second and the third part, or of two third parts, are left out: less than 2^-21 of the whole. Tiles
+// make 16 times as many products per cycle as the fused multiply-adds of AVX-512.
 #pragma once
 #include "bf16_tiles.h"
 #include "linear_softmax_splits.h"
@@ -17,8 +18,9 @@
 namespace actscale {
 namespace ACTSCALE_LEVEL {
 
-constexpr int64_t STEP = 2 * SIDE;             // numbers of a tile's row
-constexpr int64_t BLOCK_BYTES = 512 << 10;     // of the copy of a block of W: a quarter of the L2 of these processors
+constexpr int64_t STEP = 2 * SIDE;  // numbers of a tile's row
+constexpr int64_t BLOCK_BYTES =
+    512 << 10;  // of each copy of a block of W: two of them fill half of these processors' L2
 constexpr int64_t GROUP_TILES = GROUP / SIDE;  // tiles of hidden states
 
 // The tiles C[i][j], i < M and j < N, are 2i + j; the A tiles are 4 and 5, the B tiles 6 and 7.
@@ -46,7 +48,7 @@ template <int M, int N> INLINE void store_sums(float* out, int64_t stride) {
 
 template <class T>
 struct TileProducts {
-    static constexpr int PARTS = parts_of(T()), E_PARTS = PARTS > 2 ? 3 : 2;
+    static constexpr int PARTS = parts_of(T()), E_PARTS = parts_of(float());
     static constexpr int LAST = 2;  // of a product of parts i and j: i + j, beyond which it is left out
     using Thread = HeldTiles;
 
@@ -55,20 +57,13 @@ struct TileProducts {
 
     explicit TileProducts(const LinearSoftmax& call) : c(call) {
         depth = (c.width + STEP - 1) / STEP * STEP;
-        block = greater(1, smaller(8, BLOCK_BYTES / (2 * PARTS * depth * STEP))) * STEP;
+        block = greater(1, smaller(8, BLOCK_BYTES / (2 * PARTS * greater(depth, 1) * STEP))) * STEP;
         steps = depth / STEP;
         group_floats = PARTS * steps * GROUP_TILES * TILE_WORDS;
         row_words = depth / 2;
         plain_words = block * row_words, paired_words = block / 2 * depth;  // of a part
         own_floats =
             PARTS * (plain_words + paired_words) + E_PARTS * block / STEP * GROUP_TILES * TILE_WORDS + TILE_WORDS * 4;
-    }
-
-    // In two parts: rounded to the 16 bits that they hold, by e·(2^8 + 1), which leaves room for no more.
-    static INLINE_MEMBER F weight(F e) {
-        if (E_PARTS > 2) return e;
-        const F spread = e * set1(257);
-        return spread - (spread - e);
     }
 
     // Tiles [part][step][n / 16], a row one pair of k: what W's rows are multiplied with.
@@ -102,19 +97,19 @@ struct TileProducts {
     // Whether W's rows are multiplied where they lie.
     bool direct(int64_t count) const { return PARTS == 1 && c.width == depth && count % STEP == 0; }
 
-    // Both copies of a block: its rows in parts, and tiles [part][i / 32][k / 16] with pairs of rows. What is missing of
-    // whole tiles is 0.
+    // Both copies of a block: its rows in parts, and tiles [part][i / 32][k / 16] with pairs of rows. Incomplete tiles are
+    // padded with zeros.
     void copy(int64_t v, int64_t count, float* own) const {
         const int64_t chunk_words = depth / SIDE * TILE_WORDS, whole = (count + STEP - 1) / STEP * STEP;
         for (int64_t i = 0; i < whole; i += 2) {
             const T* row = at(c.weight, (v + smaller(i, count - 1)) * c.weight_stride, T());
             const T* next = at(c.weight, (v + smaller(i + 1, count - 1)) * c.weight_stride, T());
-            uint32_t* tiles = pairs(own) + i / STEP * chunk_words + i % STEP / 2 * SIDE;
+            uint32_t* paired_rows = pairs(own) + i / STEP * chunk_words + i % STEP / 2 * SIDE;
             uint32_t* rows = direct(count) ? nullptr : plain(own) + i * row_words;
             int64_t k = 0;
             if (i + 1 < count)
                 for (; k + STEP <= c.width; k += STEP) {
-                    uint32_t *tile = tiles + k / SIDE * TILE_WORDS, *out = rows ? rows + k / 2 : nullptr;
+                    uint32_t *tile = paired_rows + k / SIDE * TILE_WORDS, *out = rows ? rows + k / 2 : nullptr;
                     if constexpr (PARTS == 1) {  // bfloat16, as it is
                         const Words a = words_at(row + k), b = words_at(next + k);
                         copy_words(a, b, tile, out);
@@ -127,7 +122,7 @@ struct TileProducts {
                 const int64_t first = i < count ? c.width - k : 0, second = i + 1 < count ? c.width - k : 0;
                 copy_numbers(numbers_at(row + k, first), numbers_at(row + k + SIDE, first - SIDE),
                              numbers_at(next + k, second), numbers_at(next + k + SIDE, second - SIDE),
-                             tiles + k / SIDE * TILE_WORDS, rows ? rows + k / 2 : nullptr);
+                             paired_rows + k / SIDE * TILE_WORDS, rows ? rows + k / 2 : nullptr);
             }
         }
     }

@@ -68,7 +68,7 @@ def arguments(inputs: Inputs, shape: tuple[int, int, int], dtype: torch.dtype) -
     rows, vocab, width = shape
     ids = inputs.rows(rows, vocab)
     return (
-        inputs.normal(rows, width, dtype=dtype), inputs.normal(vocab, width, dtype=dtype, scale=3 / width**0.5),
+        inputs.normal(rows, width, dtype=dtype), inputs.normal(vocab, width, dtype=dtype, scale=3 / max(width, 1) ** 0.5),
         inputs.normal(vocab), ids.correct, ids.wrong, True, 0.8, 1 << 24,
     )  # fmt: skip
 
@@ -117,7 +117,16 @@ def test_a_product_of_tiles_sums_even_and_odd_products_apart_and_takes_tiny_numb
 
 
 # rows: within a vector, a group and beyond it; a vocabulary below, at and above a split; odd and even widths
-SHAPES = [(1, 31, 7), (3, 8193, 40), (67, 2500, 65), (17, 300, 576), (2, 12289, 1), (2, 300, 2), (40, 512, 64)]
+SHAPES = [
+    (1, 31, 7),
+    (3, 8193, 40),
+    (67, 2500, 65),
+    (17, 300, 576),
+    (2, 12289, 1),
+    (2, 300, 2),
+    (40, 512, 64),
+    (3, 5, 0),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -132,6 +141,20 @@ def test_a_level_is_as_exact_as_float32_can_be(
     torch.testing.assert_close(mean.double(), wanted[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean_bias, wanted[2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(answers.double(), wanted[3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [2, 8, 50])
+def test_a_softmax_over_few_columns_is_as_exact(
+    vocab: int, level: EmulatedLevel, dtype: torch.dtype, inputs: Inputs
+) -> None:
+    """Errors of its weights do not average out here."""
+    hidden, weight = inputs.normal(500, 32, dtype=dtype), inputs.normal(vocab, 32, dtype=dtype, scale=3 / 32**0.5)
+    given = (hidden, weight, None, None, None, False, 1.0, 1 << 24)
+    wanted = exact(given)
+    for chosen in (level, cpu.linear_softmax):
+        log_sum, mean = chosen(*given)[:2]
+        assert (log_sum - wanted[0]).abs().mean() < 5e-7
+        torch.testing.assert_close(mean.double(), wanted[1], rtol=2e-6, atol=2e-6)
 
 
 def test_the_cases_of_verification_pass(

@@ -13,6 +13,7 @@ from faked_supervisor import Faked
 import actscale_fast as af
 from actscale_fast.cli import main, verify
 from actscale_fast.ops import backends, verdicts
+from actscale_fast.verification import levels
 from actscale_fast.verification.speed import COMPILED
 from actscale_fast.verification.supervisor import Supervisor
 from actscale_fast.verification.verify import ops_and_dtypes
@@ -43,6 +44,27 @@ def test_the_command_prints_every_kernel_the_choice_and_the_times(
     printed = capsys.readouterr().out
     for text in ("Kernels on", "scale_heads", "ok, 3 cases", "small", "µs per call", "10 (9–11)", "verdict: "):
         assert text in printed
+
+
+def test_levels_that_are_not_used_here_have_a_line_and_no_column(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = levels.others()
+    if not others:
+        pytest.skip("this processor has one level")
+    _with_outcomes(monkeypatch)
+    assert main(["verify", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"Also tested, and not used here: {', '.join(f'cpu {level}' for level in others)}." in lines
+    (header,) = (line for line in lines if line.split()[:3] == ["op", "dtype", "cpu"])
+    assert not any(level in header for level in others)
+
+
+def test_only_what_a_level_does_by_itself_is_tested_at_it() -> None:
+    jobs = [Job("cpu", op, dtype) for op in ("scale_heads", "linear_softmax") for dtype in ("float32", "bfloat16")]
+    assert levels.jobs_at("avx2", jobs) == jobs
+    assert levels.jobs_at("avx512_bf16", jobs) == [Job("cpu", "linear_softmax", "bfloat16")]
+    assert levels.jobs_at("avx512_amx", jobs) == jobs[2:]
 
 
 def test_a_kernel_that_did_not_pass_is_told_with_its_reason_and_status_1(

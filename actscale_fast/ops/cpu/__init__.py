@@ -2,7 +2,7 @@
 
 Each call runs on `torch.get_num_threads()` of PyTorch's own OpenMP threads (torch is loaded first, so the extension's
 calls resolve to its runtime); results do not depend on how many. The processor decides on the instructions: AVX-512,
-AVX2 or portable, and for `linear_softmax` in bfloat16 AVX512_BF16 where the processor's verdict has found that faster.
+AVX2 or portable, and for `linear_softmax` AMX or AVX512_BF16 where the processor's verdict has found that faster.
 The environment variable ACTSCALE_CPU_LEVEL forces a level.
 """
 

@@ -1,4 +1,4 @@
-"""The softmax over a vocabulary from hidden states in C++ (csrc/cpu/linear_softmax.h)."""
+"""The softmax over a vocabulary from hidden states in C++ (csrc/cpu/linear_softmax_splits.h)."""
 
 from __future__ import annotations
 

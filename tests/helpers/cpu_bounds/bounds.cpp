@@ -136,6 +136,7 @@ template <class T> void softmaxes(const Kernels& run, Type type, int64_t off, in
     softmax<T>(run, type, 70, 9001, 24, off, threads);
     softmax<T>(run, type, 2, 300, 1, off, threads);
     softmax<T>(run, type, 17, 320, 64, off, threads);
+    softmax<T>(run, type, 2, 5, 0, off, threads);
 }
 
 template <class T> void all(const Kernels& run, Type type) {
