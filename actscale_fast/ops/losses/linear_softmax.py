@@ -2,11 +2,11 @@
 
     z = s·(W·h + b),  q = softmax(z) over the kept columns:  log Σ exp(z),  Wᵀq,  q·b  and z at the two answers
 
-The C++ backend does it in one read of W for every 64 rows (csrc/cpu/linear_softmax_splits.h), with the same bits for a row in
-every batch. Everywhere else it goes over chunks of rows: a matrix product into float32 logits, one kernel that turns
-them into weights e^{z − max}, and a second matrix product. Weights are at most 1 and divided by their sum at the end,
-so that float16 holds them. There a row's bits are the same for the same rows in one call and the same chunk_bytes, and
-float32 products follow the user's setting of TF32.
+The C++ backend does it in one read of W for every 64 rows (csrc/cpu/linear_softmax_splits.h), with the same bits for a
+row in every batch. Everywhere else it goes over chunks of rows: a matrix product into float32 logits, one kernel that
+turns them into weights e^{z − max}, and a second matrix product. Weights are at most 1 and divided by their sum at the
+end, so that float16 holds them. There a row's bits are the same for the same rows in one call and the same chunk_bytes,
+and float32 products follow the user's setting of TF32.
 """
 
 from __future__ import annotations
