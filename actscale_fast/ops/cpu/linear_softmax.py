@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import _C, outputs, verdicts  # type: ignore[attr-defined]
 from ..calls import TYPES
 
-#: Scratch beyond this is not taken, whatever the caller allows: W is read again for every 64 rows anyway.
+#: Scratch for the sums of rows beyond this is not taken, whatever the caller allows: W is read again for every 64 rows
+#: anyway. Each thread's block of W comes on top where it leaves no room for 64 rows.
 MOST_BYTES = 64 << 20
 #: Levels of this processor that are used only where they were measured (csrc/bindings/module.cpp).
 LEVELS_BY_VERDICT: tuple[str, ...] = tuple(_C.levels_by_verdict())
