@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import pytest
@@ -324,8 +325,14 @@ def test_memory_stays_within_the_chunk_beside_the_gradients_and_the_sum_of_a_16_
     if learns and dtype != torch.float32:
         results += 4 * (m.weight.numel() + m.bias.numel())  # beside the gradients: dW in float32, until it is rounded
     of_rows = 400 * 64
+    # PyTorch's own products: with AMX they take a copy of the weight, which the chunks cannot bound.
+    logits = torch.zeros(400, 3001, dtype=dtype)
+    copied = sum(
+        peak_bytes(functools.partial(torch.mm, logits, w, out=torch.empty(400, w.shape[1], dtype=dtype)), CPU)
+        for w in (m.weight.detach(), m.reference_weight)
+    )
     peak = peak_bytes(step, CPU)
-    assert peak <= CHUNK_BYTES + results + of_rows
+    assert peak <= CHUNK_BYTES + results + of_rows + copied
     assert peak >= CHUNK_BYTES / 4  # nor are the chunks much smaller than they may be
     whole = 400 * 3001 * m.hidden.element_size()
     assert whole > CHUNK_BYTES
