@@ -28,8 +28,9 @@ DASHES = (0, (4, 3))
 
 
 def series(number: int) -> tuple[str, str]:
-    """The colour and the mark of a curve; they repeat after six."""
-    return SERIES[number % len(SERIES)]
+    """The colour and the mark of a curve; colours repeat after six, pairs of both after 36."""
+    n = len(SERIES)
+    return SERIES[number % n][0], SERIES[(number + number // n) % n][1]
 
 
 def diverging() -> Colormap:

@@ -15,6 +15,7 @@ from actscale_fast.architectures.location import Location, ModelFingerprint
 from actscale_fast.interventions import ActivScalar
 from actscale_fast.learning import Attribution
 from actscale_fast.plots import Measured, PathPoint
+from actscale_fast.plots.drawing import SERIES, series
 from actscale_fast.plots.ticks import log_axis, log_ticks
 
 FROZEN = "frozen model"
@@ -330,3 +331,8 @@ def test_a_long_title_is_not_cut() -> None:
         figure.draw_without_rendering()
         (found,) = [text for text in words_of(figure) if "Indirect" in text.get_text()]
         assert found.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_36_curves_differ_in_their_colour_or_their_mark() -> None:
+    assert len({series(number) for number in range(36)}) == 36
+    assert {series(number) for number in range(6)} == set(SERIES)
