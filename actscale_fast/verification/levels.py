@@ -33,9 +33,7 @@ def jobs_at(level: str, jobs: Sequence[Job]) -> list[Job]:
 
 def by_verdict() -> list[str]:
     """Instruction sets that are used only where they were found right and faster; none where one is forced."""
-    if not backends.has_extension() or "ACTSCALE_CPU_LEVEL" in os.environ:
-        return []
-    return list(importlib.import_module("actscale_fast.ops._C").levels_by_verdict())
+    return [] if "ACTSCALE_CPU_LEVEL" in os.environ else device_identity.levels_by_verdict()
 
 
 def at_level(supervisor: Supervisor, level: str) -> Supervisor:

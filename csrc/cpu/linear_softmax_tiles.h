@@ -18,9 +18,8 @@
 namespace actscale {
 namespace ACTSCALE_LEVEL {
 
-constexpr int64_t STEP = 2 * SIDE;  // numbers of a tile's row
-constexpr int64_t BLOCK_BYTES =
-    512 << 10;  // of each copy of a block of W: two of them fill half of these processors' L2
+constexpr int64_t STEP = 2 * SIDE;             // numbers of a tile's row
+constexpr int64_t BLOCK_BYTES = 512 << 10;     // of each copy of a block of W: both fill half of these processors' L2
 constexpr int64_t GROUP_TILES = GROUP / SIDE;  // tiles of hidden states
 
 // The tiles C[i][j], i < M and j < N, are 2i + j; the A tiles are 4 and 5, the B tiles 6 and 7.
@@ -53,22 +52,23 @@ struct TileProducts {
     using Thread = HeldTiles;
 
     const LinearSoftmax& c;
-    int64_t depth, block, steps, group_floats, own_floats, row_words, plain_words, paired_words;
+    int64_t depth, block, steps, group_floats, own_floats;
+    int64_t row_words, plain_words, paired_words, hidden_words, e_words;  // of a part
 
     explicit TileProducts(const LinearSoftmax& call) : c(call) {
         depth = (c.width + STEP - 1) / STEP * STEP;
         block = greater(1, smaller(8, BLOCK_BYTES / (2 * PARTS * greater(depth, 1) * STEP))) * STEP;
         steps = depth / STEP;
-        group_floats = PARTS * steps * GROUP_TILES * TILE_WORDS;
         row_words = depth / 2;
-        plain_words = block * row_words, paired_words = block / 2 * depth;  // of a part
-        own_floats =
-            PARTS * (plain_words + paired_words) + E_PARTS * block / STEP * GROUP_TILES * TILE_WORDS + TILE_WORDS * 4;
+        plain_words = block * row_words, paired_words = block / 2 * depth;
+        hidden_words = steps * GROUP_TILES * TILE_WORDS, e_words = block / STEP * GROUP_TILES * TILE_WORDS;
+        group_floats = PARTS * hidden_words;
+        own_floats = PARTS * (plain_words + paired_words) + E_PARTS * e_words + 4 * TILE_WORDS;  // the last: `sums`
     }
 
     // Tiles [part][step][n / 16], a row one pair of k: what W's rows are multiplied with.
     void pack(int64_t step, int64_t first, int64_t rows, float* packed) const {
-        const int64_t part_words = steps * GROUP_TILES * TILE_WORDS, begin = step * STEP;
+        const int64_t begin = step * STEP;
         for (int64_t n = 0; n < GROUP; n++) {
             Numbers numbers[2] = {};
             if (n < rows) {
@@ -79,12 +79,12 @@ struct TileProducts {
             uint32_t* tile = (uint32_t*)packed + (step * GROUP_TILES + n / SIDE) * TILE_WORDS;
             for (int part = 0; part < PARTS; part++) {
                 const Words first_part = cut(numbers), row = in_a_row(first_part, cut(numbers + 1));
-                put(tile + part * part_words + n % SIDE * SIDE, row);
+                put(tile + part * hidden_words + n % SIDE * SIDE, row);
             }
         }
         for (int part = 0; part < PARTS; part++)
             for (int64_t i = 0; i < GROUP_TILES; i++) {
-                uint32_t* tile = (uint32_t*)packed + part * part_words + (step * GROUP_TILES + i) * TILE_WORDS;
+                uint32_t* tile = (uint32_t*)packed + part * hidden_words + (step * GROUP_TILES + i) * TILE_WORDS;
                 transpose_tile(tile, tile);
             }
     }
@@ -92,7 +92,7 @@ struct TileProducts {
     uint32_t* plain(float* own) const { return (uint32_t*)own; }
     uint32_t* pairs(float* own) const { return plain(own) + PARTS * plain_words; }
     uint32_t* weights(float* own) const { return pairs(own) + PARTS * paired_words; }
-    float* sums(float* own) const { return (float*)weights(own) + E_PARTS * block / STEP * GROUP_TILES * TILE_WORDS; }
+    float* sums(float* own) const { return (float*)weights(own) + E_PARTS * e_words; }
 
     // Whether W's rows are multiplied where they lie.
     bool direct(int64_t count) const { return PARTS == 1 && c.width == depth && count % STEP == 0; }
@@ -149,13 +149,12 @@ struct TileProducts {
     template <int M, int N>
     INLINE_MEMBER void multiply_tile(const void* w, int64_t bytes, int64_t part_bytes, const uint32_t* h,
                                      float* z) const {
-        const int64_t part_words = steps * GROUP_TILES * TILE_WORDS;
         clear_sums<M, N>();
         for (int64_t step = 0; step < steps; step++)
             for (int i = 0; i < PARTS; i++)
                 for (int j = 0; j < PARTS && i + j <= LAST; j++) {
                     const char* a = (const char*)w + i * part_bytes + step * 64;
-                    const uint32_t* b = h + j * part_words + step * GROUP_TILES * TILE_WORDS;
+                    const uint32_t* b = h + j * hidden_words + step * GROUP_TILES * TILE_WORDS;
                     add_products<M, N>(a, a + SIDE * bytes, bytes, b, b + TILE_WORDS);
                 }
         store_sums<M, N>(z, GROUP);
@@ -178,7 +177,6 @@ struct TileProducts {
 
     // Tiles [part][n / 16][i / 32] of the weights, a row one n.
     void cut_weights(int64_t count, int64_t rows, const float* e, uint32_t* out) const {
-        const int64_t part_words = block / STEP * GROUP_TILES * TILE_WORDS;
         for (int64_t n = 0; n < rows; n += SIDE)
             for (int64_t i = 0; i < count; i += STEP) {
                 uint32_t parts[E_PARTS][TILE_WORDS];
@@ -193,14 +191,14 @@ struct TileProducts {
                     }
                 }
                 uint32_t* tile = out + (n / SIDE * (block / STEP) + i / STEP) * TILE_WORDS;
-                for (int part = 0; part < E_PARTS; part++) transpose_tile(parts[part], tile + part * part_words);
+                for (int part = 0; part < E_PARTS; part++) transpose_tile(parts[part], tile + part * e_words);
             }
     }
 
     template <int M>
     INLINE_MEMBER void add_tile(int64_t chunks, const uint32_t* e, const uint32_t* w, float* sum, int64_t rows,
                                 float* states, int64_t state) const {
-        const int64_t e_words = block / STEP * GROUP_TILES * TILE_WORDS, next = block / STEP * TILE_WORDS;
+        const int64_t next = block / STEP * TILE_WORDS;
         const int64_t w_step = depth / SIDE * TILE_WORDS;
         clear_sums<M, 2>();
         for (int64_t chunk = 0; chunk < chunks; chunk++)
