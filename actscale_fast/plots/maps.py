@@ -77,7 +77,7 @@ def heatmap(
     seen = VISIBLE * max(float(values.abs().max()) for values in scaled)
     columns = []
     for whole, (_, part) in zip(scaled, parts, strict=True):
-        place = _PLACES[part.location.site] if len(parts) > 1 else None
+        place = _place(part.location) if len(parts) > 1 else None
         columns.append(
             [
                 Panel(values, "α", "  ·  ".join(filter(None, (place, name))) or None, faint=abs(values) <= seen)
@@ -95,7 +95,7 @@ def heatmap(
         [panel for row in zip(*columns, strict=True) for panel in row],
         _names(location, labels, every_row=tokens is not None and location.site != "head"),
         title=title or "Activation scalars",
-        summary=summary if len(parts) > 1 else f"{summary}  ·  {_PLACES[location.site]}",
+        summary=summary if len(parts) > 1 else f"{summary}  ·  {_place(location)}",
         limit=_checked(limit),
         dpi=dpi,
         columns=len(parts),
@@ -167,7 +167,7 @@ def attribution(
             marks = _maps(largest.view(tensor.shape), location, slots)
             for (name, values), (_, marked) in zip(_maps(tensor, location, slots), marks, strict=True):
                 panels.append(Panel(values, quantity, f"{label}  ·  {name}" if name else label, marked > 0))
-    thing = "head" if location.site == "head" else "layer's " + _PLACES[location.site].removesuffix("s")
+    thing = "head" if location.site == "head" else f"layer's {_place(location, plural=False)}"
     figure = panels_figure(
         panels,
         _names(location, slots),
@@ -178,6 +178,13 @@ def attribution(
         ax=ax,
     )
     return written(figure, path)
+
+
+def _place(location: Location, *, plural: bool = True) -> str:
+    """What is edited, in words."""
+    if location.site == "mlp_out" and "mlp" in location.paths:  # any module of a layer may have been named
+        return f"output{'s' * plural} of {location.paths['mlp']}"
+    return _PLACES[location.site] if plural else _PLACES[location.site].removesuffix("s")
 
 
 def _maps(values: Any, location: Location, slots: Sequence[str]) -> list[tuple[str | None, Any]]:

@@ -108,14 +108,14 @@ def position_maps(lab: Laboratory, task: Task) -> list[HeadMap]:
     shared = [found.pop() if len(found := set(slot)) == 1 else "(varies)" for slot in zip(*tokens, strict=True)]
     rows = [f"{number} {token.replace('Ġ', ' ').replace('▁', ' ').strip()}" for number, token in enumerate(shared)]
     maps = []
-    for single in learned.singles:
+    for site, single in zip(system.sites, learned.singles, strict=True):
         assert isinstance(single, ActivScalar)
-        site = {"attn_out": "attention outputs", "mlp_out": "MLP outputs"}.get(single.location.site, "heads")
+        where = {"attn_out": "attention outputs", "mlp_out": "MLP outputs"}[site]
+        if single.location.paths:
+            where += f" after {single.location.paths['mlp']}"
         values = single.alpha.detach()[:, :, 0].float().cpu()
-        caption = f"{system.title}, {site}, seed {seed}."
-        maps.append(
-            HeadMap(f"{name}-{single.location.site}", caption, "α", single.location.layers, rows, values.tolist(), file)
-        )
+        caption = f"{system.title}, {where}, seed {seed}."
+        maps.append(HeadMap(f"{name}-{site}", caption, "α", single.location.layers, rows, values.tolist(), file))
     return maps
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from .laboratory import Laboratory
 from .size import FULL, QUICK, Size
+from .systems import SITES, scalable
 
 
 def preface(lab: Laboratory, quick: bool, seconds: float) -> str:
@@ -31,6 +32,18 @@ def preface(lab: Laboratory, quick: bool, seconds: float) -> str:
         "the KL and the exclusion of the answers are choices of `actscale_fast`. No figure from the paper is used.",
     ]
     return " ".join(filter(None, words))
+
+
+def moved_sites(lab: Laboratory) -> list[str]:
+    """What the systems per site and position edit, where it is not the sites themselves: a paragraph, or none."""
+    norms = [norm for site in SITES if (norm := scalable(lab.model, site).get("mlp"))]
+    if not norms:
+        return []
+    return [
+        "In this model a norm undoes factors on what attention or the MLP returns. The systems per site and position, "
+        "scalars and vectors alike, therefore act on the output of that norm: "
+        f"{' and '.join(f'`{norm}`' for norm in norms)}."
+    ]
 
 
 def command_of(size: Size) -> str:

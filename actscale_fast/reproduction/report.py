@@ -24,7 +24,7 @@ from .html import as_html
 from .intervals import Interval
 from .laboratory import Laboratory
 from .markdown import as_markdown
-from .preface import command_of, preface
+from .preface import command_of, moved_sites, preface
 from .recipe_sections import recipe_sections
 from .stress_tables import left_out, stress_table
 from .systems import FEW, SYSTEMS, system_named
@@ -39,7 +39,7 @@ def write_report(lab: Laboratory, *, quick: bool, seconds: float) -> Path:
     document = Document(
         f"Activation scaling on {model_name(lab)}",
         [
-            Section("What this is", [Text(preface(lab, quick, seconds))]),
+            Section("What this is", [Text(words) for words in (preface(lab, quick, seconds), *moved_sites(lab))]),
             _claims(lab, claims),
             *(section for task in TASKS for section in _task(lab, task)),
             *_where(lab),

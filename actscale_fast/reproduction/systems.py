@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..architectures.layout import layout
+from ..architectures.site_after_norm import site_after_norm
+from ..architectures.site_check import idle_layers, running_layers
 from ..interventions import ActivScalar, DynScalar, Intervention, SteerVec
 
 if TYPE_CHECKING:
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 #: "A few": the share of the heads (or of the vectors per site and position) that may be scaled.
 FEW = 0.2
 #: The two sites of the paper's main comparison.
-_SITES = ("attn_out", "mlp_out")
+SITES = ("attn_out", "mlp_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +34,10 @@ class System:
     tuned_as: str = ""  # the system whose settings it takes
 
     def make(self, model: PreTrainedModel, n_tokens: int) -> Intervention:
-        """A new intervention; `n_tokens` is the length of the aligned prompts."""
+        """A new intervention, its parts in the order of `sites`; `n_tokens` is the length of the aligned prompts."""
         positions = range(n_tokens) if self.aligned and not self.cls.shares_positions else None
         parts: Iterable[Intervention] = [
-            self.cls.for_model(model, site=site, positions=positions) for site in self.sites
+            self.cls.for_model(model, **scalable(model, site), positions=positions) for site in self.sites
         ]
         return reduce(lambda first, second: first + second, parts)
 
@@ -51,9 +54,20 @@ SYSTEMS = (
     ),
     System("vectors", "SteerVec per head", SteerVec, False),
     System("probes", "DynScalar per head", DynScalar, True),
-    System("scalars-by-position", "ActivScalar per site and position", ActivScalar, True, _SITES),
-    System("vectors-by-position", "SteerVec per site and position", SteerVec, True, _SITES),
+    System("scalars-by-position", "ActivScalar per site and position", ActivScalar, True, SITES),
+    System("vectors-by-position", "SteerVec per site and position", SteerVec, True, SITES),
 )  # fmt: skip
+
+
+def scalable(model: PreTrainedModel, site: str) -> dict[str, Any]:
+    """The arguments of `for_model` for a site, or for the output of a norm that undoes factors at that site.
+
+    Scalars and vectors that are compared act at the same place, so both go there.
+    """
+    found = layout(model)
+    idle = idle_layers(found, site, running_layers(found, site, found.chosen(site, None)))
+    norm = site_after_norm(found, site, idle)
+    return {"site": site} if norm is None else {"site": "mlp_out", "mlp": norm}
 
 
 def system_named(name: str) -> System:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from report_size import TINY
 from word_models import LATE_CAPITALS, save_model
 
 import actscale_fast as af
@@ -23,7 +24,6 @@ from actscale_fast.reproduction import (
     QUICK,
     SYSTEMS,
     TASKS,
-    Size,
     comparing,
     laboratory,
     recipes,
@@ -40,14 +40,6 @@ from actscale_fast.reproduction.stress_tables import left_out, stress_table
 from actscale_fast.reproduction.tokenizer_digest import tokenizer_digest
 from actscale_fast.tasks import Example
 from actscale_fast.tasks.known_prompts import _pattern
-
-TINY = Size(
-    seeds=(0,), n_train=6, n_test=4, steps=6, n_path=2, path_steps=2, n_attributed=1, n_sentences=1, max_new_tokens=3,
-    n_validation=2, batch_size=6, grid=((1, 1, 1), (1 / 3, 1, 1)), tuning_steps=1,
-    methods=(("random",), ("activ-scalar",)), head_counts=(2,), head_strengths=(1.0,), head_steps=4, n_scored=4,
-    n_transferred=2, transfer_seeds=1, n_generated=2, stressed=("few-scalars",), n_stressed=2, time_seeds=1,
-    remedy_seeds=0,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
