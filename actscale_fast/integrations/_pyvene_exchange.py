@@ -70,8 +70,9 @@ def to_pyvene(intervention: Intervention, model: nn.Module, strength: float = 1.
     for factor, part in intervention.pairs:
         _check_part(part)
         part.location.model.require(found.fingerprint)
+        own = layout(model, part.paths)
         for index, layer in enumerate(part.location.layers):
-            representations.append(_representation(found, part, index, layer, strength * factor))
+            representations.append(_representation(own, part, index, layer, strength * factor))
     return pyvene.IntervenableModel(representations, model=found.model)
 
 

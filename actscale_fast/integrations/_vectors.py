@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..architectures.layout import layout
 from ..interventions import SteerVec
+from ._named_modules import refuse_named_module
 
 
 def from_vectors(
@@ -57,7 +58,8 @@ def whole_vectors(vector: SteerVec, sites: Iterable[str], target: str) -> dict[i
     """{layer: float32 [d] on the CPU} of a vector that steers every token at one of the given whole sites.
 
     Raises:
-        TypeError, ValueError: not a SteerVec, a stack, positions, or a site that `target` does not have.
+        TypeError, ValueError: not a SteerVec, a stack, positions, or a site that `target` does not have, or has another
+            module at.
     """
     check_vector(vector)
     location = vector.location
@@ -65,6 +67,7 @@ def whole_vectors(vector: SteerVec, sites: Iterable[str], target: str) -> dict[i
         raise ValueError(f"steer_vec: it has positions, but vectors of {target} act on every token")
     if location.site not in sites:
         raise ValueError(f"steer_vec: its site is {location.site!r}; {target} only has {', '.join(sites)}")
+    refuse_named_module("steer_vec", location, target)
     return {layer: value.reshape(-1) for layer, value in by_layer(vector).items()}
 
 

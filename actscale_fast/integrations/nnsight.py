@@ -31,7 +31,7 @@ from ._library import require
 
 require("nnsight")
 
-_Place = tuple[int, int, Callable[[Tensor], Tensor]]  # layer, number of the site, edit
+_Place = tuple[int, int, nn.Module, Callable[[Tensor], Tensor]]  # layer, number of the site, its module, edit
 
 
 def steer(
@@ -69,7 +69,7 @@ def steer(
     for part in parts:
         location = part.intervention.location
         location.model.require(found.fingerprint)
-        site_check.require_site(found, location.site, location.layers)
+        site_check.require_site(layout(model._module, location.paths), location.site, location.layers)
     if isinstance(steps, Sequence):
         raise TypeError(f"steps: got a {type(steps).__name__}, expected nnsight's own tracer.iter[...]")
     if steps is None:
@@ -95,10 +95,11 @@ def _one_pass(model: Any, found: ModelLayout, parts: list[Steering], prompt: Pro
             prompt = Prompt(call.n_tokens, call.mask != 0 if flat else None)
     places: list[_Place] = []
     for part in parts:
-        site = SITES.index(part.intervention.location.site)
-        places += [(layer, site, edit) for layer, edit in part.edits()]
-    for layer, site, edit in sorted(places, key=lambda place: place[:2]):
-        envoy = _envoy(model, found.site_module(SITES[site], layer))
+        location = part.intervention.location
+        site, own = SITES.index(location.site), layout(model._module, location.paths)
+        places += [(layer, site, own.site_module(location.site, layer), edit) for layer, edit in part.edits()]
+    for _, site, module, edit in sorted(places, key=lambda place: place[:2]):
+        envoy = _envoy(model, module)
         if SITES[site] == "head":
             envoy.input = edit(envoy.input)
             continue

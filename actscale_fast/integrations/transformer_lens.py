@@ -27,6 +27,7 @@ from ..patching.forward_context import ActivePatch, Context
 from ..patching.forward_hooks import join, leave
 from ._head_sweeps import check_model, head_patching, head_scaling
 from ._library import require
+from ._named_modules import refuse_named_module
 
 require("transformer-lens")
 
@@ -53,8 +54,9 @@ def hooks(
 
     Raises:
         TypeError: not a TransformerBridge, or an intervention that needs a source.
-        ValueError: another model, values that are not finite, or a site whose activations were changed by
-            TransformerLens' weight processing (folded value biases, centred output weights).
+        ValueError: another model, values that are not finite, a site whose module a path names (`mlp=`), or one whose
+            activations were changed by TransformerLens' weight processing (folded value biases, centred output
+            weights).
 
     Example:
         >>> logits = model.run_with_hooks(tokens, fwd_hooks=hooks(model, intervention, strength=-1.0))
@@ -65,6 +67,7 @@ def hooks(
     for steering in steerings(intervention, device, strength, group):
         location = steering.intervention.location
         location.model.require(_fingerprint(model, location.site))
+        refuse_named_module("intervention", location, "TransformerLens")
         if location.positions is not None:
             _note_passes(model, steering)
         for layer, edit in steering.edits():

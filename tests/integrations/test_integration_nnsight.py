@@ -63,6 +63,15 @@ def test_stacks_and_parts_at_several_sites_are_applied_in_the_order_of_the_pass(
     assert torch.equal(traced(net, composite, STRENGTHS), patched(model, composite, STRENGTHS))
 
 
+def test_each_part_acts_at_the_module_that_it_names() -> None:
+    model = tiny_model("gemma3_text")
+    net = NNsight(model)
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+    first, second = (randomised(af.ActivScalar.for_model(model, site="mlp_out", mlp=norm)) for norm in norms)
+    assert torch.equal(traced(net, first + second), patched(model, first + second))
+    assert not torch.equal(traced(net, first + second), traced(net, first))
+
+
 def test_a_trace_without_steering_is_as_before() -> None:
     model = tiny_model("llama")
     net, before = NNsight(model), model(IDS).logits

@@ -126,6 +126,15 @@ def test_an_exported_intervention_computes_what_a_patch_computes_on_both_paths(f
             assert set(handle.paths.values()) == {"fused"}
 
 
+def test_each_exported_part_acts_at_the_module_that_it_names() -> None:
+    model = tiny_model("gemma3_text")
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+    first, second = (randomised(af.ActivScalar.for_model(model, site="mlp_out", mlp=norm)) for norm in norms)
+    expected = patched(model, first + second)
+    assert not torch.allclose(expected, patched(model, first), atol=1e-3)
+    torch.testing.assert_close(run(to_pyvene(first + second, model)), expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "opt"])
 def test_what_pyvene_saves_comes_back_as_it_was(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)

@@ -158,3 +158,10 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "actscale_fast.integrations.steering_vectors")
     with pytest.raises(ImportError, match=r"got steering-vectors 0\.13\.0, expected steering-vectors>=0\.12\.2,<0\.13"):
         importlib.import_module("actscale_fast.integrations.steering_vectors")
+
+
+def test_a_vector_at_a_module_that_a_path_names_is_refused() -> None:
+    model = tiny_model("gemma2")
+    vector = randomised(af.SteerVec.for_model(model, site="mlp_out", mlp="post_feedforward_layernorm"))
+    with pytest.raises(ValueError, match="site 'mlp_out' is the module mlp='post_feedforward_layernorm', but"):
+        to_steering_vectors(vector)

@@ -178,6 +178,16 @@ def test_transformer_lens_own_models_take_interventions_without_positions() -> N
         hooks(lens, for_transformer_lens(lens, positions=[0]))
 
 
+def test_a_module_that_a_path_names_is_refused_unless_it_is_the_familys_own() -> None:
+    model = tiny_model("gemma2")
+    lens = bridge(model)
+    named = randomised(af.ActivScalar.for_model(model, site="mlp_out", mlp="post_feedforward_layernorm"))
+    with pytest.raises(ValueError, match="is the module mlp='post_feedforward_layernorm', but TransformerLens would"):
+        hooks(lens, named)
+    own = randomised(af.SteerVec.for_model(model, site="mlp_out", mlp="mlp"))
+    same(hooked(lens, own), steered(model, own))
+
+
 def test_what_cannot_be_is_refused_by_name() -> None:
     model = tiny_model("llama")
     lens = bridge(model)

@@ -67,22 +67,6 @@ def test_every_request_of_a_mixed_batch_equals_transformers(llm: Any, tiny: Tiny
         assert edit is None or effect(tiny, prompt, result, edit) > 0.1
 
 
-def test_an_unsteered_request_beside_steered_ones_has_the_bits_of_vllm_without_the_plug_in(
-    tiny: TinyLlama, folder: Path
-) -> None:
-    plain = [(prompt, params()) for prompt in PROMPTS]
-    with serving(tiny, None) as stock:
-        expected = [ask(stock, [one])[0] for one in plain]
-        together = ask(stock, [*plain, *plain])
-    with serving(tiny, folder) as engine:
-        alone = [ask(engine, [one])[0] for one in plain]
-        mixed = ask(engine, [*plain, *((prompt, params(actscale="a")) for prompt in PROMPTS)])
-    for number in range(len(PROMPTS)):
-        assert torch.equal(log_probabilities(alone[number]), log_probabilities(expected[number]))
-        assert torch.equal(log_probabilities(mixed[number]), log_probabilities(together[number]))
-        assert not torch.equal(log_probabilities(mixed[number]), log_probabilities(mixed[number + len(PROMPTS)]))
-
-
 def test_several_interventions_are_applied_in_order(llm: Any, tiny: TinyLlama, everything: Path) -> None:
     a, b = scalars(everything, "a"), scalars(everything, "b")
 
