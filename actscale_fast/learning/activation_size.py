@@ -70,11 +70,11 @@ def activation_sizes(
         FloatingPointError: it is not finite.
     """
     chosen = evenly_spaced(rows)
-    found: dict[tuple[str, tuple[int, ...], tuple[int, ...] | None], Tensor] = {}
+    found: dict[tuple[object, ...], Tensor] = {}
     sizes: list[Tensor | None] = []
     for single in intervention.singles:
         place = single.location
-        key = (place.site, place.layers, place.positions)
+        key = (place.site, tuple(place.paths.items()), place.layers, place.positions)
         if single.activation_power and key not in found:
             found[key] = _sizes(model, data, place, chosen, lr)
         sizes.append(found[key] if single.activation_power else None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .laboratory import Laboratory
 from .size import FULL, QUICK, Size
-from .systems import SITES, scalable
+from .systems import system_named
 
 
 def preface(lab: Laboratory, quick: bool, seconds: float) -> str:
@@ -35,14 +35,15 @@ def preface(lab: Laboratory, quick: bool, seconds: float) -> str:
 
 
 def moved_sites(lab: Laboratory) -> list[str]:
-    """What the systems per site and position edit, where it is not the sites themselves: a paragraph, or none."""
-    norms = [norm for site in SITES if (norm := scalable(lab.model, site).get("mlp"))]
+    """What the scalars per site and position edit, where it is not the sites themselves: a paragraph, or none."""
+    system = system_named("scalars-by-position")
+    norms = [norm for site in system.sites if (norm := system.place(lab.model, site).get("mlp"))]
     if not norms:
         return []
     return [
-        "In this model a norm undoes factors on what attention or the MLP returns. The systems per site and position, "
-        "scalars and vectors alike, therefore act on the output of that norm: "
-        f"{' and '.join(f'`{norm}`' for norm in norms)}."
+        "In this model a norm undoes factors on what attention or the MLP returns. The scalars per site and position "
+        f"therefore act on the output of that norm ({' and '.join(f'`{norm}`' for norm in norms)}); the vectors act "
+        "before it, where they have an effect."
     ]
 
 

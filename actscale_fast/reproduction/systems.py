@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: "A few": the share of the heads (or of the vectors per site and position) that may be scaled.
 FEW = 0.2
 #: The two sites of the paper's main comparison.
-SITES = ("attn_out", "mlp_out")
+_SITES = ("attn_out", "mlp_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,16 @@ class System:
         """A new intervention, its parts in the order of `sites`; `n_tokens` is the length of the aligned prompts."""
         positions = range(n_tokens) if self.aligned and not self.cls.shares_positions else None
         parts: Iterable[Intervention] = [
-            self.cls.for_model(model, **scalable(model, site), positions=positions) for site in self.sites
+            self.cls.for_model(model, **self.place(model, site), positions=positions) for site in self.sites
         ]
         return reduce(lambda first, second: first + second, parts)
+
+    def place(self, model: PreTrainedModel, site: str) -> dict[str, Any]:
+        """The arguments of `for_model` for a site; for factors that a norm undoes there, that norm's output."""
+        found = layout(model)
+        layers = running_layers(found, site, found.chosen(site, None))
+        norm = site_after_norm(found, site, idle_layers(found, site, layers)) if self.cls.multiplies else None
+        return {"site": site} if norm is None else {"site": "mlp_out", "mlp": norm}
 
     @property
     def any_length(self) -> bool:
@@ -54,20 +61,9 @@ SYSTEMS = (
     ),
     System("vectors", "SteerVec per head", SteerVec, False),
     System("probes", "DynScalar per head", DynScalar, True),
-    System("scalars-by-position", "ActivScalar per site and position", ActivScalar, True, SITES),
-    System("vectors-by-position", "SteerVec per site and position", SteerVec, True, SITES),
+    System("scalars-by-position", "ActivScalar per site and position", ActivScalar, True, _SITES),
+    System("vectors-by-position", "SteerVec per site and position", SteerVec, True, _SITES),
 )  # fmt: skip
-
-
-def scalable(model: PreTrainedModel, site: str) -> dict[str, Any]:
-    """The arguments of `for_model` for a site, or for the output of a norm that undoes factors at that site.
-
-    Scalars and vectors that are compared act at the same place, so both go there.
-    """
-    found = layout(model)
-    idle = idle_layers(found, site, running_layers(found, site, found.chosen(site, None)))
-    norm = site_after_norm(found, site, idle)
-    return {"site": site} if norm is None else {"site": "mlp_out", "mlp": norm}
 
 
 def system_named(name: str) -> System:

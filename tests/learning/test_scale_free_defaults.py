@@ -114,6 +114,19 @@ def test_each_part_of_a_sum_has_its_own_steps() -> None:
     torch.testing.assert_close(vectors.abs().flatten(1).amax(1), expected, rtol=1e-4, atol=0)
 
 
+def test_parts_at_modules_of_one_site_have_sizes_of_their_own() -> None:
+    model = tiny.llama()
+    parts = [af.SteerVec.for_model(model, "mlp_out", mlp=path) for path in ("mlp", "self_attn.o_proj")]
+    data = EncodedExamples(conflicts(6), tiny.tokenizer(), model, {})
+    alone = [activation_sizes(model, data, part, range(6))[0] for part in parts]
+    together = activation_sizes(model, data, parts[0] + parts[1], range(6))
+    for one, other in zip(alone, together, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    assert not torch.allclose(*alone, rtol=0.1)  # type: ignore[arg-type]
+
+
 def test_a_resumed_fit_keeps_the_sizes_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fit.safetensors"
     whole = fitted(tiny.llama(), "SteerVec", steps=6)

@@ -1,4 +1,4 @@
-"""The report on a model whose norms undo factors at the sites: its systems act on what the norms return."""
+"""The report on a model whose norms undo factors at the sites: its scalars act on what the norms return."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from actscale_fast.reproduction.preface import moved_sites
 from actscale_fast.reproduction.systems import system_named
 
 NORMS = ["post_attention_layernorm", "post_feedforward_layernorm"]
-BY_POSITION = ("scalars-by-position", "vectors-by-position")
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +36,20 @@ def opened() -> tuple[Any, Any]:
         return Gemma3ForCausalLM(config).eval(), tokens
 
 
-@pytest.mark.parametrize("name", BY_POSITION)
-def test_scalars_and_vectors_by_position_act_after_the_norms(name: str, opened: tuple[Any, Any]) -> None:
+def test_scalars_by_position_act_after_the_norms_and_vectors_before(opened: tuple[Any, Any]) -> None:
     model, _ = opened
-    made = system_named(name).make(model, 3)
-    assert [single.location.site for single in made.singles] == ["mlp_out", "mlp_out"]
-    assert [single.location.paths["mlp"] for single in made.singles] == NORMS
+    scalars, vectors = (system_named(name).make(model, 3) for name in ("scalars-by-position", "vectors-by-position"))
+    assert [single.location.site for single in scalars.singles] == ["mlp_out", "mlp_out"]
+    assert [single.location.paths["mlp"] for single in scalars.singles] == NORMS
+    assert [(single.location.site, single.location.paths) for single in vectors.singles] == [
+        ("attn_out", {}), ("mlp_out", {}),
+    ]  # fmt: skip
     tokens = torch.arange(4, 12)[None]
-    for parameter in made.parameters():
+    for parameter in (*scalars.parameters(), *vectors.parameters()):
         plain = model(tokens).logits
         with torch.no_grad():
-            parameter.fill_(0.3)
-        with af.patch(model, made):
+            parameter.normal_()
+        with af.patch(model, scalars + vectors):
             assert not torch.allclose(model(tokens).logits, plain, atol=1e-3)
         with torch.no_grad():
             parameter.zero_()
