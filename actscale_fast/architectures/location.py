@@ -57,6 +57,21 @@ class Location:
         """H: the heads at the head site, of the chosen layer that has the most; 1 at a whole site."""
         return max(self.heads_of(index) for index in range(len(self.layers)))
 
+    @property
+    def named_module(self) -> str | None:
+        """The path, from a layer, of the module that was named as the site; None: the family's own."""
+        return None if self.site == "residual" else self.paths.get("mlp" if self.site == "mlp_out" else "projection")
+
+    @property
+    def module_key(self) -> tuple[object, ...]:
+        """What tells the edited modules of two locations in one model apart, but for their layers."""
+        return self.site, tuple(sorted(self.paths.items()))
+
+    @property
+    def site_name(self) -> str:
+        """The site, in words, with the module that was named as it."""
+        return self.site if self.named_module is None else f"{self.site} ({self.named_module})"
+
     def heads_of(self, index: int) -> int:
         """The heads of one layer (its index among the chosen ones); 1 at a whole site."""
         return self.sizes_of(index)[0]

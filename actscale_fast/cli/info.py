@@ -59,7 +59,7 @@ def _place(intervention: Intervention) -> list[list[str]]:
     model = where.model
     shape = f"{model.model_type}, {model.n_layers} layers, {model.n_heads} heads of {model.head_dim}"
     rows = [["architecture", shape], *([] if where.origin is None else [["made for", str(where.origin)]])]
-    return [*rows, ["site", where.site], ["layers", ranges(where.layers)], ["positions", where.tokens]]
+    return [*rows, ["site", where.site_name], ["layers", ranges(where.layers)], ["positions", where.tokens]]
 
 
 def _as_json(factor: float, part: Intervention) -> dict[str, Any]:

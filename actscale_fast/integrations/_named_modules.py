@@ -9,13 +9,18 @@ from ..architectures.location import Location
 def refuse_named_module(argument: str, location: Location, target: str) -> None:
     """Raise a ValueError if a site is a module that `target` may not mean by its name for the site.
 
-    A projection of a family that is not in the table is the attention's own, which the check of the model has shown.
+    The modules that a family's row of the table names are taken. In a family without a row these are `mlp` and, as the
+    check of the model has found the heads at its input, the projection that was named for the site "head".
     """
-    key = "mlp" if location.site == "mlp_out" else "projection"
-    path, family = location.paths.get(key), FAMILIES.get(location.model.model_type)
-    if location.site == "residual" or path is None or path == getattr(family, key, path if key != "mlp" else None):
+    path, family = location.named_module, FAMILIES.get(location.model.model_type)
+    if path is None:
         return
-    raise ValueError(
-        f"{argument}: its site {location.site!r} is the module {key}={path!r}, but {target} would edit its own module "
-        "there; use patch"
-    )
+    if family is not None:
+        usual = family.mlp if location.site == "mlp_out" else family.projection
+    else:
+        usual = "mlp" if location.site == "mlp_out" else path
+    if path != usual:
+        raise ValueError(
+            f"{argument}: its site {location.site!r} is the module {path!r}, but {target} may edit another one there; "
+            "use patch"
+        )

@@ -58,6 +58,8 @@ def steer(
     Raises:
         TypeError: not an nnsight model, an intervention that needs a source, or steps of another kind.
         ValueError: another model, an invalid strength or group, or a batch whose padding cannot be determined.
+        OutOfOrderError: by nnsight, where parts name several modules of one site (`mlp=`) in another order than that in
+            which the model runs them; add them in that order.
     """
     from nnsight.intervention.envoy import Envoy
 

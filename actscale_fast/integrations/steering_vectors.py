@@ -58,7 +58,8 @@ def to_steering_vectors(steer_vec: SteerVec) -> SteeringVector:
         steer_vec: at a whole site, for every token, unstacked.
 
     Raises:
-        TypeError, ValueError: what a `SteeringVector` cannot express: heads, positions, a stack.
+        TypeError, ValueError: what a `SteeringVector` cannot express: heads, positions, a stack, or a module
+            that a path names.
     """
     from steering_vectors import SteeringVector
 

@@ -54,9 +54,9 @@ def hooks(
 
     Raises:
         TypeError: not a TransformerBridge, or an intervention that needs a source.
-        ValueError: another model, values that are not finite, a site whose module a path names (`mlp=`), or one whose
-            activations were changed by TransformerLens' weight processing (folded value biases, centred output
-            weights).
+        ValueError: another model, values that are not finite, a module that a path names (`mlp=`, `projection=`) and
+            that is not the family's own, or a site whose activations were changed by TransformerLens' weight processing
+            (folded value biases, centred output weights).
 
     Example:
         >>> logits = model.run_with_hooks(tokens, fwd_hooks=hooks(model, intervention, strength=-1.0))

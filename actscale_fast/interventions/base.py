@@ -377,7 +377,7 @@ class Intervention(Readable, nn.Module):
         tokens = where.tokens if where.positions is None else f"positions {where.tokens}"
         stacked = "" if self.n_groups is None else f" ({self.n_groups} stacked)"
         layers = f"layer{'s' * (len(where.layers) > 1)} {ranges(where.layers)}"
-        return f"{type(self).__name__}{stacked} at {where.site} of {where.model.model_type}, {layers}, {tokens}"
+        return f"{type(self).__name__}{stacked} at {where.site_name} of {where.model.model_type}, {layers}, {tokens}"
 
     def _notes(self) -> list[str]:
         return [f"{self.n_active} of {self.n_parameters} parameters are active (not 0); their ℓ1 norm is {self.l1:.4g}"]
@@ -388,9 +388,8 @@ class Intervention(Readable, nn.Module):
     def extra_repr(self) -> str:
         where = self.location
         positions = "all" if where.positions is None else where.slots
-        return (
-            f"site={where.site!r}, layers={list(where.layers)}, positions={positions}, model={where.model.model_type!r}"
-        )
+        model = where.model.model_type
+        return f"site={where.site_name!r}, layers={list(where.layers)}, positions={positions}, model={model!r}"
 
 
 def load_intervention(folder: str | Path) -> Intervention:

@@ -200,7 +200,10 @@ def common_location(locations: Sequence[Location]) -> Location:
     for location in locations[1:]:
         first.model.require(location.model)
         if (location.site, location.paths) != (first.site, first.paths):
-            raise ValueError(f"interventions: got the sites {first.site!r} and {location.site!r}, expected one")
+            raise ValueError(
+                f"interventions: got the sites {first.site_name!r} and {location.site_name!r}, expected one"
+                f" module with the same paths"
+            )
     layers = first.layers
     if any(location.layers != layers for location in locations):
         layers = tuple(sorted({layer for location in locations for layer in location.layers}))

@@ -74,7 +74,7 @@ def activation_sizes(
     sizes: list[Tensor | None] = []
     for single in intervention.singles:
         place = single.location
-        key = (place.site, tuple(place.paths.items()), place.layers, place.positions)
+        key = (place.module_key, place.layers, place.positions)
         if single.activation_power and key not in found:
             found[key] = _sizes(model, data, place, chosen, lr)
         sizes.append(found[key] if single.activation_power else None)

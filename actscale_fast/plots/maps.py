@@ -182,8 +182,8 @@ def attribution(
 
 def _place(location: Location, *, plural: bool = True) -> str:
     """What is edited, in words."""
-    if location.site == "mlp_out" and "mlp" in location.paths:  # any module of a layer may have been named
-        return f"output{'s' * plural} of {location.paths['mlp']}"
+    if location.site != "head" and location.named_module is not None:  # any module of a layer
+        return f"output{'s' * plural} of {location.named_module}"
     return _PLACES[location.site] if plural else _PLACES[location.site].removesuffix("s")
 
 

@@ -57,7 +57,7 @@ def _lists(measured: Measured) -> dict[str, list[float]]:
 def places(intervention: Intervention) -> list[tuple[str, int, int, int]]:
     """The activation vectors that an intervention changes, (site, layer, slot, head): any parameter is not 0.
 
-    A site that a module's path names instead of the model's family is "site: path".
+    A site whose module was named by its path is "site (path)".
     """
     found = []
     for single in intervention.singles:
@@ -65,7 +65,7 @@ def places(intervention: Intervention) -> list[tuple[str, int, int, int]]:
         used = torch.zeros(len(location.layers), 1, location.n_heads, dtype=torch.bool, device="cpu")
         for value in single.parameters():
             used = used | value.detach().cpu().reshape(*value.shape[:3], -1).ne(0).any(-1)
-        site = ": ".join([location.site, *location.paths.values()])
+        site = location.site_name
         found += [(site, location.layers[layer], slot, head) for layer, slot, head in used.nonzero().tolist()]
     return found
 

@@ -112,7 +112,7 @@ def position_maps(lab: Laboratory, task: Task) -> list[HeadMap]:
         assert isinstance(single, ActivScalar)
         where = {"attn_out": "attention outputs", "mlp_out": "MLP outputs"}[site]
         if single.location.paths:
-            where += f" after {single.location.paths['mlp']}"
+            where += f" as returned by {single.location.paths['mlp']}"
         values = single.alpha.detach()[:, :, 0].float().cpu()
         caption = f"{system.title}, {where}, seed {seed}."
         maps.append(HeadMap(f"{name}-{site}", caption, "α", single.location.layers, rows, values.tolist(), file))

@@ -41,9 +41,9 @@ def moved_sites(lab: Laboratory) -> list[str]:
     if not norms:
         return []
     return [
-        "In this model a norm undoes factors on what attention or the MLP returns. The scalars per site and position "
-        f"therefore act on the output of that norm ({' and '.join(f'`{norm}`' for norm in norms)}); the vectors act "
-        "before it, where they have an effect."
+        "In this model norms undo factors on what attention or the MLP returns. The scalars per site and position "
+        f"therefore act on the norms' outputs ({' and '.join(f'`{norm}`' for norm in norms)}); the vectors act before "
+        "the norms, where they have an effect."
     ]
 
 

@@ -24,6 +24,8 @@ STYLE = ROOT / "docs" / "tools" / "site.css"
 OUTSIDE = {
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/results/reproduction/report.md": "reproduction_report.md",
+    "benchmarks/results/reproduction/smollm2-135m-instruct/report.md": "reproduction_smollm2.md",
+    "benchmarks/results/reproduction/gemma-3-270m/report.md": "reproduction_gemma3.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "readme.md",

@@ -163,5 +163,5 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_vector_at_a_module_that_a_path_names_is_refused() -> None:
     model = tiny_model("gemma2")
     vector = randomised(af.SteerVec.for_model(model, site="mlp_out", mlp="post_feedforward_layernorm"))
-    with pytest.raises(ValueError, match="site 'mlp_out' is the module mlp='post_feedforward_layernorm', but"):
+    with pytest.raises(ValueError, match="site 'mlp_out' is the module 'post_feedforward_layernorm', but"):
         to_steering_vectors(vector)

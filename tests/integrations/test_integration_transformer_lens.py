@@ -182,7 +182,7 @@ def test_a_module_that_a_path_names_is_refused_unless_it_is_the_familys_own() ->
     model = tiny_model("gemma2")
     lens = bridge(model)
     named = randomised(af.ActivScalar.for_model(model, site="mlp_out", mlp="post_feedforward_layernorm"))
-    with pytest.raises(ValueError, match="is the module mlp='post_feedforward_layernorm', but TransformerLens would"):
+    with pytest.raises(ValueError, match="is the module 'post_feedforward_layernorm', but TransformerLens may"):
         hooks(lens, named)
     own = randomised(af.SteerVec.for_model(model, site="mlp_out", mlp="mlp"))
     same(hooked(lens, own), steered(model, own))

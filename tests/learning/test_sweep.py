@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_interventions_of_several_kinds_are_starting_points_and_stay_as_they_are
         assert_same_fit(fit, single(start=start))
         with torch.no_grad():
             start.load_state_dict({name: torch.zeros_like(value) for name, value in start.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares"), [("ActivScalar", {"minimality": "30%"}), ("ActivScalar", {}), ("SteerVec", {"lr": "5%"})]
+)
+def test_interventions_at_two_modules_of_one_site_are_fitted_each_at_its_own(kind: str, shares: dict[str, str]) -> None:
+    model, examples = tiny.llama(), conflicts(7)
+    named = ("mlp", "self_attn.o_proj")
+    starts = [getattr(af, kind).for_model(model, site="mlp_out", mlp=path) for path in named]
+    settings = {**SETTINGS, **({"lr": shares["lr"]} if "lr" in shares else {})}
+    objective = replace(OBJECTIVE, minimality=shares.get("minimality", OBJECTIVE.minimality))
+    found = af.sweep(model, tiny.tokenizer(), examples, starts, objective, **settings).fits
+    for fit, path in zip(found, named, strict=True):
+        own = getattr(af, kind).for_model(model, site="mlp_out", mlp=path)
+        alone = af.fit(model, tiny.tokenizer(), examples, own, objective, **settings).intervention
+        assert fit.intervention.paths == {"mlp": path}
+        torch.testing.assert_close(values(fit.intervention), values(alone), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*(values(fit.intervention) for fit in found), atol=1e-2)
 
 
 def test_all_fits_of_a_step_share_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_places_after_different_norms_are_different_places(opened: tuple[Any, An
         for single in made.singles:
             single.alpha[0, 1] = 0.5
     assert len(set(places(made))) == 2
-    assert places(made)[0] == (f"mlp_out: {NORMS[0]}", 0, 1, 0)
+    assert places(made)[0] == (f"mlp_out ({NORMS[0]})", 0, 1, 0)
 
 
 def test_a_map_names_the_norm_that_a_panel_is_about(opened: tuple[Any, Any]) -> None:

@@ -20,6 +20,7 @@ from ...architectures.model_origin import public_name
 from ...interventions import Intervention, load_intervention
 from ...interventions.description import DESCRIPTION
 from ...interventions.named import checked_name, is_name
+from .._named_modules import refuse_named_module
 from .request_options import NAME
 from .served_model import ServedModel
 from .settings import KINDS, SERVED_KINDS
@@ -209,6 +210,7 @@ def require_served(intervention: Intervention, served: ServedModel | None) -> No
             raise ValueError(
                 f"{article} {name} at the site {location.site!r} cannot be served, expected {expected}; {_INSTEAD}"
             )
+        refuse_named_module("intervention", location, "vLLM")
         if part.n_groups is not None:
             raise ValueError(f"a stack of {part.n_groups} interventions cannot be served; save each on its own")
         if location.heads:

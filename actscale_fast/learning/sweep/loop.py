@@ -125,7 +125,7 @@ class SweepLoop:
         """What interventions must have in common to run in one batch."""
         location = intervention.location
         first = active_region(intervention, self.data).first_layer
-        return type(intervention), location.site, location.positions, location.generated, first
+        return type(intervention), location.module_key, location.positions, location.generated, first
 
     def _run_together(self, chains: Sequence[_Chain], n_slots: int, alike: Sequence[Point], bar: Any) -> None:
         """Run chains whose interventions can share a batch; `alike` are all points of the grid that could."""

@@ -42,7 +42,8 @@ def resolve_shares(
             continue
         whole = replace(point.objective, minimality="100%", faithfulness=0.0)
         place = point.intervention.location
-        key = (point.task, whole, type(point.intervention), place.site, place.layers, place.positions, place.generated)
+        where = (place.module_key, place.layers, place.positions)
+        key = (point.task, whole, type(point.intervention), where, place.generated)
         if key not in largest:
             rows = rows_of[point.task]
             opened = Engine(model, data, point.intervention, [whole], execution, stages=[evenly_spaced(rows)])
@@ -74,7 +75,7 @@ def measure_sizes(
         if not point.settings.is_relative or point.error is not None:
             continue
         place = point.intervention.location
-        key = (point.task, place.site, place.layers, place.positions)
+        key = (point.task, place.module_key, place.layers, place.positions)
         if key not in found:
             try:
                 found[key] = activation_sizes(model, data, point.intervention, rows_of[point.task])
