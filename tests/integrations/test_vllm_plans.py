@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from model_zoo import tiny_model
 from tiny import llama
 
 import actscale_fast as af
@@ -18,7 +19,7 @@ from actscale_fast.architectures.layout import layout
 from actscale_fast.integrations._token_rows import steer_heads
 from actscale_fast.integrations.vllm import admission, runner_v1, runner_v2
 from actscale_fast.integrations.vllm.plan import Plan, Row
-from actscale_fast.integrations.vllm.registry import Registry
+from actscale_fast.integrations.vllm.registry import Registry, require_served
 from actscale_fast.integrations.vllm.request_options import RequestOptions, Where, parse
 from actscale_fast.integrations.vllm.resolve import resolve
 from actscale_fast.integrations.vllm.served_model import KEY, ServedModel
@@ -642,3 +643,12 @@ def test_rows_of_the_second_runner_follow_its_batch(served: ServedModel) -> None
     state.remove_request("y")
     state.add_request(1, SimpleNamespace(req_id="y", sampling_params=None))
     assert not any(run(["y"], [2], [1]))
+
+
+def test_a_vector_at_a_module_that_a_path_names_cannot_be_served() -> None:
+    model = tiny_model("gemma3_text")
+    own = af.SteerVec.for_model(model, site="attn_out", projection="self_attn.o_proj")
+    require_served(own, None)
+    named = af.SteerVec.for_model(model, site="attn_out", projection="mlp.down_proj")
+    with pytest.raises(ValueError, match=r"is the module 'mlp\.down_proj', but vLLM may edit another one there"):
+        require_served(named, None)
