@@ -254,7 +254,7 @@ class Intervention(Readable, nn.Module):
 
     @property
     def paths(self) -> dict[str, str]:
-        """Module paths that were given for a model of an unlisted family."""
+        """Module paths that were given by name; empty where the family's own are meant."""
         return self.singles[0].location.paths
 
     @property

@@ -187,6 +187,11 @@ def stack(interventions: Iterable[Intervention]) -> Intervention:
     return stacked
 
 
+def _module(location: Location) -> str:
+    paths = ", ".join(f"{name}={path!r}" for name, path in location.paths.items())
+    return repr(location.site) + (f" ({paths})" if paths else "")
+
+
 def common_location(locations: Sequence[Location]) -> Location:
     """The smallest location that contains all of these.
 
@@ -201,8 +206,8 @@ def common_location(locations: Sequence[Location]) -> Location:
         first.model.require(location.model)
         if (location.site, location.paths) != (first.site, first.paths):
             raise ValueError(
-                f"interventions: got the sites {first.site_name!r} and {location.site_name!r}, expected one"
-                f" module with the same paths"
+                f"interventions: got the sites {_module(first)} and {_module(location)}, expected one site with the same "
+                "paths"
             )
     layers = first.layers
     if any(location.layers != layers for location in locations):
