@@ -39,7 +39,7 @@ class ModelFingerprint:
 
 @dataclass(frozen=True)
 class Location:
-    """Site, layers and positions of an intervention, already checked; `paths` name modules of an unlisted family."""
+    """Site, layers and positions of an intervention, already checked; `paths` are modules named by the caller."""
 
     site: str
     layers: tuple[int, ...]

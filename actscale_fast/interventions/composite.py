@@ -206,8 +206,8 @@ def common_location(locations: Sequence[Location]) -> Location:
         first.model.require(location.model)
         if (location.site, location.paths) != (first.site, first.paths):
             raise ValueError(
-                f"interventions: got the sites {_module(first)} and {_module(location)}, expected one site with the same "
-                "paths"
+                f"interventions: got the sites {_module(first)} and {_module(location)}, expected one site, with the "
+                "same paths"
             )
     layers = first.layers
     if any(location.layers != layers for location in locations):
