@@ -9,8 +9,8 @@ from ..architectures.location import Location
 def refuse_named_module(argument: str, location: Location, target: str) -> None:
     """Raise a ValueError if a site is a module that `target` may not mean by its name for the site.
 
-    The modules that a family's row of the table names are taken. In a family without a row these are `mlp` and, as the
-    check of the model has found the heads at its input, the projection that was named for the site "head".
+    The modules that a family's row of the table names are accepted. For a family without a row these are `mlp` and any
+    projection, which has to be named there.
     """
     path, family = location.named_module, FAMILIES.get(location.model.model_type)
     if path is None:

@@ -204,7 +204,7 @@ def common_location(locations: Sequence[Location]) -> Location:
         return first
     for location in locations[1:]:
         first.model.require(location.model)
-        if (location.site, location.paths) != (first.site, first.paths):
+        if location.module_key != first.module_key:
             raise ValueError(
                 f"interventions: got the sites {_module(first)} and {_module(location)}, expected one site, with the "
                 "same paths"
